@@ -1,0 +1,37 @@
+"""The errors that attnzoo raises: every one is an `AttnZooError`, and so a `ValueError`."""
+
+
+class AttnZooError(ValueError):
+    """Base of all errors raised by attnzoo."""
+
+
+class UnknownNameError(AttnZooError):
+    """A name that is not in a table: the message gives the nearest names."""
+
+
+class OptionError(AttnZooError):
+    """An option that does not exist, or a value that it cannot take."""
+
+
+class ShapeError(AttnZooError):
+    """Tensors whose shapes do not fit together: the message gives both."""
+
+
+class UnsupportedError(AttnZooError):
+    """Something that a method cannot honour: the message names it, and nothing was changed or computed."""
+
+
+class SwapError(AttnZooError):
+    """A swap or a restore that cannot be done: the model is as it was."""
+
+
+class MissingExtraError(AttnZooError):
+    """A package that is not installed: the message gives the install line."""
+
+
+class AssetError(AttnZooError):
+    """A data set or weight file that could not be had whole: nothing is left behind."""
+
+
+class ConfigError(AttnZooError):
+    """A config that does not fit its schema."""
