@@ -1,0 +1,151 @@
+"""The gate before the clock: what is about to be timed must match its oracle, layer by layer.
+
+A whole model's output says little about its attention, for the residual stream carries most of it. So a gate compares
+the output of every attention layer as well as the model's, each against the largest magnitude of the oracle there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.bench.record import Gate
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest error allowed, as a part of the oracle's largest magnitude, by the dtype that is timed."""
+
+ODD_GRID = (3, 5)
+OUTPUT = "model output"
+
+
+def outputs_of(
+    model: nn.Module, x: Tensor, layers: Iterable[str], run: Callable[..., Any] | None = None
+) -> dict[str, Tensor]:
+    """Call ``model(x)`` and give its output and those of the modules at the paths `layers`.
+
+    Parameters
+    ----------
+    model, x
+        The model and a batch.
+    layers
+        Paths of modules whose (first) output is a tensor.
+    run
+        Calls its argument once, instead of a plain call: for tracing.
+    """
+    found: dict[str, Tensor] = {}
+    with _noting(model, layers, found):
+        call = lambda: found.__setitem__(OUTPUT, _tensor(model(x)))  # noqa: E731 - a name of its own says no more
+        run(call) if run is not None else call()
+    return found
+
+
+def compare(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], name: str, tolerance: float) -> Gate:
+    """Compare tensors of the same names; the gate's figures are those of the tensor that is worst.
+
+    A tensor passes where its largest error is at most `tolerance` times the oracle's largest magnitude. An oracle that
+    is zero everywhere proves nothing and does not pass.
+    """
+    worst: Gate | None = None
+    worst_part = -1.0
+    for at, expected in oracle.items():
+        error, scale = _error(got[at], expected)
+        part = error / scale if scale > 0 and math.isfinite(error) and math.isfinite(scale) else math.inf
+        if worst is None or part > worst_part:
+            worst_part = part
+            worst = Gate(
+                oracle=name,
+                passed=part <= tolerance,
+                max_abs_error=error if math.isfinite(error) else None,
+                scale=scale if math.isfinite(scale) else None,
+                tolerance=tolerance,
+                at=at,
+                detail=_detail(error, scale),
+            )
+    if worst is None:
+        raise ValueError("nothing to compare")
+    return worst
+
+
+def mixer_gate(mixers: Mapping[str, nn.Module], dim: int, prefix: int, like: Tensor, seed: int) -> Gate:
+    """Compare every mixer with its paper's equation in float64, on a small grid with odd sides.
+
+    Parameters
+    ----------
+    mixers
+        By the path of their layer; called ``mixer(x, grid=, prefix=, mask=None)``.
+    dim, prefix
+        Width of a token and number of prefix tokens.
+    like
+        A tensor of the timed dtype and device.
+    seed
+        Of the inputs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, prefix + math.prod(ODD_GRID), dim, generator=generator).to(like)
+    got: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    independent = True
+    for path, mixer in mixers.items():
+        got[path] = mixer(x, grid=ODD_GRID, prefix=prefix, mask=None)
+        double = copy.deepcopy(mixer).double()
+        independent = independent and hasattr(double, "reference")
+        ask: Any = getattr(double, "reference", double)
+        expected[path] = ask(x.double(), grid=ODD_GRID, prefix=prefix, mask=None)
+    oracle = "the method's written-out reference in float64" if independent else "itself in float64 (no reference)"
+    return compare(got, expected, f"{oracle}, {ODD_GRID[0]}x{ODD_GRID[1]} grid", TOLERANCE[like.dtype])
+
+
+def finite(gate: Gate, output: Tensor) -> Gate:
+    """Fail `gate` where the output at the timed shape is not finite."""
+    if bool(torch.isfinite(output).all()):
+        return gate
+    return gate.model_copy(update={"passed": False, "detail": "the output at the timed shape is not finite"})
+
+
+def refuse(gate: Gate, problem: str | None) -> Gate:
+    """Fail `gate` for `problem`, if there is one."""
+    return gate if problem is None else gate.model_copy(update={"passed": False, "detail": problem})
+
+
+@contextmanager
+def _noting(model: nn.Module, layers: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
+    def hook(path: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[path] = _tensor(output)
+
+        return note
+
+    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    first = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(first, Tensor):
+        raise TypeError(f"expected a tensor, got {type(first).__name__}")
+    return first
+
+
+def _error(got: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Largest error and largest magnitude of the oracle; NaN anywhere counts as infinite."""
+    if got.shape != expected.shape:
+        raise ValueError(f"shapes differ: {tuple(got.shape)} and {tuple(expected.shape)}")
+    error = (got.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    return (math.inf if math.isnan(error) else error), (math.inf if math.isnan(scale) else scale)
+
+
+def _detail(error: float, scale: float) -> str:
+    if not math.isfinite(error) or not math.isfinite(scale):
+        return "not finite"
+    return "" if scale > 0 else "the oracle is zero everywhere, which proves nothing"

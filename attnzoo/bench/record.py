@@ -1,0 +1,333 @@
+"""Records: one JSON line a measurement under a strict schema, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from attnzoo.errors import AttnZooError, ConfigError
+
+SCHEMA_VERSION = 1
+RECORDS_FILE = "records.jsonl"
+
+Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
+FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
+Count = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Entry(BaseModel):
+    """A part of a record: unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Quantiles(Entry):
+    """The 20th, 50th and 80th percentile of `n` samples."""
+
+    p20: float
+    p50: float
+    p80: float
+    n: Annotated[int, Field(ge=1)]
+
+
+class Gate(Entry):
+    """The check that came before the clock.
+
+    `max_abs_error` is the largest difference from the oracle in the worst tensor, `at`; `scale` is the largest
+    magnitude of the oracle in that tensor; the gate passes where ``max_abs_error <= tolerance * scale`` everywhere.
+    An error that is not finite is null and never passes.
+    """
+
+    oracle: str
+    passed: bool
+    max_abs_error: NonNegative | None
+    scale: NonNegative | None
+    tolerance: NonNegative
+    at: str
+    detail: str = ""
+
+
+class Shapes(Entry):
+    """Shapes of the measurement: `tokens` without, `prefix` the class and register tokens."""
+
+    batch: Count
+    tokens: Count
+    prefix: Count
+    dim: Count
+    heads: Count
+    depth: Count
+
+
+class Memory(Entry):
+    """Memory of one model in bytes; a figure that was not measured is null and `note` says why."""
+
+    parameter_bytes: Count
+    activation_peak_bytes: Count | None
+    allocator_peak_bytes: Count | None
+    cache_held_bytes: Count | None = None
+    cache_allocated_bytes: Count | None = None
+    method: str
+    note: str = ""
+
+
+class Side(Entry):
+    """What one model costs: latency in milliseconds a forward, throughput in images a second."""
+
+    latency_ms: Quantiles
+    throughput: NonNegative
+    flops: Count
+    parameters: Count
+    attention_parameters: Count
+    memory: Memory
+
+
+class Ratios(Entry):
+    """The candidate against the dense baseline of the same process.
+
+    `speedup` is dense time over candidate time, pair by pair: above 1 the candidate is faster. All others are
+    candidate over dense: below 1 the candidate needs less.
+    """
+
+    speedup: Quantiles
+    flops: NonNegative | None
+    parameters: NonNegative
+    attention_parameters: NonNegative | None
+    activation_peak: NonNegative | None
+    allocator_peak: NonNegative | None
+
+
+class Cost(Entry):
+    """A measurement of cost, of candidate and dense baseline side by side."""
+
+    candidate: Side
+    baseline: Side
+    ratios: Ratios
+    uncounted_ops: tuple[str, ...]
+
+
+class Training(Entry):
+    """One training: seed, result and the loss after each epoch."""
+
+    seed: Count
+    correct: Count
+    images: Count
+    final_loss: float
+    seconds: NonNegative
+    epoch_losses: tuple[float, ...]
+
+
+class Quality(Entry):
+    """Top-1 accuracy on held-out images, all seeds together, with its 95% Wilson interval.
+
+    With several seeds `images` counts each image once a seed. `ratio` is against the dense baseline's accuracy.
+    """
+
+    accuracy: Annotated[float, Field(ge=0, le=1)]
+    low: Annotated[float, Field(ge=0, le=1)]
+    high: Annotated[float, Field(ge=0, le=1)]
+    images: Count
+    ratio: NonNegative | None
+    trainings: tuple[Training, ...]
+    note: str
+
+
+class Environment(Entry):
+    """Where a measurement was made."""
+
+    attnzoo: str
+    python: str
+    torch: str
+    timm: str | None
+    system: str
+    device: str
+    threads: Count
+    commit: str | None
+    dirty: bool | None
+
+
+class Record(Entry):
+    """One row: an attention and what was measured of it.
+
+    `kind` is ``cost`` (one a token count) or ``quality`` (one an attention). `scope` and `phase` say what was run;
+    today always the whole model, forward.
+    """
+
+    schema_version: Literal[1] = 1
+    config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    benchmark: str
+    kind: Literal["cost", "quality"]
+    scope: Literal["model"] = "model"
+    phase: Literal["forward"] = "forward"
+    label: str
+    attention: str | None
+    options: dict[str, Any]
+    is_baseline: bool
+    status: Status
+    message: str
+    utc: str
+    seconds: NonNegative
+    environment: Environment
+    host: str
+    dtype: str
+    shapes: Shapes | None
+    gate: Gate | None
+    baseline_gate: Gate | None
+    backends: tuple[str, ...]
+    cost: Cost | None
+    quality: Quality | None
+    quality_note: str
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What makes two records stand for the same row; the later one counts."""
+        return self.kind, self.label, self.shapes.tokens if self.shapes is not None else 0
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read a records file: the latest record of each row, in the order in which rows first appear.
+
+    A last line that a killed writer left torn is dropped with a warning.
+
+    Raises
+    ------
+    AttnZooError
+        If the file is missing or any other line is not a record of this schema.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AttnZooError(f"records {str(path)!r} cannot be read: {error.strerror}") from error
+    records, torn = _parse(content, path)
+    if torn:
+        warnings.warn(f"{path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=2)
+    return latest(records)
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Keep the last record of each row."""
+    return list({record.key: record for record in records}.values())
+
+
+class RecordStore:
+    """A folder that one process at a time writes records into.
+
+    Use it as a context manager: it takes a lock that the system lets go when the process ends, however it ends, and
+    reads what an earlier run left.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    config_hash
+        Of the run that will write; a folder with another config's records is refused.
+    fresh
+        Set earlier records aside, as ``records.old.jsonl``.
+    """
+
+    def __init__(self, folder: Path, config_hash: str, fresh: bool = False) -> None:
+        self.folder = folder
+        self.path = folder / RECORDS_FILE
+        self.config_hash = config_hash
+        self.fresh = fresh
+        self.records: dict[tuple[str, str, int], Record] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RecordStore:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "a", encoding="ascii")  # held until __exit__
+        try:
+            _lock_or_refuse(self._lock, self.folder)
+            self._load()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def append(self, record: Record) -> None:
+        """Put one record on disk, whole, before returning."""
+        with open(self.path, "ab") as handle:
+            handle.write(record.model_dump_json().encode() + b"\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.records[record.key] = record
+
+    def done(self, key: tuple[str, str, int]) -> bool:
+        """Whether a row needs no new measurement."""
+        return key in self.records and self.records[key].status in FINAL
+
+    def _load(self) -> None:
+        if self.fresh and self.path.exists():
+            os.replace(self.path, self.folder / "records.old.jsonl")
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        records, torn = _parse(content, self.path)
+        other = next((r.config_hash for r in records if r.config_hash != self.config_hash), None)
+        if other is not None:
+            raise ConfigError(
+                f"{self.folder} holds records of another config ({other}, this one is {self.config_hash}). "
+                "Give another folder with output=PATH, or set them aside with fresh=true."
+            )
+        if torn:
+            warnings.warn(f"{self.path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=3)
+            os.truncate(self.path, len(content) - torn)
+        elif content and not content.endswith(b"\n"):
+            with open(self.path, "ab") as handle:
+                handle.write(b"\n")
+        self.records = {record.key: record for record in records}
+
+
+def _parse(content: bytes, path: Path) -> tuple[list[Record], int]:
+    """Give the records and the length of a torn last line, 0 if there is none."""
+    records: list[Record] = []
+    lines = content.split(b"\n")
+    last = len(lines) - 1
+    for number, line in enumerate(lines):
+        if number == last and not line:
+            break
+        try:
+            records.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            if number == last and not _is_json(line):
+                return records, len(line)
+            reason = error.errors()[0]
+            where = ".".join(map(str, reason["loc"])) or "line"
+            raise AttnZooError(
+                f"{path}, line {number + 1}: not a record of schema {SCHEMA_VERSION}: {where}: {reason['msg']}"
+            ) from error
+    return records, 0
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _lock_or_refuse(handle: IO[str], folder: Path) -> None:
+    message = f"another run is writing into {folder}; wait for it, or give another folder with output=PATH"
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(message) from error

@@ -1,0 +1,83 @@
+"""What one forward really ran: the operators by name, and their FLOPs where PyTorch has a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "fft")
+MOVES = frozenset(
+    f"aten.{name}"
+    for name in (
+        "_to_copy",
+        "clone",
+        "copy_",
+        "detach",
+        "empty",
+        "empty_like",
+        "fill_",
+        "new_empty",
+        "new_zeros",
+        "zeros",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """FLOPs of one call (a multiply and an add are two), the operators that ran, and those that no formula counts."""
+
+    flops: int
+    ops: tuple[str, ...]
+    uncounted: tuple[str, ...]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The operators that say which attention ran."""
+        return tuple(op for op in self.ops if any(word in op for word in MIXING_WORDS))
+
+
+def trace(run: Callable[[], object]) -> Trace:
+    """Call `run` once and give its operators and FLOPs."""
+    seen = _Seen()
+    counter = FlopCounterMode(display=False)
+    with seen, counter:  # the counter, inside, takes composite operators apart; `seen` gets what is left
+        run()
+    return Trace(counter.get_total_flops(), tuple(sorted(seen.ops)), tuple(sorted(seen.uncounted)))
+
+
+class _Seen(TorchDispatchMode):
+    """Notes every operator that gets this far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+        self.uncounted: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        self.ops.add(name)
+        counted = func.overloadpacket in flop_registry
+        if not counted and not func.is_view and name not in MOVES and name.startswith("aten."):
+            self.uncounted.add(name)
+        elif not counted and not name.startswith(("aten.", "prim.")):
+            self.uncounted.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def require_ops(found: tuple[str, ...], word: str) -> str | None:
+    """Say what is wrong where no operator has `word` in its name; None if one has."""
+    if any(word in op for op in found):
+        return None
+    return f"no operator with {word!r} in its name ran; seen: {', '.join(found) or 'none'}"
+
+
+def device_synchronize(device: torch.device) -> None:
+    """Wait until `device` has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
