@@ -1,0 +1,77 @@
+"""Checks of arguments that more than one method makes, each with an error that says what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import OptionError, ShapeError
+
+Grid = tuple[int, int] | Tensor
+
+
+def check_int(name: str, value: object, *, minimum: int) -> int:
+    """Give `value` back if it is a whole number of at least `minimum`, else raise `OptionError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise OptionError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Give `value` back if it is True or False, else raise `OptionError`."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Give `value` back if it is one of `choices`, else raise `OptionError`."""
+    if not isinstance(value, str) or value not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise `ShapeError` unless q is ``(B, H, N, D)``, k ``(B, Hkv, S, D)``, v ``(B, Hkv, S, Dv)``, Hkv dividing H."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ShapeError(f"q, k and v are (B, H, N, D), got {_shapes(q, k, v)}")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv) do not fit together: {_shapes(q, k, v)}")
+    if q.shape[1] % k.shape[1]:
+        raise ShapeError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
+
+
+def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:
+    """Raise `ShapeError` unless x is ``(B, N, dim)`` and mask, if given, is boolean ``(B, N)``."""
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ShapeError(f"x must be (B, N, {dim}), got {tuple(x.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+        raise ShapeError(
+            f"mask must be boolean of shape {tuple(x.shape[:2])} (True where a token is real, prefix included), "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+
+
+def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
+    """Raise `ShapeError` unless `grid` and `prefix` fit the shape of the tokens.
+
+    `grid` is ``(h, w)`` with ``prefix + h * w == tokens``, or an integer tensor ``(B, 2)`` of one grid an image.
+    """
+    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
+        raise ShapeError(f"prefix must be a whole number from 0 to the {tokens} tokens there are, not {prefix!r}")
+    if grid is None:
+        raise ShapeError("this method needs grid=(h, w), the grid of the tokens after the prefix")
+    if isinstance(grid, Tensor):
+        if grid.shape != (batch, 2) or grid.dtype.is_floating_point:
+            raise ShapeError(f"a tensor grid must hold integers of shape {(batch, 2)}, got {grid.dtype} {tuple(grid.shape)}")
+        return
+    if len(grid) != 2 or min(grid) < 1:
+        raise ShapeError(f"grid must be (h, w) with both at least 1, not {grid!r}")
+    if prefix + grid[0] * grid[1] != tokens:
+        raise ShapeError(
+            f"{tokens} tokens are not {prefix} prefix tokens and a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"
+        )
+
+
+def _shapes(*tensors: Tensor) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)

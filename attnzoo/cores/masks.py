@@ -1,0 +1,21 @@
+"""Masks that the cores share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Boolean ``(queries, keys)``: query i may see keys up to ``i + keys - queries``."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def with_causal(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Combine `mask` (boolean or additive) with the causal mask; the result is of the same sort."""
+    causal = causal_mask(queries, keys, device)
+    if mask is None:
+        return causal
+    if mask.dtype == torch.bool:
+        return mask & causal
+    return mask.masked_fill(~causal, float("-inf"))

@@ -1,0 +1,69 @@
+"""PyTorch's scaled dot-product attention, on the backend that PyTorch picks.
+
+Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+
+    O = softmax(scale * Q K^T + mask) V
+
+Differs from the source: causal attention lines up the ends of queries and keys when their numbers differ (torch lines up
+the beginnings), combines with a mask, and a soft cap is refused because torch has none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnzoo.checks import check_qkv
+from attnzoo.cores.masks import with_causal
+from attnzoo.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """`F.scaled_dot_product_attention` as a core."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attend; see `attnzoo.cores` for the shapes.
+
+        Raises
+        ------
+        UnsupportedError
+            If a soft cap is asked for.
+        """
+        check_qkv(q, k, v)
+        if softcap is not None:
+            raise UnsupportedError("sdpa cannot cap scores (softcap): torch has no such option; use 'softmax'")
+        return torch_sdpa(q, k, v, mask, causal, scale, dropout)
+
+
+def torch_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float
+) -> Tensor:
+    """Call torch with the cores' meaning of `causal` and `mask`."""
+    queries, keys = q.shape[2], k.shape[2]
+    if causal and queries == 1:
+        causal = False  # the one query is the last: it sees every key
+    if causal and (mask is not None or queries != keys):
+        mask, causal = with_causal(mask, queries, keys, q.device), False
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and mask is not None and q.is_cuda:
+        # with a mask, torch has no fused CUDA kernel for grouped queries
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
+    )

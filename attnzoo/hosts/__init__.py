@@ -1,0 +1,47 @@
+"""Hosts: one file a library. Each finds the attention layers of a model and calls a substitute as the library would.
+
+A host has one function, ``find(model, layers, wanted) -> list[Site]``: `layers` maps paths to the host's own modules (what
+an earlier swap replaced stands in its place), and `wanted` holds what the user said about the host (see `Wanted`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from torch import nn
+
+from attnzoo.hosts.site import RefusedSite, Site, Wanted, looks_like_attention
+
+__all__ = ["RefusedSite", "Site", "Wanted", "find_sites"]
+
+# the package whose classes give a host away -> the file that knows it, most particular first
+_HOSTS = {
+    "timm": "attnzoo.hosts.timm",
+    "transformers": "attnzoo.hosts.transformers",
+    "torch": "attnzoo.hosts.torch",
+}
+
+
+def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+    """Find every attention layer of `model`, in the model's order.
+
+    A layer that looks like attention, by its class's name, but that no host knows is a site too: one that refuses.
+    """
+    packages = {base.__module__.partition(".")[0] for m in layers.values() for base in type(m).__mro__}
+    sites: dict[str, Site] = {}
+    for package, module in _HOSTS.items():
+        if package in packages:
+            for site in importlib.import_module(module).find(model, layers, wanted):
+                sites.setdefault(site.path, site)
+    found = set(sites)
+    for path, layer in layers.items():
+        if path not in sites and looks_like_attention(layer) and not _related(path, found):
+            sites[path] = RefusedSite(path, layer, "unknown", "no host of attnzoo knows this class")
+    order = {path: i for i, path in enumerate(layers)}
+    return sorted(sites.values(), key=lambda site: order[site.path])
+
+
+def _related(path: str, found: set[str]) -> bool:
+    """Whether `path` lies inside a layer that was found, or holds one."""
+    return any(f.startswith(f"{path}.") or path.startswith(f"{f}.") or not path for f in found)

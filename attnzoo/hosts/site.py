@@ -1,0 +1,220 @@
+"""One attention layer of a host model, and the modules that stand in its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor, nn
+
+from attnzoo.registry import AttentionInfo, build_mixer
+
+Core = Callable[..., Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a user says about the host rather than about the method, where the host itself does not know.
+
+    Attributes
+    ----------
+    grid
+        ``(h, w)`` of the tokens after the prefix.
+    prefix
+        Number of tokens before the grid.
+    """
+
+    grid: tuple[int, int] | None = None
+    prefix: int | None = None
+
+
+@dataclass
+class Site:
+    """An attention layer. A host fills it in and says how a core or a mixer is put in its place.
+
+    Attributes
+    ----------
+    path
+        Name of the layer in the model.
+    module
+        The host's own module.
+    host
+        Name of the host.
+    dim, num_heads
+        Width of a token and number of query heads.
+    needs
+        Fields of `Capabilities` that a core must have here.
+    no_mixer
+        Why no mixer can stand here, or None.
+    prefix
+        Number of prefix tokens, as far as the host knows.
+    """
+
+    path: str
+    module: nn.Module
+    host: str
+    dim: int = 0
+    num_heads: int = 0
+    needs: dict[str, str] = field(default_factory=dict)
+    no_mixer: str | None = None
+    prefix: int = 0
+
+    takes_wanted: ClassVar[bool] = False
+    """Whether a user may give this host `grid` and `prefix`."""
+
+    def problem(self, info: AttentionInfo) -> str | None:
+        """Say why `info` cannot stand here, or give None."""
+        if "forward" in vars(self.module):
+            return "its forward was replaced on the object itself, so that a substitute's would be hidden"
+        if info.kind == "mixer":
+            return self.no_mixer or self.mixer_problem(info)
+        for capability, why in self.needs.items():
+            if not getattr(info.capabilities, capability):
+                return f"{why}, which {info.name!r} cannot do"
+        return None
+
+    def mixer_problem(self, info: AttentionInfo) -> str | None:
+        """Say why this mixer cannot stand here though others might, or give None."""
+        return None
+
+    def put_core(self, core: Core) -> nn.Module:
+        """Make the module that runs `core` on the host's own weights."""
+        raise TypeError(f"{type(self).__name__} takes no core")
+
+    def put_mixer(self, mixer: nn.Module) -> nn.Module:
+        """Make the module that runs `mixer` in the host's place."""
+        raise TypeError(f"{type(self).__name__} takes no mixer")
+
+    def installed(self, layer: nn.Module) -> None:
+        """Do what the host needs once `layer` stands in the model (a hook that reads the grid, say)."""
+
+    def removed(self) -> None:
+        """Undo `installed`."""
+
+    def build_mixer(self, info: AttentionInfo, options: Mapping[str, Any]) -> nn.Module:
+        """Build the mixer for this layer, on the device and in the dtype of the host's weights."""
+        options = dict(options)
+        if "mix_prefix" in info.options:
+            options.setdefault("mix_prefix", self.prefix > 0)
+        mixer = build_mixer(info, self.dim, self.num_heads, options)
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        return mixer if like is None else mixer.to(device=like.device, dtype=like.dtype)
+
+
+@dataclass
+class RefusedSite(Site):
+    """A layer that is attention, but where nothing can stand."""
+
+    reason: str = ""
+
+    def __init__(self, path: str, module: nn.Module, host: str, reason: str) -> None:
+        super().__init__(path, module, host)
+        self.reason = reason
+
+    def problem(self, info: AttentionInfo) -> str:
+        """Say why."""
+        return self.reason
+
+
+class CoreLayer(nn.Module):
+    """Base of modules that run a core on the parameters of a host's attention.
+
+    It shares the host module's parameters, buffers, children, hooks and attributes: the same objects in the same
+    dictionaries, so what changes one (an optimizer, a LoRA adapter, a move to another device) changes both, and the
+    keys of the state dict stay as they are.
+    """
+
+    core: Core
+
+    @classmethod
+    def over(cls, module: nn.Module, core: Core) -> Self:
+        """Make the module that stands over `module`."""
+        layer = share_state(module, cls)
+        layer.core = core
+        return layer
+
+
+def share_state(module: nn.Module, cls: type[M]) -> M:
+    """Make a module of class `cls` on the very dictionaries of `module`."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update(module.__dict__)
+    layer.__dict__.pop("_compiled_call_impl", None)  # module.compile() would lead back to the host's own forward
+    return layer
+
+
+class MixerLayer(nn.Module):
+    """Base of modules that run a mixer where a host's attention stood.
+
+    The host's own module is kept outside `parameters()` and the state dict (in the layer's `Swapped` record), but
+    follows moves, copies and `train()`.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        original = original_of(self)
+        if original is not None:
+            original._apply(fn, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode here and on the kept original."""
+        super().train(mode)
+        original = original_of(self)
+        if original is not None:
+            original.train(mode)
+        return self
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a swap leaves on each layer it put in place, under the attribute ``attnzoo_swap``.
+
+    Attributes
+    ----------
+    info, options
+        The method and the options given for it.
+    host, host_class
+        The library and the class of the host's own module.
+    original
+        The host's own module; None if it was not kept.
+    parameters_before, parameters_after, reused
+        Numbers of parameters: of the host's own module, of this one, and those that both share.
+    """
+
+    info: AttentionInfo
+    options: dict[str, Any]
+    host: str
+    host_class: str
+    original: nn.Module | None
+    parameters_before: int
+    parameters_after: int
+    reused: int
+
+
+def swapped_record(module: nn.Module) -> Swapped | None:
+    """Give what a swap left on `module`, or None if it is the host's own."""
+    return vars(module).get("attnzoo_swap")
+
+
+def original_of(module: nn.Module) -> nn.Module | None:
+    """Give the host's own module that `module` stands for, if it was kept."""
+    record = swapped_record(module)
+    return None if record is None else record.original
+
+
+def ancestors(path: str) -> list[str]:
+    """Paths of the modules that hold `path`, nearest first, ending with the model itself."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """Whether the class's name says that the module is attention."""
+    return re.search(r"attention|attn", type(module).__name__, re.IGNORECASE) is not None

@@ -1,0 +1,250 @@
+"""Host timm: the plain ViT family, its rotary relatives and its attention pooling.
+
+Cores stand in `Attention`, `AttentionRope`, `EvaAttention` and `AttentionPoolLatent`, by the very projections, norms, rotary
+embedding and gates of the layer. Mixers stand in self-attention without rotary embedding, in models whose patch embedding
+tells the grid of each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.site import Core, CoreLayer, MixerLayer, RefusedSite, Site, Wanted, ancestors, looks_like_attention
+from attnzoo.registry import AttentionInfo
+
+_REFUSED = {
+    "Attention2d": "convolutional attention over 2-D maps",
+    "BottleneckAttn": "relative position bias",
+    "ClassAttn": "class attention: one query, cross-attention to the patches",
+    "CrossAttention": "cross-attention",
+    "DiffAttention": "differential attention: the difference of two softmaxes",
+    "HaloAttn": "windows with relative position bias",
+    "MaskUnitAttention": "attention inside mask units, with pooled queries",
+    "MultiScaleAttention": "pooled queries and keys with relative position bias",
+    "PartitionAttention2d": "windows with relative position bias",
+    "PartitionAttentionCl": "windows with relative position bias",
+    "RelPosAttention": "relative position bias",
+    "TalkingHeadAttn": "talking heads: weights are mixed across heads",
+    "WindowAttention": "window shift and relative position bias",
+    "WindowMultiHeadAttention": "window shift and relative position bias",
+}
+
+
+def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+    """Find timm's attention layers; see `attnzoo.hosts`."""
+    sites: list[Site] = []
+    for path, layer in layers.items():
+        forward = type(layer).forward
+        if forward in (Attention.forward, AttentionRope.forward, EvaAttention.forward):
+            sites.append(_self_attention(path, layer, layers))
+        elif forward is AttentionPoolLatent.forward:
+            why = "attention pooling is cross-attention from a learned query, and a mixer has one input"
+            site = TimmSite(path, layer, "timm", layer.kv.in_features, layer.num_heads, _needs(layer, cross=True), why)
+            sites.append(site)
+        elif type(layer).__module__.startswith("timm.") and (looks_like_attention(layer) or hasattr(layer, "fused_attn")):
+            if not any(path.startswith(f"{site.path}.") for site in sites):
+                reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or "no host of attnzoo knows this class"
+                sites.append(RefusedSite(path, layer, "timm", reason))
+    refused = {site.path for site in sites if isinstance(site, RefusedSite)}
+    known = [site.path for site in sites if site.path not in refused]
+    # a class that only wraps a layer we know (a block named ...Attention) is not a layer of its own
+    return [s for s in sites if s.path not in refused or not any(k.startswith(f"{s.path}.") for k in known)]
+
+
+def _bias(layer: nn.Module) -> str | None:
+    names = ("relative_position_bias_table", "attention_biases", "rel_pos", "rel_pos_h", "attention_bias_idxs")
+    return "relative position bias" if any(getattr(layer, name, None) is not None for name in names) else None
+
+
+def _needs(layer: nn.Module, *, cross: bool = False) -> dict[str, str]:
+    needs = {"cross": "queries come from elsewhere than keys"} if cross else {}
+    if getattr(layer, "num_kv_groups", 1) > 1:
+        needs["gqa"] = "key and value heads are shared"
+    return needs
+
+
+def _self_attention(path: str, layer: nn.Module, layers: Mapping[str, nn.Module]) -> Site:
+    linear = cast(nn.Linear, layer.q_proj if getattr(layer, "qkv", None) is None else layer.qkv)
+    owner = next((m for a in ancestors(path) if _knows_grid(m := layers[a])), None)
+    no_mixer = None
+    if owner is not None and getattr(owner, "rope", None) is not None:
+        no_mixer = "rotary position embedding, and a mixer has no queries and keys to rotate"
+    elif layer.proj.out_features != linear.in_features:
+        no_mixer = f"it maps width {linear.in_features} to {layer.proj.out_features}, and a mixer keeps the width"
+    site = TimmSite(path, layer, "timm", linear.in_features, layer.num_heads, _needs(layer), no_mixer)
+    if owner is not None:
+        site.owner = owner
+        site.prefix = owner.num_prefix_tokens
+        site.grid = _grid_of(owner)
+    return site
+
+
+def _knows_grid(module: nn.Module) -> bool:
+    return hasattr(module, "num_prefix_tokens") and hasattr(
+        getattr(module, "patch_embed", None), "dynamic_feat_size"
+    )
+
+
+class GridOfCall:
+    """The token grid of the call under way: a hook on the patch embedding writes it, mixers read it.
+
+    Checkpointed layers recompute in the backward pass with the grid of the latest forward call. So with gradient
+    checkpointing, run the backward pass of a batch before the forward pass of one of another size.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+
+    def __call__(self, patch_embed: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Read the grid from the image ``(B, C, H, W)`` that goes in."""
+        height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
+        self.size = (height, width)
+
+
+def _hook_of(patch_embed: nn.Module) -> GridOfCall | None:
+    return next((h for h in patch_embed._forward_pre_hooks.values() if isinstance(h, GridOfCall)), None)
+
+
+def _grid_of(owner: nn.Module) -> GridOfCall:
+    return _hook_of(owner.patch_embed) or GridOfCall(tuple(owner.patch_embed.grid_size or (0, 0)))
+
+
+@dataclass
+class TimmSite(Site):
+    """An attention layer of timm."""
+
+    owner: nn.Module | None = None
+    grid: GridOfCall | None = None
+
+    def mixer_problem(self, info: AttentionInfo) -> str | None:
+        """Mixers over a grid need a model that tells the grid, and all of its patches."""
+        if not info.capabilities.grid:
+            return None
+        if self.owner is None:
+            return "no module round it tells the grid of the tokens (patch_embed.dynamic_feat_size)"
+        drop = getattr(self.owner, "patch_drop", None)
+        if drop is not None and not isinstance(drop, nn.Identity):
+            return "patches are dropped in training (patch_drop_rate), so that what is left is no grid"
+        return None
+
+    def put_core(self, core: Core) -> nn.Module:
+        """Run `core` between the layer's own projections."""
+        pool = isinstance(self.module, AttentionPoolLatent)
+        return (TimmPoolCore if pool else TimmCore).over(self.module, core)
+
+    def put_mixer(self, mixer: nn.Module) -> nn.Module:
+        """Run `mixer` on the tokens, with the grid of the call."""
+        return TimmMixer(mixer, self.grid, self.prefix)
+
+    def installed(self, layer: nn.Module) -> None:
+        """Have the patch embedding tell the grid of each call to the mixers."""
+        if isinstance(layer, TimmMixer) and self.owner is not None and _hook_of(self.owner.patch_embed) is None:
+            grid = cast(GridOfCall, self.grid)
+            layer.grid = grid
+            self.owner.patch_embed.register_forward_pre_hook(grid)
+        elif isinstance(layer, TimmMixer) and self.owner is not None:
+            layer.grid = _hook_of(self.owner.patch_embed)
+
+    def removed(self) -> None:
+        """Take the hook off the patch embedding."""
+        if self.owner is not None:
+            hooks = self.owner.patch_embed._forward_pre_hooks
+            for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
+                del hooks[key]
+
+
+class TimmCore(CoreLayer):
+    """timm's self-attention with another core."""
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attend over tokens ``(B, N, C)``, as timm's `Attention`, `AttentionRope` and `EvaAttention` do."""
+        gate = getattr(self, "gate", None)
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
+        out = self.core(q, k, v, mask=None if is_causal else attn_mask, causal=is_causal, dropout=self._dropout())
+        out = self.norm(out.transpose(1, 2).flatten(2)) if hasattr(self, "norm") else out.transpose(1, 2).flatten(2)
+        if gate is not None:
+            out = out * gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.qkv is not None:
+            q_bias = getattr(self, "q_bias", None)
+            if q_bias is None:
+                qkv = self.qkv(x)
+            elif self.qkv_bias_separate:
+                qkv = self.qkv(x) + torch.cat((q_bias, self.k_bias, self.v_bias))
+            else:
+                qkv = F.linear(x, self.qkv.weight, torch.cat((q_bias, self.k_bias, self.v_bias)))
+            return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        head = self.head_dim
+        return tuple(p(x).unflatten(-1, (-1, head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+
+    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        head, patches = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
+        half = getattr(self, "rotate_half", False)
+        return torch.cat([head, apply_rot_embed_cat(patches, rope, half=half)], dim=2)
+
+    def _dropout(self) -> float:
+        return self.attn_drop.p if self.training else 0.0
+
+
+class TimmPoolCore(CoreLayer):
+    """timm's attention pooling (`AttentionPoolLatent`) with another core."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Pool tokens ``(B, N, C)`` into ``(B, C)``, or ``(B, latents, C)`` where the layer keeps them."""
+        if self.pos_embed is not None:
+            x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
+        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = self.core(self.q_norm(q), self.k_norm(k), v, mask=attn_mask)
+        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        if self.mlp is not None:
+            out = out + self.mlp(self.norm(out))
+        if self.pool == "token":
+            return out[:, 0]
+        return out.mean(1) if self.pool == "avg" else out
+
+
+class TimmMixer(MixerLayer):
+    """A mixer where timm had self-attention."""
+
+    def __init__(self, mixer: nn.Module, grid: GridOfCall | None, prefix: int) -> None:
+        super().__init__(mixer)
+        self.grid, self.prefix = grid, prefix
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Mix tokens ``(B, N, C)``.
+
+        Raises
+        ------
+        UnsupportedError
+            If the caller asks for an attention mask or for causality.
+        ShapeError
+            If the tokens are not those of the image that the patch embedding saw last.
+        """
+        if attn_mask is not None or is_causal:
+            raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
+        size = None if self.grid is None else self.grid.size
+        if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
+            raise ShapeError(
+                f"{x.shape[1]} tokens are not {self.prefix} prefix tokens and the {size[0]} x {size[1]} patches of the last "
+                "image; a mixer takes the grid from the model's own patch embedding, so call the whole model"
+            )
+        return self.mixer(x, grid=size, prefix=self.prefix)
+
+

@@ -1,0 +1,218 @@
+"""Host torch: `nn.MultiheadAttention`, and so `nn.TransformerEncoder`, torchvision's ViT and whatever else is built on it.
+
+torch's encoder layers have a fast path that reads the weights of their attention and never calls it; a swapped layer says
+of itself what makes them take the ordinary path (``_qkv_same_embed_dim = False``).
+
+A caller who asks for attention weights (``need_weights=True``, torch's default) gets them from cores that have them
+(`softmax`), and None from every other core and mixer, in the place where torch gives None for ``need_weights=False``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attnzoo.errors import UnsupportedError
+from attnzoo.hosts.site import Core, CoreLayer, MixerLayer, RefusedSite, Site, Wanted, ancestors, looks_like_attention
+from attnzoo.registry import AttentionInfo
+
+
+def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+    """Find `nn.MultiheadAttention`; see `attnzoo.hosts`."""
+    sites: list[Site] = []
+    for path, layer in layers.items():
+        if not isinstance(layer, nn.MultiheadAttention):
+            if type(layer).__module__.startswith("torchvision.") and looks_like_attention(layer):
+                reason = "window shift and relative position bias" if "Window" in type(layer).__name__ else ""
+                sites.append(RefusedSite(path, layer, "torch", reason or "no host of attnzoo knows this class"))
+        elif type(layer).forward is not nn.MultiheadAttention.forward:
+            sites.append(RefusedSite(path, layer, "torch", "a subclass with a forward of its own"))
+        elif layer.bias_k is not None or layer.add_zero_attn:
+            option = "add_bias_kv" if layer.bias_k is not None else "add_zero_attn"
+            sites.append(RefusedSite(path, layer, "torch", f"{option}=True adds a key of its own"))
+        else:
+            sites.append(_site(path, layer, layers, wanted))
+    return sites
+
+
+def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, nn.Module], wanted: Wanted) -> Site:
+    parent = layers[ancestors(path)[0]] if path else layer
+    kind = type(parent).__name__
+    site = TorchSite(path, layer, "torch", layer.embed_dim, layer.num_heads)
+    if kind == "TransformerDecoderLayer" and path.endswith("multihead_attn"):
+        site.needs["cross"] = "cross-attention"
+        site.no_mixer = "cross-attention, and a mixer has one input"
+    elif kind == "TransformerDecoderLayer":
+        site.no_mixer = "self-attention of a decoder, which may be causal: a mixer would see later tokens"
+    elif kind.endswith("PoolingHead"):
+        site.needs["cross"] = "attention pooling is cross-attention from a learned query"
+        site.no_mixer = "attention pooling is cross-attention from a learned query, and a mixer has one input"
+    elif layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
+        site.no_mixer = "cross-attention (keys or values of another width), and a mixer has one input"
+    site.grid, site.prefix = wanted.grid, wanted.prefix or 0
+    if wanted.grid is None:
+        vit = next((m for a in ancestors(path) if _is_torchvision_vit(m := layers[a])), None)
+        if vit is not None:
+            side = vit.image_size // vit.patch_size
+            site.grid, site.prefix = (side, side), 1
+    return site
+
+
+def _is_torchvision_vit(module: nn.Module) -> bool:
+    return any(c.__module__ == "torchvision.models.vision_transformer" for c in type(module).__mro__) and hasattr(
+        module, "class_token"
+    )
+
+
+@dataclass
+class TorchSite(Site):
+    """An `nn.MultiheadAttention`."""
+
+    grid: tuple[int, int] | None = None
+    takes_wanted: ClassVar[bool] = True
+
+    def mixer_problem(self, info: AttentionInfo) -> str | None:
+        """Mixers over a grid need to be told it."""
+        if info.capabilities.grid and self.grid is None:
+            return "torch's encoders know no grid of tokens: give grid=(h, w), and prefix= if tokens stand before the grid"
+        return None
+
+    def put_core(self, core: Core) -> nn.Module:
+        """Run `core` between the layer's own projections."""
+        layer = TorchCore.over(self.module, core)
+        layer._qkv_same_embed_dim = False  # see the head of this file
+        return layer
+
+    def put_mixer(self, mixer: nn.Module) -> nn.Module:
+        """Run `mixer` on the tokens."""
+        return TorchMixer(mixer, self.module, self.grid, self.prefix)
+
+
+class TorchCore(CoreLayer, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with another core."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, with the arguments and results of `nn.MultiheadAttention`; for weights see the head of this file."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        if not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(query, key, value))
+        mask = _merge(_seen(attn_mask, self.num_heads), _seen_keys(key_padding_mask), q.dtype)
+        options = {"mask": mask, "dropout": self.dropout if self.training else 0.0}
+        weights = None
+        if need_weights and hasattr(self.core, "with_weights"):
+            out, weights = self.core.with_weights(q, k, v, **options)
+            weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
+        else:
+            out = self.core(q, k, v, **options)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = out if self.batch_first else out.transpose(0, 1)
+        return out if batched else out.squeeze(0 if self.batch_first else 1), weights
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        if self.in_proj_weight is None:
+            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        elif query is key and key is value:
+            return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1))
+        else:
+            weights = list(self.in_proj_weight.chunk(3))
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        return [F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True)]
+
+
+class TorchMixer(MixerLayer):
+    """A mixer where torch had self-attention.
+
+    The attributes that torch's encoder layers read off their attention are here too.
+    """
+
+    _qkv_same_embed_dim = False  # keeps torch's encoder layers off their fast path
+    in_proj_weight = in_proj_bias = None
+
+    def __init__(self, mixer: nn.Module, original: nn.Module, grid: tuple[int, int] | None, prefix: int) -> None:
+        super().__init__(mixer)
+        self.grid, self.prefix = grid, prefix
+        self.batch_first: bool = original.batch_first
+        self.embed_dim: int = original.embed_dim
+        self.num_heads: int = original.num_heads
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Mix tokens, with the arguments of `nn.MultiheadAttention`; the weights are always None.
+
+        Raises
+        ------
+        UnsupportedError
+            If query, key and value are not one tensor, or the caller asks for an attention mask or for causality.
+        """
+        if not (query is key and key is value):
+            raise UnsupportedError("cross-attention: a mixer has one input, but query, key and value are not one tensor")
+        if attn_mask is not None or is_causal:
+            raise UnsupportedError("a mixer cannot honour attn_mask or is_causal, only key_padding_mask")
+        batched = query.dim() == 3
+        x = query if batched else query.unsqueeze(0 if self.batch_first else 1)
+        x = x if self.batch_first else x.transpose(0, 1)
+        mask = _seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
+        if mask is not None:
+            mask = (mask if mask.dtype == torch.bool else ~torch.isneginf(mask)).flatten(1)
+        out = self.mixer(x, grid=self.grid, prefix=self.prefix, mask=mask)
+        out = out if self.batch_first else out.transpose(0, 1)
+        return out if batched else out.squeeze(0 if self.batch_first else 1), None
+
+
+def _seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
+    """torch's attn_mask, True where hidden, ``(N, S)`` or ``(B * H, N, S)``, as a core's mask."""
+    if attn_mask is None:
+        return None
+    mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _seen_keys(key_padding_mask: Tensor | None) -> Tensor | None:
+    """torch's key_padding_mask ``(B, S)``, True where hidden, as a core's mask ``(B, 1, 1, S)``."""
+    if key_padding_mask is None:
+        return None
+    mask = key_padding_mask[:, None, None, :]
+    return ~mask if mask.dtype == torch.bool else mask
+
+
+def _merge(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    if a.dtype == torch.bool and b.dtype == torch.bool:
+        return a & b
+    return _additive(a, dtype) + _additive(b, dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))

@@ -1,0 +1,182 @@
+"""Host transformers: every model that goes through transformers' own attention interface.
+
+An attention module of transformers picks a function by the name in its config (``_attn_implementation``) and calls it with
+queries, keys, values and a mask. attnzoo adds one name, ``attnzoo``, to that interface. A swapped module is the host's own class
+on the host's own state, with two things of its own: a copy of the config that says ``attnzoo``, and the core. Models that
+share a config do not share a swap, and masks go on being made by the model as before, so `sdpa` and `eager` models are taken.
+
+A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`) and None
+from every other.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from attnzoo.cores.masks import causal_mask
+from attnzoo.errors import UnsupportedError
+from attnzoo.hosts.site import Core, RefusedSite, Site, Wanted, looks_like_attention, share_state
+
+NAME = "attnzoo"
+_MASKS = ("sdpa", "eager", None)
+
+
+def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+    """Find the modules that call transformers' attention interface; see `attnzoo.hosts`."""
+    AttentionInterface.register(NAME, attention)
+    sites: list[Site] = []
+    for path, layer in layers.items():
+        if not type(layer).__module__.startswith("transformers."):
+            continue
+        if _calls_interface(layer):
+            reason = _unsupported(layer)
+            sites.append(RefusedSite(path, layer, "transformers", reason) if reason else _site(path, layer))
+        elif looks_like_attention(layer):
+            reason = "it does not go through transformers' attention interface"
+            sites.append(RefusedSite(path, layer, "transformers", reason))
+    callers = [site.path for site in sites if _calls_interface(site.module)]
+    # blocks named ...Attention that hold a caller, or torch's own attention, are not layers of their own
+    inner = [*callers, *(p for p, m in layers.items() if isinstance(m, nn.MultiheadAttention))]
+    return [s for s in sites if s.path in callers or not any(_nested(s.path, i) for i in inner)]
+
+
+def _nested(a: str, b: str) -> bool:
+    return a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _code(layer: nn.Module) -> Any:
+    return inspect.unwrap(type(layer).forward).__code__
+
+
+def _calls_interface(layer: nn.Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _code(layer).co_names
+
+
+def _unsupported(layer: nn.Module) -> str | None:
+    """Say what the module hands to the interface that no core can honour, or None."""
+    code = _code(layer)
+    words = {w for c in code.co_consts if isinstance(c, tuple) for w in c} | set(code.co_varnames)
+    if "position_bias" in words:
+        return "relative position bias"
+    if "s_aux" in words:
+        return "learned attention sinks"
+    if layer.config._attn_implementation not in _MASKS:
+        return (
+            f"the model was loaded with attn_implementation={layer.config._attn_implementation!r}, whose masks a core "
+            "cannot read; load it with 'sdpa' or 'eager', or call model.set_attn_implementation('sdpa')"
+        )
+    return None
+
+
+def _site(path: str, layer: nn.Module) -> Site:
+    config = layer.config
+    needs = {}
+    causal = bool(getattr(layer, "is_causal", False))
+    if causal:
+        needs["causal"] = "causal attention"
+    if getattr(layer, "num_key_value_groups", 1) > 1:
+        needs["gqa"] = "key and value heads are shared"
+    if getattr(layer, "attn_logit_softcapping", None) is not None:
+        needs["softcap"] = "scores are capped (attn_logit_softcapping)"
+    why = (
+        "causality: a mixer that is not causal would let a token see those after it"
+        if causal
+        else "in transformers models only cores can be swapped"
+    )
+    heads = getattr(config, "num_attention_heads", 0)
+    return TransformersSite(path, layer, "transformers", getattr(config, "hidden_size", 0), heads, needs, why)
+
+
+@dataclass
+class TransformersSite(Site):
+    """A module that calls transformers' attention interface."""
+
+    def put_core(self, core: Core) -> nn.Module:
+        """Make the host's class, on the host's state, call `core`."""
+        layer = share_state(self.module, type(self.module))
+        config = copy.copy(self.module.config)
+        config._attn_implementation_internal = NAME
+        layer.config = config
+        layer.attnzoo_core = core
+        layer.attnzoo_model_config = self.module.config
+        return layer
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the module's core, as transformers' attention interface asks.
+
+    Parameters
+    ----------
+    module
+        A swapped attention module.
+    query, key, value
+        ``(B, H, N, D)`` and ``(B, Hkv, S, D)``.
+    attention_mask
+        None, or ``(B, 1 or H, N, S)``, boolean (True where seen) or additive.
+
+    Returns
+    -------
+    tuple
+        ``(B, N, H, D)`` and the weights ``(B, H, N, S)``, or None.
+
+    Raises
+    ------
+    UnsupportedError
+        For a module that was not swapped, and for what no core can honour.
+    """
+    core = getattr(module, "attnzoo_core", None)
+    if core is None:
+        raise UnsupportedError("attn_implementation='attnzoo' is set by attnzoo.replace_attention(model, name), not by hand")
+    implementation = module.attnzoo_model_config._attn_implementation
+    if implementation not in _MASKS or (attention_mask is not None and attention_mask.dim() != 4):
+        raise UnsupportedError(
+            f"the model makes masks for attn_implementation={implementation!r}, which a core cannot read; "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    for name in ("position_bias", "s_aux", "cache"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honour")
+    queries, keys = query.shape[2], key.shape[2]
+    options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "mask": attention_mask}
+    if attention_mask is not None:
+        options["mask"] = attention_mask[..., :keys]
+    elif implementation == "sdpa" and queries > 1:
+        # an sdpa model leaves out a mask that is causal and nothing else
+        options["causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if options["causal"] and keys != queries:  # a static cache, still empty: what follows the queries is unused
+            options["causal"] = False
+            options["mask"] = causal_mask(queries, queries, query.device)
+            key, value = key[:, :, :queries], value[:, :, :queries]
+    if softcap is not None:
+        options["softcap"] = softcap
+    weights = None
+    if hasattr(core, "with_weights") and _wants_weights(module, kwargs):
+        out, weights = core.with_weights(query, key, value, **options)
+    else:
+        out = core(query, key, value, **options)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    asked = kwargs.get("output_attentions")
+    return bool(module.attnzoo_model_config.output_attentions if asked is None else asked)
+
+

@@ -1,0 +1,100 @@
+"""Tokens on a grid: every image of a batch laid on one canvas, and back.
+
+Mixers that convolve over a grid work on a `Canvas`; whether images had one grid, grids of their own, or padding that a
+mask marks, is settled here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.checks import Grid, check_grid
+from attnzoo.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where the tokens of a batch lie.
+
+    Attributes
+    ----------
+    height, width
+        Size of the canvas, in tokens.
+    prefix
+        Number of tokens before the grid.
+    tokens
+        Number of tokens N of the sequence, prefix included.
+    patch_mask, prefix_mask
+        ``(B, height * width, 1)`` and ``(B, prefix, 1)``, True where a token is real; None where all are.
+    slots
+        ``(B, N - prefix, 1)``: the place on the canvas of each token; None where the order is the canvas's own.
+    """
+
+    height: int
+    width: int
+    prefix: int
+    tokens: int
+    patch_mask: Tensor | None = None
+    prefix_mask: Tensor | None = None
+    slots: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
+        """Lay out `x` ``(B, N, C)``.
+
+        Raises
+        ------
+        ShapeError
+            If grid, prefix and x do not fit together.
+        """
+        batch, tokens = x.shape[:2]
+        check_grid(grid, tokens, batch, prefix)
+        prefix_mask = None if mask is None or not prefix else mask[:, :prefix, None]
+        patch_mask = None if mask is None else mask[:, prefix:, None]
+        if not isinstance(grid, Tensor):
+            assert grid is not None
+            return cls(grid[0], grid[1], prefix, tokens, patch_mask, prefix_mask)
+        real, slots, height, width = _own_grids(grid.to(x.device), tokens - prefix)
+        real = real if patch_mask is None else real & patch_mask
+        # padding is thrown to one slot past the end of the canvas, which nothing reads
+        slots = torch.where(real, slots, height * width)
+        on_canvas = torch.zeros(batch, height * width + 1, 1, dtype=torch.bool, device=x.device)
+        on_canvas = on_canvas.scatter(1, slots, torch.ones_like(real))[:, :-1]
+        return cls(height, width, prefix, tokens, on_canvas, prefix_mask, slots)
+
+    def lay(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)`` on the canvas."""
+        head, patches = x[:, : self.prefix], x[:, self.prefix :]
+        if self.slots is not None:
+            canvas = x.new_zeros(x.shape[0], self.height * self.width + 1, x.shape[2])
+            patches = canvas.scatter(1, self.slots.expand_as(patches), patches)[:, :-1]
+        return head, patches
+
+    def take(self, head: Tensor, patches: Tensor) -> Tensor:
+        """Undo `lay`: back to ``(B, N, C)``, with zeros in the place of padding."""
+        head, patches = hide(head, self.prefix_mask), hide(patches, self.patch_mask)
+        if self.slots is not None:
+            nothing = patches.new_zeros(patches.shape[0], 1, patches.shape[2])
+            patches = torch.cat([patches, nothing], dim=1)
+            patches = patches.gather(1, self.slots.expand(-1, -1, patches.shape[2]))
+        return torch.cat([head, patches], dim=1) if self.prefix else patches
+
+
+def hide(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Put zeros where `mask` is False, whatever stood there (NaN included)."""
+    return x if mask is None else torch.where(mask, x, 0.0)
+
+
+def _own_grids(grid: Tensor, patches: int) -> tuple[Tensor, Tensor, int, int]:
+    """Which of the `patches` tokens of each image are real, and their slots on a canvas that holds every grid."""
+    height, width = (int(n) for n in grid.amax(0))
+    if int(grid.amin()) < 1 or int(grid.prod(1).amax()) > patches:
+        raise ShapeError(f"grids {grid.tolist()} must be at least 1 x 1 and hold at most {patches} tokens each")
+    rows, columns = grid[:, :1], grid[:, 1:]
+    index = torch.arange(patches, device=grid.device).expand(len(grid), -1)
+    real = index < rows * columns
+    slots = index // columns * width + index % columns
+    return real.unsqueeze(-1), slots.unsqueeze(-1), height, width

@@ -1,0 +1,321 @@
+"""The table of attentions: names, what each can honour, and where its code is.
+
+An entry is data. Its code is imported when it is first built, so `import attnzoo` stays light. To add a method of
+your own to the package, write its file and add one line to `BUILT_IN`; from outside, call `register_attention` or
+publish an entry point in the group ``attnzoo.attentions`` whose object is an `AttentionInfo`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from attnzoo.errors import AttnZooError, OptionError, UnknownNameError, UnsupportedError
+
+Kind = Literal["core", "mixer", "eviction"]
+ENTRY_POINTS = "attnzoo.attentions"
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a method can honour. A host that needs more is refused by the name of what is missing.
+
+    causal
+        Token t can be kept from seeing tokens after t.
+    mask
+        Padding can be left out (mixers) or any attention mask be applied (cores).
+    cross
+        Queries may come from another sequence than keys and values.
+    gqa
+        Fewer key and value heads than query heads.
+    dropout
+        Attention dropout in training.
+    softcap
+        Scores squashed to ``softcap * tanh(scores / softcap)``.
+    weights
+        The attention weights can be returned.
+    grid
+        The method needs to know the grid of the tokens.
+    backward
+        Gradients flow.
+    compile
+        ``torch.compile(fullgraph=True)`` goes through without a break.
+    """
+
+    causal: bool = False
+    mask: bool = False
+    cross: bool = False
+    gqa: bool = False
+    dropout: bool = False
+    softcap: bool = False
+    weights: bool = False
+    grid: bool = False
+    backward: bool = True
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class AttentionInfo:
+    """One entry of the registry.
+
+    Parameters
+    ----------
+    name
+        What a user writes.
+    kind
+        ``core``, ``mixer`` or ``eviction``.
+    target
+        Where the class is, as ``"package.module:Class"``, or the class itself.
+    summary
+        One line for a reader.
+    paper
+        Title and address of the source.
+    capabilities
+        What the method can honour.
+    """
+
+    name: str
+    kind: Kind
+    target: str | type
+    summary: str = ""
+    paper: str = ""
+    capabilities: Capabilities = Capabilities()
+
+    def load(self) -> Callable[..., Any]:
+        """Import the class behind this entry."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise AttnZooError(f"attention {self.name!r} could not be loaded from {self.target!r}: {error}") from error
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options and their defaults: the keyword-only parameters of the class."""
+        parameters = inspect.signature(self.load()).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def check_options(self, options: Iterable[str]) -> None:
+        """Raise `OptionError` on the first option that this method does not have."""
+        known = self.options
+        for option in options:
+            if option not in known:
+                listed = ", ".join(f"{k}={v!r}" for k, v in known.items()) or "none"
+                raise OptionError(
+                    f"{self.name!r} has no option {option!r}{_nearest(option, known)}. Its options: {listed}."
+                )
+
+    def __str__(self) -> str:
+        can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items()) or "none"
+        lines = [f"{self.name} ({self.kind}): {self.summary}", f"  options: {options}", f"  can: {', '.join(can)}"]
+        return "\n".join([*lines, f"  source: {self.paper}"] if self.paper else lines)
+
+
+_EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
+
+BUILT_IN: tuple[AttentionInfo, ...] = (
+    AttentionInfo(
+        "softmax",
+        "core",
+        "attnzoo.cores.softmax:Softmax",
+        "softmax attention written out, accumulated in float32: the oracle",
+        "Attention Is All You Need, https://arxiv.org/abs/1706.03762",
+        Capabilities(**_EVERYTHING, dropout=True, softcap=True, weights=True),
+    ),
+    AttentionInfo(
+        "sdpa",
+        "core",
+        "attnzoo.cores.sdpa:Sdpa",
+        "torch.nn.functional.scaled_dot_product_attention, on the backend that PyTorch picks",
+        "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
+        Capabilities(**_EVERYTHING, dropout=True),
+    ),
+    AttentionInfo(
+        "flash",
+        "core",
+        "attnzoo.cores.flash:Flash",
+        "the FlashAttention algorithm and nothing else: what it cannot do is refused",
+        "FlashAttention-2, https://arxiv.org/abs/2307.08691",
+        Capabilities(**_EVERYTHING),
+    ),
+    AttentionInfo(
+        "padre",
+        "mixer",
+        "attnzoo.mixers.padre:Padre",
+        "polynomial attention: Hadamard products of depthwise convolutions",
+        "PADRe, https://arxiv.org/abs/2407.11306",
+        Capabilities(mask=True, grid=True),
+    ),
+)
+
+_table: dict[str, AttentionInfo] = {info.name: info for info in BUILT_IN}
+_entry_points_read = False
+
+
+def list_attentions(kind: Kind | None = None) -> list[str]:
+    """Names of all registered attentions, or of one kind, in the order of registration.
+
+    Raises
+    ------
+    UnknownNameError
+        If `kind` is none of core, mixer, eviction.
+    """
+    if kind is not None:
+        _check_kind(kind)
+    _read_entry_points()
+    return [name for name, info in _table.items() if kind in (None, info.kind)]
+
+
+def describe(name: str) -> AttentionInfo:
+    """Give the entry of `name`: its kind, options, capabilities and source.
+
+    Raises
+    ------
+    UnknownNameError
+        If there is no such name; the message gives the nearest ones.
+    """
+    if name not in _table:
+        _read_entry_points()
+    if not isinstance(name, str) or name not in _table:
+        raise UnknownNameError(
+            f"there is no attention {name!r}{_nearest(name, _table)}. Registered: {', '.join(_table)}."
+        )
+    return _table[name]
+
+
+def register_attention(
+    name: str,
+    kind: Kind,
+    target: str | type,
+    *,
+    summary: str = "",
+    paper: str = "",
+    capabilities: Capabilities | Mapping[str, bool] | None = None,
+) -> AttentionInfo:
+    """Add a method of your own, so that every function of attnzoo knows its name.
+
+    A core is a class without parameters to train whose instances are called
+    ``core(q, k, v, mask=, causal=, scale=, dropout=, softcap=)`` on ``(B, H, N, D)``; a mixer is an `nn.Module` built
+    as ``Class(dim, num_heads, **options)`` and called ``mixer(x, grid=, prefix=, mask=)`` on ``(B, N, C)``. Options are
+    the keyword-only parameters of the class.
+
+    Parameters
+    ----------
+    name, kind, target, summary, paper
+        As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
+    capabilities
+        What it can honour, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+
+    Raises
+    ------
+    AttnZooError
+        If the name is taken, the kind unknown, or a capability unknown.
+    """
+    _check_kind(kind)
+    _read_entry_points()
+    if not isinstance(name, str) or not name.strip():
+        raise AttnZooError(f"an attention's name is a string with something in it, not {name!r}")
+    if name in _table:
+        raise AttnZooError(f"the name {name!r} is taken by {_table[name].target!r}; choose another")
+    if not isinstance(target, str) and not callable(target):
+        raise AttnZooError(f"target of {name!r} is a class or 'package.module:Class', not {target!r}")
+    if isinstance(target, str) and not all(target.partition(":")):
+        raise AttnZooError(f"target of {name!r} must read 'package.module:Class', not {target!r}")
+    if not isinstance(capabilities, Capabilities):
+        known = {f.name for f in fields(Capabilities)}
+        for key in capabilities or {}:
+            if key not in known:
+                raise OptionError(f"there is no capability {key!r}{_nearest(key, known)}")
+        capabilities = Capabilities(**(capabilities or {}))
+    info = AttentionInfo(name, kind, target, summary, paper, capabilities)
+    _table[name] = info
+    return info
+
+
+def unregister_attention(name: str) -> None:
+    """Take a method registered by `register_attention` out again; built-in names stay."""
+    info = describe(name)
+    if info in BUILT_IN:
+        raise AttnZooError(f"{name!r} is built in and cannot be taken out")
+    del _table[name]
+
+
+def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[..., Any]:
+    """Make the core that `info` names; it is called ``core(q, k, v, ...)``."""
+    info.check_options(options)
+    return info.load()(**options)
+
+
+def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[str, Any]) -> nn.Module:
+    """Make the mixer that `info` names for tokens of width `dim`."""
+    info.check_options(options)
+    return info.load()(dim, num_heads, **options)
+
+
+def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.Module:
+    """Make a stand-alone self-attention module of any core or mixer.
+
+    Called ``m(x, grid=(h, w), prefix=0, mask=None)``: `x` is ``(B, prefix + h * w, C)``, `mask` ``(B, N)``, True where
+    a token is real. Methods that need no grid may be called without one. A core gets projections of its own.
+
+    Raises
+    ------
+    UnknownNameError, OptionError
+        For a name or an option that does not exist, or a value that an option cannot take.
+    UnsupportedError
+        For an eviction policy: it wraps a language model's cache and cannot stand alone.
+    """
+    from attnzoo.checks import check_int
+
+    info = describe(name)
+    check_int("dim", dim, minimum=1)
+    check_int("num_heads", num_heads, minimum=1)
+    if info.kind == "mixer":
+        return build_mixer(info, dim, num_heads, options)
+    if info.kind == "core":
+        from attnzoo.cores.self_attention import SelfAttention
+
+        return SelfAttention(dim, num_heads, build_core(info, options))
+    raise UnsupportedError(
+        f"{name!r} is an eviction policy: it bounds the cache of a language model and cannot stand alone; "
+        f"use attnzoo.replace_attention(model, {name!r})"
+    )
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise UnknownNameError(f"there is no kind {kind!r}; the kinds are {', '.join(get_args(Kind))}")
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def _read_entry_points() -> None:
+    """Add what installed packages publish; one that cannot be read is warned about and left out."""
+    global _entry_points_read
+    if _entry_points_read:
+        return
+    _entry_points_read = True
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            info = point.load()
+            if not isinstance(info, AttentionInfo):
+                raise TypeError(f"expected an AttentionInfo, got {type(info).__name__}")
+            if info.name in _table:
+                raise ValueError(f"the name {info.name!r} is taken")
+            _table[info.name] = info
+        except Exception as error:
+            warnings.warn(f"attnzoo left out the entry point {point.name!r} ({point.value}): {error}", stacklevel=3)

@@ -1,0 +1,350 @@
+"""Swap the attention of a model: all chosen layers or none, and back again.
+
+A swap changes the object it is given and nothing else. What it leaves on the model is one record a layer (`Swapped`), so a
+copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from attnzoo.errors import OptionError, SwapError, UnsupportedError
+from attnzoo.hosts import Site, Wanted, find_sites
+from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
+from attnzoo.registry import AttentionInfo, build_core, describe
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer.
+
+    Attributes
+    ----------
+    path, host, host_class
+        Where it is and what it is by birth.
+    attention
+        Name of what stands there now; None where it is the host's own.
+    options
+        Options given for it.
+    parameters_before, parameters_after, reused, added
+        Numbers of parameters of the layer; before, after, shared by both, new.
+    """
+
+    path: str
+    host: str
+    host_class: str
+    attention: str | None
+    options: Mapping[str, Any]
+    parameters_before: int
+    parameters_after: int
+    reused: int
+
+    @property
+    def added(self) -> int:
+        """Parameters that the swap brought."""
+        return self.parameters_after - self.reused
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_report` found; printed, it is a table.
+
+    Attributes
+    ----------
+    layers
+        Every attention layer, swapped or not.
+    parameters_before, parameters_after
+        Numbers of parameters of the whole model.
+    """
+
+    layers: tuple[LayerReport, ...]
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def swapped(self) -> tuple[LayerReport, ...]:
+        """The layers that a swap put in place."""
+        return tuple(layer for layer in self.layers if layer.attention is not None)
+
+    @property
+    def reused(self) -> int:
+        """Parameters of the host that the swapped layers go on using."""
+        return sum(layer.reused for layer in self.swapped)
+
+    @property
+    def added(self) -> int:
+        """Parameters that the swap brought."""
+        return sum(layer.added for layer in self.swapped)
+
+    def __str__(self) -> str:
+        rows = [("layer", "was", "is", "parameters", "reused", "added")]
+        for layer in self.layers:
+            options = ", ".join(f"{k}={v!r}" for k, v in layer.options.items())
+            now = "(its own)" if layer.attention is None else layer.attention + (f"({options})" if options else "")
+            change = f"{layer.parameters_before:,} -> {layer.parameters_after:,}"
+            rows.append((layer.path, layer.host_class, now, change, f"{layer.reused:,}", f"{layer.added:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.layers)} attention layers found, {len(self.swapped)} swapped; "
+                f"parameters of the model {self.parameters_before:,} -> {self.parameters_after:,} "
+                f"(reused {self.reused:,}, added {self.added:,})",
+            ]
+        )
+
+
+def replace_attention(
+    model: Model,
+    name: str,
+    *,
+    where: str | Sequence[str] | None = None,
+    keep_original: bool = True,
+    **options: Any,
+) -> Model:
+    """Put the attention `name` in the place of a model's own, in every layer or in those that `where` names.
+
+    The model is changed in place and returned. A core runs on the host's own weights; a mixer brings its own. A swap of
+    a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is.
+
+    Parameters
+    ----------
+    model
+        A timm, torch or transformers model, or a module that holds one.
+    name
+        A registered core or mixer; see `attnzoo.list_attentions`.
+    where
+        Shell-style pattern, or several, of the names of the layers to swap: ``"blocks.*"``, ``"*.11.attn"``.
+    keep_original
+        Keep the host's own modules, so that `restore_attention` can give them back. False frees them.
+    **options
+        Options of the method. For mixers in hosts that know no grid (torch's encoders): also ``grid=(h, w)`` and
+        ``prefix=0``, the number of tokens before the grid.
+
+    Raises
+    ------
+    AttnZooError
+        The name or an option is unknown; the model has no attention; `where` matches none; or a chosen layer cannot be
+        swapped (all such layers are listed with the reason). The model is then as it was.
+    """
+    info = describe(name)
+    if info.kind == "eviction":
+        raise UnsupportedError(f"{name!r} is an eviction policy, and no host takes those yet")
+    places = _places(model)
+    layers = {path: _own(layer) for path, layer in places.items()}
+    wanted, options = _split_wanted(info, options)
+    info.check_options(options)
+    sites = _choose(model, find_sites(model, layers, wanted), where)
+    if wanted != Wanted() and not all(site.takes_wanted for site in sites):
+        raise OptionError("grid and prefix are not options here: this host knows its own grid")
+    _refuse(info, sites, places)
+    core = build_core(info, options) if info.kind == "core" else None
+    swaps = [(site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites]
+    # nothing below can fail: the model changes here, and whole
+    _put(model, {id(places[site.path]): layer for site, layer in swaps})
+    for site, layer in swaps:
+        site.installed(layer)
+    return model
+
+
+def restore_attention(model: Model) -> Model:
+    """Give a swapped model the very modules back that it had before; the model is changed in place and returned.
+
+    Raises
+    ------
+    SwapError
+        If nothing in the model was swapped, or an original was not kept (``keep_original=False``).
+    """
+    places = _places(model)
+    swapped = {path: layer for path, layer in places.items() if swapped_record(layer) is not None}
+    if not swapped:
+        raise SwapError("nothing to restore: no layer of this model was swapped by attnzoo.replace_attention")
+    gone = [path for path, layer in swapped.items() if original_of(layer) is None]
+    if gone:
+        raise SwapError(f"swapped with keep_original=False, so the host's own modules are gone: {', '.join(gone)}")
+    if "" in swapped:
+        raise SwapError("this module is itself a swapped layer; restore the model that holds it")
+    originals = {}
+    for layer in swapped.values():
+        original = original_of(layer)
+        assert original is not None
+        original.training = layer.training
+        originals[id(layer)] = original
+    _put(model, originals)
+    for site in find_sites(model, _places(model), Wanted()):
+        site.removed()
+    return model
+
+
+def swap_report(model: nn.Module) -> SwapReport:
+    """Say which attention layers a model has, what stands in each, and what that did to its parameters."""
+    places = _places(model)
+    own = {path: _own(layer) for path, layer in places.items()}
+    sites = find_sites(model, own, Wanted())
+    reports = []
+    seen: set[int] = set()
+    hosts = {site.path: site.host for site in sites}
+    for path, layer in places.items():
+        record = swapped_record(layer)
+        if (record is None and path not in hosts) or id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        if record is None:
+            n = _parameters(layer)
+            reports.append(LayerReport(path, hosts[path], type(layer).__name__, None, {}, n, n, n))
+        else:
+            reports.append(
+                LayerReport(
+                    path,
+                    record.host,
+                    record.host_class,
+                    record.info.name,
+                    record.options,
+                    record.parameters_before,
+                    record.parameters_after,
+                    record.reused,
+                )
+            )
+    after = _parameters(model)
+    before = after - sum(r.parameters_after - r.parameters_before for r in reports)
+    return SwapReport(tuple(reports), before, after)
+
+
+def swapped_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Paths and modules of the layers that a swap put in place."""
+    return {path: layer for path, layer in _places(model).items() if swapped_record(layer) is not None}
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its first path, without what lies inside a swapped layer."""
+    if not isinstance(model, nn.Module):
+        raise SwapError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return dict(_walk("", model, set()))
+
+
+def _walk(path: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    if swapped_record(module) is None:
+        for name, child in module.named_children():
+            yield from _walk(f"{path}.{name}" if path else name, child, seen)
+
+
+def _own(layer: nn.Module) -> nn.Module:
+    """The host's own module at this place: what a swap put there gives way to what it stands for."""
+    original = original_of(layer)
+    return layer if original is None else original
+
+
+def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
+    """Take out of `options` what is said about the host rather than about the method."""
+    if not info.capabilities.grid:
+        return Wanted(), options
+    said = {key: value for key, value in options.items() if key in ("grid", "prefix")}
+    rest = {key: value for key, value in options.items() if key not in said}
+    if "grid" in said:
+        grid = said["grid"]
+        whole = isinstance(grid, Sequence) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
+        if not whole:
+            raise OptionError(f"grid must be (h, w), two whole numbers of at least 1, not {grid!r}")
+        said["grid"] = (grid[0], grid[1])
+    if "prefix" in said and (type(said["prefix"]) is not int or said["prefix"] < 0):
+        raise OptionError(f"prefix must be a whole number of at least 0, not {said['prefix']!r}")
+    return Wanted(**said), rest
+
+
+def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | None) -> list[Site]:
+    if not sites:
+        raise SwapError(
+            f"found no attention in this {type(model).__name__}; attnzoo knows the attention layers of timm, torch and "
+            "transformers"
+        )
+    if sites[0].path == "":
+        raise SwapError(
+            f"this {type(model).__name__} is itself the attention layer; pass the model that holds it, "
+            "for example torch.nn.Sequential(layer)"
+        )
+    if where is None:
+        return sites
+    patterns = [where] if isinstance(where, str) else list(where)
+    if not patterns or not all(isinstance(p, str) for p in patterns):
+        raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {where!r}")
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(site.path, pattern) for site in sites):
+            listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
+            raise SwapError(f"where={pattern!r} matches none of the {len(sites)} attention layers: {listed}")
+    return [site for site in sites if any(fnmatch.fnmatchcase(site.path, p) for p in patterns)]
+
+
+def _refuse(info: AttentionInfo, sites: list[Site], places: Mapping[str, nn.Module]) -> None:
+    """Raise `SwapError` naming every layer where `info` cannot stand."""
+    problems: dict[str, str] = {}
+    for site in sites:
+        record = swapped_record(places[site.path])
+        if record is not None and record.original is None:
+            problems[site.path] = "was swapped with keep_original=False: the host's own weights are gone"
+            continue
+        problem = site.problem(info)
+        if problem is not None:
+            problems[site.path] = f"{type(site.module).__name__}: {problem}"
+    if problems:
+        lines = "\n".join(f"  {path}: {problem}" for path, problem in problems.items())
+        able = [site.path for site in sites if site.path not in problems]
+        hint = f" Choose layers with where=, for example where={_pattern(able)!r}." if able else ""
+        raise UnsupportedError(f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\nNothing was swapped.{hint}")
+
+
+def _pattern(paths: list[str]) -> str:
+    """A pattern that covers `paths`: what they begin with."""
+    first = paths[0].split(".")
+    common = 0
+    while common < len(first) - 1 and all(p.split(".")[: common + 1] == first[: common + 1] for p in paths):
+        common += 1
+    return ".".join([*first[:common], "*"]) if common else "*"
+
+
+def _substitute(
+    site: Site, info: AttentionInfo, options: dict[str, Any], core: Core | None, keep_original: bool, training: bool
+) -> nn.Module:
+    if core is not None:
+        layer = site.put_core(core)
+        layer.training = training  # its children are the host's own, each in its own mode
+    else:
+        layer = site.put_mixer(site.build_mixer(info, options)).train(training)
+    before = {id(p): p.numel() for p in site.module.parameters()}
+    after = {id(p): p.numel() for p in layer.parameters()}
+    layer.__dict__["attnzoo_swap"] = Swapped(
+        info=info,
+        options=dict(options),
+        host=site.host,
+        host_class=type(site.module).__name__,
+        original=site.module if keep_original else None,
+        parameters_before=sum(before.values()),
+        parameters_after=sum(after.values()),
+        reused=sum(n for i, n in before.items() if i in after),
+    )
+    return layer
+
+
+def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others (by `id`), wherever these stand in the model."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+

@@ -1,0 +1,22 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.registry import unregister_attention
+
+
+class Zeros:
+    """A core that is plainly wrong: whatever still gives the old output never called it."""
+
+    def __call__(self, q, k, v, **options):
+        return torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[-1])
+
+
+@pytest.fixture
+def zeros() -> Iterator[str]:
+    everything = {"causal", "mask", "cross", "gqa", "dropout", "softcap"}
+    attnzoo.register_attention("zeros", "core", Zeros, capabilities=dict.fromkeys(everything, True))
+    yield "zeros"
+    unregister_attention("zeros")

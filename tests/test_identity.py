@@ -1,0 +1,70 @@
+"""Contract 1: a core changes nothing, to rounding, in any host; and it really runs."""
+
+import pytest
+import torch
+
+import attnzoo
+from tests.zoo import GRADIENT_TOLERANCE, HOSTS, OUTPUT_TOLERANCE, Host, seeded
+
+CORES = ("softmax", "sdpa", "flash")
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+def gradients(model, host: Host):
+    model.zero_grad()
+    out = host.call(model, host.inputs())
+    (out * torch.linspace(0.5, 1.5, out.numel()).view_as(out)).mean().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_outputs_and_gradients_stay(host: Host, core: str):
+    model = seeded(host.build)
+    keys = list(model.state_dict())
+    for train in (False, True):
+        model.train(train)
+        with torch.no_grad():
+            plain = host.call(model, host.inputs())
+        expected, expected_gradients = gradients(model, host)
+
+        attnzoo.replace_attention(model, core)
+        assert len(attnzoo.swap_report(model).swapped) == host.layers
+        assert list(model.state_dict()) == keys
+        assert all(m.training == train for m in model.modules())
+        with torch.no_grad():
+            assert difference(host.call(model, host.inputs()), plain) <= OUTPUT_TOLERANCE[torch.float32]
+        out, found = gradients(model, host)
+        assert difference(out, expected) <= OUTPUT_TOLERANCE[torch.float32]
+        assert found.keys() == expected_gradients.keys()
+        for name, gradient in expected_gradients.items():
+            assert difference(found[name], gradient) <= GRADIENT_TOLERANCE[torch.float32], name
+            largest = gradient.abs().max()
+            assert largest == 0 or (found[name] - gradient).abs().max() <= 1e-3 * largest + 1e-7, name
+        attnzoo.restore_attention(model)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_a_core_of_zeros_changes_every_host(host: Host, train: bool, grad: bool, zeros: str):
+    model = seeded(host.build).train(train)
+    with torch.set_grad_enabled(grad):
+        before = host.call(model, host.inputs())
+        after = host.call(attnzoo.replace_attention(model, zeros), host.inputs())
+    assert difference(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_each_layer_alone_counts(host: Host, zeros: str):
+    """Every single swapped layer is called, not only the first."""
+    model = seeded(host.build)
+    before = host.call(model, host.inputs()).detach()
+    for layer in attnzoo.swap_report(model).layers:
+        after = host.call(attnzoo.replace_attention(model, zeros, where=layer.path), host.inputs())
+        assert difference(after, before) > 1e-3, layer.path
+        attnzoo.restore_attention(model)
+    assert torch.equal(host.call(model, host.inputs()), before)
