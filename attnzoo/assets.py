@@ -48,7 +48,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file behind an address; `place` is where it goes inside the asset's folder."""
+    """One file behind an address; `place` is where it goes inside the asset's folder, and is unpacked if so said."""
 
     url: str
     sha256: str
@@ -76,7 +76,7 @@ class Download:
             _stream(file.url, artefact, asset)
             _check(artefact, file.sha256, asset, file.url)
             if file.unpack:
-                unpack(artefact, folder, name=file.place)
+                unpack(artefact, target.parent, name=target.name)
                 artefact.unlink()
             else:
                 artefact.replace(target)
@@ -108,13 +108,15 @@ class Wheel:
 class DebianPackage:
     """A Debian package, fetched with apt-get and unpacked without being installed: root is not needed.
 
-    `inside` is the folder of the package that holds the content, and `place` where it goes in the asset's folder.
+    `inside` is the folder of the package that holds the content, and `place` where it goes in the asset's folder;
+    `gunzip` unpacks the gzip files there.
     """
 
     package: str
     sha256: str
     inside: str
     place: str = "."
+    gunzip: bool = False
 
     @property
     def where(self) -> str:
@@ -141,6 +143,9 @@ class DebianPackage:
             target.mkdir(parents=True, exist_ok=True)
             for entry in content.iterdir():
                 shutil.move(str(entry), str(target / entry.name))
+            for packed in sorted(target.glob("*.gz")) if self.gunzip else []:
+                unpack(packed, target)
+                packed.unlink()
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,18 @@ ASSETS: tuple[Asset, ...] = (
         "60,000 + 10,000 grey images of clothes, 28x28, 10 classes, in torchvision's layout",
         "MIT",
         (
-            Download(tuple(RemoteFile(_FASHION + n, h, f"{_FASHION_PLACE}/{n}") for n, h in _FASHION_FILES.items())),
+            Download(
+                tuple(
+                    RemoteFile(_FASHION + name, sha256, f"{_FASHION_PLACE}/{name}", unpack=True)
+                    for name, sha256 in _FASHION_FILES.items()
+                )
+            ),
             DebianPackage(
                 "dataset-fashion-mnist",
                 "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
                 inside="usr/share/datasets/fashion-mnist",
                 place=_FASHION_PLACE,
+                gunzip=True,
             ),
         ),
     ),

@@ -53,14 +53,16 @@ def _timm(name: str, layers: int = 2, size: int = 64, **options: Any) -> Host:
     return Host(f"timm:{name}", build, lambda: images(size), lambda model, x: model(x), layers)
 
 
-def _vision(name: str, config: Any, **extra: Any) -> Host:
+def _vision(name: str, config: Any) -> Host:
     def build() -> nn.Module:
         return transformers.AutoModel.from_config(config)
 
+    def call(model: nn.Module, x: Tensor) -> Tensor:
+        out = model(pixel_values=x)
+        return torch.cat([out.last_hidden_state.flatten(1), out.pooler_output], dim=1)
+
     layers = 3 if "siglip" in name else 2  # with its pooling head
-    return Host(
-        f"transformers:{name}", build, images, lambda model, x: model(pixel_values=x).last_hidden_state, layers, **extra
-    )
+    return Host(f"transformers:{name}", build, images, call, layers)
 
 
 _VISION = {
@@ -106,10 +108,6 @@ def _lm(name: str, config: type, implementation: str = "sdpa", **options: Any) -
     return Host(f"transformers:{name}", build, tokens, _call_lm, 2, causal=True)
 
 
-def _clip_vision() -> Host:
-    return _vision("clip-vision", transformers.CLIPVisionConfig(**_VISION))
-
-
 def _torchvision() -> nn.Module:
     model = VisionTransformer(image_size=64, patch_size=16, num_layers=2, num_heads=4, hidden_dim=48, mlp_dim=96)
     nn.init.normal_(model.heads[0].weight)
@@ -147,7 +145,7 @@ VISION = [
     _vision("vit", transformers.ViTConfig(**_VISION)),
     _vision("deit", transformers.DeiTConfig(**_VISION)),
     _vision("dinov2", transformers.Dinov2Config(**_VISION, mlp_ratio=2)),
-    _clip_vision(),
+    _vision("clip-vision", transformers.CLIPVisionConfig(**_VISION)),
     _vision("siglip-vision", transformers.SiglipVisionConfig(**_VISION)),
 ]
 LANGUAGE = [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from attnzoo.checks import Grid, check_tokens
+from attnzoo.checks import Grid, check_grid, check_tokens
 from attnzoo.errors import OptionError
 
 
@@ -37,15 +38,23 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
-        """Mix tokens ``(B, N, C)``; `grid` and `prefix` make no difference; tokens outside `mask` come out as zeros.
+        """Mix tokens ``(B, N, C)``; padding comes out as zeros. Shapes are those of `attnzoo.mixers`.
+
+        `grid` and `prefix` matter only where `grid` is a tensor, one grid an image: what lies beyond is padding.
 
         Raises
         ------
         ShapeError
-            If x is not ``(B, N, dim)`` or mask not boolean ``(B, N)``.
+            If x, grid, prefix and mask do not fit together.
         """
         check_tokens(x, self.dim, mask)
+        if grid is not None:
+            check_grid(grid, x.shape[1], len(x), prefix)
+        if isinstance(grid, Tensor):
+            real = torch.arange(x.shape[1], device=x.device) < prefix + grid.prod(1, keepdim=True).to(x.device)
+            mask = real if mask is None else real & mask
+        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = self.core(q, k, v, mask=None if mask is None else mask[:, None, None, :])
         out = self.proj(out.transpose(1, 2).flatten(2))
-        return out if mask is None else out * mask.unsqueeze(-1)
+        return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0.0)

@@ -1,7 +1,8 @@
 """Host torch: `nn.MultiheadAttention`, and so `nn.TransformerEncoder`, torchvision's ViT and whatever else is built on it.
 
 torch's encoder layers have a fast path that reads the weights of their attention and never calls it; a swapped layer says
-of itself what makes them take the ordinary path (``_qkv_same_embed_dim = False``).
+of itself what makes them take the ordinary path (``_qkv_same_embed_dim = False``). For that path `nn.TransformerEncoder` would
+turn a padded batch into a nested tensor, so a swap switches its ``use_nested_tensor`` off and `restore_attention` puts it back.
 
 A caller who asks for attention weights (``need_weights=True``, torch's default) gets them from cores that have them
 (`softmax`), and None from every other core and mixer, in the place where torch gives None for ``need_weights=False``.
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from attnzoo.errors import UnsupportedError
 from attnzoo.hosts.site import Core, CoreLayer, MixerLayer, RefusedSite, Site, Wanted, ancestors, looks_like_attention
 from attnzoo.registry import AttentionInfo
+
+_NESTED = "attnzoo_use_nested_tensor"
 
 
 def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
@@ -54,6 +57,7 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, nn.Modul
         site.no_mixer = "attention pooling is cross-attention from a learned query, and a mixer has one input"
     elif layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
         site.no_mixer = "cross-attention (keys or values of another width), and a mixer has one input"
+    site.encoder = next((m for a in ancestors(path) if isinstance(m := layers[a], nn.TransformerEncoder)), None)
     site.grid, site.prefix = wanted.grid, wanted.prefix or 0
     if wanted.grid is None:
         vit = next((m for a in ancestors(path) if _is_torchvision_vit(m := layers[a])), None)
@@ -74,6 +78,7 @@ class TorchSite(Site):
     """An `nn.MultiheadAttention`."""
 
     grid: tuple[int, int] | None = None
+    encoder: nn.TransformerEncoder | None = None
     takes_wanted: ClassVar[bool] = True
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
@@ -91,6 +96,18 @@ class TorchSite(Site):
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
         """Run `mixer` on the tokens."""
         return TorchMixer(mixer, self.module, self.grid, self.prefix)
+
+    def installed(self, layer: nn.Module) -> None:
+        """Keep the encoder from making nested tensors, and remember whether it did."""
+        if self.encoder is not None and not hasattr(self.encoder, _NESTED):
+            setattr(self.encoder, _NESTED, self.encoder.use_nested_tensor)
+            self.encoder.use_nested_tensor = False
+
+    def removed(self) -> None:
+        """Let the encoder do as before."""
+        if self.encoder is not None and hasattr(self.encoder, _NESTED):
+            self.encoder.use_nested_tensor = getattr(self.encoder, _NESTED)
+            delattr(self.encoder, _NESTED)
 
 
 class TorchCore(CoreLayer, nn.MultiheadAttention):

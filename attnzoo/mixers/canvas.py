@@ -66,12 +66,12 @@ class Canvas:
         return cls(height, width, prefix, tokens, on_canvas, prefix_mask, slots)
 
     def lay(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)`` on the canvas."""
+        """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)``; padding becomes 0."""
         head, patches = x[:, : self.prefix], x[:, self.prefix :]
         if self.slots is not None:
             canvas = x.new_zeros(x.shape[0], self.height * self.width + 1, x.shape[2])
             patches = canvas.scatter(1, self.slots.expand_as(patches), patches)[:, :-1]
-        return head, patches
+        return hide(head, self.prefix_mask), hide(patches, self.patch_mask)
 
     def take(self, head: Tensor, patches: Tensor) -> Tensor:
         """Undo `lay`: back to ``(B, N, C)``, with zeros in the place of padding."""

@@ -1,0 +1,195 @@
+"""A swapped model goes through what models go through."""
+
+import copy
+import io
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import attnzoo
+from attnzoo.swap import swapped_layers
+from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, VISION, Host, seeded
+
+MIXED = [(TIMM[0], {}), (TIMM[1], {}), (TORCH[0], {}), (TORCH[1], {"grid": (4, 4)})]
+SWAPS = [(h, "flash", {}) for h in HOSTS] + [(h, "softmax", {}) for h in HOSTS]
+SWAPS += [(h, "padre", {"degree": 2, "kernel_size": 3, **o}) for h, o in MIXED]
+each_swap = pytest.mark.parametrize(("host", "name", "options"), SWAPS, ids=lambda v: "" if isinstance(v, dict) else str(v))
+
+
+def swapped(host: Host, name: str, options: dict) -> nn.Module:
+    torch.manual_seed(7)
+    return attnzoo.replace_attention(seeded(host.build), name, **options)
+
+
+@each_swap
+def test_deepcopy_is_whole_and_apart(host, name, options):
+    model = swapped(host, name, options)
+    out = host.call(model, host.inputs())
+    twin = copy.deepcopy(model)
+    assert torch.equal(host.call(twin, host.inputs()), out)
+    assert len(swapped_layers(twin)) == len(swapped_layers(model))
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(host.call(model, host.inputs()), out)
+    attnzoo.restore_attention(twin)
+    assert swapped_layers(model)
+    assert not {id(m) for m in twin.modules()} & {id(m) for m in model.modules()}
+
+
+@each_swap
+def test_state_dict_round_trip_as_weights_only(host, name, options):
+    model = swapped(host, name, options)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = attnzoo.replace_attention(host.build().eval(), name, **options)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(host.call(other, host.inputs()), host.call(model, host.inputs()))
+
+
+@each_swap
+def test_other_dtypes_and_autocast(host, name, options):
+    model = swapped(host, name, options)
+    out = host.call(model, host.inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = host.call(model, host.inputs()).float()
+    assert 0 < (cast - out).abs().max() < 0.15 * out.abs().max()
+    model.bfloat16()
+    inputs = host.inputs()
+    if isinstance(inputs, torch.Tensor):
+        inputs = inputs.bfloat16()
+    elif isinstance(inputs, tuple):
+        inputs = (inputs[0].bfloat16(), inputs[1])
+    half = host.call(model, inputs).float()
+    assert 0 < (half - out).abs().max() < 0.15 * out.abs().max()
+    model.double().float()
+    attnzoo.restore_attention(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@each_swap
+def test_compiles_without_a_break(host, name, options):
+    model = swapped(host, name, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    out = host.call(compiled, host.inputs())
+    torch.testing.assert_close(out, host.call(model, host.inputs()), atol=1e-5, rtol=1e-4)
+
+
+def test_inductor_compiles_a_mixer():
+    host = TIMM[0]
+    model = swapped(host, "padre", {"kernel_size": 3})
+    torch._dynamo.reset()
+    with torch.no_grad():
+        out = torch.compile(model, fullgraph=True)(host.inputs())
+        torch.testing.assert_close(out, model(host.inputs()), atol=1e-5, rtol=1e-4)
+
+
+CHECKPOINTED = [s for s in SWAPS if s[0] not in TORCH]
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "options"), CHECKPOINTED, ids=lambda v: "" if isinstance(v, dict) else str(v)
+)
+def test_gradient_checkpointing_gives_the_same_gradients(host, name, options):
+    model = swapped(host, name, options).train()
+
+    def run():
+        model.zero_grad()
+        host.call(model, host.inputs()).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = run()
+    calls = []
+    layer = next(iter(swapped_layers(model).values()))
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    if host in TIMM:
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = run()
+    handle.remove()
+    assert len(calls) == 2  # forward, and again in the backward pass
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("host", [*VISION, *LANGUAGE], ids=str)
+def test_save_pretrained_round_trip(host: Host, tmp_path):
+    """A swapped model saves as the plain model it is, and loads without attnzoo."""
+    model = swapped(host, "softmax", {})
+    model.save_pretrained(tmp_path)
+    assert "attnzoo" not in (tmp_path / "config.json").read_text()
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(
+        host.call(loaded, host.inputs()), host.call(model, host.inputs()), atol=1e-5, rtol=1e-4
+    )
+
+
+PEFT = [(LANGUAGE[0], "flash", ["q_proj", "v_proj"], {}), (VISION[0], "softmax", ["q_proj", "o_proj"], {})]
+PEFT += [(TIMM[0], "softmax", ["qkv"], {}), (TIMM[0], "padre", ["y_channels"], {"kernel_size": 3})]
+
+
+@pytest.mark.parametrize(("host", "name", "targets", "options"), PEFT)
+def test_lora_adapters(host, name, targets, options, tmp_path):
+    """Adapters go on a swapped model, learn, are saved, loaded and merged; a core's stay after restore."""
+    model = swapped(host, name, options)
+    before = host.call(model, host.inputs()).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False))
+    out = host.call(adapted, host.inputs())
+    assert (out - before).abs().max() > 1e-4
+    out.square().mean().backward()
+    learned = [p for n, p in adapted.named_parameters() if "lora" in n]
+    assert learned
+    assert all(p.grad is not None for p in learned)
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(swapped(host, name, options), tmp_path).eval()
+    torch.testing.assert_close(host.call(again, host.inputs()), host.call(adapted.eval(), host.inputs()))
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(host.call(merged, host.inputs()), out, atol=1e-5, rtol=1e-4)
+    if name != "padre":
+        attnzoo.restore_attention(merged)
+        torch.testing.assert_close(host.call(merged, host.inputs()), out, atol=1e-5, rtol=1e-4)
+
+
+def test_swapping_a_compiled_model_counts(zeros):
+    """What was compiled before the swap is compiled anew: no stale graph."""
+    host = TIMM[0]
+    model = seeded(host.build)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(host.inputs())
+        attnzoo.replace_attention(model, zeros)
+        assert (compiled(host.inputs()) - before).abs().max() > 1e-3
+        attnzoo.restore_attention(model)
+        torch.testing.assert_close(compiled(host.inputs()), before)
+
+
+def test_a_layer_compiled_in_place_is_not_bypassed(zeros):
+    host = TIMM[0]
+    model = seeded(host.build)
+    before = model(host.inputs()).detach()
+    for block in model.blocks:
+        block.attn.compile(backend="eager")
+    attnzoo.replace_attention(model, zeros)
+    assert (model(host.inputs()) - before).abs().max() > 1e-3
+
+
+def test_pickling_a_whole_swapped_model():
+    host = TIMM[0]
+    for name in ("softmax", "padre"):
+        model = swapped(host, name, {})
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(host.call(loaded, host.inputs()), host.call(model, host.inputs()))
+        attnzoo.restore_attention(loaded)

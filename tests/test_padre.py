@@ -1,0 +1,207 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnzoo.errors import OptionError, ShapeError
+from attnzoo.mixers.padre import Padre
+
+
+def padre(degree: int, dim: int = 5, kernel_size: int = 3, **options) -> Padre:
+    """A PADRe whose every parameter is random: biases and prefix weights too."""
+    torch.manual_seed(degree)
+    mixer = Padre(dim, degree=degree, kernel_size=kernel_size, **options).double()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.normal_(std=0.5)
+    return mixer
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 5])
+def test_is_a_polynomial_of_exactly_its_degree(degree, prefix):
+    """Along a line x + t u the d-th finite difference is the same everywhere and not 0, and the next one is 0."""
+    mixer = padre(degree)
+    x, u = torch.randn(2, 2, prefix + 12, 5, dtype=torch.float64)
+    values = torch.stack([mixer(x + t * u, grid=(3, 4), prefix=prefix) for t in range(degree + 3)])
+    nth = values.diff(n=degree, dim=0)
+    size = values.abs().max()
+    assert (nth.diff(dim=0).abs().max() / size) < 1e-12
+    assert (nth.abs().flatten(2).amax(2).min() / size) > 1e-6  # in every image
+    if prefix:
+        assert (nth[:, :, :prefix].abs().amax(-1).min() / size) > 1e-9  # and in every prefix token
+        assert (nth[:, :, prefix:].abs().amax(-1).min() / size) > 1e-9  # and in every patch
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    degree=st.integers(1, 4),
+    kernel=st.sampled_from([1, 3, 5, 11]),
+    height=st.integers(1, 6),
+    width=st.integers(1, 6),
+    prefix=st.integers(0, 3),
+    masked=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_written_out_equation(degree, kernel, height, width, prefix, masked, seed):
+    mixer = padre(degree, kernel_size=kernel)
+    torch.manual_seed(seed)
+    x = torch.randn(2, prefix + height * width, 5, dtype=torch.float64)
+    mask = torch.rand(x.shape[:2]) > 0.3 if masked else None
+    args = {"grid": (height, width), "prefix": prefix, "mask": mask}
+    torch.testing.assert_close(mixer(x, **args), mixer.reference(x, **args), atol=1e-11, rtol=1e-9)
+
+
+def test_gradients_equal_those_of_the_written_out_equation():
+    mixer = padre(3)
+    x = torch.randn(2, 2 + 12, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 14) > 0.2
+    inputs = [x, *mixer.parameters()]
+    weight = torch.randn(2, 14, 5, dtype=torch.float64)
+    fast, slow = (
+        torch.autograd.grad((f(x, grid=(3, 4), prefix=2, mask=mask) * weight).sum(), inputs)
+        for f in (mixer, mixer.reference)
+    )
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_float32_is_near_float64(degree):
+    mixer = Padre(16, degree=degree, kernel_size=5)
+    x = torch.randn(2, 1 + 63, 16)
+    fast = mixer(x, grid=(7, 9), prefix=1)
+    torch.testing.assert_close(
+        fast.double(), mixer.double().reference(x.double(), grid=(7, 9), prefix=1), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_a_batch_of_different_grids_equals_its_images(prefix):
+    """Both ways to batch images of different grids: a grid an image, and one canvas with a mask."""
+    mixer = padre(3)
+    grids = [(4, 6), (7, 3), (1, 1), (5, 5)]
+    images = [torch.randn(1, prefix + h * w, 5, dtype=torch.float64) for h, w in grids]
+    alone = [mixer(x, grid=g, prefix=prefix) for x, g in zip(images, grids, strict=True)]
+
+    longest = max(h * w for h, w in grids) + 2
+    packed = torch.full((4, prefix + longest, 5), float("nan"), dtype=torch.float64)
+    for row, x in zip(packed, images, strict=True):
+        row[: x.shape[1]] = x[0]
+    out = mixer(packed, grid=torch.tensor(grids), prefix=prefix)
+    for row, x in zip(out, alone, strict=True):
+        torch.testing.assert_close(row[: x.shape[1]], x[0], atol=1e-10, rtol=1e-9)
+        assert not row[x.shape[1] :].any()
+
+    canvas = torch.full((4, 7, 6, 5), float("nan"), dtype=torch.float64)
+    real = torch.zeros(4, 7, 6, dtype=torch.bool)
+    for i, (h, w) in enumerate(grids):
+        canvas[i, :h, :w], real[i, :h, :w] = images[i][0, prefix:].view(h, w, 5), True
+    heads = torch.stack([x[0, :prefix] for x in images])
+    tokens = torch.cat([heads, canvas.flatten(1, 2)], dim=1)
+    mask = torch.cat([torch.ones(4, prefix, dtype=torch.bool), real.flatten(1)], dim=1)
+    out = mixer(tokens, grid=(7, 6), prefix=prefix, mask=mask)
+    for i, (h, w) in enumerate(grids):
+        torch.testing.assert_close(out[i, :prefix], alone[i][0, :prefix], atol=1e-10, rtol=1e-9)
+        patches = out[i, prefix:].view(7, 6, 5)[:h, :w].reshape(h * w, 5)
+        torch.testing.assert_close(patches, alone[i][0, prefix:], atol=1e-10, rtol=1e-9)
+
+
+def test_padding_of_nan_touches_neither_outputs_nor_gradients():
+    mixer = padre(3)
+    x = torch.randn(2, 1 + 12, 5, dtype=torch.float64)
+    mask = torch.rand(2, 13) > 0.4
+    mask[:, 0] = True
+    dirty = torch.where(mask.unsqueeze(-1), x, float("nan"))
+    clean = torch.where(mask.unsqueeze(-1), x, 0.0)
+    results = []
+    for tokens in (dirty, clean):
+        out = mixer(tokens, grid=(3, 4), prefix=1, mask=mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(mixer.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_prefix_and_patches_reach_each_other_in_one_layer(degree):
+    """Every patch changes the class token and a register, and each of these every patch."""
+    mixer = padre(degree, kernel_size=3)
+    x = torch.randn(1, 2 + 49, 5, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda t: mixer(t, grid=(7, 7), prefix=2).sum(-1), x)[0, :, 0]
+    reach = jacobian.abs().amax(-1) > 1e-12  # (to, from)
+    assert reach[:2].all()
+    assert reach[:, :2].all()
+    far = reach[2:, 2:]  # patches see each other through the kernel, or through the prefix for degree 2 and up
+    assert far.all() == (degree > 1)
+
+
+def test_takes_any_grid_at_any_time():
+    mixer = padre(2, kernel_size=11)
+    for h, w in itertools.product((1, 2, 9), (1, 5)):
+        assert mixer(torch.randn(1, h * w, 5, dtype=torch.float64), grid=(h, w)).shape == (1, h * w, 5)
+
+
+def test_non_contiguous_input_gives_the_same():
+    mixer = padre(3)
+    x = torch.randn(5, 12, 2, dtype=torch.float64).permute(2, 1, 0)
+    torch.testing.assert_close(mixer(x, grid=(3, 4)), mixer(x.contiguous(), grid=(3, 4)))
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_starts_with_outputs_in_range(degree):
+    torch.manual_seed(0)
+    mixer = Padre(96, degree=degree)
+    rms = mixer(torch.randn(4, 1 + 196, 96), grid=(14, 14), prefix=1).square().mean().sqrt()
+    assert 0.2 < rms < 5
+
+
+def test_degree_one_is_one_convolution():
+    mixer = Padre(8, degree=1, kernel_size=3, mix_prefix=False)
+    x = torch.randn(1, 20, 8)
+    image = mixer.y_channels(x).unflatten(1, (4, 5)).permute(0, 3, 1, 2)
+    plain = torch.nn.functional.conv2d(image, mixer.y_tokens.weight, mixer.y_tokens.bias, padding=1, groups=8)
+    torch.testing.assert_close(mixer(x, grid=(4, 5)), plain.flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"degree": 0}, "degree must be a whole number of at least 1, not 0"),
+        ({"degree": "three"}, "not 'three'"),
+        ({"degree": True}, "not True"),
+        ({"degree": 2.0}, "not 2.0"),
+        ({"kernel_size": 4}, "odd"),
+        ({"kernel_size": -1}, "at least 1"),
+        ({"mix_prefix": 1}, "True or False"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(OptionError, match=said):
+        Padre(8, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "args", "said"),
+    [
+        ((1, 12, 7), {"grid": (3, 4)}, r"\(B, N, 8\), got \(1, 12, 7\)"),
+        ((1, 12, 8), {}, "needs grid"),
+        ((1, 12, 8), {"grid": (3, 5)}, "12 tokens are not 0 prefix tokens and a grid of 3 x 5 = 15"),
+        ((1, 12, 8), {"grid": (3, 4), "prefix": 1}, "12 tokens are not 1 prefix"),
+        ((1, 12, 8), {"grid": (0, 4)}, "at least 1"),
+        ((1, 12, 8), {"grid": (3, 4), "prefix": 13}, "from 0 to the 12"),
+        ((2, 12, 8), {"grid": torch.tensor([[3, 4]])}, r"shape \(2, 2\)"),
+        ((1, 12, 8), {"grid": torch.tensor([[3, 5]])}, "at most 12"),
+        ((1, 12, 8), {"grid": (3, 4), "mask": torch.ones(1, 11, dtype=torch.bool)}, r"\(1, 12\).*\(1, 11\)"),
+        ((1, 12, 8), {"grid": (3, 4), "mask": torch.ones(1, 12)}, "boolean"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shape, args, said):
+    with pytest.raises(ShapeError, match=said):
+        Padre(8, degree=2, kernel_size=3)(torch.zeros(shape), **args)
+
+
+def test_without_prefix_weights_prefix_tokens_are_refused():
+    with pytest.raises(ShapeError, match="mix_prefix=False"):
+        Padre(8, mix_prefix=False)(torch.zeros(1, 13, 8), grid=(3, 4), prefix=1)

@@ -1,0 +1,189 @@
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+import torch
+from torch import nn
+
+import attnzoo
+from attnzoo import registry
+from attnzoo.errors import OptionError, ShapeError, UnknownNameError, UnsupportedError
+
+NAMES = attnzoo.list_attentions()
+
+
+def test_kinds():
+    assert {"softmax", "sdpa", "flash"} <= set(attnzoo.list_attentions("core"))
+    assert "padre" in attnzoo.list_attentions("mixer")
+    assert attnzoo.list_attentions("eviction") == []
+    with pytest.raises(UnknownNameError, match="core, mixer, eviction"):
+        attnzoo.list_attentions("cores")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_entry_describes_itself(name):
+    info = attnzoo.describe(name)
+    assert info.name == name
+    assert info.summary
+    assert info.paper
+    assert all(f"{option}=" in str(info) for option in info.options)
+
+
+@pytest.mark.parametrize("wrong", ["pader", "Padre", "sofmax", "flahs"])
+def test_an_unknown_name_gives_the_nearest(wrong):
+    nearest = {"pader": "padre", "Padre": "padre", "sofmax": "softmax", "flahs": "flash"}[wrong]
+    with pytest.raises(UnknownNameError, match=f"did you mean '{nearest}'"):
+        attnzoo.describe(wrong)
+
+
+def test_an_unknown_option_gives_those_that_exist():
+    with pytest.raises(OptionError, match=r"did you mean 'degree'\?.*degree=3, kernel_size=11"):
+        attnzoo.create_attention("padre", 8, 1, degre=3)
+    with pytest.raises(OptionError, match="Its options: none"):
+        attnzoo.create_attention("sdpa", 8, 1, degree=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stand_alone(name):
+    """Every core and mixer as a module: shapes, gradients, padding that changes nothing, compile."""
+    module = attnzoo.create_attention(name, 16, 4)
+    x = torch.randn(2, 2 + 12, 16, requires_grad=True)
+    out = module(x, grid=(3, 4), prefix=2)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is not None for p in module.parameters())
+
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[1, 9:] = False
+    dirty = torch.where(mask.unsqueeze(-1), x, float("nan"))
+    padded = module(dirty, grid=(3, 4), prefix=2, mask=mask)
+    assert torch.isfinite(padded).all()
+    assert not padded[1, 9:].any()
+    torch.testing.assert_close(padded[0], out[0])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: module(t, grid=(3, 4), prefix=2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), out)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stand_alone_with_a_grid_an_image(name):
+    module = attnzoo.create_attention(name, 16, 4)
+    grids = torch.tensor([[3, 4], [2, 5]])
+    x = torch.randn(2, 1 + 12, 16)
+    out = module(x, grid=grids, prefix=1)
+    for i, (h, w) in enumerate(grids.tolist()):
+        alone = module(x[i : i + 1, : 1 + h * w], grid=(h, w), prefix=1)
+        torch.testing.assert_close(out[i : i + 1, : 1 + h * w], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_methods_that_need_no_grid_take_none():
+    attnzoo.create_attention("sdpa", 16, 4)(torch.randn(1, 5, 16))
+    with pytest.raises(ShapeError, match="needs grid"):
+        attnzoo.create_attention("padre", 16, 4)(torch.randn(1, 5, 16))
+    with pytest.raises(ShapeError, match="5 tokens are not"):
+        attnzoo.create_attention("sdpa", 16, 4)(torch.randn(1, 5, 16), grid=(2, 2))
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(0, 1), (8, 0), (8, 3), ("8", 1), (8, 2.0)])
+def test_bad_widths_are_refused(dim, heads):
+    with pytest.raises(OptionError, match=r"whole number|does not divide"):
+        attnzoo.create_attention("sdpa", dim, heads)
+
+
+class Mean(nn.Module):
+    """A user's mixer: every token gets the mean."""
+
+    def __init__(self, dim: int, num_heads: int, *, gain: float = 1.0):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((dim,), gain))
+
+    def forward(self, x, grid=None, prefix=0, mask=None):
+        return self.gain * x.mean(1, keepdim=True).expand_as(x)
+
+
+def test_a_users_own_method():
+    attnzoo.register_attention("mean", "mixer", Mean, summary="the mean")
+    try:
+        assert "mean" in attnzoo.list_attentions("mixer")
+        assert attnzoo.describe("mean").options == {"gain": 1.0}
+        model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+        attnzoo.replace_attention(model, "mean", gain=2.0)
+        assert model[0].self_attn.mixer.gain[0] == 2
+        assert model(torch.randn(1, 5, 16)).shape == (1, 5, 16)
+        with pytest.raises(OptionError, match="gain=1.0"):
+            attnzoo.create_attention("mean", 16, 2, gian=2.0)
+    finally:
+        registry.unregister_attention("mean")
+
+
+def test_registering_badly():
+    with pytest.raises(attnzoo.AttnZooError, match="taken"):
+        attnzoo.register_attention("padre", "mixer", Mean)
+    with pytest.raises(UnknownNameError, match="no kind"):
+        attnzoo.register_attention("mine", "mix", Mean)
+    with pytest.raises(OptionError, match="did you mean 'causal'"):
+        attnzoo.register_attention("mine", "mixer", Mean, capabilities={"casual": True})
+    with pytest.raises(attnzoo.AttnZooError, match="package.module:Class"):
+        attnzoo.register_attention("mine", "mixer", "package.module")
+    with pytest.raises(attnzoo.AttnZooError, match="something in it"):
+        attnzoo.register_attention(" ", "mixer", Mean)
+    with pytest.raises(attnzoo.AttnZooError, match="built in"):
+        registry.unregister_attention("padre")
+
+
+def test_a_broken_target_says_where():
+    attnzoo.register_attention("broken", "mixer", "attnzoo.nowhere:Class")
+    try:
+        with pytest.raises(attnzoo.AttnZooError, match="attnzoo.nowhere:Class"):
+            attnzoo.create_attention("broken", 8, 1)
+    finally:
+        registry.unregister_attention("broken")
+
+
+def test_eviction_policies_have_their_place():
+    attnzoo.register_attention("drop_all", "eviction", Mean)
+    try:
+        with pytest.raises(UnsupportedError, match="cannot stand alone"):
+            attnzoo.create_attention("drop_all", 8, 1)
+        with pytest.raises(UnsupportedError, match="eviction"):
+            attnzoo.replace_attention(nn.TransformerEncoderLayer(16, 2), "drop_all")
+    finally:
+        registry.unregister_attention("drop_all")
+
+
+PUBLISHED = attnzoo.AttentionInfo("published", "mixer", Mean, summary="from another package")
+
+
+def test_entry_points(monkeypatch):
+    """A package's method is known by its name; one that cannot be read is warned about and harms no other."""
+    points = [
+        metadata.EntryPoint("published", "tests.test_registry:PUBLISHED", registry.ENTRY_POINTS),
+        metadata.EntryPoint("broken", "tests.test_registry:NOWHERE", registry.ENTRY_POINTS),
+        metadata.EntryPoint("wrong", "tests.test_registry:Mean", registry.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "_entry_points_read", False)
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
+    with pytest.warns(UserWarning, match="left out the entry point"):
+        assert attnzoo.describe("published").summary == "from another package"
+    assert {"broken", "wrong"}.isdisjoint(attnzoo.list_attentions())
+
+
+def test_import_is_light():
+    """`import attnzoo` needs torch alone, and less than two seconds beyond torch's own import."""
+    code = """
+import sys, time, torch
+before, start = set(sys.modules), time.perf_counter()
+import attnzoo
+took = time.perf_counter() - start
+attnzoo.list_attentions()
+heavy = {"timm", "transformers", "triton", "einops", "mmdet", "pydantic", "yaml", "rich"}
+heavy -= {m.partition(".")[0] for m in before}
+loaded = heavy & {m.partition(".")[0] for m in sys.modules}
+assert not loaded, loaded
+assert took < 2, took
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
