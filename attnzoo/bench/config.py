@@ -116,8 +116,8 @@ class RecipeConfig(Section):
     """How a classifier is trained: AdamW, a cosine schedule with warm-up, label smoothing. The same for every row."""
 
     epochs: PositiveInt = 20
-    batch: PositiveInt = 64
-    lr: PositiveFloat = 2e-3
+    batch: PositiveInt = 32
+    lr: PositiveFloat = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[int, Field(ge=0)] = 2
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -131,17 +131,25 @@ class RecipeConfig(Section):
 
 
 class QualityConfig(Section):
-    """The classifier that is trained once per attention and seed, and the data it sees."""
+    """The classifier that is trained once per attention and seed, and the data it sees.
+
+    `input_std` is the deviation that images are standardised to: the embedding of a patch of one pixel has weights of
+    deviation 1, and pixels of deviation 1 would drown position embeddings that begin at 0.02. `workers` trainings run
+    at a time, each in a process and with `threads` threads: their seconds are recorded, but are no benchmark.
+    """
 
     dataset: DatasetName = "digits"
     host: HostConfig = HostConfig(
         model="vit_tiny_patch16_224",
         patch_size=1,
-        options={"embed_dim": 64, "depth": 4, "num_heads": 4},
+        options={"embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"},
     )
     recipe: RecipeConfig = RecipeConfig()
+    input_std: PositiveFloat = 0.05
     train_images: PositiveInt | None = None
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    threads: PositiveInt = 1
+    workers: PositiveInt = 2
     timeout_seconds: PositiveFloat = 600.0
 
     @model_validator(mode="after")

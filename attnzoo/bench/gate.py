@@ -24,25 +24,24 @@ ODD_GRID = (3, 5)
 OUTPUT = "model output"
 
 
-def outputs_of(
-    model: nn.Module, x: Tensor, layers: Iterable[str], run: Callable[..., Any] | None = None
-) -> dict[str, Tensor]:
-    """Call ``model(x)`` and give its output and those of the modules at the paths `layers`.
-
-    Parameters
-    ----------
-    model, x
-        The model and a batch.
-    layers
-        Paths of modules whose (first) output is a tensor.
-    run
-        Calls its argument once, instead of a plain call: for tracing.
-    """
+@contextmanager
+def noted(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Note, of every call of `model` inside the block, its output and those of the modules at the paths `layers`."""
     found: dict[str, Tensor] = {}
-    with _noting(model, layers, found):
-        call = lambda: found.__setitem__(OUTPUT, _tensor(model(x)))  # noqa: E731 - a name of its own says no more
-        run(call) if run is not None else call()
-    return found
+
+    def noter(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[name] = _tensor(output)
+
+        return note
+
+    modules = {path: model.get_submodule(path) for path in layers} | {OUTPUT: model}
+    handles = [module.register_forward_hook(noter(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def compare(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], name: str, tolerance: float) -> Gate:
@@ -111,22 +110,6 @@ def finite(gate: Gate, output: Tensor) -> Gate:
 def refuse(gate: Gate, problem: str | None) -> Gate:
     """Fail `gate` for `problem`, if there is one."""
     return gate if problem is None else gate.model_copy(update={"passed": False, "detail": problem})
-
-
-@contextmanager
-def _noting(model: nn.Module, layers: Iterable[str], found: dict[str, Tensor]) -> Iterator[None]:
-    def hook(path: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[path] = _tensor(output)
-
-        return note
-
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensor(output: Any) -> Tensor:

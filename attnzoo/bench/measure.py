@@ -74,6 +74,8 @@ def interleave(a: Run, b: Run, clock: Clock, *, warmup: int, repeats: int, min_s
     ----------
     a, b
         What to time.
+    clock
+        Gives the seconds of one call.
     warmup
         Calls of each before the first that counts.
     repeats

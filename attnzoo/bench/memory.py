@@ -29,7 +29,7 @@ class Peak:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
-    """Measure one call of `run`, which should have been called once before, so that nothing is built for the first time.
+    """Measure one call of `run`, which should have been called before, so that nothing is built for the first time.
 
     The call is made twice on the CPU, once for each figure.
     """
@@ -71,7 +71,7 @@ def _resident_peak(run: Callable[[], object]) -> tuple[int | None, str]:
 
 
 def _return_free_memory() -> None:
-    """Ask glibc to hand free heap pages back, so that they do not hide a new allocation; other C libraries have no such call."""
+    """Ask glibc to hand free heap pages back, lest they hide a new allocation; other C libraries have no such call."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):

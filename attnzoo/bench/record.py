@@ -156,8 +156,8 @@ class Environment(Entry):
 class Record(Entry):
     """One row: an attention and what was measured of it.
 
-    `kind` is ``cost`` (one a token count) or ``quality`` (one an attention). `scope` and `phase` say what was run;
-    today always the whole model, forward.
+    `kind` is ``cost`` (one a token count) or ``quality`` (one an attention, with `tokens` 0). `scope` and `phase` say
+    what was run; today always the whole model, forward.
     """
 
     schema_version: Literal[1] = 1
@@ -177,6 +177,7 @@ class Record(Entry):
     environment: Environment
     host: str
     dtype: str
+    tokens: Count
     shapes: Shapes | None
     gate: Gate | None
     baseline_gate: Gate | None
@@ -188,7 +189,7 @@ class Record(Entry):
     @property
     def key(self) -> tuple[str, str, int]:
         """What makes two records stand for the same row; the later one counts."""
-        return self.kind, self.label, self.shapes.tokens if self.shapes is not None else 0
+        return self.kind, self.label, self.tokens
 
 
 def read_records(path: Path) -> list[Record]:

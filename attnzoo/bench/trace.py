@@ -6,26 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "fft")
-MOVES = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy",
-        "clone",
-        "copy_",
-        "detach",
-        "empty",
-        "empty_like",
-        "fill_",
-        "new_empty",
-        "new_zeros",
-        "zeros",
-    )
-)
+MOVES = frozenset({"_to_copy", "clone", "copy_", "detach", "empty", "empty_like", "fill_", "new_empty", "zeros"})
+"""Operators of ATen that only make or move data, beside the views."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +48,18 @@ class _Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
         self.ops.add(name)
-        counted = func.overloadpacket in flop_registry
-        if not counted and not func.is_view and name not in MOVES and name.startswith("aten."):
-            self.uncounted.add(name)
-        elif not counted and not name.startswith(("aten.", "prim.")):
+        if func.overloadpacket not in flop_registry and not self._only_moves(func, name):
             self.uncounted.add(name)
         return func(*args, **(kwargs or {}))
 
+    @staticmethod
+    def _only_moves(func: Any, name: str) -> bool:
+        library, _, operator = name.partition(".")
+        return func.is_view or library == "prim" or (library == "aten" and operator in MOVES)
 
-def require_ops(found: tuple[str, ...], word: str) -> str | None:
+
+def missing_op(found: tuple[str, ...], word: str) -> str | None:
     """Say what is wrong where no operator has `word` in its name; None if one has."""
     if any(word in op for op in found):
         return None
     return f"no operator with {word!r} in its name ran; seen: {', '.join(found) or 'none'}"
-
-
-def device_synchronize(device: torch.device) -> None:
-    """Wait until `device` has done its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,356 @@
+"""What a child process does: one row of cost, or the trainings of one attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo.bench import gate as gates
+from attnzoo.bench.config import AttentionConfig, BenchConfig
+from attnzoo.bench.measure import clock_for, interleave, quantiles
+from attnzoo.bench.memory import Peak, peak_memory
+from attnzoo.bench.record import Cost, Entry, Gate, Memory, Quantiles, Ratios, Shapes, Side, Status, Training
+from attnzoo.bench.trace import Trace, missing_op, trace
+from attnzoo.errors import AttnZooError, UnsupportedError
+from attnzoo.swap import swapped_layers
+from attnzoo.tasks import classify
+
+ORACLE = "softmax"
+MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
+CLASSES = 1000
+CHANNELS = 3
+
+
+class Job(Entry):
+    """One child's work. `attention` is an index into the config's attentions; None is the dense baseline."""
+
+    config: BenchConfig
+    attention: int | None
+    tokens: int = 0
+    data: str = ""
+
+    @property
+    def spec(self) -> AttentionConfig | None:
+        """The attention's part of the config."""
+        return None if self.attention is None else self.config.attentions[self.attention]
+
+
+class Outcome(Entry):
+    """What a child found. What it did not get to is None."""
+
+    status: Status
+    message: str = ""
+    shapes: Shapes | None = None
+    gate: Gate | None = None
+    baseline_gate: Gate | None = None
+    backends: tuple[str, ...] = ()
+    cost: Cost | None = None
+    trainings: tuple[Training, ...] = Field(default=())
+
+
+Say = Callable[[str], None]
+
+
+class OracleError(RuntimeError):
+    """The oracle could not be computed, so nothing could be checked."""
+
+
+class _Measure(Protocol):
+    def __call__(self, job: Job, say: Say) -> Outcome: ...
+
+
+def cost_main(job: str, say: Say) -> str:
+    """Measure the cost of one attention at one token count; takes a `Job` and gives an `Outcome`, both as JSON."""
+    return _guarded(measure_cost, job, say)
+
+
+def quality_main(job: str, say: Say) -> str:
+    """Train and test one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
+    return _guarded(measure_quality, job, say)
+
+
+def measure_cost(job: Job, say: Say) -> Outcome:
+    """Build, swap, gate; then, only where the gate passed, memory and time of candidate and baseline."""
+    config, spec = job.config, job.spec
+    device, dtype = torch.device(config.device), getattr(torch, config.cost.dtype)
+    _set_threads(config.threads)
+    say("build")
+    x = _inputs(config, job.tokens).to(device, dtype)
+    dense = _host(config, job.tokens).to(device, dtype)
+    layers = _attention_paths(dense)
+    candidate = _swapped(_host(config, job.tokens), spec, config.seed).to(device, dtype)
+    shapes = _shapes(dense, layers, x, job.tokens)
+    with torch.inference_mode():
+        say("gate")
+        checks = _Checks(config, job.tokens, spec, layers, shapes, x)
+        gate, baseline_gate, traced, traced_dense = checks.run(candidate, dense)
+        outcome = Outcome(
+            status="ok",
+            shapes=shapes,
+            gate=gate,
+            baseline_gate=baseline_gate,
+            backends=traced.backends,
+        )
+        for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
+            if not check.passed:
+                return outcome.model_copy(update={"status": "failed", "message": _gate_message(name, check)})
+        say("memory")
+        peak = peak_memory(lambda: candidate(x), device)
+        peak_dense = peak_memory(lambda: dense(x), device)
+        say("time")
+        times = interleave(
+            lambda: candidate(x),
+            lambda: dense(x),
+            clock_for(device),
+            warmup=config.cost.warmup,
+            repeats=config.cost.repeats,
+            min_seconds=config.cost.min_seconds,
+        )
+    side = _side(candidate, layers, quantiles(times.a, 1e3), len(x), traced, peak)
+    side_dense = _side(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
+    uncounted = tuple(sorted({*traced.uncounted, *traced_dense.uncounted}))
+    ratios = _ratios(side, side_dense, quantiles(times.ratios))
+    cost = Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
+    return outcome.model_copy(update={"cost": cost})
+
+
+def measure_quality(job: Job, say: Say) -> Outcome:
+    """Train once a seed and test on the held-out images."""
+    config, spec, quality = job.config, job.spec, job.config.quality
+    if quality is None:
+        raise AttnZooError("this config measures no quality")
+    _set_threads(quality.threads)
+    images = classify.load_images(
+        quality.dataset, Path(job.data), train_images=quality.train_images, std=quality.input_std
+    )
+    recipe = classify.Recipe(**quality.recipe.model_dump())
+    trainings: list[Training] = []
+    for seed in quality.seeds:
+        model = classify.build_model(
+            quality.host.model,
+            image_size=images.side,
+            patch_size=quality.host.patch_size,
+            channels=images.channels,
+            classes=images.classes,
+            options=quality.host.options,
+            seed=seed,
+        )
+        model = _swapped(_with_baseline(model, config.baseline.fused), spec, seed)
+
+        def tell(epoch: int, loss: float, seed: int = seed) -> None:
+            say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")
+
+        trained = classify.train(model, images, recipe, seed=seed, device=config.device, on_epoch=tell)
+        if not all(map(math.isfinite, trained.epoch_losses)):
+            return Outcome(status="failed", message=f"seed {seed}: the training loss became {trained.epoch_losses[-1]}")
+        correct = classify.count_correct(model, images, device=config.device)
+        trainings.append(
+            Training(
+                seed=seed,
+                correct=correct,
+                images=len(images.test_x),
+                final_loss=trained.epoch_losses[-1],
+                seconds=trained.seconds,
+                epoch_losses=trained.epoch_losses,
+            )
+        )
+    return Outcome(status="ok", trainings=tuple(trainings))
+
+
+class _Checks:
+    """The gates of one row: the candidate's and the dense baseline's, on the very inputs that will be timed."""
+
+    def __init__(
+        self,
+        config: BenchConfig,
+        tokens: int,
+        spec: AttentionConfig | None,
+        layers: list[str],
+        shapes: Shapes,
+        x: Tensor,
+    ) -> None:
+        self.config, self.tokens, self.spec = config, tokens, spec
+        self.layers, self.shapes, self.x = layers, shapes, x
+        self.tolerance = gates.TOLERANCE[x.dtype]
+        self.kind = None if spec is None else attnzoo.describe(spec.name).kind
+
+    def run(self, candidate: nn.Module, dense: nn.Module) -> tuple[Gate, Gate, Trace, Trace]:
+        """Give both gates and both traces; the forwards of the traces are those whose outputs are checked."""
+        oracle = self._softmax_core()
+        with gates.noted(dense, self.layers) as got_dense:
+            traced_dense = trace(lambda: dense(self.x))
+        baseline_gate = gates.compare(got_dense, oracle, f"{ORACLE} core, same weights and inputs", self.tolerance)
+        del got_dense
+        with gates.noted(candidate, self.layers if self.kind != "mixer" else ()) as got:
+            traced = trace(lambda: candidate(self.x))
+        gate = gates.finite(self._candidate_gate(candidate, got, oracle), got[gates.OUTPUT])
+        if self.spec is not None and self.spec.name in MUST_RUN:
+            gate = gates.refuse(gate, missing_op(traced.backends, MUST_RUN[self.spec.name]))
+        return gate, baseline_gate, traced, traced_dense
+
+    def _candidate_gate(self, candidate: nn.Module, got: dict[str, Tensor], oracle: dict[str, Tensor]) -> Gate:
+        if self.kind == "mixer":
+            mixers = {path: layer.get_submodule("mixer") for path, layer in swapped_layers(candidate).items()}
+            return gates.mixer_gate(mixers, self.shapes.dim, self.shapes.prefix, self.x, self.config.seed)
+        if self.spec is not None and self.spec.name == ORACLE:
+            first = {name: tensor[:1] for name, tensor in got.items()}
+            return gates.compare(
+                first, self._double(), "the host's own attention in float64, first image", self.tolerance
+            )
+        return gates.compare(got, oracle, f"{ORACLE} core, same weights and inputs", self.tolerance)
+
+    def _softmax_core(self) -> dict[str, Tensor]:
+        """Outputs of the softmax core on the host's weights, image by image, for it needs much memory."""
+        model = _swapped(_host(self.config, self.tokens), AttentionConfig(name=ORACLE), self.config.seed).to(self.x)
+        parts: list[dict[str, Tensor]] = []
+        try:
+            for one in self.x.split(1):
+                with gates.noted(model, self.layers) as found:
+                    model(one)
+                parts.append(found)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OracleError(f"the oracle ran out of memory, so nothing was checked or timed: {error}") from error
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _double(self) -> dict[str, Tensor]:
+        """Outputs of the host with its own attention, not fused, in float64, on the first image."""
+        model = _with_baseline(_host(self.config, self.tokens), fused=False).to(self.x).double()
+        with gates.noted(model, self.layers) as found:
+            model(self.x[:1].double())
+        return found
+
+
+def _guarded(measure: _Measure, job: str, say: Say) -> str:
+    """Turn what can go wrong into a status."""
+    try:
+        outcome = measure(Job.model_validate_json(job), say)
+    except AttnZooError as error:
+        outcome = Outcome(status="unsupported", message=str(error))
+    except OracleError as error:
+        outcome = Outcome(status="failed", message=str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        outcome = Outcome(status="oom", message=str(error) or type(error).__name__)
+    return outcome.model_dump_json()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _host(config: BenchConfig, tokens: int) -> nn.Module:
+    """Build the host as the config says, with its own attention, in evaluation mode; the same weights every time."""
+    model = classify.build_model(
+        config.host.model,
+        image_size=math.isqrt(tokens) * config.host.patch_size,
+        patch_size=config.host.patch_size,
+        channels=CHANNELS,
+        classes=CLASSES,
+        options=config.host.options,
+        seed=config.seed,
+    )
+    return _with_baseline(model, config.baseline.fused).eval()
+
+
+def _inputs(config: BenchConfig, tokens: int) -> Tensor:
+    side = math.isqrt(tokens) * config.host.patch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randn(config.cost.batch[tokens], CHANNELS, side, side, generator=generator)
+
+
+def _attention_paths(model: nn.Module) -> list[str]:
+    return [layer.path for layer in attnzoo.swap_report(model).layers]
+
+
+def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
+    """Choose between the host's own two ways of computing its attention."""
+    for path in _attention_paths(model):
+        layer = model.get_submodule(path)
+        if not isinstance(getattr(layer, "fused_attn", None), bool):
+            raise UnsupportedError(
+                f"{path} ({type(layer).__name__}) has no switch between fused and written-out attention"
+            )
+        layer.fused_attn = fused  # type: ignore[assignment]
+    return model
+
+
+def _swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:
+    """Put the attention of `spec` into `model`; what it adds is initialised from `seed`."""
+    if spec is None:
+        return model
+    torch.manual_seed(seed)
+    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.options)
+
+
+def _shapes(model: nn.Module, layers: list[str], x: Tensor, tokens: int) -> Shapes:
+    first = model.get_submodule(layers[0]) if layers else None
+    return Shapes(
+        batch=len(x),
+        tokens=tokens,
+        prefix=int(getattr(model, "num_prefix_tokens", 0)),
+        dim=int(getattr(model, "embed_dim", 0)),
+        heads=int(getattr(first, "num_heads", 0)),
+        depth=len(layers),
+    )
+
+
+def _side(model: nn.Module, layers: list[str], latency: Quantiles, batch: int, traced: Trace, peak: Peak) -> Side:
+    parameters = list(model.parameters())
+    attention = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters()}
+    memory = Memory(
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        activation_peak_bytes=peak.activation_bytes,
+        allocator_peak_bytes=peak.allocator_bytes,
+        method=peak.method,
+        note=peak.note,
+    )
+    return Side(
+        latency_ms=latency,
+        throughput=batch / (latency.p50 / 1e3),
+        flops=traced.flops,
+        parameters=sum(p.numel() for p in parameters),
+        attention_parameters=sum(attention.values()),
+        memory=memory,
+    )
+
+
+def _ratios(candidate: Side, baseline: Side, speedup: Quantiles) -> Ratios:
+    def over(a: int | None, b: int | None) -> float | None:
+        return None if a is None or not b else a / b
+
+    parameters = over(candidate.parameters, baseline.parameters)
+    if parameters is None:
+        raise AttnZooError("a host without parameters cannot be compared")
+    return Ratios(
+        speedup=speedup,
+        flops=over(candidate.flops, baseline.flops),
+        parameters=parameters,
+        attention_parameters=over(candidate.attention_parameters, baseline.attention_parameters),
+        activation_peak=over(candidate.memory.activation_peak_bytes, baseline.memory.activation_peak_bytes),
+        allocator_peak=over(candidate.memory.allocator_peak_bytes, baseline.memory.allocator_peak_bytes),
+    )
+
+
+def _gate_message(name: str, gate: Gate) -> str:
+    error = "not finite" if gate.max_abs_error is None else f"{gate.max_abs_error:.3g}"
+    allowed = "?" if gate.scale is None else f"{gate.tolerance * gate.scale:.3g}"
+    detail = f" ({gate.detail})" if gate.detail else ""
+    return f"{name} did not pass, so nothing was timed: error {error}, allowed {allowed}, at {gate.at}{detail}"

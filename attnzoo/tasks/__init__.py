@@ -1,0 +1,1 @@
+"""Tasks: the data, the model building and the metric that training, evaluation and the benchmark share."""
