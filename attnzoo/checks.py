@@ -63,7 +63,9 @@ def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
         raise ShapeError("this method needs grid=(h, w), the grid of the tokens after the prefix")
     if isinstance(grid, Tensor):
         if grid.shape != (batch, 2) or grid.dtype.is_floating_point:
-            raise ShapeError(f"a tensor grid must hold integers of shape {(batch, 2)}, got {grid.dtype} {tuple(grid.shape)}")
+            raise ShapeError(
+                f"a tensor grid must hold integers of shape {(batch, 2)}, got {grid.dtype} {tuple(grid.shape)}"
+            )
         return
     if len(grid) != 2 or min(grid) < 1:
         raise ShapeError(f"grid must be (h, w) with both at least 1, not {grid!r}")

@@ -1,7 +1,7 @@
 """Swap the attention of a model: all chosen layers or none, and back again.
 
-A swap changes the object it is given and nothing else. What it leaves on the model is one record a layer (`Swapped`), so a
-copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
+A swap changes the object it is given and nothing else. What it leaves on the model is one record a layer (`Swapped`),
+so a copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from attnzoo.errors import OptionError, SwapError, UnsupportedError
-from attnzoo.hosts import Site, Wanted, find_sites
+from attnzoo.hosts import RefusedSite, Site, Wanted, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
 from attnzoo.registry import AttentionInfo, build_core, describe
 
@@ -143,12 +143,14 @@ def replace_attention(
     layers = {path: _own(layer) for path, layer in places.items()}
     wanted, options = _split_wanted(info, options)
     info.check_options(options)
-    sites = _choose(model, find_sites(model, layers, wanted), where)
+    sites = _choose(model, [*find_sites(model, layers, wanted), *_gone(places)], where)
     if wanted != Wanted() and not all(site.takes_wanted for site in sites):
         raise OptionError("grid and prefix are not options here: this host knows its own grid")
-    _refuse(info, sites, places)
+    _refuse(info, sites)
     core = build_core(info, options) if info.kind == "core" else None
-    swaps = [(site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites]
+    swaps = [
+        (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
+    ]
     # nothing below can fail: the model changes here, and whole
     _put(model, {id(places[site.path]): layer for site, layer in swaps})
     for site, layer in swaps:
@@ -247,6 +249,16 @@ def _own(layer: nn.Module) -> nn.Module:
     return layer if original is None else original
 
 
+def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
+    """Layers that were swapped for good: sites that refuse."""
+    reason = "the host's own module is gone (swapped with keep_original=False)"
+    return [
+        RefusedSite(path, layer, record.host, reason)
+        for path, layer in places.items()
+        if (record := swapped_record(layer)) is not None and record.original is None
+    ]
+
+
 def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
     """Take out of `options` what is said about the host rather than about the method."""
     if not info.capabilities.grid:
@@ -287,14 +299,10 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
     return [site for site in sites if any(fnmatch.fnmatchcase(site.path, p) for p in patterns)]
 
 
-def _refuse(info: AttentionInfo, sites: list[Site], places: Mapping[str, nn.Module]) -> None:
+def _refuse(info: AttentionInfo, sites: list[Site]) -> None:
     """Raise `SwapError` naming every layer where `info` cannot stand."""
     problems: dict[str, str] = {}
     for site in sites:
-        record = swapped_record(places[site.path])
-        if record is not None and record.original is None:
-            problems[site.path] = "was swapped with keep_original=False: the host's own weights are gone"
-            continue
         problem = site.problem(info)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
@@ -302,7 +310,10 @@ def _refuse(info: AttentionInfo, sites: list[Site], places: Mapping[str, nn.Modu
         lines = "\n".join(f"  {path}: {problem}" for path, problem in problems.items())
         able = [site.path for site in sites if site.path not in problems]
         hint = f" Choose layers with where=, for example where={_pattern(able)!r}." if able else ""
-        raise UnsupportedError(f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\nNothing was swapped.{hint}")
+        raise UnsupportedError(
+            f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
+            f"Nothing was swapped.{hint}"
+        )
 
 
 def _pattern(paths: list[str]) -> str:
@@ -347,4 +358,3 @@ def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
 def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-

@@ -113,7 +113,7 @@ def test_a_users_own_method():
         attnzoo.replace_attention(model, "mean", gain=2.0)
         assert model[0].self_attn.mixer.gain[0] == 2
         assert model(torch.randn(1, 5, 16)).shape == (1, 5, 16)
-        with pytest.raises(OptionError, match="gain=1.0"):
+        with pytest.raises(OptionError, match=r"gain=1\.0"):
             attnzoo.create_attention("mean", 16, 2, gian=2.0)
     finally:
         registry.unregister_attention("mean")
@@ -126,7 +126,7 @@ def test_registering_badly():
         attnzoo.register_attention("mine", "mix", Mean)
     with pytest.raises(OptionError, match="did you mean 'causal'"):
         attnzoo.register_attention("mine", "mixer", Mean, capabilities={"casual": True})
-    with pytest.raises(attnzoo.AttnZooError, match="package.module:Class"):
+    with pytest.raises(attnzoo.AttnZooError, match=r"package\.module:Class"):
         attnzoo.register_attention("mine", "mixer", "package.module")
     with pytest.raises(attnzoo.AttnZooError, match="something in it"):
         attnzoo.register_attention(" ", "mixer", Mean)
@@ -137,7 +137,7 @@ def test_registering_badly():
 def test_a_broken_target_says_where():
     attnzoo.register_attention("broken", "mixer", "attnzoo.nowhere:Class")
     try:
-        with pytest.raises(attnzoo.AttnZooError, match="attnzoo.nowhere:Class"):
+        with pytest.raises(attnzoo.AttnZooError, match=r"attnzoo\.nowhere:Class"):
             attnzoo.create_attention("broken", 8, 1)
     finally:
         registry.unregister_attention("broken")

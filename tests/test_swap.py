@@ -1,6 +1,8 @@
 """Contracts 2 to 4: atomic and reversible, no globals, causal; and what cannot be swapped is refused by name."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import timm
@@ -96,15 +98,14 @@ def test_the_original_is_outside_the_state_dict_but_follows():
 
 def test_an_original_that_is_not_kept_is_freed():
     model = vit()
+    original = weakref.ref(model.blocks[0].attn)
     attnzoo.replace_attention(model, "padre", keep_original=False, where="blocks.0.*")
-    import gc
-
     gc.collect()
-    assert sum(isinstance(o, timm.layers.Attention) for o in gc.get_objects() if type(o) is timm.layers.Attention) >= 1
+    assert original() is None
     with pytest.raises(SwapError, match=r"keep_original=False.*blocks.0.attn"):
         attnzoo.restore_attention(model)
     before = fingerprint(model)
-    with pytest.raises(UnsupportedError, match=r"blocks.0.attn: was swapped with keep_original=False"):
+    with pytest.raises(UnsupportedError, match=r"blocks.0.attn: .*keep_original=False"):
         attnzoo.replace_attention(model, "sdpa")
     assert fingerprint(model) == before
 
@@ -270,7 +271,7 @@ REFUSALS = {
         "rotary position embedding",
     ),
     "pooling and a mixer": (
-        lambda: timm.create_model("vit_base_patch16_siglip_224", depth=1),
+        lambda: timm.create_model("vit_base_patch16_siglip_224", depth=2),
         "padre",
         {},
         UnsupportedError,
@@ -350,9 +351,7 @@ def test_a_soft_cap_is_honoured_by_the_core_that_can():
     model = transformers.Gemma2ForCausalLM(SOFTCAPPED).eval()
     ids = torch.arange(3, 20)[None]
     before = model(ids).logits
-    torch.testing.assert_close(
-        attnzoo.replace_attention(model, "softmax")(ids).logits, before, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(attnzoo.replace_attention(model, "softmax")(ids).logits, before, atol=1e-5, rtol=1e-4)
 
 
 def test_a_forward_replaced_on_the_object_is_refused():
@@ -448,7 +447,8 @@ def test_a_mixer_in_torchs_encoder_honours_padding_and_refuses_the_rest(batch_fi
         run(x, mask=torch.zeros(13, 13))
     with pytest.raises(UnsupportedError, match="cross-attention"):
         layer(x, x.clone(), x)
-    assert layer(x[0] if batch_first else x[0], x[0], x[0])[0].shape == (13, 16) if batch_first else True
+    one = x[0]  # unbatched
+    torch.testing.assert_close(layer(one, one, one)[0], layer.mixer(x[:1], grid=(3, 4), prefix=1)[0])
 
 
 def test_torch_goes_back_to_nested_tensors():
@@ -513,12 +513,14 @@ def test_a_mixer_reads_the_grid_of_each_call():
         model.blocks[0](torch.randn(1, 5, 192))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "deit_tiny_distilled_patch16_224"]
+)
 def test_patches_reach_the_class_token_in_a_real_model(name):
     torch.manual_seed(0)
     model = timm.create_model(name, depth=1, img_size=112, num_classes=3).eval()
     attnzoo.replace_attention(model, "padre", kernel_size=3)
     x = torch.randn(1, 3, 112, 112, requires_grad=True)
-    model.forward_features(x)[0, 0].sum().backward()
+    (model.forward_features(x)[0, 0] * torch.randn(model.embed_dim)).sum().backward()
     patches = x.grad[0].abs().sum(0).unfold(0, 14, 14).unfold(1, 14, 14).sum((-1, -2))
     assert (patches > 0).all()

@@ -4,8 +4,8 @@ Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scale
 
     O = softmax(scale * Q K^T + mask) V
 
-Differs from the source: causal attention lines up the ends of queries and keys when their numbers differ (torch lines up
-the beginnings), combines with a mask, and a soft cap is refused because torch has none.
+Differs from the source: causal attention lines up the ends of queries and keys when their numbers differ (torch lines
+up the beginnings), combines with a mask, and a soft cap is refused because torch has none.
 """
 
 from __future__ import annotations

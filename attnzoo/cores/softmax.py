@@ -37,9 +37,7 @@ class Softmax:
         softcap: float | None = None,
     ) -> Tensor:
         """Attend; see `attnzoo.cores` for the shapes."""
-        return self.with_weights(
-            q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, softcap=softcap
-        )[0]
+        return self.with_weights(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, softcap=softcap)[0]
 
     def with_weights(
         self,

@@ -1,7 +1,8 @@
 """Hosts: one file a library. Each finds the attention layers of a model and calls a substitute as the library would.
 
-A host has one function, ``find(model, layers, wanted) -> list[Site]``: `layers` maps paths to the host's own modules (what
-an earlier swap replaced stands in its place), and `wanted` holds what the user said about the host (see `Wanted`).
+A host has one function, ``find(model, layers, wanted) -> list[Site]``: `layers` maps paths to the host's own modules
+(what an earlier swap replaced stands in its place), and `wanted` holds what the user said about the host (see
+`Wanted`).
 """
 
 from __future__ import annotations

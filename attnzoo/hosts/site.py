@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class Site:
     """
 
     path: str
-    module: nn.Module
+    module: Any  # an nn.Module whose attributes are its library's business
     host: str
     dim: int = 0
     num_heads: int = 0
@@ -128,6 +128,10 @@ class CoreLayer(nn.Module):
     """
 
     core: Core
+
+    if TYPE_CHECKING:  # what the host's class has, this has
+
+        def __getattr__(self, name: str) -> Any: ...
 
     @classmethod
     def over(cls, module: nn.Module, core: Core) -> Self:

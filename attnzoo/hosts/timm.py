@@ -1,15 +1,15 @@
 """Host timm: the plain ViT family, its rotary relatives and its attention pooling.
 
-Cores stand in `Attention`, `AttentionRope`, `EvaAttention` and `AttentionPoolLatent`, by the very projections, norms, rotary
-embedding and gates of the layer. Mixers stand in self-attention without rotary embedding, in models whose patch embedding
-tells the grid of each call.
+Cores stand in `Attention`, `AttentionRope`, `EvaAttention` and `AttentionPoolLatent`, by the very projections, norms,
+rotary embedding and gates of the layer. Mixers stand in self-attention without rotary embedding, in models whose
+patch embedding tells the grid of each call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
@@ -39,7 +39,7 @@ _REFUSED = {
 }
 
 
-def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
     """Find timm's attention layers; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():
@@ -50,14 +50,17 @@ def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> l
             why = "attention pooling is cross-attention from a learned query, and a mixer has one input"
             site = TimmSite(path, layer, "timm", layer.kv.in_features, layer.num_heads, _needs(layer, cross=True), why)
             sites.append(site)
-        elif type(layer).__module__.startswith("timm.") and (looks_like_attention(layer) or hasattr(layer, "fused_attn")):
-            if not any(path.startswith(f"{site.path}.") for site in sites):
-                reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or "no host of attnzoo knows this class"
-                sites.append(RefusedSite(path, layer, "timm", reason))
+        elif _is_other_attention(layer) and not any(path.startswith(f"{site.path}.") for site in sites):
+            reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or "no host of attnzoo knows this class"
+            sites.append(RefusedSite(path, layer, "timm", reason))
     refused = {site.path for site in sites if isinstance(site, RefusedSite)}
     known = [site.path for site in sites if site.path not in refused]
     # a class that only wraps a layer we know (a block named ...Attention) is not a layer of its own
     return [s for s in sites if s.path not in refused or not any(k.startswith(f"{s.path}.") for k in known)]
+
+
+def _is_other_attention(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith("timm.") and (looks_like_attention(layer) or hasattr(layer, "fused_attn"))
 
 
 def _bias(layer: nn.Module) -> str | None:
@@ -72,8 +75,8 @@ def _needs(layer: nn.Module, *, cross: bool = False) -> dict[str, str]:
     return needs
 
 
-def _self_attention(path: str, layer: nn.Module, layers: Mapping[str, nn.Module]) -> Site:
-    linear = cast(nn.Linear, layer.q_proj if getattr(layer, "qkv", None) is None else layer.qkv)
+def _self_attention(path: str, layer: Any, layers: Mapping[str, Any]) -> Site:
+    linear = layer.q_proj if getattr(layer, "qkv", None) is None else layer.qkv
     owner = next((m for a in ancestors(path) if _knows_grid(m := layers[a])), None)
     no_mixer = None
     if owner is not None and getattr(owner, "rope", None) is not None:
@@ -89,9 +92,7 @@ def _self_attention(path: str, layer: nn.Module, layers: Mapping[str, nn.Module]
 
 
 def _knows_grid(module: nn.Module) -> bool:
-    return hasattr(module, "num_prefix_tokens") and hasattr(
-        getattr(module, "patch_embed", None), "dynamic_feat_size"
-    )
+    return hasattr(module, "num_prefix_tokens") and hasattr(getattr(module, "patch_embed", None), "dynamic_feat_size")
 
 
 class GridOfCall:
@@ -104,17 +105,17 @@ class GridOfCall:
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, patch_embed: Any, inputs: tuple[Any, ...]) -> None:
         """Read the grid from the image ``(B, C, H, W)`` that goes in."""
         height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.size = (height, width)
 
 
-def _hook_of(patch_embed: nn.Module) -> GridOfCall | None:
+def _hook_of(patch_embed: Any) -> GridOfCall | None:
     return next((h for h in patch_embed._forward_pre_hooks.values() if isinstance(h, GridOfCall)), None)
 
 
-def _grid_of(owner: nn.Module) -> GridOfCall:
+def _grid_of(owner: Any) -> GridOfCall:
     return _hook_of(owner.patch_embed) or GridOfCall(tuple(owner.patch_embed.grid_size or (0, 0)))
 
 
@@ -122,7 +123,7 @@ def _grid_of(owner: nn.Module) -> GridOfCall:
 class TimmSite(Site):
     """An attention layer of timm."""
 
-    owner: nn.Module | None = None
+    owner: Any = None
     grid: GridOfCall | None = None
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
@@ -147,12 +148,12 @@ class TimmSite(Site):
 
     def installed(self, layer: nn.Module) -> None:
         """Have the patch embedding tell the grid of each call to the mixers."""
-        if isinstance(layer, TimmMixer) and self.owner is not None and _hook_of(self.owner.patch_embed) is None:
-            grid = cast(GridOfCall, self.grid)
-            layer.grid = grid
-            self.owner.patch_embed.register_forward_pre_hook(grid)
-        elif isinstance(layer, TimmMixer) and self.owner is not None:
-            layer.grid = _hook_of(self.owner.patch_embed)
+        if isinstance(layer, TimmMixer) and self.owner is not None:
+            hook = _hook_of(self.owner.patch_embed)
+            if hook is None:
+                hook = layer.grid
+                self.owner.patch_embed.register_forward_pre_hook(hook)
+            layer.grid = hook
 
     def removed(self) -> None:
         """Take the hook off the patch embedding."""
@@ -242,9 +243,7 @@ class TimmMixer(MixerLayer):
         size = None if self.grid is None else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(
-                f"{x.shape[1]} tokens are not {self.prefix} prefix tokens and the {size[0]} x {size[1]} patches of the last "
-                "image; a mixer takes the grid from the model's own patch embedding, so call the whole model"
+                f"{x.shape[1]} tokens are not {self.prefix} prefix tokens and the {size[0]} x {size[1]} patches of the "
+                "last image; a mixer takes the grid from the model's own patch embedding, so call the whole model"
             )
         return self.mixer(x, grid=size, prefix=self.prefix)
-
-

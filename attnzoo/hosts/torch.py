@@ -1,8 +1,9 @@
-"""Host torch: `nn.MultiheadAttention`, and so `nn.TransformerEncoder`, torchvision's ViT and whatever else is built on it.
+"""Host torch: `nn.MultiheadAttention`, and what is built on it (`nn.TransformerEncoder`, torchvision's ViT).
 
-torch's encoder layers have a fast path that reads the weights of their attention and never calls it; a swapped layer says
-of itself what makes them take the ordinary path (``_qkv_same_embed_dim = False``). For that path `nn.TransformerEncoder` would
-turn a padded batch into a nested tensor, so a swap switches its ``use_nested_tensor`` off and `restore_attention` puts it back.
+torch's encoder layers have a fast path that reads the weights of their attention and never calls it; a swapped layer
+says of itself what makes them take the ordinary path (``_qkv_same_embed_dim = False``). For that path
+`nn.TransformerEncoder` would turn a padded batch into a nested tensor, so a swap switches its ``use_nested_tensor``
+off and `restore_attention` puts it back.
 
 A caller who asks for attention weights (``need_weights=True``, torch's default) gets them from cores that have them
 (`softmax`), and None from every other core and mixer, in the place where torch gives None for ``need_weights=False``.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from attnzoo.registry import AttentionInfo
 _NESTED = "attnzoo_use_nested_tensor"
 
 
-def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
     """Find `nn.MultiheadAttention`; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():
@@ -43,7 +44,7 @@ def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> l
     return sites
 
 
-def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, nn.Module], wanted: Wanted) -> Site:
+def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], wanted: Wanted) -> Site:
     parent = layers[ancestors(path)[0]] if path else layer
     kind = type(parent).__name__
     site = TorchSite(path, layer, "torch", layer.embed_dim, layer.num_heads)
@@ -67,7 +68,7 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, nn.Modul
     return site
 
 
-def _is_torchvision_vit(module: nn.Module) -> bool:
+def _is_torchvision_vit(module: Any) -> bool:
     return any(c.__module__ == "torchvision.models.vision_transformer" for c in type(module).__mro__) and hasattr(
         module, "class_token"
     )
@@ -84,7 +85,9 @@ class TorchSite(Site):
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
         if info.capabilities.grid and self.grid is None:
-            return "torch's encoders know no grid of tokens: give grid=(h, w), and prefix= if tokens stand before the grid"
+            return (
+                "torch's encoders know no grid of tokens: give grid=(h, w), and prefix= if tokens stand before the grid"
+            )
         return None
 
     def put_core(self, core: Core) -> nn.Module:
@@ -165,7 +168,7 @@ class TorchMixer(MixerLayer):
     _qkv_same_embed_dim = False  # keeps torch's encoder layers off their fast path
     in_proj_weight = in_proj_bias = None
 
-    def __init__(self, mixer: nn.Module, original: nn.Module, grid: tuple[int, int] | None, prefix: int) -> None:
+    def __init__(self, mixer: nn.Module, original: Any, grid: tuple[int, int] | None, prefix: int) -> None:
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
         self.batch_first: bool = original.batch_first
@@ -191,7 +194,9 @@ class TorchMixer(MixerLayer):
             If query, key and value are not one tensor, or the caller asks for an attention mask or for causality.
         """
         if not (query is key and key is value):
-            raise UnsupportedError("cross-attention: a mixer has one input, but query, key and value are not one tensor")
+            raise UnsupportedError(
+                "cross-attention: a mixer has one input, but query, key and value are not one tensor"
+            )
         if attn_mask is not None or is_causal:
             raise UnsupportedError("a mixer cannot honour attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
@@ -206,7 +211,7 @@ class TorchMixer(MixerLayer):
 
 
 def _seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
-    """torch's attn_mask, True where hidden, ``(N, S)`` or ``(B * H, N, S)``, as a core's mask."""
+    """Torch's attn_mask, True where hidden, ``(N, S)`` or ``(B * H, N, S)``, as a core's mask."""
     if attn_mask is None:
         return None
     mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, heads))
@@ -214,7 +219,7 @@ def _seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
 
 
 def _seen_keys(key_padding_mask: Tensor | None) -> Tensor | None:
-    """torch's key_padding_mask ``(B, S)``, True where hidden, as a core's mask ``(B, 1, 1, S)``."""
+    """Torch's key_padding_mask ``(B, S)``, True where hidden, as a core's mask ``(B, 1, 1, S)``."""
     if key_padding_mask is None:
         return None
     mask = key_padding_mask[:, None, None, :]

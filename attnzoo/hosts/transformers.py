@@ -1,12 +1,13 @@
 """Host transformers: every model that goes through transformers' own attention interface.
 
-An attention module of transformers picks a function by the name in its config (``_attn_implementation``) and calls it with
-queries, keys, values and a mask. attnzoo adds one name, ``attnzoo``, to that interface. A swapped module is the host's own class
-on the host's own state, with two things of its own: a copy of the config that says ``attnzoo``, and the core. Models that
-share a config do not share a swap, and masks go on being made by the model as before, so `sdpa` and `eager` models are taken.
+An attention module of transformers picks a function by the name in its config (``_attn_implementation``) and calls it
+with queries, keys, values and a mask. attnzoo adds one name, ``attnzoo``, to that interface. A swapped module is the
+host's own class on the host's own state, with two things of its own: a copy of the config that says ``attnzoo``, and
+the core. Models that share a config do not share a swap, and masks go on being made by the model as before, so `sdpa`
+and `eager` models are taken.
 
-A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`) and None
-from every other.
+A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`)
+and None from every other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NAME = "attnzoo"
 _MASKS = ("sdpa", "eager", None)
 
 
-def find(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
     """Find the modules that call transformers' attention interface; see `attnzoo.hosts`."""
     AttentionInterface.register(NAME, attention)
     sites: list[Site] = []
@@ -51,15 +52,15 @@ def _nested(a: str, b: str) -> bool:
     return a.startswith(f"{b}.") or b.startswith(f"{a}.")
 
 
-def _code(layer: nn.Module) -> Any:
+def _code(layer: Any) -> Any:
     return inspect.unwrap(type(layer).forward).__code__
 
 
-def _calls_interface(layer: nn.Module) -> bool:
+def _calls_interface(layer: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _code(layer).co_names
 
 
-def _unsupported(layer: nn.Module) -> str | None:
+def _unsupported(layer: Any) -> str | None:
     """Say what the module hands to the interface that no core can honour, or None."""
     code = _code(layer)
     words = {w for c in code.co_consts if isinstance(c, tuple) for w in c} | set(code.co_varnames)
@@ -75,7 +76,7 @@ def _unsupported(layer: nn.Module) -> str | None:
     return None
 
 
-def _site(path: str, layer: nn.Module) -> Site:
+def _site(path: str, layer: Any) -> Site:
     config = layer.config
     needs = {}
     causal = bool(getattr(layer, "is_causal", False))
@@ -110,7 +111,7 @@ class TransformersSite(Site):
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,19 +124,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the module's core, as transformers' attention interface asks.
 
-    Parameters
-    ----------
-    module
-        A swapped attention module.
-    query, key, value
-        ``(B, H, N, D)`` and ``(B, Hkv, S, D)``.
-    attention_mask
-        None, or ``(B, 1 or H, N, S)``, boolean (True where seen) or additive.
-
-    Returns
-    -------
-    tuple
-        ``(B, N, H, D)`` and the weights ``(B, H, N, S)``, or None.
+    `query` is ``(B, H, N, D)``, `key` and `value` are ``(B, Hkv, S, D)``; `attention_mask` is None or
+    ``(B, 1 or H, N, S)``, boolean (True where seen) or additive. Returns ``(B, N, H, D)`` and the weights
+    ``(B, H, N, S)``, or None in their place.
 
     Raises
     ------
@@ -144,7 +135,9 @@ def attention(
     """
     core = getattr(module, "attnzoo_core", None)
     if core is None:
-        raise UnsupportedError("attn_implementation='attnzoo' is set by attnzoo.replace_attention(model, name), not by hand")
+        raise UnsupportedError(
+            "attn_implementation='attnzoo' is set by attnzoo.replace_attention(model, name), not by hand"
+        )
     implementation = module.attnzoo_model_config._attn_implementation
     if implementation not in _MASKS or (attention_mask is not None and attention_mask.dim() != 4):
         raise UnsupportedError(
@@ -175,8 +168,6 @@ def attention(
     return out.transpose(1, 2).contiguous(), weights
 
 
-def _wants_weights(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+def _wants_weights(module: Any, kwargs: Mapping[str, Any]) -> bool:
     asked = kwargs.get("output_attentions")
     return bool(module.attnzoo_model_config.output_attentions if asked is None else asked)
-
-

@@ -66,7 +66,7 @@ class Canvas:
         return cls(height, width, prefix, tokens, on_canvas, prefix_mask, slots)
 
     def lay(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)``; padding becomes 0."""
+        """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)``; padding is 0."""
         head, patches = x[:, : self.prefix], x[:, self.prefix :]
         if self.slots is not None:
             canvas = x.new_zeros(x.shape[0], self.height * self.width + 1, x.shape[2])

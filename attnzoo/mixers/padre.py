@@ -4,17 +4,21 @@ Paper: Letourneau et al., PADRe, ICLR 2025, https://arxiv.org/abs/2407.11306
 
     Y_i = A_i X B_i,   Z_1 = Y_1,   Z_{i+1} = (C_i Z_i D_i) * Y_{i+1},   O = Z_d     (* elementwise, i = 1..d)
 
-B_i, D_i mix channels (pointwise); A_i, C_i mix tokens (11 x 11 depthwise convolution). Linear in the number of tokens; each
-output is a polynomial of degree d in the input. The residual connection round the layer is the term of degree 1.
+B_i, D_i mix channels (pointwise); A_i, C_i mix tokens (11 x 11 depthwise convolution). Linear in the number of
+tokens; each output is a polynomial of degree d in the input. The residual connection round the layer is the term of
+degree 1.
 
-Differs from the paper: the paper does not say whether its convolutions are depthwise (here they are), whether terms below
-Z_d are added (here they are not: with a bias in every convolution Z_d holds all lower degrees already), nor how it starts the
-weights (here each Y_i has about the variance of its input), nor what becomes of a class token. Here prefix tokens take part
-in A_i and C_i linearly, so the degree stays exact: each receives the mean of all tokens, and every patch the mean of the
-prefix, with a learned weight a channel. Pointwise comes before depthwise, and padding is zero before each convolution.
+Differs from the paper: the paper does not say whether its convolutions are depthwise (here they are), whether terms
+below Z_d are added (here they are not: with a bias in every convolution Z_d holds all lower degrees already), nor how
+it starts the weights (here each Y_i has about the variance of its input), nor what becomes of a class token. Here
+prefix tokens take part in A_i and C_i linearly, so the degree stays exact: each receives the mean of all tokens, and
+every patch the mean of the prefix, with a learned weight a channel. Pointwise comes before depthwise, and padding is
+zero before each convolution.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,12 +115,10 @@ class Padre(nn.Module):
         weights, biases = b.weight.chunk(self.degree), b.bias.chunk(self.degree)
         a = self.y_tokens.matrices(places, width).chunk(self.degree)
         a_bias = self.y_tokens.bias.chunk(self.degree)
-        y = [
-            torch.einsum("cnm,mc->nc", a[i], x @ weights[i].T + biases[i]) + a_bias[i] for i in range(self.degree)
-        ]
+        y = [torch.einsum("cnm,mc->nc", a[i], x @ weights[i].T + biases[i]) + a_bias[i] for i in range(self.degree)]
         z = y[0]
         for i in range(self.degree - 1):
-            d, c = self.z_channels[i], self.z_tokens[i]
+            d, c = cast(nn.Linear, self.z_channels[i]), cast(TokenMixing, self.z_tokens[i])
             z = torch.einsum("cnm,mc->nc", c.matrices(places, width), z @ d.weight.T + d.bias) + c.bias
             z = z * y[i + 1]
         return z
@@ -133,8 +135,8 @@ class Padre(nn.Module):
 class TokenMixing(nn.Module):
     """A_i and C_i: a linear map over tokens, one a channel.
 
-    Patches: depthwise convolution over the grid, plus ``to_patches`` times the mean of the prefix. Prefix: ``own`` times the
-    token itself, plus ``to_prefix`` times the mean of all tokens. Both: plus a bias.
+    Patches: depthwise convolution over the grid, plus ``to_patches`` times the mean of the prefix. Prefix: ``own``
+    times the token itself, plus ``to_prefix`` times the mean of all tokens. Both: plus a bias.
 
     Parameters
     ----------
