@@ -193,6 +193,11 @@ class BenchConfig(Section):
         content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def to_yaml(self) -> str:
+        """The whole config, defaults and overrides included, as YAML that `load_config` reads back."""
+        content = self.model_dump(mode="json", exclude=set(NOT_HASHED))
+        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
     """Read a YAML config, apply ``key=value`` overrides and check it.

@@ -16,6 +16,7 @@ from attnzoo.errors import AttnZooError, ConfigError
 
 SCHEMA_VERSION = 1
 RECORDS_FILE = "records.jsonl"
+CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
@@ -163,6 +164,7 @@ class Record(Entry):
     schema_version: Literal[1] = 1
     config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     benchmark: str
+    command: str
     kind: Literal["cost", "quality"]
     scope: Literal["model"] = "model"
     phase: Literal["forward"] = "forward"

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from attnzoo import assets
 from attnzoo.bench.child import ChildResult, Nursery, Say
 from attnzoo.bench.config import AttentionConfig, BenchConfig
-from attnzoo.bench.record import Environment, Quality, Record, RecordStore, Training
+from attnzoo.bench.record import CONFIG_FILE, Environment, Quality, Record, RecordStore, Training
 from attnzoo.bench.system import environment
 from attnzoo.bench.worker import Job, Outcome, cost_main, quality_main
 from attnzoo.errors import ConfigError
@@ -40,8 +40,17 @@ class Row:
         return "cost" if self.tokens else "quality"
 
 
-def run(config: BenchConfig, console: Console | None = None) -> list[Record]:
+def run(config: BenchConfig, command: str, console: Console | None = None) -> list[Record]:
     """Measure every row of `config` that its folder does not hold yet, and give all records.
+
+    Parameters
+    ----------
+    config
+        What to measure.
+    command
+        What a reader would type to measure it again; it goes into the records.
+    console
+        Where progress is shown; stderr by default.
 
     Raises
     ------
@@ -55,7 +64,8 @@ def run(config: BenchConfig, console: Console | None = None) -> list[Record]:
     check(config)
     data = assets.get(config.quality.dataset) if config.quality is not None else Path()
     with RecordStore(config.folder, config.hash, fresh=config.fresh) as store:
-        runner = _Runner(config, store, data)
+        (config.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        runner = _Runner(config, store, data, command)
         rows = [row for row in plan(config) if not store.done(_key(config, row))]
         kept = len(plan(config)) - len(rows)
         if kept:
@@ -106,8 +116,8 @@ def check(config: BenchConfig) -> None:
 class _Runner:
     """Measures rows and writes their records."""
 
-    def __init__(self, config: BenchConfig, store: RecordStore, data: Path) -> None:
-        self.config, self.store, self.data = config, store, data
+    def __init__(self, config: BenchConfig, store: RecordStore, data: Path, command: str) -> None:
+        self.config, self.store, self.data, self.command = config, store, data, command
         self.cuda = config.device.startswith("cuda")
         self.nursery = Nursery(PRELOAD, cuda=self.cuda)
         self.environment = environment(config.device, config.threads)
@@ -167,6 +177,7 @@ class _Runner:
         return Record(
             config_hash=config.hash,
             benchmark=config.name,
+            command=self.command,
             kind="cost" if row.kind == "cost" else "quality",
             label=label,
             attention=None if spec is None else spec.name,

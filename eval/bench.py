@@ -1,0 +1,77 @@
+"""Measure what attentions cost and how well they learn, and report it.
+
+python eval/bench.py configs/bench/quickstart.yaml [key=value ...]   measure; a broken run goes on where it stopped
+python eval/bench.py --report RECORDS.jsonl [--readme README.md]     report again from records, without measuring
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnzoo.errors import AttnZooError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/bench/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; measure nothing")
+    parser.add_argument("--readme", type=Path, help="also rewrite the part of this file between the bench markers")
+    parsed = parser.parse_intermixed_args(arguments)
+    if (parsed.config is None) == (parsed.report is None):
+        parser.error("give either a config or --report RECORDS")
+    try:
+        if parsed.report is not None:
+            report(parsed.report, parsed.readme)
+        else:
+            again = shlex.join(["python", "eval/bench.py", *arguments])
+            measure(parsed.config, parsed.overrides, again, parsed.readme)
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> None:
+    """Measure what a config asks for, then report."""
+    from attnzoo.bench.config import load_config
+    from attnzoo.bench.record import RECORDS_FILE
+    from attnzoo.bench.run import run
+
+    config = load_config(config_path, overrides)
+    run(config, command)
+    report(config.folder / RECORDS_FILE, readme)
+
+
+def report(records_path: Path, readme: Path | None) -> None:
+    """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
+    from rich.console import Console
+
+    from attnzoo.bench.page import html_page
+    from attnzoo.bench.record import RECORDS_FILE, read_records
+    from attnzoo.bench.report import print_report, rewrite_readme
+
+    records = read_records(records_path)
+    config = records_path.with_suffix(".yaml")
+    page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
+    html = html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None)
+    part = page.with_name(f".{page.name}.part")
+    part.write_text(html, encoding="utf-8")
+    os.replace(part, page)
+    console = Console()
+    print_report(records, console)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    if readme is not None:
+        rewrite_readme(readme, records)
+        console.print(f"rewritten: {readme}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
