@@ -66,8 +66,8 @@ def markdown_section(records: Iterable[Record]) -> str:
         "",
         f"`{one.host}`{blocks}, {one.dtype}, on {words.machine(summary)}. Ratios are to the host's own dense "
         "attention, timed in turn in the same process; in brackets the 20th to 80th percentile. Above 1x is faster; "
-        "for memory, FLOPs and parameters, below 1x is less. The `dense` row is dense against a second copy of itself: the "
-        "noise of the machine.",
+        "for memory, FLOPs and parameters, below 1x is less. The `dense` row is dense against a second copy of itself: "
+        "the noise of the machine.",
     ]
     if quality is not None:
         text += ["", f"Top-1: {quality.note}."]

@@ -1,0 +1,200 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnzoo.bench.config import BenchConfig, load_config, parse_override, validate_config
+from attnzoo.errors import ConfigError
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "bench" / "quickstart.yaml"
+SMALL = {"name": "small", "attentions": ["softmax"]}
+
+
+def problems_of(data):
+    with pytest.raises(ConfigError) as caught:
+        validate_config(data)
+    return str(caught.value)
+
+
+def test_the_config_of_the_first_page_is_valid_and_names_six_attentions_and_three_token_counts():
+    config = load_config(QUICKSTART)
+    assert [a.label for a in config.attentions] == [
+        "softmax",
+        "sdpa",
+        "flash",
+        "padre degree=1",
+        "padre degree=2",
+        "padre degree=3",
+    ]
+    assert config.cost.tokens == (196, 784, 3136)
+    assert config.folder == Path("runs/quickstart")
+
+
+def test_an_unknown_key_names_the_nearest_and_where():
+    said = problems_of({**SMALL, "cost": {"tokns": [16]}})
+    assert "cost.tokns: unknown key; did you mean 'tokens'?" in said
+
+
+def test_an_unknown_key_with_no_neighbour_lists_what_is_known():
+    assert re.search(
+        r"quality\.recipe\.zzz: unknown key; known: .*epochs", problems_of({**SMALL, "quality": {"recipe": {"zzz": 1}}})
+    )
+
+
+def test_a_bad_value_names_the_key_the_value_and_what_is_allowed():
+    said = problems_of({**SMALL, "cost": {"dtype": "float8", "repeats": 0}})
+    assert "cost.dtype: 'float8' is not allowed" in said
+    assert "'float32', 'bfloat16' or 'float16'" in said
+    assert "cost.repeats: 0 is not allowed" in said
+
+
+def test_all_problems_come_together_names_of_attentions_included():
+    said = problems_of(
+        {"nam": "x", "attentions": ["sofmax", {"name": "padre", "options": {"degre": 2}}], "device": "tpu"}
+    )
+    for part in (
+        "nam: unknown key",
+        "name: must be given",
+        "device: 'tpu'",
+        "sofmax",
+        "'softmax'",
+        "degre",
+        "5 errors",
+    ):
+        assert part in said
+
+
+def test_an_option_value_that_a_method_refuses_is_found_before_any_work():
+    assert "attentions.0.options" in problems_of({**SMALL, "attentions": [{"name": "padre", "options": {"degree": 0}}]})
+
+
+@pytest.mark.parametrize("tokens", [[15], [16, 16], [], [0], [-4], ["a"]])
+def test_token_counts_are_distinct_squares(tokens):
+    assert "cost" in problems_of({**SMALL, "cost": {"tokens": tokens}})
+
+
+def test_one_batch_stands_for_all_token_counts_and_a_mapping_must_name_each():
+    one = validate_config({**SMALL, "cost": {"tokens": [16, 64], "batch": 2}})
+    each = validate_config({**SMALL, "cost": {"tokens": [16, 64], "batch": {16: 2, 64: 2}}})
+    assert one.cost.batch == {16: 2, 64: 2}
+    assert one.hash == each.hash
+    said = problems_of({**SMALL, "cost": {"tokens": [16, 64], "batch": {16: 2, 9: 1}}})
+    assert "no batch for token counts [64]" in said
+    assert "[9] are not among" in said
+
+
+def test_labels_must_differ():
+    assert "['softmax']" in problems_of({**SMALL, "attentions": ["softmax", "softmax"]})
+    assert "['dense']" in problems_of({**SMALL, "attentions": [{"name": "softmax", "label": "dense"}]})
+
+
+def test_the_image_size_is_not_the_hosts_to_set():
+    assert "the token counts decide it" in problems_of({**SMALL, "host": {"options": {"img_size": 32}}})
+
+
+def test_the_hash_is_over_content_and_not_over_where_it_is_written():
+    plain = validate_config(SMALL)
+    assert plain.hash == validate_config({**SMALL, "output": "elsewhere", "fresh": True}).hash
+    assert plain.hash == validate_config({**SMALL, "seed": 0}).hash, "a default written out changes nothing"
+    assert plain.hash != validate_config({**SMALL, "seed": 1}).hash
+    assert plain.hash != validate_config({**SMALL, "attentions": ["sdpa"]}).hash
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load_config(QUICKSTART, ["cost.batch=2", "quality.seeds=[0, 1]"])
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_overrides_reach_into_sections_lists_and_null():
+    config = load_config(
+        QUICKSTART, ["cost.tokens=[16]", "attentions.3.options.degree=4", "quality=null", "quality.recipe.epochs=9"]
+    )
+    assert config.cost.tokens == (16,)
+    assert config.attentions[3].label == "padre degree=4"
+    assert config.quality is not None
+    assert config.quality.recipe.epochs == 9
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seed", "key=value"),
+        ("=3", "key=value"),
+        ("cost..tokens=3", "key=value"),
+        ("seed=[1", "not valid YAML"),
+        ("name.x=1", "has no keys inside"),
+        ("attentions.17.name=sdpa", "not an index"),
+        ("attentions.first.name=sdpa", "not an index"),
+        ("cost.tokns=[16]", "did you mean 'tokens'"),
+    ],
+)
+def test_a_bad_override_is_refused_by_name(override, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_config(QUICKSTART, [override])
+
+
+KEYS = st.lists(st.from_regex(r"[a-z_][a-z0-9_]{0,8}", fullmatch=True), min_size=1, max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text("abcXYZ =.,:#'\"[]{}-", max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", min_size=1, max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(KEYS, VALUES)
+def test_an_override_written_as_yaml_reads_back(keys, value):
+    text = f"{'.'.join(keys)}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"
+    assert parse_override(text) == (keys, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("- a\n", "expected a mapping"), ("a: [", "not valid YAML"), ("name: a\nname: b\n", "'name' stands twice")],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, text, says):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_the_schema_survives_a_dump():
+    config = load_config(QUICKSTART)
+    assert BenchConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_importing_attnzoo_imports_no_benchmark_and_no_optional_package():
+    code = """
+import sys, attnzoo
+optional = {"attnzoo.bench", "attnzoo.tasks", "pydantic", "yaml", "rich", "timm", "matplotlib"}
+assert not optional & set(sys.modules), optional & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_package_comes_with_the_install_line():
+    code = """
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "yaml" else real(name, *more)
+from attnzoo.errors import MissingExtraError
+try:
+    import attnzoo.bench
+except MissingExtraError as error:
+    assert 'pip install "attnzoo[vision]"' in str(error), error
+else:
+    raise SystemExit("not refused")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
