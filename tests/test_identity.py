@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import attnzoo
-from tests.zoo import GRADIENT_TOLERANCE, HOSTS, OUTPUT_TOLERANCE, Host, seeded
+from tests.zoo import GRADIENT_TOLERANCE, HOSTS, OUTPUT_TOLERANCE, Host, cast, seeded
 
 CORES = ("softmax", "sdpa", "flash")
 
@@ -45,6 +45,17 @@ def test_outputs_and_gradients_stay(host: Host, core: str):
             largest = gradient.abs().max()
             assert largest == 0 or (found[name] - gradient).abs().max() <= 1e-3 * largest + 1e-7, name
         attnzoo.restore_attention(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_outputs_stay_in_other_dtypes(host: Host, dtype: torch.dtype):
+    model, inputs = seeded(host.build).to(dtype), cast(host.inputs(), dtype)
+    with torch.no_grad():
+        expected = host.call(model, inputs)
+        for core in ("softmax", "flash"):
+            out = host.call(attnzoo.replace_attention(model, core), inputs)
+            assert difference(out, expected) <= OUTPUT_TOLERANCE[dtype], core
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -60,13 +60,7 @@ def test_other_dtypes_and_autocast(host, name, options):
     with torch.autocast("cpu", torch.bfloat16):
         cast = host.call(model, host.inputs()).float()
     assert 0 < (cast - out).abs().max() < 0.15 * out.abs().max()
-    model.bfloat16()
-    inputs = host.inputs()
-    if isinstance(inputs, torch.Tensor):
-        inputs = inputs.bfloat16()
-    elif isinstance(inputs, tuple):
-        inputs = (inputs[0].bfloat16(), inputs[1])
-    half = host.call(model, inputs).float()
+    half = host.call(model.bfloat16(), cast(host.inputs(), torch.bfloat16)).float()
     assert 0 < (half - out).abs().max() < 0.15 * out.abs().max()
     model.double().float()
     attnzoo.restore_attention(model)

@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-# the tolerances of the identity contract, by dtype: of outputs and of gradients, against the largest value
-OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
+# the tolerances of the identity contract, by dtype, against the largest value or 1
+OUTPUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+GRADIENT_TOLERANCE = {torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     return model
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """The inputs of a host with every floating tensor in `dtype`."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {key: cast(value, dtype) for key, value in inputs.items()}
+    return tuple(cast(value, dtype) for value in inputs)
 
 
 def images(size: int = 64) -> Tensor:
@@ -132,10 +141,10 @@ def _call_encoder(model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
 TIMM = [
     _timm("vit_tiny_patch16_224"),
     _timm("deit_tiny_distilled_patch16_224"),
-    _timm("deit3_small_patch16_224", embed_dim=48, num_heads=4, init_values=0.5),
-    _timm("vit_small_patch14_reg4_dinov2", size=56, embed_dim=48, num_heads=4, init_values=0.5),
+    _timm("deit3_small_patch16_224", init_values=0.5),
+    _timm("vit_small_patch14_reg4_dinov2", size=56, init_values=0.5),
     _timm("eva02_tiny_patch14_224", size=56),
-    _timm("vit_base_patch16_siglip_224", layers=3, embed_dim=48, num_heads=4),
+    _timm("vit_base_patch16_siglip_224", layers=3, embed_dim=192, num_heads=3),
 ]
 TORCH = [
     Host("torchvision:vit", _torchvision, images, lambda model, x: model(x), 2),

@@ -1,0 +1,102 @@
+"""The README and the guide tell the truth: their code runs, their tables are what is in the records and the registry."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnzoo.__main__ import capability_table, main
+from attnzoo.bench.record import read_records
+from attnzoo.bench.report import markdown_section
+from attnzoo.registry import _table, unregister_attention
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def between(page: Path, name: str) -> str:
+    return page.read_text(encoding="utf-8").split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    """All examples of a page, one after the other, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    before = set(_table)
+    try:
+        space: dict = {}
+        for code in blocks(page, "python"):
+            exec(compile(code, page.name, "exec"), space)
+    finally:
+        for name in set(_table) - before:
+            unregister_attention(name)
+
+
+def test_the_readme_has_its_parts_in_order():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = [
+        "# attnzoo",
+        "replace_attention(model",
+        "make bench",
+        "make test",
+        "<!-- bench:begin -->",
+        "## Add a method",
+    ]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_shell_commands_are_real(page):
+    """Make's targets exist, and configs and options are taken: benchmarks are asked to check and stop there."""
+    for line in "\n".join(blocks(page, "sh")).splitlines():
+        command = line.partition("#")[0].split()
+        if not command:
+            continue
+        if command[0] == "make":
+            subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
+        else:
+            assert command[:2] == ["python", "eval/bench.py"], line
+            from attnzoo.bench.config import load_config
+
+            load_config(ROOT / command[2], command[3:])
+
+
+def test_the_readmes_table_is_that_of_the_committed_record():
+    records = read_records(ROOT / "docs/records/quickstart.jsonl")
+    assert between(ROOT / "README.md", "bench") == markdown_section(records).strip()
+
+
+def test_the_guides_table_is_that_of_the_registry():
+    assert between(ROOT / "docs/guide.md", "attentions") == capability_table()
+
+
+def test_the_command_line_lists_and_describes(capsys):
+    assert main([]) == 0
+    assert "| `padre` | mixer |" in capsys.readouterr().out
+    assert main(["padre"]) == 0
+    assert "degree=3" in capsys.readouterr().out
+    assert main(["pader"]) == 2
+    assert "did you mean 'padre'" in capsys.readouterr().err
+
+
+def test_nothing_is_shown_that_a_reader_cannot_run():
+    """Pages name no machine of ours: no absolute paths."""
+    for page in PAGES:
+        assert not re.search(r"(?<![\w.])/(?:home|root|work|tmp|mnt)/", page.read_text(encoding="utf-8")), page
+
+
+def test_modules_run_as_commands():
+    subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
