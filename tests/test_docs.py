@@ -1,4 +1,4 @@
-"""The README and the guide tell the truth: their code runs, their tables are what is in the records and the registry."""
+"""The README and the docs tell the truth: their code runs, their tables are those of the records and the registry."""
 
 import re
 import subprocess

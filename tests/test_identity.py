@@ -47,8 +47,11 @@ def test_outputs_and_gradients_stay(host: Host, core: str):
         attnzoo.restore_attention(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("host", HOSTS, ids=str)
+# transformers' own eager attention gives NaN for left padding in float64: there is nothing to be equal to
+OTHER_DTYPES = [(h, torch.bfloat16) for h in HOSTS] + [(h, torch.float64) for h in HOSTS if "eager" not in h.name]
+
+
+@pytest.mark.parametrize(("host", "dtype"), OTHER_DTYPES, ids=str)
 def test_outputs_stay_in_other_dtypes(host: Host, dtype: torch.dtype):
     model, inputs = seeded(host.build).to(dtype), cast(host.inputs(), dtype)
     with torch.no_grad():
