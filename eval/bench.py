@@ -15,6 +15,8 @@ from pathlib import Path
 
 from attnzoo.errors import AttnZooError
 
+PIPED_WIDTH = 132  # columns of the table where there is no terminal to ask
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status: 0, or 2 where something was refused."""
@@ -65,7 +67,7 @@ def report(records_path: Path, readme: Path | None) -> None:
     part = page.with_name(f".{page.name}.part")
     part.write_text(html, encoding="utf-8")
     os.replace(part, page)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     print_report(records, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
     if readme is not None:

@@ -132,7 +132,7 @@ def _cost_table(summary: Summary, tokens: int, rows: list[Record]) -> str:
             _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup)),
             _cell(f"{side.throughput:,.1f}"),
             _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
-            _cell(words.ratio(peak), words.need_verdict(peak), words.megabytes(held)),
+            _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
             _cell(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters), f"{side.parameters:,}"),
             _cell(words.accuracy(row.quality), words.quality_verdict(row.quality, dense)),
             _cell(words.ratio(row.quality.ratio if row.quality is not None else None)),

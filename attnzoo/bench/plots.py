@@ -44,6 +44,7 @@ def trade_plot(summary: Summary) -> str:
     ]
     if not points:
         return ""
+    points.sort(key=lambda point: point[1].p50)
     figure, axes = _figure(right=0.66)
     ys = [kept for _, _, kept in points]
     low, high = min(*ys, 0.95), max(*ys, 1.02)

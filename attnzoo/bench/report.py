@@ -113,7 +113,7 @@ def _terminal_table(summary: Summary, tokens: int, rows: list[Record]) -> Table:
             words.milliseconds(row.cost.candidate.latency_ms),
             _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup)),
             _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
-            _coloured(words.ratio(peak), words.need_verdict(peak)),
+            _coloured(words.ratio(peak), words.memory_verdict(row)),
             _coloured(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters)),
             _coloured(words.accuracy(row.quality), words.quality_verdict(row.quality, dense)),
             words.ratio(row.quality.ratio if row.quality is not None else None),

@@ -11,6 +11,8 @@ from attnzoo.errors import AttnZooError
 
 Verdict = Literal["better", "worse", "same"]
 SAME = 0.01  # ratios nearer to 1 than this are called the same
+SAME_MEMORY = 0.05
+SAME_MEMORY_BYTES = 256 * 1024  # the kernel counts the resident set of each CPU in batches
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,17 @@ def activation_ratio(record: Record) -> float | None:
         return None
     ratios = record.cost.ratios
     return ratios.activation_peak if ratios.activation_peak is not None else ratios.allocator_peak
+
+
+def memory_verdict(record: Record) -> Verdict:
+    """More or less only where it is more than the kernel's own inexactness."""
+    value = activation_ratio(record)
+    if record.cost is None or value is None:
+        return "same"
+    memory = record.cost.candidate.memory
+    held = memory.activation_peak_bytes if memory.activation_peak_bytes is not None else memory.allocator_peak_bytes
+    near = abs(value - 1) <= SAME_MEMORY or (held is not None and abs(held - held / value) <= SAME_MEMORY_BYTES)
+    return "same" if near else need_verdict(value)
 
 
 def first_line(text: str, limit: int = 160) -> str:

@@ -1,0 +1,147 @@
+import itertools
+import re
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from attnzoo.bench.page import html_page
+from attnzoo.bench.record import Quantiles
+from attnzoo.bench.report import BEGIN, END, markdown_table, print_report, rewrite_readme
+from attnzoo.bench.summary import need_verdict, speed_verdict, spread, summarise
+from attnzoo.errors import AttnZooError
+
+
+class Balance(HTMLParser):
+    """Checks that tags are closed, and gathers what a page would load."""
+
+    VOID = frozenset({"br", "meta", "img", "link", "hr", "use", "path", "rect"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.loads, self.tags = [], [], set()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href", "data") and not v.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else_and_is_well_formed(run_records):
+    page = html_page(run_records, "name: test")
+    parsed = Balance()
+    parsed.feed(page)
+    assert not parsed.open
+    assert not parsed.loads
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+    assert not re.search(r"url\((?!#)|@import", page)
+    assert page.count("<svg") == 4
+
+
+def test_the_page_says_what_was_run_where_and_how_to_run_it_again(run_records):
+    page = html_page(run_records, "name: test")
+    for part in (
+        "a CPU, 2 threads",
+        "torch 2.11",
+        "2026-01-02 03:04 UTC",
+        "0123456789abcdef",
+        "000000000000",
+        "name: test",
+    ):
+        assert part in page
+    assert "python eval/bench.py test.yaml" in page
+
+
+def test_slower_is_as_plain_as_faster_and_what_failed_is_told(run_records):
+    page = html_page(run_records)
+    assert '<span class="worse">0.50x (0.49-0.51)</span>' in page
+    assert '<span class="better">2.00x (1.96-2.04)</span>' in page
+    assert '<span class="worse">70.0 (68.0-72.0)</span>' in page
+    assert '<span class="worse">oom</span>: no memory &lt;left&gt;' in page
+
+
+def test_every_row_is_in_the_terminal_table(run_records):
+    console = Console(record=True, width=140)
+    print_report(run_records, console)
+    text = console.export_text()
+    for part in ("16 tokens", "64 tokens", "dense", "slow", "fast", "0.50x", "2.00x", "oom"):
+        assert part in text
+
+
+def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_records):
+    lines = markdown_table(run_records).splitlines()
+    assert len(lines) == 2 + 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| `dense` | 1.00x")
+    assert "oom" in lines[-1]
+
+
+def test_rewriting_a_readme_changes_only_what_is_between_the_markers(tmp_path, run_records):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    rewrite_readme(readme, run_records)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{BEGIN}\n| attention |")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert "python eval/bench.py test.yaml" in text
+    rewrite_readme(readme, run_records)
+    assert readme.read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
+def test_a_readme_without_its_markers_is_refused_and_left_alone(tmp_path, run_records, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(AttnZooError, match="bench:begin"):
+        rewrite_readme(readme, run_records)
+    assert readme.read_text() == text
+
+
+def test_reports_do_without_cost_or_without_quality(run_records):
+    for kind in ("cost", "quality"):
+        page = html_page([record for record in run_records if record.kind == kind])
+        assert "<h2>" in page
+
+
+def test_no_records_and_mixed_configs_are_refused(run_records, make_record):
+    with pytest.raises(AttnZooError, match="no records"):
+        summarise([])
+    with pytest.raises(AttnZooError, match="2 configs"):
+        summarise([*run_records, make_record(config_hash="f" * 16)])
+
+
+@pytest.mark.parametrize(
+    ("low", "middle", "high", "verdict"),
+    [(1.1, 1.2, 1.3, "better"), (0.7, 0.8, 0.9, "worse"), (0.9, 1.2, 1.5, "same"), (0.99, 1.0, 1.01, "same")],
+)
+def test_a_speed_up_counts_only_where_its_whole_spread_does(low, middle, high, verdict):
+    assert speed_verdict(Quantiles(p20=low, p50=middle, p80=high, n=9)) == verdict
+
+
+@pytest.mark.parametrize(("value", "verdict"), [(0.5, "better"), (1.5, "worse"), (1.0, "same"), (None, "same")])
+def test_needing_less_is_better(value, verdict):
+    assert need_verdict(value) == verdict
+
+
+@given(st.lists(st.floats(-100, 100), max_size=12), st.floats(0.1, 10))
+def test_labels_spread_apart_keep_their_order(values, gap):
+    placed = spread(values, gap)
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
+    assert all(g >= gap - 1e-6 for g in gaps)
+    if all(values[b] - values[a] >= gap for a, b in itertools.pairwise(order)):
+        assert placed == pytest.approx(values)
