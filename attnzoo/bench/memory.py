@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
+import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ RESET_PEAK = "5"  # proc(5): sets the peak resident set ("high water mark") to t
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 OWN_MAPPING_BYTES = 128 * 1024  # glibc's threshold at start
 LARGEST_THRESHOLD_BYTES = 32 * 2**20  # what glibc's own adjustment goes up to on 64-bit systems
-RESIDENT = "resident set (VmHWM after a reset, less VmRSS before), buffers from 128 KiB in mappings of their own"
+RESIDENT = "resident set: VmHWM after a reset, less VmRSS before"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,27 @@ class Peak:
     allocator_bytes: int | None
     method: str
     note: str = ""
+
+
+def map_buffers() -> None:
+    """From now on, have glibc give every larger buffer a mapping of its own and take it back when it is freed.
+
+    To be called before the first large buffer. Otherwise freed buffers linger in the heap, more or fewer of them by
+    what ran before, and one forward is seen to need 10 to 60 per cent more than it holds. This is a switch of
+    the whole process, meant for a child that only measures. Other C libraries have none and are left alone.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING_BYTES)
+
+
+def keep_buffers() -> None:
+    """Undo `map_buffers` before timing: glibc keeps as much as its own adjustment would make it keep in the end."""
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
@@ -65,37 +86,22 @@ def _resident_peak(run: Callable[[], object]) -> tuple[int | None, str]:
         run()
         return None, f"no resettable peak of the resident set on {sys.platform}"
     gc.collect()
-    with _own_mappings():
-        try:
-            CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
-        except OSError as error:
-            run()
-            return None, f"{CLEAR_REFS} cannot be written ({error.strerror}), so the peak cannot be reset"
-        before = _status_bytes("VmRSS")
-        run()
-        return max(_status_bytes("VmHWM") - before, 0), ""
-
-
-@contextlib.contextmanager
-def _own_mappings() -> Iterator[None]:
-    """Have glibc give every larger buffer its own mapping and take it back when it is freed.
-
-    Otherwise freed buffers linger in the heap, more or fewer of them by what ran before, and the same forward seems to
-    need 10 to 60 per cent more than it holds. Afterwards glibc keeps as much as its own adjustment would have it keep in
-    the end. Other C libraries have no such switches, and are left alone.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
+    libc = _glibc()
+    if libc is not None:
         libc.malloc_trim(0)
-        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
-    except (OSError, AttributeError):
-        yield
-        return
     try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
+        CLEAR_REFS.write_text(RESET_PEAK, encoding="ascii")
+    except OSError as error:
+        run()
+        return None, f"{CLEAR_REFS} cannot be written ({error.strerror}), so the peak cannot be reset"
+    before = _status_bytes("VmRSS")
+    run()
+    return max(_status_bytes("VmHWM") - before, 0), ""
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Give the GNU C library; None where this Python runs on another."""
+    return ctypes.CDLL("libc.so.6") if platform.libc_ver()[0] == "glibc" else None
 
 
 def _status_bytes(field: str) -> int:

@@ -15,7 +15,7 @@ import attnzoo
 from attnzoo.bench import gate as gates
 from attnzoo.bench.config import AttentionConfig, BenchConfig
 from attnzoo.bench.measure import clock_for, interleave, quantiles
-from attnzoo.bench.memory import Peak, peak_memory
+from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Entry, Gate, Memory, Quantiles, Ratios, Shapes, Side, Status, Training
 from attnzoo.bench.trace import Trace, missing_op, trace
 from attnzoo.errors import AttnZooError, UnsupportedError
@@ -81,6 +81,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     config, spec = job.config, job.spec
     device, dtype = torch.device(config.device), getattr(torch, config.cost.dtype)
     _set_threads(config.threads)
+    map_buffers()
     say("build")
     x = _inputs(config, job.tokens).to(device, dtype)
     dense = _host(config, job.tokens).to(device, dtype)
@@ -104,6 +105,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         say("memory")
         peak = peak_memory(lambda: candidate(x), device)
         peak_dense = peak_memory(lambda: dense(x), device)
+        keep_buffers()
         say("time")
         times = interleave(
             lambda: candidate(x),
