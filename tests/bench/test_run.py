@@ -1,0 +1,252 @@
+"""End to end, on a host of one layer and 16 tokens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import attnzoo
+from attnzoo.bench.config import validate_config
+from attnzoo.bench.record import RECORDS_FILE, read_records
+from attnzoo.bench.run import check, plan, run
+from attnzoo.bench.worker import Job, cost_main, measure_cost
+from attnzoo.errors import ConfigError
+
+SCRIPT = Path(__file__).parents[2] / "eval" / "bench.py"
+HOST = {"patch_size": 4, "options": {"depth": 1, "embed_dim": 16, "num_heads": 2}}
+PADRE = {"name": "padre", "options": {"degree": 2, "kernel_size": 3}}
+COMMAND = "python eval/bench.py tiny.yaml"
+
+
+def tiny(folder, **changes):
+    data = {
+        "name": "tiny",
+        "threads": 1,
+        "host": HOST,
+        "attentions": ["flash", PADRE],
+        "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0},
+        "output": str(folder),
+    }
+    return {**data, **changes}
+
+
+def outcome_of(name, **changes):
+    config = validate_config(tiny("unused", attentions=[name] if isinstance(name, (str, dict)) else name, **changes))
+    return measure_cost(Job(config=config, attention=0, tokens=16), lambda stage: None)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    """A job that is run in this process sets the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_attention():
+    """Register an attention for one test."""
+    names = []
+
+    def register(kind, cls):
+        attnzoo.register_attention("its_own", kind, cls, capabilities={"grid": kind == "mixer"})
+        names.append("its_own")
+        return "its_own"
+
+    yield register
+    for name in names:
+        attnzoo.unregister_attention(name)
+
+
+def test_a_whole_run_with_quality_and_its_reports(tmp_path):
+    quality = {"recipe": {"epochs": 2, "warmup_epochs": 1, "batch": 128}, "train_images": 256}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out", quality=quality)))
+    command = [sys.executable, str(SCRIPT), "tiny.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "16 tokens" in done.stdout
+    records = read_records(tmp_path / "out" / RECORDS_FILE)
+    assert [(r.kind, r.label) for r in records if r.kind == "cost"] == [
+        ("cost", "dense"),
+        ("cost", "flash"),
+        ("cost", "padre degree=2 kernel_size=3"),
+    ]
+    assert {r.status for r in records} == {"ok"}
+    for record in records:
+        assert record.command == "python eval/bench.py tiny.yaml"
+        assert record.quality.ratio is not None
+        if record.kind == "cost":
+            assert record.gate.passed
+            assert record.baseline_gate.passed
+            assert record.cost.candidate.latency_ms.n >= 3
+            assert record.cost.candidate.flops > 0
+            assert record.shapes.model_dump() == {
+                "batch": 1,
+                "tokens": 16,
+                "prefix": 1,
+                "dim": 16,
+                "heads": 2,
+                "depth": 1,
+            }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0, again.stderr
+    assert "6 rows of an earlier run are kept, 0 to measure" in again.stderr
+    assert read_records(tmp_path / "out" / RECORDS_FILE) == records
+
+
+def test_a_run_killed_in_the_middle_goes_on_without_measuring_twice(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out")))
+    path = tmp_path / "out" / RECORDS_FILE
+    runner = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "tiny.yaml"), "cost.min_seconds=2"])
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 1) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    kept = read_records(path)
+    assert 1 <= len(kept) < 3
+    with path.open("ab") as handle:
+        handle.write(b'{"schema_version": 1, "torn')
+    config = validate_config(tiny(tmp_path / "out", cost={"tokens": [16], "repeats": 3, "min_seconds": 2}))
+    with pytest.warns(UserWarning, match="torn last line"):
+        records = run(config, COMMAND)
+    assert len(records) == 3
+    assert records[: len(kept)] == kept, "rows that were done are the very same"
+
+
+def test_the_children_of_a_killed_run_end_too(tmp_path):
+    import psutil
+
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out")))
+    runner = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "tiny.yaml"), "cost.min_seconds=30"])
+    deadline = time.monotonic() + 120
+    family = []
+    while len(family) < 2 and time.monotonic() < deadline:  # the server that forks, and the child that measures
+        time.sleep(0.2)
+        family = [
+            p for p in psutil.Process(runner.pid).children(recursive=True) if "tracker" not in " ".join(p.cmdline())
+        ]
+    assert len(family) >= 2
+    runner.kill()
+    runner.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def test_rows_that_cannot_be_measured_have_a_status_and_the_run_goes_on(tmp_path):
+    config = validate_config(
+        tiny(
+            tmp_path,
+            attentions=["sdpa"],
+            cost={"tokens": [16, 64], "batch": {16: 10**9, 64: 1}, "repeats": 3, "min_seconds": 0},
+        )
+    )
+    by_key = {(r.label, r.tokens): r for r in run(config, COMMAND)}
+    assert by_key["sdpa", 16].status == "oom"
+    assert by_key["sdpa", 16].cost is None
+    assert "allocate" in by_key["sdpa", 16].message
+    assert by_key["sdpa", 64].status == "ok"
+
+
+def test_a_row_that_takes_too_long_is_a_timeout_and_is_tried_again(tmp_path):
+    config = validate_config(
+        tiny(tmp_path, attentions=["sdpa"], cost={"tokens": [16], "min_seconds": 60, "timeout_seconds": 4})
+    )
+    assert {r.status for r in run(config, COMMAND)} == {"timeout"}
+    assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 2
+    run(config, COMMAND)
+    assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 4
+
+
+def test_a_core_that_is_wrong_is_not_timed(own_attention):
+    class Zeros:
+        def __call__(self, q, k, v, **options):
+            return torch.zeros_like(q)
+
+    outcome = outcome_of(own_attention("core", Zeros))
+    assert outcome.status == "failed"
+    assert outcome.cost is None
+    assert not outcome.gate.passed
+    assert outcome.gate.max_abs_error > 0
+    assert outcome.baseline_gate.passed
+    assert "nothing was timed" in outcome.message
+
+
+def test_a_mixer_that_is_not_its_paper_is_not_timed(own_attention):
+    class Wrong(nn.Module):
+        def __init__(self, dim, num_heads):
+            super().__init__()
+
+        def forward(self, x, grid=None, prefix=0, mask=None):
+            return x
+
+        def reference(self, x, grid=None, prefix=0, mask=None):
+            return 2 * x
+
+    outcome = outcome_of(own_attention("mixer", Wrong))
+    assert (outcome.status, outcome.cost) == ("failed", None)
+
+
+def test_flash_must_have_run_a_flash_operator(monkeypatch):
+    from attnzoo.bench import worker
+
+    monkeypatch.setattr(worker, "MUST_RUN", {"sdpa": "no_such_operator"})
+    outcome = outcome_of("sdpa")
+    assert outcome.status == "failed"
+    assert "no operator with 'no_such_operator'" in outcome.gate.detail
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["softmax", "sdpa", "flash", PADRE], ids=str)
+def test_every_kind_of_gate_passes_in_every_dtype(name, dtype):
+    outcome = outcome_of(name, cost={"tokens": [16], "repeats": 3, "min_seconds": 0, "dtype": dtype, "batch": 2})
+    assert outcome.status == "ok", outcome.message
+    assert outcome.gate.passed
+    assert outcome.cost.ratios.speedup.n == outcome.cost.candidate.latency_ms.n
+
+
+def test_an_attention_that_the_host_refuses_is_unsupported():
+    config = validate_config(tiny("unused", host={"model": "resnet18", "patch_size": 4}))
+    answer = json.loads(cost_main(Job(config=config, attention=0, tokens=16).model_dump_json(), lambda stage: None))
+    assert answer["status"] == "unsupported"
+    assert answer["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"host": {"model": "vit_tinny_patch16_224"}}, r"host\.model: .*did you mean .*vit_tiny_patch16_224"),
+        ({"quality": {"host": {"patch_size": 3}}}, r"quality\.host\.patch_size: 3 does not divide the 8 pixels"),
+        *([] if torch.cuda.is_available() else [({"device": "cuda"}, "device: 'cuda' asked for")]),
+    ],
+)
+def test_what_is_not_here_is_told_before_any_work(tmp_path, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        check(validate_config(tiny(tmp_path, **changes)))
+
+
+def test_the_plan_measures_quality_first_and_the_baseline_first_of_all(tmp_path):
+    rows = plan(validate_config(tiny(tmp_path, quality={})))
+    assert [(row.kind, row.attention) for row in rows] == [
+        *(("quality", index) for index in (None, 0, 1)),
+        *(("cost", index) for index in (None, 0, 1)),
+    ]
+
+
+def test_the_command_line_refuses_with_the_reason_and_no_traceback(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: x\nattentions: [sofmax]\n")
+    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "bad.yaml")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'softmax'" in done.stderr
+    assert "Traceback" not in done.stderr
