@@ -19,6 +19,7 @@ from attnzoo.bench.record import RECORDS_FILE, read_records
 from attnzoo.bench.run import check, plan, run
 from attnzoo.bench.worker import Job, cost_main, measure_cost
 from attnzoo.errors import ConfigError
+from attnzoo.registry import unregister_attention
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "bench.py"
 HOST = {"patch_size": 4, "options": {"depth": 1, "embed_dim": 16, "num_heads": 2}}
@@ -63,7 +64,7 @@ def own_attention():
 
     yield register
     for name in names:
-        attnzoo.unregister_attention(name)
+        unregister_attention(name)
 
 
 def test_a_whole_run_with_quality_and_its_reports(tmp_path):
@@ -161,7 +162,7 @@ def test_rows_that_cannot_be_measured_have_a_status_and_the_run_goes_on(tmp_path
 
 def test_a_row_that_takes_too_long_is_a_timeout_and_is_tried_again(tmp_path):
     config = validate_config(
-        tiny(tmp_path, attentions=["sdpa"], cost={"tokens": [16], "min_seconds": 60, "timeout_seconds": 4})
+        tiny(tmp_path, attentions=["sdpa"], cost={"tokens": [16], "min_seconds": 60, "timeout_seconds": 2})
     )
     assert {r.status for r in run(config, COMMAND)} == {"timeout"}
     assert len((tmp_path / RECORDS_FILE).read_text().splitlines()) == 2
