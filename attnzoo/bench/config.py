@@ -115,7 +115,7 @@ class CostConfig(Section):
 class RecipeConfig(Section):
     """How a classifier is trained: AdamW, a cosine schedule with warm-up, label smoothing. The same for every row."""
 
-    epochs: PositiveInt = 12
+    epochs: PositiveInt = 10
     batch: PositiveInt = 32
     lr: PositiveFloat = 3e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05

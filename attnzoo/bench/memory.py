@@ -56,10 +56,11 @@ def keep_buffers() -> None:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
-    """Measure one call of `run`, which should have been called before, so that nothing is built for the first time.
+    """Measure one call of `run`, after one that is not measured, since a first call builds what later ones reuse.
 
-    The call is made twice on the CPU, once for each figure.
+    On the CPU `run` is called once for each figure.
     """
+    run()
     if device.type == "cuda":
         return _cuda_peak(run, device)
     activation, note = _resident_peak(run)

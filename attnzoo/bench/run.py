@@ -18,6 +18,7 @@ from attnzoo import assets
 from attnzoo.bench.child import ChildResult, Nursery, Say
 from attnzoo.bench.config import AttentionConfig, BenchConfig
 from attnzoo.bench.record import CONFIG_FILE, Environment, Quality, Record, RecordStore, Training
+from attnzoo.bench.summary import first_line
 from attnzoo.bench.system import environment
 from attnzoo.bench.worker import Job, Outcome, cost_main, quality_main
 from attnzoo.errors import ConfigError
@@ -136,7 +137,7 @@ class _Runner:
                 futures[pool.submit(self._child, row, quality.timeout_seconds, say)] = row
             for future in as_completed(futures):
                 result, seconds = future.result()
-                self.store.append(self._record(futures[future], result, seconds, trainings))
+                self._keep(self._record(futures[future], result, seconds, trainings), bars.console)
                 bars.advance(bar)
 
     def time(self, rows: Sequence[Row], bars: Progress) -> None:
@@ -147,8 +148,17 @@ class _Runner:
         for row in rows:
             say = _teller(bars, bar, f"{self._label(row)} at {row.tokens:,} tokens")
             result, seconds = self._child(row, self.config.cost.timeout_seconds, say)
-            self.store.append(self._record(row, result, seconds, self.environment))
+            self._keep(self._record(row, result, seconds, self.environment), bars.console)
             bars.advance(bar, _weight(row))
+
+    def _keep(self, record: Record, console: Console) -> None:
+        """Write a record, and say so where nobody watches the bars or something went wrong."""
+        self.store.append(record)
+        if not console.is_terminal or record.status != "ok":
+            at = f" at {record.tokens:,} tokens" if record.tokens else ""
+            why = f": {first_line(record.message)}" if record.message else ""
+            line = f"{record.kind} of {record.label}{at}: {record.status} in {record.seconds:.1f} s{why}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def refresh_quality(self) -> None:
         """Bring rows up to date whose quality, or whose baseline's quality, came after them."""

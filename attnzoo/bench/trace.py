@@ -10,7 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "fft")
-MOVES = frozenset({"_to_copy", "clone", "copy_", "detach", "empty", "empty_like", "fill_", "new_empty", "zeros"})
+MOVES = frozenset(
+    {
+        "_to_copy",
+        "_unsafe_view",
+        "cat",
+        "clone",
+        "copy_",
+        "detach",
+        "empty",
+        "empty_like",
+        "fill_",
+        "new_empty",
+        "zeros",
+    }
+)
 """Operators of ATen that only make or move data, beside the views."""
 
 
