@@ -7,12 +7,14 @@ import gc
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from attnzoo.bench.measure import Run
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -55,22 +57,27 @@ def keep_buffers() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> Peak:
-    """Measure one call of `run`, after one that is not measured, since a first call builds what later ones reuse.
+def peak_memory(runs: Sequence[Run], device: torch.device) -> list[Peak]:
+    """Measure one call of each of `runs`, after one of each that is not measured: a first call builds for later ones.
 
-    On the CPU `run` is called once for each figure.
+    On the CPU each is called three times; all resident sets come before the first look at the allocator, since that
+    leaves holes in the heap.
     """
-    run()
+    for run in runs:
+        run()
     if device.type == "cuda":
-        return _cuda_peak(run, device)
-    activation, note = _resident_peak(run)
-    allocator = _allocator_peak(run)
-    if allocator is None:
-        note = "; ".join(filter(None, [note, "this PyTorch's profiler gave no memory events"]))
-    return Peak(activation, allocator, RESIDENT, note)
+        return [_cuda_peak(run, device) for run in runs]
+    resident = [_resident_peak(run) for run in runs]
+    peaks = []
+    for run, (activation, note) in zip(runs, resident, strict=True):
+        allocator = _allocator_peak(run)
+        if allocator is None:
+            note = "; ".join(filter(None, [note, "this PyTorch's profiler gave no memory events"]))
+        peaks.append(Peak(activation, allocator, RESIDENT, note))
+    return peaks
 
 
-def _cuda_peak(run: Callable[[], object], device: torch.device) -> Peak:
+def _cuda_peak(run: Run, device: torch.device) -> Peak:
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -81,7 +88,7 @@ def _cuda_peak(run: Callable[[], object], device: torch.device) -> Peak:
     return Peak(peak, peak, "torch.cuda.max_memory_allocated, less memory_allocated before")
 
 
-def _resident_peak(run: Callable[[], object]) -> tuple[int | None, str]:
+def _resident_peak(run: Run) -> tuple[int | None, str]:
     """Give the rise of the resident set during `run`, or None and why not."""
     if not sys.platform.startswith("linux"):
         run()
@@ -112,7 +119,7 @@ def _status_bytes(field: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def _allocator_peak(run: Callable[[], object]) -> int | None:
+def _allocator_peak(run: Run) -> int | None:
     """Give the exact peak of bytes that PyTorch's CPU allocator gave out during `run`, from the profiler's events."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         run()

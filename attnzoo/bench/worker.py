@@ -103,8 +103,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
             if not check.passed:
                 return outcome.model_copy(update={"status": "failed", "message": _gate_message(name, check)})
         say("memory")
-        peak = peak_memory(lambda: candidate(x), device)
-        peak_dense = peak_memory(lambda: dense(x), device)
+        peak, peak_dense = peak_memory([lambda: candidate(x), lambda: dense(x)], device)
         keep_buffers()
         say("time")
         times = interleave(
