@@ -58,8 +58,8 @@ def test_other_dtypes_and_autocast(host, name, options):
     model = swapped(host, name, options)
     out = host.call(model, host.inputs())
     with torch.autocast("cpu", torch.bfloat16):
-        cast = host.call(model, host.inputs()).float()
-    assert 0 < (cast - out).abs().max() < 0.15 * out.abs().max()
+        mixed = host.call(model, host.inputs()).float()
+    assert 0 < (mixed - out).abs().max() < 0.15 * out.abs().max()
     half = host.call(model.bfloat16(), cast(host.inputs(), torch.bfloat16)).float()
     assert 0 < (half - out).abs().max() < 0.15 * out.abs().max()
     model.double().float()
