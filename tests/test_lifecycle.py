@@ -11,7 +11,7 @@ from torch import nn
 
 import attnzoo
 from attnzoo.swap import swapped_layers
-from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, VISION, Host, seeded
+from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, VISION, Host, cast, seeded
 
 MIXED = [(TIMM[0], {}), (TIMM[1], {}), (TORCH[0], {}), (TORCH[1], {"grid": (4, 4)})]
 SWAPS = [(h, "flash", {}) for h in HOSTS] + [(h, "softmax", {}) for h in (TIMM[0], TORCH[1], VISION[0], LANGUAGE[0])]
