@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.report is not None:
             report(parsed.report, parsed.readme)
         else:
-            again = shlex.join(["python", "eval/bench.py", *arguments])
+            lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
+            again = shlex.join(["python", "eval/bench.py", *lasting])
             measure(parsed.config, parsed.overrides, again, parsed.readme)
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
