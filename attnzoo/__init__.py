@@ -8,6 +8,7 @@ from attnzoo.registry import (
     describe,
     list_attentions,
     register_attention,
+    unregister_attention,
 )
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
 
@@ -25,4 +26,5 @@ __all__ = [
     "replace_attention",
     "restore_attention",
     "swap_report",
+    "unregister_attention",
 ]

@@ -66,9 +66,14 @@ def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
             raise ShapeError(
                 f"a tensor grid must hold integers of shape {(batch, 2)}, got {grid.dtype} {tuple(grid.shape)}"
             )
+        if int(grid.amin()) < 1 or prefix + int(grid.prod(1).amax()) > tokens:
+            raise ShapeError(
+                f"grids {grid.tolist()} must be at least 1 x 1 and hold at most {tokens - prefix} tokens each"
+            )
         return
-    if len(grid) != 2 or min(grid) < 1:
-        raise ShapeError(f"grid must be (h, w) with both at least 1, not {grid!r}")
+    pair = isinstance(grid, (tuple, list, torch.Size)) and len(grid) == 2
+    if not pair or not all(isinstance(n, (int, torch.SymInt)) for n in grid) or min(grid) < 1:
+        raise ShapeError(f"grid must be (h, w), whole numbers of at least 1, not {grid!r}")
     if prefix + grid[0] * grid[1] != tokens:
         raise ShapeError(
             f"{tokens} tokens are not {prefix} prefix tokens and a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"

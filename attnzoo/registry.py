@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -47,7 +48,7 @@ class Capabilities:
     backward
         Gradients flow.
     compile
-        ``torch.compile(fullgraph=True)`` goes through without a break.
+        ``torch.compile(fullgraph=True)`` goes through without a break, where a grid is one ``(h, w)`` for all images.
     """
 
     causal: bool = False
@@ -185,7 +186,7 @@ def describe(name: str) -> AttentionInfo:
     UnknownNameError
         If there is no such name; the message gives the nearest ones.
     """
-    if name not in _table:
+    if not isinstance(name, str) or name not in _table:
         _read_entry_points()
     if not isinstance(name, str) or name not in _table:
         raise UnknownNameError(
@@ -232,6 +233,8 @@ def register_attention(
         raise AttnZooError(f"target of {name!r} is a class or 'package.module:Class', not {target!r}")
     if isinstance(target, str) and not all(target.partition(":")):
         raise AttnZooError(f"target of {name!r} must read 'package.module:Class', not {target!r}")
+    if not isinstance(target, (str, type)):
+        raise AttnZooError(f"target of {name!r} is a function; write a class whose instances are called like it")
     if not isinstance(capabilities, Capabilities):
         known = {f.name for f in fields(Capabilities)}
         for key in capabilities or {}:
@@ -254,7 +257,10 @@ def unregister_attention(name: str) -> None:
 def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Make the core that `info` names; it is called ``core(q, k, v, ...)``."""
     info.check_options(options)
-    return info.load()(**options)
+    core = info.load()(**options)
+    if isinstance(core, nn.Module) and next(itertools.chain(core.parameters(), core.buffers()), None) is not None:
+        raise AttnZooError(f"{info.name!r} is registered as a core but has weights of its own: register it as a mixer")
+    return core
 
 
 def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[str, Any]) -> nn.Module:

@@ -123,7 +123,8 @@ def replace_attention(
     name
         A registered core or mixer; see `attnzoo.list_attentions`.
     where
-        Shell-style pattern, or several, of the names of the layers to swap: ``"blocks.*"``, ``"*.11.attn"``.
+        Shell-style pattern, or several, of the names of the layers to swap, or of modules that hold them:
+        ``"blocks.0"``, ``"blocks.*"``, ``"*.11.attn"``.
     keep_original
         Keep the host's own modules, so that `restore_attention` can give them back. False frees them.
     **options
@@ -143,10 +144,12 @@ def replace_attention(
     layers = {path: _own(layer) for path, layer in places.items()}
     wanted, options = _split_wanted(info, options)
     info.check_options(options)
-    sites = _choose(model, [*find_sites(model, layers, wanted), *_gone(places)], where)
+    gone = _gone(places)
+    found = [site for site in find_sites(model, layers, wanted) if site.path not in {g.path for g in gone}]
+    sites = _choose(model, [*found, *gone], where)
+    _refuse(info, sites)
     if wanted != Wanted() and not all(site.takes_wanted for site in sites):
         raise OptionError("grid and prefix are not options here: this host knows its own grid")
-    _refuse(info, sites)
     core = build_core(info, options) if info.kind == "core" else None
     swaps = [
         (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
@@ -181,8 +184,9 @@ def restore_attention(model: Model) -> Model:
         assert original is not None
         original.training = layer.training
         originals[id(layer)] = original
+    sites = find_sites(model, {path: _own(layer) for path, layer in places.items()}, Wanted())
     _put(model, originals)
-    for site in find_sites(model, _places(model), Wanted()):
+    for site in sites:
         site.removed()
     return model
 
@@ -289,14 +293,19 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
         )
     if where is None:
         return sites
-    patterns = [where] if isinstance(where, str) else list(where)
-    if not patterns or not all(isinstance(p, str) for p in patterns):
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {where!r}")
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(site.path, pattern) for site in sites):
+        if not any(_matches(site.path, pattern) for site in sites):
             listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
             raise SwapError(f"where={pattern!r} matches none of the {len(sites)} attention layers: {listed}")
-    return [site for site in sites if any(fnmatch.fnmatchcase(site.path, p) for p in patterns)]
+    return [site for site in sites if any(_matches(site.path, p) for p in patterns)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether `pattern` fits the layer, or a module that holds it."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
 def _refuse(info: AttentionInfo, sites: list[Site]) -> None:

@@ -150,12 +150,28 @@ def test_non_contiguous_input_gives_the_same():
     torch.testing.assert_close(mixer(x, grid=(3, 4)), mixer(x.contiguous(), grid=(3, 4)))
 
 
-@pytest.mark.parametrize("degree", [1, 2, 3])
-def test_starts_with_outputs_in_range(degree):
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 5])
+def test_starts_in_range_and_keeps_patches_apart(degree, prefix):
+    """At the start prefix and patches neither blow up nor vanish, and a class token does not drown the patches."""
     torch.manual_seed(0)
-    mixer = Padre(96, degree=degree)
-    rms = mixer(torch.randn(4, 1 + 196, 96), grid=(14, 14), prefix=1).square().mean().sqrt()
-    assert 0.2 < rms < 5
+    out = Padre(96, degree=degree)(torch.randn(4, prefix + 196, 96), grid=(14, 14), prefix=prefix)
+    patches = out[:, prefix:]
+    assert 0.1 < patches.square().mean().sqrt() < 2
+    unit = torch.nn.functional.normalize(patches, dim=-1)
+    assert (unit @ unit.mT).mean() < 0.2
+    if prefix:
+        assert 0.5 < out[:, :prefix].square().mean().sqrt() < 2
+
+
+def test_half_precision_holds_many_tokens_with_an_offset():
+    """A sum over 12,544 tokens that have something in common is beyond float16: the mean must not be."""
+    torch.manual_seed(0)
+    mixer = Padre(16, degree=3, kernel_size=3)
+    x = torch.randn(1, 1 + 112 * 112, 16) + 8
+    exact = mixer(x, grid=(112, 112), prefix=1)
+    half = mixer.half()(x.half(), grid=(112, 112), prefix=1).float()
+    assert (half - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_degree_one_is_one_convolution():
@@ -191,6 +207,9 @@ def test_bad_options_are_refused(options, said):
         ((1, 12, 8), {"grid": (3, 5)}, "12 tokens are not 0 prefix tokens and a grid of 3 x 5 = 15"),
         ((1, 12, 8), {"grid": (3, 4), "prefix": 1}, "12 tokens are not 1 prefix"),
         ((1, 12, 8), {"grid": (0, 4)}, "at least 1"),
+        ((1, 12, 8), {"grid": 12}, "whole numbers"),
+        ((1, 12, 8), {"grid": "34"}, "whole numbers"),
+        ((1, 12, 8), {"grid": (3.0, 4.0)}, "whole numbers"),
         ((1, 12, 8), {"grid": (3, 4), "prefix": 13}, "from 0 to the 12"),
         ((2, 12, 8), {"grid": torch.tensor([[3, 4]])}, r"shape \(2, 2\)"),
         ((1, 12, 8), {"grid": torch.tensor([[3, 5]])}, "at most 12"),

@@ -128,6 +128,10 @@ def test_registering_badly():
         attnzoo.register_attention("mine", "mixer", Mean, capabilities={"casual": True})
     with pytest.raises(attnzoo.AttnZooError, match=r"package\.module:Class"):
         attnzoo.register_attention("mine", "mixer", "package.module")
+    with pytest.raises(attnzoo.AttnZooError, match="is a function"):
+        attnzoo.register_attention("mine", "core", lambda q, k, v: v)
+    with pytest.raises(UnknownNameError, match="no attention"):
+        attnzoo.describe(["padre"])
     with pytest.raises(attnzoo.AttnZooError, match="something in it"):
         attnzoo.register_attention(" ", "mixer", Mean)
     with pytest.raises(attnzoo.AttnZooError, match="built in"):

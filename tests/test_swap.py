@@ -3,12 +3,15 @@
 import copy
 import gc
 import weakref
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
 import transformers
+from timm.models.eva import EvaAttention
 from torch import nn
+from torch.nn.utils import parametrize
 from torchvision.models import swin_t
 
 import attnzoo
@@ -122,7 +125,7 @@ def test_parameters_shared_by_two_layers_stay_shared():
 
 def test_where_chooses_layers():
     model = vit()
-    attnzoo.replace_attention(model, "padre", where="*.1.attn")
+    attnzoo.replace_attention(model, "padre", where="blocks.1")
     assert list(swapped_layers(model)) == ["blocks.1.attn"]
     attnzoo.replace_attention(model, "softmax", where=["blocks.0.*"])
     names = [r.attention for r in attnzoo.swap_report(model).layers]
@@ -233,6 +236,61 @@ def t5() -> nn.Module:
     return transformers.T5Model(transformers.T5Config(vocab_size=50, d_model=32, d_ff=64, num_layers=1, num_heads=4))
 
 
+def gpt_oss() -> nn.Module:
+    config = transformers.GptOssConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=32,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["full_attention"],
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def deepseek() -> nn.Module:
+    config = transformers.DeepseekV32Config(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_topk=4,
+        index_n_heads=2,
+        index_head_dim=16,
+    )
+    return transformers.DeepseekV32ForCausalLM(config)
+
+
+class Zed(timm.layers.Attention):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return x
+
+
+def subclassed() -> nn.Module:
+    model = vit()
+    model.blocks[1].attn = Zed(192, 3)
+    return model
+
+
+def parametrized() -> nn.Module:
+    model = mha()
+    parametrize.register_parametrization(model[0], "in_proj_weight", nn.Identity())
+    return model
+
+
 def torch_layer(cls=nn.TransformerEncoderLayer, **options) -> nn.Module:
     return cls(32, 4, 64, batch_first=True, **options)
 
@@ -250,6 +308,7 @@ REFUSALS = {
     "where without a match": (vit, "padre", {"where": "layers.*"}, SwapError, "matches none of the 2"),
     "where of no pattern": (vit, "padre", {"where": []}, OptionError, "where must be"),
     "where of another type": (vit, "padre", {"where": [3]}, OptionError, "where must be"),
+    "where a number": (vit, "padre", {"where": 3}, OptionError, "where must be"),
     "one pattern of two": (vit, "padre", {"where": ["blocks.0.*", "nope"]}, SwapError, "'nope' matches none"),
     "grid where it is known": (vit, "padre", {"grid": (4, 4)}, OptionError, "knows its own grid"),
     "a layer itself": (lambda: nn.MultiheadAttention(8, 2), "sdpa", {}, SwapError, "itself the attention layer"),
@@ -312,6 +371,18 @@ REFUSALS = {
         "attn_logit_softcapping",
     ),
     "T5": (t5, "sdpa", {}, UnsupportedError, "relative position bias"),
+    "learned sinks": (gpt_oss, "softmax", {}, UnsupportedError, "learned attention sinks"),
+    "sparse attention": (deepseek, "softmax", {}, UnsupportedError, "sparse attention"),
+    "a subclass of timm's": (lambda: subclassed(), "sdpa", {}, UnsupportedError, r"blocks.1.attn: Zed: no host"),
+    "parametrized weights": (lambda: parametrized(), "sdpa", {}, UnsupportedError, "parametrized"),
+    "channel attention": (lambda: timm.create_model("skresnet18"), "sdpa", {}, SwapError, "found no attention"),
+    "an unknown class and a grid": (
+        lambda: nn.Sequential(torch_layer(), MyAttention()),
+        "padre",
+        {"grid": (4, 4)},
+        UnsupportedError,
+        "1: MyAttention: no host",
+    ),
     "another class": (
         lambda: nn.Sequential(torch_layer(), MyAttention()),
         "sdpa",
@@ -384,7 +455,178 @@ def test_the_report_reads():
     assert "2 attention layers found, 1 swapped" in text
 
 
+# ---- what a method is not capable of is refused when a call asks for it
+
+
+class Spy(nn.Module):
+    """A core that is a module without weights, and keeps what it was asked."""
+
+    asked: ClassVar[list[dict]] = []
+
+    def forward(self, q, k, v, **options):
+        Spy.asked.append(options)
+        return q[..., : v.shape[-1]]
+
+
+@pytest.fixture
+def spy():
+    attnzoo.register_attention("spy", "core", Spy, capabilities=dict.fromkeys(("causal", "cross", "gqa"), True))
+    attnzoo.register_attention(
+        "able", "core", Spy, capabilities=dict.fromkeys(("causal", "mask", "cross", "gqa", "dropout"), True)
+    )
+    Spy.asked.clear()
+    yield Spy.asked
+    attnzoo.unregister_attention("spy")
+    attnzoo.unregister_attention("able")
+
+
+def test_a_core_without_masks_is_not_given_one(spy):
+    host = TORCH[1]
+    model = attnzoo.replace_attention(seeded(host.build), "spy")
+    model(host.inputs()[0])
+    with pytest.raises(UnsupportedError, match=r"'mask', which 'spy'"):
+        host.call(model, host.inputs())
+    model = attnzoo.replace_attention(vit(), "spy")
+    with pytest.raises(UnsupportedError, match=r"'mask', which 'spy'"):
+        model.blocks[0].attn(torch.randn(1, 17, 192), attn_mask=torch.ones(17, 17, dtype=torch.bool))
+    model = attnzoo.replace_attention(seeded(LANGUAGE[0].build), "spy")
+    with pytest.raises(UnsupportedError, match=r"'mask', which 'spy'"):
+        model(**LANGUAGE[0].inputs())
+
+
+def test_a_mixer_without_masks_is_not_given_padding():
+    class Mean(nn.Module):
+        def __init__(self, dim, num_heads):
+            super().__init__()
+
+        def forward(self, x, grid=None, prefix=0, mask=None):
+            return x.mean(1, keepdim=True).expand_as(x)
+
+    attnzoo.register_attention("maskless", "mixer", Mean)
+    try:
+        model = attnzoo.replace_attention(seeded(TORCH[1].build), "maskless")
+        model(TORCH[1].inputs()[0])
+        with pytest.raises(UnsupportedError, match=r"'mask', which 'maskless'"):
+            TORCH[1].call(model, TORCH[1].inputs())
+    finally:
+        attnzoo.unregister_attention("maskless")
+
+
+def test_the_hosts_dropout_reaches_the_core_in_training_alone(spy):
+    llama = transformers.LlamaConfig(
+        vocab_size=101, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        attention_dropout=0.25,
+    )  # fmt: skip
+    cases = [
+        (vit(attn_drop_rate=0.25), images()),
+        (nn.TransformerEncoder(torch_layer(dropout=0.25), 1), torch.randn(2, 5, 32)),
+        (transformers.LlamaForCausalLM(llama), torch.arange(9)[None]),
+    ]
+    for model, inputs in cases:
+        attnzoo.replace_attention(model, "able")
+        for training in (True, False):
+            spy.clear()
+            model.train(training)(inputs)
+            assert {options["dropout"] for options in spy} == {0.25 if training else 0.0}
+    with pytest.raises(UnsupportedError, match=r"'dropout', which 'flash'"):
+        attnzoo.replace_attention(cases[0][0].train(), "flash")(images())
+
+
+def test_a_core_that_is_a_module_leaves_nothing_behind(spy):
+    model = vit()
+    before, keys = fingerprint(model), list(model.state_dict())
+    attnzoo.replace_attention(model, "able")
+    assert list(model.state_dict()) == keys
+    attnzoo.replace_attention(model, "sdpa")
+    attnzoo.restore_attention(model)
+    assert fingerprint(model) == before
+    assert "core" not in dict(model.blocks[0].attn.named_children())
+
+
+def test_a_core_with_weights_is_refused():
+    class Weighted(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+
+    attnzoo.register_attention("weighted", "core", Weighted)
+    try:
+        with pytest.raises(attnzoo.AttnZooError, match="register it as a mixer"):
+            attnzoo.replace_attention(vit(), "weighted")
+    finally:
+        attnzoo.unregister_attention("weighted")
+
+
 # ---- the calls of each host
+
+
+def test_is_causal_alone_is_refused_as_torch_does():
+    holder = attnzoo.replace_attention(mha(batch_first=True), "sdpa")
+    x = torch.randn(1, 5, 32)
+    with pytest.raises(UnsupportedError, match="give the attn_mask too"):
+        holder[0](x, x, x, is_causal=True)
+
+
+def test_a_mixer_takes_additive_padding_masks_of_any_depth():
+    encoder = attnzoo.replace_attention(seeded(TORCH[1].build), "padre", grid=(4, 4), kernel_size=3)
+    x, hidden = TORCH[1].inputs()
+    expected = encoder(x, src_key_padding_mask=hidden)
+    for low in (float("-inf"), -1e9):
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, low)
+        torch.testing.assert_close(encoder(x, src_key_padding_mask=mask)[~hidden], expected[~hidden])
+
+
+def test_eva_without_rotary_embedding_takes_a_mixer():
+    model = timm.create_model("eva_large_patch14_196", depth=1, embed_dim=48, num_heads=4, img_size=56).eval()
+    assert attnzoo.replace_attention(model, "padre", kernel_size=3)(images(56)).isfinite().all()
+    with pytest.raises(UnsupportedError, match="rope"):
+        model.blocks[0].attn(torch.randn(1, 17, 48), rope=torch.randn(16, 24))
+
+
+def test_a_mixer_takes_the_dtype_and_device_of_its_layer():
+    model = attnzoo.replace_attention(vit().double(), "padre", kernel_size=3)
+    assert model(images().double()).dtype == torch.float64
+    with torch.device("meta"):
+        model = vit()
+    attnzoo.replace_attention(model, "padre", kernel_size=3)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+class Holder(nn.Module):
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3)
+        self.eval()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        lambda: timm.layers.Attention(32, 4, qk_norm=True, scale_norm=True, gated=True, norm_layer=nn.LayerNorm),
+        lambda: timm.layers.AttentionRope(32, 4, rotate_half=True, gated=True),
+        lambda: timm.layers.AttentionRope(32, 4, qkv_fused=False, num_kv_heads=2, num_prefix_tokens=2),
+        lambda: timm.layers.AttentionPoolLatent(
+            32, num_heads=4, pos_embed="abs", feat_size=9, pool_type="avg", latent_len=2
+        ),
+        lambda: timm.layers.AttentionPoolLatent(32, num_heads=4, pool_type="", latent_len=3, qk_norm=True),
+        lambda: EvaAttention(32, 4, qkv_bias_separate=True, scale_norm=False, rotate_half=True),
+    ],
+)  # fmt: skip
+def test_timms_attention_layers_one_by_one(attention, fused):
+    torch.manual_seed(0)
+    holder = Holder(attention())
+    holder.attention.fused_attn = fused
+    calls = [{}]
+    if hasattr(holder.attention, "num_prefix_tokens"):
+        calls.append({"rope": torch.randn(9 - holder.attention.num_prefix_tokens, 16)})
+    x = torch.randn(2, 9, 32)
+    expected = [holder.attention(x, **call) for call in calls]
+    for core in ("softmax", "flash"):
+        attnzoo.replace_attention(holder, core)
+        for call, want in zip(calls, expected, strict=True):
+            torch.testing.assert_close(holder.attention(x, **call), want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

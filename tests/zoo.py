@@ -66,12 +66,13 @@ def _vision(name: str, config: Any) -> Host:
     def build() -> nn.Module:
         return transformers.AutoModel.from_config(config)
 
-    def call(model: nn.Module, x: Tensor) -> Tensor:
-        out = model(pixel_values=x)
-        return torch.cat([out.last_hidden_state.flatten(1), out.pooler_output], dim=1)
-
     layers = 3 if "siglip" in name else 2  # with its pooling head
-    return Host(f"transformers:{name}", build, images, call, layers)
+    return Host(f"transformers:{name}", build, images, _call_vision, layers)
+
+
+def _call_vision(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(pixel_values=x)
+    return torch.cat([out.last_hidden_state.flatten(1), out.pooler_output], dim=1)
 
 
 _VISION = {
@@ -157,9 +158,21 @@ VISION = [
     _vision("clip-vision", transformers.CLIPVisionConfig(**_VISION)),
     _vision("siglip-vision", transformers.SiglipVisionConfig(**_VISION)),
 ]
+VISION.append(
+    Host(
+        "transformers:beit-relative",  # its position bias reaches a core as part of the mask
+        lambda: transformers.BeitModel(
+            transformers.BeitConfig(**_VISION, use_relative_position_bias=True, use_mean_pooling=True)
+        ),
+        images,
+        _call_vision,
+        2,
+    )
+)
 LANGUAGE = [
     _lm("llama", transformers.LlamaConfig, num_key_value_heads=2),
     _lm("llama-eager", transformers.LlamaConfig, implementation="eager", num_key_value_heads=2),
+    _lm("mistral", transformers.MistralConfig, num_key_value_heads=2, sliding_window=6),
     _lm("qwen3", transformers.Qwen3Config, num_key_value_heads=2, head_dim=12),
     _lm("gemma", transformers.GemmaConfig, num_key_value_heads=1, head_dim=16),
     _lm("phi3", transformers.Phi3Config, num_key_value_heads=2),

@@ -5,9 +5,10 @@ Paper: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691 (FlashAttention-3
     for each tile of keys:  m' = max(m, rowmax(S)),  l' = e^(m-m') l + rowsum(e^(S-m')),  O' = e^(m-m') O + e^(S-m') V
     O = O / l,  with S = scale * Q K^T
 
-Differs from the paper: nothing in the algorithm; the kernels are others' (see `backend`).
+Differs from the paper: nothing in the algorithm; the kernels are others' (see `backend`), and dropout is left out.
 
-The name is a promise: this core runs a FlashAttention kernel or raises. It never falls back to another algorithm.
+The name is a promise: this core calls a FlashAttention kernel by its own name, or raises. PyTorch's operators are
+called directly, since the switch between its backends (`sdpa_kernel`) is one for the whole process.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional as F
 
 from attnzoo.checks import check_choice, check_qkv
-from attnzoo.cores.sdpa import torch_sdpa
+from attnzoo.cores.masks import additive, with_causal
 from attnzoo.errors import MissingExtraError, UnsupportedError
 
+_CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CUDA_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention
 _PACKAGES = {"flash_attn": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 _INSTALL = {
     "flash_attn": "pip install flash-attn --no-build-isolation",
@@ -78,26 +81,39 @@ class Flash:
             For anything that the chosen FlashAttention kernel cannot do; the message names it.
         """
         check_qkv(q, k, v)
-        if dropout > 0 and not (self.backend in ("torch", "flash_attn") and q.is_cuda):
-            raise self._refusal(f"attention dropout ({dropout}) on {q.device.type}")
+        if dropout > 0:
+            raise self._refusal(f"attention dropout ({dropout})")
         if softcap is not None and self.backend == "torch":
             raise self._refusal("a soft cap on the scores")
-        if self.backend == "torch":
-            return self._torch(q, k, v, mask, causal, scale, dropout)
-        return self._package(q, k, v, mask, causal, scale, dropout, softcap)
-
-    def _torch(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout: float
-    ) -> Tensor:
         if v.shape[-1] != q.shape[-1]:
             raise self._refusal(f"values of width {v.shape[-1]} beside keys of width {q.shape[-1]}")
-        if q.is_cuda:
-            if mask is not None or (causal and 1 < q.shape[2] != k.shape[2]):
-                raise self._refusal("an attention mask, or causal attention with a cache, on CUDA")
-            if q.dtype not in (torch.float16, torch.bfloat16):
-                raise self._refusal(f"{q.dtype} on CUDA (float16 and bfloat16 only)")
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return torch_sdpa(q, k, v, mask, causal, scale, dropout)
+        if causal and q.shape[2] == 1:
+            causal = False  # the one query is the last: it sees every key
+        if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+            q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+        if self.backend != "torch":
+            return self._package(q, k, v, mask, causal, scale, softcap)
+        return self._cuda(q, k, v, mask, causal, scale) if q.is_cuda else self._cpu(q, k, v, mask, causal, scale)
+
+    def _cpu(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        if mask is not None and mask.requires_grad:
+            raise self._refusal("an attention mask that wants a gradient")
+        if causal and (mask is not None or q.shape[2] != k.shape[2]):
+            mask, causal = with_causal(mask, q.shape[2], k.shape[2], q.device), False
+        if mask is not None:
+            mask = additive(mask, q.dtype)
+            mask = mask[(None,) * (4 - mask.dim())]
+        return _CPU_KERNEL(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)[0]
+
+    def _cuda(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+        if mask is not None or (causal and q.shape[2] != k.shape[2]):
+            raise self._refusal("an attention mask, or causal attention with a cache, on CUDA")
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise self._refusal(f"{q.dtype} on CUDA (float16 and bfloat16 only)")
+        width = q.shape[-1]
+        scale = width**-0.5 if scale is None else scale
+        q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))  # the kernel takes multiples of 8
+        return _CUDA_KERNEL(q, k, v, 0.0, causal, False, scale=scale)[0][..., :width]
 
     def _package(
         self,
@@ -107,7 +123,6 @@ class Flash:
         mask: Tensor | None,
         causal: bool,
         scale: float | None,
-        dropout: float,
         softcap: float | None,
     ) -> Tensor:
         if mask is not None:
@@ -117,8 +132,6 @@ class Flash:
         options: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
         if softcap is not None:
             options["softcap"] = softcap
-        if dropout > 0:
-            options["dropout_p"] = dropout
         out = _package_function(self.backend)(*(t.transpose(1, 2) for t in (q, k, v)), **options)
         out = out[0] if isinstance(out, tuple) else out
         return out.transpose(1, 2)

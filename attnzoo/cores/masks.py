@@ -11,6 +11,13 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give `mask` as something to add to scores: 0 where a boolean mask is True, -inf where it is False."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
 def with_causal(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
     """Combine `mask` (boolean or additive) with the causal mask; the result is of the same sort."""
     causal = causal_mask(queries, keys, device)

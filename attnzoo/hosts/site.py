@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from attnzoo.errors import UnsupportedError
 from attnzoo.registry import AttentionInfo, build_mixer
 
 Core = Callable[..., Tensor]
@@ -71,6 +73,8 @@ class Site:
             return "its forward was replaced on the object itself, so that a substitute's would be hidden"
         if info.kind == "mixer":
             return self.no_mixer or self.mixer_problem(info)
+        if is_parametrized(self.module):
+            return "its weights are parametrized (torch.nn.utils.parametrize), which changes the module's class"
         for capability, why in self.needs.items():
             if not getattr(info.capabilities, capability):
                 return f"{why}, which {info.name!r} cannot do"
@@ -137,8 +141,12 @@ class CoreLayer(nn.Module):
     def over(cls, module: nn.Module, core: Core) -> Self:
         """Make the module that stands over `module`."""
         layer = share_state(module, cls)
-        layer.core = core
+        layer.__dict__["core"] = core  # a core that is a module must not become a child: the children are shared
         return layer
+
+    def extra_repr(self) -> str:
+        """Name the core."""
+        return f"core={self.core}"
 
 
 def share_state(module: nn.Module, cls: type[M]) -> M:
@@ -219,6 +227,23 @@ def ancestors(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) - 1, -1, -1)]
 
 
+def refuse_unable(layer: Any, **asked: bool) -> None:
+    """Raise `UnsupportedError` if a call asks of a swapped layer what its attention is not capable of."""
+    info: AttentionInfo = layer.attnzoo_swap.info
+    for capability, is_asked in asked.items():
+        if is_asked and not getattr(info.capabilities, capability):
+            raise UnsupportedError(f"this call needs {capability!r}, which {info.name!r} cannot do")
+
+
+_CHANNELS = re.compile(r"(Light|Simple)?(Channel|Spatial|Coord|Strip|Split|SelectiveKernel|EfficientLocal)Attn")
+
+
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether the class's name says that the module is attention."""
-    return re.search(r"attention|attn", type(module).__name__, re.IGNORECASE) is not None
+    """Whether the name of the class, or of one it inherits from, says attention over tokens (not over channels)."""
+    names = [base.__name__ for base in type(module).__mro__]
+    return any(re.search(r"attention|attn", n, re.IGNORECASE) and not _CHANNELS.fullmatch(n) for n in names)
+
+
+def comes_from(module: nn.Module, package: str) -> bool:
+    """Whether the class of `module`, or one it inherits from, belongs to `package`."""
+    return any(base.__module__.partition(".")[0] == package for base in type(module).__mro__)

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import ShapeError, UnsupportedError
-from attnzoo.hosts.site import Core, CoreLayer, MixerLayer, RefusedSite, Site, Wanted, ancestors, looks_like_attention
+from attnzoo.hosts.site import (
+    Core,
+    CoreLayer,
+    MixerLayer,
+    RefusedSite,
+    Site,
+    Wanted,
+    ancestors,
+    comes_from,
+    looks_like_attention,
+    refuse_unable,
+)
 from attnzoo.registry import AttentionInfo
 
 _REFUSED = {
@@ -60,7 +71,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
 
 
 def _is_other_attention(layer: nn.Module) -> bool:
-    return type(layer).__module__.startswith("timm.") and (looks_like_attention(layer) or hasattr(layer, "fused_attn"))
+    return comes_from(layer, "timm") and (looks_like_attention(layer) or hasattr(layer, "fused_attn"))
 
 
 def _bias(layer: nn.Module) -> str | None:
@@ -98,8 +109,9 @@ def _knows_grid(module: nn.Module) -> bool:
 class GridOfCall:
     """The token grid of the call under way: a hook on the patch embedding writes it, mixers read it.
 
-    Checkpointed layers recompute in the backward pass with the grid of the latest forward call. So with gradient
-    checkpointing, run the backward pass of a batch before the forward pass of one of another size.
+    It is one for the model. So where images of several sizes go through a model: with gradient checkpointing, run the
+    backward pass of a batch before the forward pass of one of another size, for checkpointed layers recompute with the
+    latest grid; and call one copy of the model from one thread at a time.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -175,7 +187,10 @@ class TimmCore(CoreLayer):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = self._rotate(q, rope).type_as(v), self._rotate(k, rope).type_as(v)
-        out = self.core(q, k, v, mask=None if is_causal else attn_mask, causal=is_causal, dropout=self._dropout())
+        mask = None if is_causal else attn_mask
+        dropout = self.attn_drop.p if self.training else 0.0
+        refuse_unable(self, mask=mask is not None, causal=is_causal, dropout=dropout > 0)
+        out = self.core(q, k, v, mask=mask, causal=is_causal, dropout=dropout)
         out = self.norm(out.transpose(1, 2).flatten(2)) if hasattr(self, "norm") else out.transpose(1, 2).flatten(2)
         if gate is not None:
             out = out * gate(x).sigmoid()
@@ -199,9 +214,6 @@ class TimmCore(CoreLayer):
         half = getattr(self, "rotate_half", False)
         return torch.cat([head, apply_rot_embed_cat(patches, rope, half=half)], dim=2)
 
-    def _dropout(self) -> float:
-        return self.attn_drop.p if self.training else 0.0
-
 
 class TimmPoolCore(CoreLayer):
     """timm's attention pooling (`AttentionPoolLatent`) with another core."""
@@ -212,6 +224,7 @@ class TimmPoolCore(CoreLayer):
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
         q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        refuse_unable(self, mask=attn_mask is not None)
         out = self.core(self.q_norm(q), self.k_norm(k), v, mask=attn_mask)
         out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
         if self.mlp is not None:
@@ -228,18 +241,22 @@ class TimmMixer(MixerLayer):
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """Mix tokens ``(B, N, C)``.
 
         Raises
         ------
         UnsupportedError
-            If the caller asks for an attention mask or for causality.
+            If the caller asks for rotary embedding, an attention mask or causality.
         ShapeError
             If the tokens are not those of the image that the patch embedding saw last.
         """
         if attn_mask is not None or is_causal:
             raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
+        if rope is not None:
+            raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
         size = None if self.grid is None else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(

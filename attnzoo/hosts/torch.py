@@ -19,8 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnzoo.cores.masks import additive
 from attnzoo.errors import UnsupportedError
-from attnzoo.hosts.site import Core, CoreLayer, MixerLayer, RefusedSite, Site, Wanted, ancestors, looks_like_attention
+from attnzoo.hosts.site import (
+    Core,
+    CoreLayer,
+    MixerLayer,
+    RefusedSite,
+    Site,
+    Wanted,
+    ancestors,
+    looks_like_attention,
+    refuse_unable,
+)
 from attnzoo.registry import AttentionInfo
 
 _NESTED = "attnzoo_use_nested_tensor"
@@ -128,6 +139,8 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, with the arguments and results of `nn.MultiheadAttention`; for weights see the head of this file."""
+        if is_causal and attn_mask is None:
+            raise UnsupportedError("is_causal=True is a hint that attn_mask is causal: give the attn_mask too")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, key, value))
@@ -136,7 +149,9 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(query, key, value))
         mask = _merge(_seen(attn_mask, self.num_heads), _seen_keys(key_padding_mask), q.dtype)
-        options = {"mask": mask, "dropout": self.dropout if self.training else 0.0}
+        dropout = self.dropout if self.training else 0.0
+        refuse_unable(self, mask=mask is not None, dropout=dropout > 0)
+        options = {"mask": mask, "dropout": dropout}
         weights = None
         if need_weights and hasattr(self.core, "with_weights"):
             out, weights = self.core.with_weights(q, k, v, **options)
@@ -144,7 +159,7 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = self.core(q, k, v, **options)
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)  # as torch does
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), weights
 
@@ -203,8 +218,9 @@ class TorchMixer(MixerLayer):
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
         mask = _seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
+        refuse_unable(self, mask=mask is not None)
         if mask is not None:
-            mask = (mask if mask.dtype == torch.bool else ~torch.isneginf(mask)).flatten(1)
+            mask = (mask if mask.dtype == torch.bool else mask == 0).flatten(1)  # whatever is lowered is padding
         out = self.mixer(x, grid=self.grid, prefix=self.prefix, mask=mask)
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), None
@@ -231,10 +247,4 @@ def _merge(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor | N
         return b if a is None else a
     if a.dtype == torch.bool and b.dtype == torch.bool:
         return a & b
-    return _additive(a, dtype) + _additive(b, dtype)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+    return additive(a, dtype) + additive(b, dtype)

@@ -23,7 +23,17 @@ from transformers import AttentionInterface
 
 from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
-from attnzoo.hosts.site import Core, RefusedSite, Site, Wanted, looks_like_attention, share_state
+from attnzoo.hosts.site import (
+    Core,
+    RefusedSite,
+    Site,
+    Wanted,
+    comes_from,
+    looks_like_attention,
+    refuse_unable,
+    share_state,
+)
+from attnzoo.registry import AttentionInfo
 
 NAME = "attnzoo"
 _MASKS = ("sdpa", "eager", None)
@@ -34,7 +44,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     AttentionInterface.register(NAME, attention)
     sites: list[Site] = []
     for path, layer in layers.items():
-        if not type(layer).__module__.startswith("transformers."):
+        if not comes_from(layer, "transformers"):
             continue
         if _calls_interface(layer):
             reason = _unsupported(layer)
@@ -66,8 +76,10 @@ def _unsupported(layer: Any) -> str | None:
     words = {w for c in code.co_consts if isinstance(c, tuple) for w in c} | set(code.co_varnames)
     if "position_bias" in words:
         return "relative position bias"
-    if "s_aux" in words:
+    if words & {"s_aux", "sinks"} or hasattr(layer, "sinks"):
         return "learned attention sinks"
+    if words & {"indices", "block_indices"} or words & {"sdpa", "eager"}:
+        return "sparse attention, whose choice of keys hangs on the name of the attention implementation"
     if layer.config._attn_implementation not in _MASKS:
         return (
             f"the model was loaded with attn_implementation={layer.config._attn_implementation!r}, whose masks a core "
@@ -86,18 +98,19 @@ def _site(path: str, layer: Any) -> Site:
         needs["gqa"] = "key and value heads are shared"
     if getattr(layer, "attn_logit_softcapping", None) is not None:
         needs["softcap"] = "scores are capped (attn_logit_softcapping)"
-    why = (
-        "causality: a mixer that is not causal would let a token see those after it"
-        if causal
-        else "in transformers models only cores can be swapped"
-    )
     heads = getattr(config, "num_attention_heads", 0)
-    return TransformersSite(path, layer, "transformers", getattr(config, "hidden_size", 0), heads, needs, why)
+    return TransformersSite(path, layer, "transformers", getattr(config, "hidden_size", 0), heads, needs)
 
 
 @dataclass
 class TransformersSite(Site):
     """A module that calls transformers' attention interface."""
+
+    def mixer_problem(self, info: AttentionInfo) -> str:
+        """No mixer stands here; of a causal model, one that is not causal could not."""
+        if "causal" in self.needs and not info.capabilities.causal:
+            return "causality: a mixer that is not causal would let a token see those after it"
+        return "in transformers models only cores can be swapped"
 
     def put_core(self, core: Core) -> nn.Module:
         """Make the host's class, on the host's state, call `core`."""
@@ -105,7 +118,7 @@ class TransformersSite(Site):
         config = copy.copy(self.module.config)
         config._attn_implementation_internal = NAME
         layer.config = config
-        layer.attnzoo_core = core
+        layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config
         return layer
 
@@ -144,7 +157,7 @@ def attention(
             f"the model makes masks for attn_implementation={implementation!r}, which a core cannot read; "
             "call model.set_attn_implementation('sdpa')"
         )
-    for name in ("position_bias", "s_aux", "cache"):
+    for name in ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices"):
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honour")
     queries, keys = query.shape[2], key.shape[2]
@@ -160,6 +173,13 @@ def attention(
             key, value = key[:, :, :queries], value[:, :, :queries]
     if softcap is not None:
         options["softcap"] = softcap
+    refuse_unable(
+        module,
+        mask=options["mask"] is not None,
+        causal=options.get("causal", False),
+        dropout=dropout > 0,
+        softcap=softcap is not None,
+    )
     weights = None
     if hasattr(core, "with_weights") and _wants_weights(module, kwargs):
         out, weights = core.with_weights(query, key, value, **options)

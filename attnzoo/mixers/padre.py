@@ -10,10 +10,11 @@ degree 1.
 
 Differs from the paper: the paper does not say whether its convolutions are depthwise (here they are), whether terms
 below Z_d are added (here they are not: with a bias in every convolution Z_d holds all lower degrees already), nor how
-it starts the weights (here each Y_i has about the variance of its input), nor what becomes of a class token. Here
-prefix tokens take part in A_i and C_i linearly, so the degree stays exact: each receives the mean of all tokens, and
-every patch the mean of the prefix, with a learned weight a channel. Pointwise comes before depthwise, and padding is
-zero before each convolution.
+it starts the weights (here, in the interior of a grid larger than the kernel, each Y_i has about the variance of its
+input; at the edges, where zeros are convolved, less), nor what becomes of a class token. Here prefix tokens take part
+in A_i and C_i linearly, so the degree stays exact: each receives the mean of all tokens, and every patch the mean of
+the prefix, with a learned weight a channel. Pointwise comes before depthwise, and padding is zero before each
+convolution.
 """
 
 from __future__ import annotations
@@ -160,12 +161,17 @@ class TokenMixing(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start kernels with variance ``1 / kernel_size ** 2``, biases at zero, prefix weights at one."""
+        """Start every tap of a kernel with variance ``1 / kernel_size ** 2``, biases at zero.
+
+        A patch takes the mean of the prefix as one tap more; were it as strong as the whole kernel, a lone class token
+        would drown the patches, the more the higher the degree.
+        """
         nn.init.normal_(self.weight, std=1 / self.kernel_size)
         nn.init.zeros_(self.bias)
-        for name in ("own", "to_prefix", "to_patches"):
-            if hasattr(self, name):
-                nn.init.ones_(getattr(self, name))
+        if hasattr(self, "own"):
+            nn.init.ones_(self.own)
+            nn.init.ones_(self.to_prefix)
+            nn.init.constant_(self.to_patches, 1 / self.kernel_size)
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
         """Mix prefix ``(B, P, C)`` and patches ``(B, height * width, C)``."""
@@ -175,11 +181,11 @@ class TokenMixing(nn.Module):
         mixed = image.permute(0, 2, 3, 1).flatten(1, 2)
         if not canvas.prefix:
             return head, mixed
-        head_sum, head_count = head.sum(1, keepdim=True), _count(head, canvas.prefix_mask)
-        everything = head_sum + patches.sum(1, keepdim=True)
-        mean = everything / (head_count + _count(patches, canvas.patch_mask)).clamp(min=1)
-        mixed = mixed + self.to_patches * (head_sum / head_count.clamp(min=1))
-        return self.own * head + self.to_prefix * mean + self.bias, mixed
+        head_sum, head_count = _sum(head, canvas.prefix_mask)
+        patch_sum, patch_count = _sum(patches, canvas.patch_mask)
+        head_mean = (head_sum / head_count.clamp(min=1)).to(mixed.dtype)
+        mean = ((head_sum + patch_sum) / (head_count + patch_count).clamp(min=1)).to(mixed.dtype)
+        return self.own * head + self.to_prefix * mean + self.bias, mixed + self.to_patches * head_mean
 
     def matrices(self, places: list[int], width: int) -> Tensor:
         """Write the map out (without bias) as dense matrices ``(channels, n, n)``: for the reference only."""
@@ -199,6 +205,8 @@ class TokenMixing(nn.Module):
         return a
 
 
-def _count(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Number of real tokens of each image, ``(B, 1, 1)``."""
-    return x.new_full((1, 1, 1), x.shape[1]) if mask is None else mask.sum(1, keepdim=True).to(x.dtype)
+def _sum(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum ``(B, 1, C)`` and number ``(B, 1, 1)`` of the real tokens of each image, wide enough for half precision."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    count = x.new_full((1, 1, 1), x.shape[1], dtype=wide) if mask is None else mask.sum(1, keepdim=True).to(wide)
+    return x.sum(1, keepdim=True, dtype=wide), count
