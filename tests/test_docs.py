@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo.__main__ import capability_table, main
+from attnzoo.bench.config import load_config
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.registry import _table, unregister_attention
@@ -69,9 +70,10 @@ def test_shell_commands_are_real(page):
             subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
             assert command[:2] == ["python", "eval/bench.py"], line
-            from attnzoo.bench.config import load_config
-
-            load_config(ROOT / command[2], command[3:])
+            if command[2] == "--report":
+                assert (ROOT / command[3]).is_file(), line
+            else:
+                load_config(ROOT / command[2], command[3:])
 
 
 def test_the_readmes_table_is_that_of_the_committed_record():
