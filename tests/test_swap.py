@@ -77,6 +77,7 @@ def test_a_mixer_comes_and_goes(host: Host, options: dict):
     for name, p in model.named_parameters():
         assert ".mixer." not in name or p.grad is not None, name
     attnzoo.replace_attention(model, "sdpa")  # from a mixer straight to a core
+    assert not any(m._forward_pre_hooks for m in model.modules())  # nothing asks for a grid any more
     torch.testing.assert_close(host.call(model, host.inputs()), out, atol=1e-5, rtol=1e-5)
     attnzoo.restore_attention(model)
     assert fingerprint(model) == before

@@ -159,13 +159,17 @@ class TimmSite(Site):
         return TimmMixer(mixer, self.grid, self.prefix)
 
     def installed(self, layer: nn.Module) -> None:
-        """Have the patch embedding tell the grid of each call to the mixers."""
-        if isinstance(layer, TimmMixer) and self.owner is not None:
+        """Have the patch embedding tell the grid of each call to the mixers, as long as there are any."""
+        if self.owner is None:
+            return
+        if isinstance(layer, TimmMixer):
             hook = _hook_of(self.owner.patch_embed)
             if hook is None:
                 hook = layer.grid
                 self.owner.patch_embed.register_forward_pre_hook(hook)
             layer.grid = hook
+        elif not any(isinstance(m, TimmMixer) for m in self.owner.modules()):
+            self.removed()
 
     def removed(self) -> None:
         """Take the hook off the patch embedding."""

@@ -44,7 +44,8 @@ class Padre(nn.Module):
     kernel_size
         Side of the depthwise kernels, in tokens; odd.
     mix_prefix
-        Have weights for class and register tokens. False saves them where a model has no such tokens.
+        Have weights for class and register tokens. Say False where a model has no such tokens: the weights would get
+        no gradient, which distributed training complains of. `replace_attention` sees to it by itself.
 
     Raises
     ------
