@@ -17,7 +17,7 @@ from torchvision.models import swin_t
 import attnzoo
 from attnzoo.errors import OptionError, SwapError, UnknownNameError, UnsupportedError
 from attnzoo.swap import swapped_layers
-from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, Host, images, seeded
+from tests.zoo import HOSTS, LANGUAGE, RELATIVE, TIMM, TORCH, Host, images, seeded
 
 
 def fingerprint(model: nn.Module) -> list:
@@ -558,6 +558,17 @@ def test_a_core_with_weights_is_refused():
 
 
 # ---- the calls of each host
+
+
+def test_flash_and_a_learned_position_bias():
+    """The bias comes as a mask that wants a gradient: refused in training, exact without."""
+    model, x = seeded(RELATIVE.build), images()
+    with torch.no_grad():
+        expected = RELATIVE.call(model, x)
+        attnzoo.replace_attention(model, "flash")
+        torch.testing.assert_close(RELATIVE.call(model, x), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="wants a gradient"):
+        RELATIVE.call(model, x)
 
 
 def test_is_causal_alone_is_refused_as_torch_does():

@@ -158,16 +158,15 @@ VISION = [
     _vision("clip-vision", transformers.CLIPVisionConfig(**_VISION)),
     _vision("siglip-vision", transformers.SiglipVisionConfig(**_VISION)),
 ]
-VISION.append(
-    Host(
-        "transformers:beit-relative",  # its position bias reaches a core as part of the mask
-        lambda: transformers.BeitModel(
-            transformers.BeitConfig(**_VISION, use_relative_position_bias=True, use_mean_pooling=True)
-        ),
-        images,
-        _call_vision,
-        2,
-    )
+# its learned position bias reaches a core as an additive mask that wants a gradient
+RELATIVE = Host(
+    "transformers:beit-relative",
+    lambda: transformers.BeitModel(
+        transformers.BeitConfig(**_VISION, use_relative_position_bias=True, use_mean_pooling=True, drop_path_rate=0.0)
+    ),
+    images,
+    _call_vision,
+    2,
 )
 LANGUAGE = [
     _lm("llama", transformers.LlamaConfig, num_key_value_heads=2),
