@@ -113,7 +113,7 @@ class AttentionInfo:
             if option not in known:
                 listed = ", ".join(f"{k}={v!r}" for k, v in known.items()) or "none"
                 raise OptionError(
-                    f"{self.name!r} has no option {option!r}{_nearest(option, known)}. Its options: {listed}."
+                    f"{self.name!r} has no option {option!r}{_nearest(option, known)} Its options: {listed}."
                 )
 
     def __str__(self) -> str:
@@ -190,7 +190,7 @@ def describe(name: str) -> AttentionInfo:
         _read_entry_points()
     if not isinstance(name, str) or name not in _table:
         raise UnknownNameError(
-            f"there is no attention {name!r}{_nearest(name, _table)}. Registered: {', '.join(_table)}."
+            f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}."
         )
     return _table[name]
 
@@ -306,7 +306,7 @@ def _check_kind(kind: str) -> None:
 
 def _nearest(word: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
 
 
 def _read_entry_points() -> None:

@@ -46,9 +46,12 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
     """Measure what a config asks for, then report."""
     from attnzoo.bench.config import load_config
     from attnzoo.bench.record import RECORDS_FILE
+    from attnzoo.bench.report import read_marked
     from attnzoo.bench.run import run
 
     config = load_config(config_path, overrides)
+    if readme is not None:
+        read_marked(readme)  # rather now than after an hour
     run(config, command)
     report(config.folder / RECORDS_FILE, readme)
 

@@ -116,20 +116,21 @@ def _what_was_run(summary: Summary) -> str:
 
 def _cost_table(summary: Summary, tokens: int, rows: list[Record]) -> str:
     dense = next((row.quality for row in rows if row.is_baseline), None)
+    still = words.noise(rows)
     head = "".join(f"<th>{name}</th>" for name in COST_HEAD)
     body = ""
     for row in rows:
         opening = '<tr class="base">' if row.is_baseline else "<tr>"
         body += f"{opening}<td>{escape(row.label)}</td>"
         if row.cost is None:
-            what = f'<span class="worse">{row.status}</span>: {escape(words.first_line(row.message))}'
+            what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
             body += f'<td class="text" colspan="{len(COST_HEAD) - 1}">{what}</td></tr>\n'
             continue
         side, ratios, peak = row.cost.candidate, row.cost.ratios, words.activation_ratio(row)
         held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
         cells = [
             _cell(words.milliseconds(side.latency_ms)),
-            _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup)),
+            _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
             _cell(f"{side.throughput:,.1f}"),
             _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
             _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
@@ -153,9 +154,10 @@ def _how_to_read() -> str:
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
         "(of activations, one forward) and parameters (of the model) below 1x is less. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
-        "speed-ups only where the whole 20th to 80th percentile is on one side of 1x, for accuracies only where the "
-        "intervals do not meet. The dense row is dense against a second copy of itself, so its spread is the noise of "
-        "the machine. FLOPs are those of matrix products, convolutions and attention; element by element work is not "
+        "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, for "
+        "accuracies only where the intervals do not meet (they hold the spread of images, not that of seeds). The dense "
+        "row is dense against a second copy of itself, so its spread is the noise of the machine. Milliseconds of two "
+        "rows were not taken in turn: compare speed-ups. FLOPs are those of matrix products, convolutions and attention; element by element work is not "
         "counted.</p>"
     )
 
@@ -182,7 +184,7 @@ def _quality_table(summary: Summary) -> str:
     for row in summary.quality:
         body += f"<tr><td>{escape(row.label)}</td>"
         if row.quality is None:
-            what = f'<span class="worse">{row.status}</span>: {escape(words.first_line(row.message))}'
+            what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
             body += f'<td class="text" colspan="4">{what}</td></tr>\n'
             continue
         q = row.quality

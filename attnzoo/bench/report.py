@@ -35,7 +35,8 @@ def markdown_table(records: Iterable[Record]) -> str:
     counts = list(summary.cost)
     largest = counts[-1] if counts else 0
     head = ["attention", *(f"speed-up at {n:,} tokens" for n in counts)]
-    head += [f"peak memory at {largest:,}", "FLOPs", "parameters", "top-1 % (95% interval)"]
+    head += [f"{what} at {largest:,}" for what in ("peak memory", "FLOPs", "parameters")]
+    head += ["top-1 % (95% interval)"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for label in summary.labels:
         rows = {tokens: summary.row(label, tokens) for tokens in counts}
@@ -79,8 +80,8 @@ def command(summary: Summary) -> str:
     return summary.any.command
 
 
-def rewrite_readme(path: Path, records: Iterable[Record]) -> None:
-    """Put the section between the two markers of a Markdown file.
+def read_marked(path: Path) -> str:
+    """Give the text of a Markdown file that holds both markers.
 
     Raises
     ------
@@ -93,6 +94,18 @@ def rewrite_readme(path: Path, records: Iterable[Record]) -> None:
         raise AttnZooError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise AttnZooError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
+    return text
+
+
+def rewrite_readme(path: Path, records: Iterable[Record]) -> None:
+    """Put the section between the two markers of a Markdown file.
+
+    Raises
+    ------
+    AttnZooError
+        If the file is not there, or does not hold both markers once, in order.
+    """
+    text = read_marked(path)
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     path.write_text(f"{before}\n{markdown_section(records)}\n{after}", encoding="utf-8")
 
@@ -103,15 +116,16 @@ def _terminal_table(summary: Summary, tokens: int, rows: list[Record]) -> Table:
     for name in ("ms, p50 (p20-p80)", "speed-up", "FLOPs", "memory", "params", "top-1 %", "kept"):
         table.add_column(name, justify="right")
     dense = next((row.quality for row in rows if row.is_baseline), None)
+    still = words.noise(rows)
     for row in rows:
         if row.cost is None:
-            table.add_row(escape(row.label), f"[red]{row.status}[/red]", escape(words.first_line(row.message, 60)))
+            table.add_row(escape(row.label), f"[red]{row.status}[/red]", escape(words.one_line(row.message, 300)))
             continue
         ratios, peak = row.cost.ratios, words.activation_ratio(row)
         table.add_row(
             escape(row.label),
             words.milliseconds(row.cost.candidate.latency_ms),
-            _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup)),
+            _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
             _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
             _coloured(words.ratio(peak), words.memory_verdict(row)),
             _coloured(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters)),

@@ -18,7 +18,7 @@ from attnzoo import assets
 from attnzoo.bench.child import ChildResult, Nursery, Say
 from attnzoo.bench.config import AttentionConfig, BenchConfig
 from attnzoo.bench.record import CONFIG_FILE, Environment, Quality, Record, RecordStore, Training
-from attnzoo.bench.summary import first_line
+from attnzoo.bench.summary import one_line
 from attnzoo.bench.system import environment
 from attnzoo.bench.worker import Job, Outcome, cost_main, quality_main
 from attnzoo.errors import ConfigError
@@ -156,7 +156,7 @@ class _Runner:
         self.store.append(record)
         if not console.is_terminal or record.status != "ok":
             at = f" at {record.tokens:,} tokens" if record.tokens else ""
-            why = f": {first_line(record.message)}" if record.message else ""
+            why = f": {one_line(record.message)}" if record.message else ""
             line = f"{record.kind} of {record.label}{at}: {record.status} in {record.seconds:.1f} s{why}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -123,11 +123,18 @@ def accuracy(quality: Quality | None) -> str:
     return f"{quality.accuracy * 100:.1f} ({quality.low * 100:.1f}-{quality.high * 100:.1f})"
 
 
-def speed_verdict(q: Quantiles) -> Verdict:
-    """Faster or slower only where the whole spread is on one side of 1."""
-    if q.p20 > 1 + SAME:
+def noise(rows: Iterable[Record]) -> Quantiles | None:
+    """The speed-up of dense over a second copy of itself, where it was measured: what is not a difference."""
+    return next((row.cost.ratios.speedup for row in rows if row.is_baseline and row.cost is not None), None)
+
+
+def speed_verdict(q: Quantiles, still: Quantiles | None = None) -> Verdict:
+    """Faster or slower only where the whole spread is on one side of 1, and of the `noise` (`still`)."""
+    high = max(1 + SAME, still.p80 if still else 1.0)
+    low = min(1 - SAME, still.p20 if still else 1.0)
+    if q.p20 > high:
         return "better"
-    return "worse" if q.p80 < 1 - SAME else "same"
+    return "worse" if q.p80 < low else "same"
 
 
 def need_verdict(value: float | None) -> Verdict:
@@ -165,9 +172,9 @@ def memory_verdict(record: Record) -> Verdict:
     return "same" if near else need_verdict(value)
 
 
-def first_line(text: str, limit: int = 160) -> str:
-    """The first line of a message, not too long."""
-    line = text.strip().splitlines()[0] if text.strip() else ""
+def one_line(text: str, limit: int = 600) -> str:
+    """A message on one line, not too long."""
+    line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

@@ -45,7 +45,6 @@ _REFUSED = {
     "PartitionAttentionCl": "windows with relative position bias",
     "RelPosAttention": "relative position bias",
     "TalkingHeadAttn": "talking heads: weights are mixed across heads",
-    "WindowAttention": "window shift and relative position bias",
     "WindowMultiHeadAttention": "window shift and relative position bias",
 }
 
@@ -63,6 +62,8 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
             sites.append(site)
         elif _is_other_attention(layer) and not any(path.startswith(f"{site.path}.") for site in sites):
             reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or "no host of attnzoo knows this class"
+            if type(layer).__name__ == "WindowAttention":
+                reason = "window shift and relative position bias" if _bias(layer) else "attention inside windows"
             sites.append(RefusedSite(path, layer, "timm", reason))
     refused = {site.path for site in sites if isinstance(site, RefusedSite)}
     known = [site.path for site in sites if site.path not in refused]

@@ -130,6 +130,7 @@ def test_no_records_and_mixed_configs_are_refused(run_records, make_record):
 )
 def test_a_speed_up_counts_only_where_its_whole_spread_does(low, middle, high, verdict):
     assert speed_verdict(Quantiles(p20=low, p50=middle, p80=high, n=9)) == verdict
+    assert speed_verdict(Quantiles(p20=low, p50=middle, p80=high, n=9), Quantiles(p20=0.1, p50=1, p80=9, n=9)) == "same"
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(0.5, "better"), (1.5, "worse"), (1.0, "same"), (None, "same")])
