@@ -25,7 +25,7 @@ p, dl { margin: 6px 0; max-width: 78ch; }
 .soft, figcaption, dt { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; width: 100%; }
-th, td { padding: 6px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.text { text-align: left; }
 td.text { white-space: normal; }
@@ -154,11 +154,11 @@ def _how_to_read() -> str:
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
         "(of activations, one forward) and parameters (of the model) below 1x is less. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
-        "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, for "
-        "accuracies only where the intervals do not meet (they hold the spread of images, not that of seeds). The dense "
-        "row is dense against a second copy of itself, so its spread is the noise of the machine. Milliseconds of two "
-        "rows were not taken in turn: compare speed-ups. FLOPs are those of matrix products, convolutions and attention; element by element work is not "
-        "counted.</p>"
+        "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, "
+        "for accuracies only where the intervals do not meet (they hold the spread of images, not that of seeds). "
+        "The dense row is dense against a second copy of itself, so its spread is the noise of the machine. "
+        "Milliseconds of two rows were not taken in turn: compare speed-ups. FLOPs are those of matrix products, "
+        "convolutions and attention; element by element work is not counted.</p>"
     )
 
 
