@@ -178,3 +178,23 @@ LANGUAGE = [
     _lm("gpt-neox", transformers.GPTNeoXConfig),
 ]
 HOSTS = [*TIMM, *TORCH, *VISION, *LANGUAGE]
+
+
+def fingerprint(model: nn.Module) -> list:
+    """What a refused swap must leave alone: modules, hooks, modes and weights, by identity."""
+    return [
+        (path, id(m), m.training, sorted(map(id, m._forward_pre_hooks.values())), [id(p) for p in m.parameters()])
+        for path, m in model.named_modules()
+    ] + [{k: v for k, v in vars(m).items() if isinstance(v, bool)} for m in model.modules()]
+
+
+def vit(**options) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, num_classes=3, **options).eval()
+
+
+def torch_layer(cls=nn.TransformerEncoderLayer, **options) -> nn.Module:
+    return cls(32, 4, 64, batch_first=True, **options)
+
+
+def mha(**options) -> nn.Module:
+    return nn.ModuleList([nn.MultiheadAttention(32, 4, **options)])

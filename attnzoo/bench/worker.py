@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -284,12 +284,12 @@ def _attention_paths(model: nn.Module) -> list[str]:
 def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
     """Choose between the host's own two ways of computing its attention."""
     for path in _attention_paths(model):
-        layer = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         if not isinstance(getattr(layer, "fused_attn", None), bool):
             raise UnsupportedError(
                 f"{path} ({type(layer).__name__}) has no switch between fused and written-out attention"
             )
-        layer.fused_attn = fused  # type: ignore[assignment]
+        layer.fused_attn = fused
     return model
 
 
