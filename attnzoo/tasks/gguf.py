@@ -1,0 +1,41 @@
+"""GGUF to safetensors: transformers takes half a minute to read the first and a second to read the second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from attnzoo.errors import AssetError
+from attnzoo.extras import require
+
+
+def convert(folder: Path, target: Path) -> None:
+    """Write the causal language model of the one GGUF file under `folder`, dequantised to float32, into `target`.
+
+    `target` becomes a folder that ``from_pretrained`` of model and tokenizer read.
+
+    Raises
+    ------
+    MissingExtraError
+        If transformers, gguf or safetensors is not installed.
+    AssetError
+        If there is not exactly one GGUF file.
+    """
+    require("transformers", "gguf", "safetensors", extra="llm")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    files = sorted(folder.rglob("*.gguf"))
+    if len(files) != 1:
+        raise AssetError(f"{folder} holds {len(files)} GGUF files where one was expected; remove it and fetch it again")
+    place, name = files[0].parent, files[0].name
+    read = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)  # its weights are plain now, but transformers refuses to save the mark
+    with torch.device("meta"):
+        plain = type(read)(type(read.config).from_dict(settings))
+    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = read.generation_config
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(place, gguf_file=name).save_pretrained(target)
