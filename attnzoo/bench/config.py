@@ -1,20 +1,19 @@
-"""The benchmark's config: a strict schema, dotted overrides, and one error that lists everything wrong at once."""
+"""The benchmark's config: its schema, and the registry's say on the attentions that it names."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.errors import AttnZooError, ConfigError, OptionError
+from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.errors import AttnZooError, OptionError
 
 CONFIG_VERSION = 1
 NOT_HASHED = frozenset({"output", "fresh"})
@@ -23,19 +22,13 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DatasetName = Literal["digits", "fashion_mnist"]
 
 
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused and values cannot change later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class HostConfig(Section):
     """A model of a library, given by what its own factory takes; the image size is the benchmark's to choose."""
 
     library: Literal["timm"] = "timm"
     model: str = "vit_tiny_patch16_224"
     patch_size: PositiveInt = 16
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _no_double_meaning(self) -> HostConfig:
@@ -50,7 +43,7 @@ class AttentionConfig(Section):
     """One attention of the zoo: its registered name, its options and how tables call it."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     label: Annotated[str, Field(min_length=1)] = ""
 
     @model_validator(mode="before")
@@ -214,20 +207,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
     ConfigError
         With every problem of file and overrides that could be found, one a line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
-    try:
-        data = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {type(data).__name__}")
-    for override in overrides:
-        keys, value = parse_override(override)
-        _set(data, keys, value, override)
-    return validate_config(data, source=str(path))
+    return validate_config(read_yaml(path, overrides), source=str(path))
 
 
 def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchConfig:
@@ -238,112 +218,7 @@ def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchCon
     ConfigError
         With every problem, one a line.
     """
-    problems: list[str] = []
-    config = None
-    try:
-        config = BenchConfig.model_validate(data)
-    except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
-    problems += _attention_problems(data.get("attentions"))
-    if problems or config is None:
-        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
-        raise ConfigError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
-    return config
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """Split ``a.b=value`` into its keys and its value, read as YAML.
-
-    Raises
-    ------
-    ConfigError
-        If there is no ``=``, a key is empty, or the value is not YAML.
-    """
-    dotted, equals, raw = text.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"override {text!r} must read key=value, with dots between nested keys")
-    try:
-        return keys, yaml.load(raw, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not a silent overwrite."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int, float)) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            if isinstance(key, (str, int, float)):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    """Put `value` at the path `keys`, making mappings on the way where there is nothing yet."""
-    here: Any = data
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
-                path = ".".join(keys[:depth])
-                raise ConfigError(f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index")
-            slot: Any = int(key)
-        elif isinstance(here, dict):
-            slot = next((known for known in here if str(known) == key), key)
-        else:
-            path = ".".join(keys[:depth])
-            raise ConfigError(f"override {override!r}: {path} is {here!r} and has no keys inside")
-        if last:
-            here[slot] = value
-            return
-        if isinstance(here, dict) and here.get(slot) is None:
-            here[slot] = {}
-        here = here[slot]
-
-
-def _explain(detail: Any) -> str:
-    """One line for one of pydantic's error details."""
-    location = [part for part in detail["loc"] if part != "[key]"]
-    where = ".".join(map(str, location)) or "config"
-    kind = detail["type"]
-    if kind == "extra_forbidden":
-        section = _section_at(location[:-1])
-        known = list(section.model_fields) if section else []
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
-    if kind == "missing":
-        return f"{where}: must be given"
-    message = detail["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{where}: {message}"
-    shown = repr(detail["input"])
-    return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
-
-
-def _section_at(location: Iterable[str | int]) -> type[BaseModel] | None:
-    """Find the section of the schema that a location of pydantic's points into."""
-    here: Any = BenchConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
-            return None
-        here = _section_in(here.model_fields[part].annotation)
-    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
-
-
-def _section_in(annotation: Any) -> Any:
-    """Find the section class inside ``X | None`` or ``tuple[X, ...]``."""
-    if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
-        return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return validated(BenchConfig, data, _attention_problems(data.get("attentions")), source)
 
 
 def _attention_problems(attentions: Any) -> list[str]:
@@ -390,7 +265,3 @@ def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[
     except AttnZooError:
         return []  # a matter of this trial's width, not of the option
     return []
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from attnzoo.bench.lines import FolderLock, append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
 SCHEMA_VERSION = 1
@@ -147,6 +145,7 @@ class Environment(Entry):
     python: str
     torch: str
     timm: str | None
+    transformers: str | None = None
     system: str
     device: str
     threads: Count
@@ -205,12 +204,9 @@ def read_records(path: Path) -> list[Record]:
         If the file is missing or any other line is not a record of this schema.
     """
     try:
-        content = path.read_bytes()
+        records = read_lines(path, Record, SCHEMA_VERSION)
     except OSError as error:
         raise AttnZooError(f"records {str(path)!r} cannot be read: {error.strerror}") from error
-    records, torn = _parse(content, path)
-    if torn:
-        warnings.warn(f"{path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=2)
     return latest(records)
 
 
@@ -241,29 +237,23 @@ class RecordStore:
         self.config_hash = config_hash
         self.fresh = fresh
         self.records: dict[tuple[str, str, int], Record] = {}
-        self._lock: IO[str] | None = None
+        self._lock = FolderLock(folder)
 
     def __enter__(self) -> RecordStore:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "a", encoding="ascii")  # held until __exit__
+        self._lock.__enter__()
         try:
-            _lock_or_refuse(self._lock, self.folder)
             self._load()
         except BaseException:
-            self._lock.close()
+            self._lock.__exit__()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.__exit__()
 
     def append(self, record: Record) -> None:
         """Put one record on disk, whole, before returning."""
-        with open(self.path, "ab") as handle:
-            handle.write(record.model_dump_json().encode() + b"\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_line(self.path, record)
         self.records[record.key] = record
 
     def done(self, key: tuple[str, str, int]) -> bool:
@@ -275,62 +265,11 @@ class RecordStore:
             os.replace(self.path, self.folder / "records.old.jsonl")
         if not self.path.exists():
             return
-        content = self.path.read_bytes()
-        records, torn = _parse(content, self.path)
+        records = read_lines(self.path, Record, SCHEMA_VERSION, mend=True, stacklevel=4)
         other = next((r.config_hash for r in records if r.config_hash != self.config_hash), None)
         if other is not None:
             raise ConfigError(
                 f"{self.folder} holds records of another config ({other}, this one is {self.config_hash}). "
                 "Give another folder with output=PATH, or set them aside with fresh=true."
             )
-        if torn:
-            warnings.warn(f"{self.path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=3)
-            os.truncate(self.path, len(content) - torn)
-        elif content and not content.endswith(b"\n"):
-            with open(self.path, "ab") as handle:
-                handle.write(b"\n")
         self.records = {record.key: record for record in records}
-
-
-def _parse(content: bytes, path: Path) -> tuple[list[Record], int]:
-    """Give the records and the length of a torn last line, 0 if there is none."""
-    records: list[Record] = []
-    lines = content.split(b"\n")
-    last = len(lines) - 1
-    for number, line in enumerate(lines):
-        if number == last and not line:
-            break
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            if number == last and not _is_json(line):
-                return records, len(line)
-            reason = error.errors()[0]
-            where = ".".join(map(str, reason["loc"])) or "line"
-            raise AttnZooError(
-                f"{path}, line {number + 1}: not a record of schema {SCHEMA_VERSION}: {where}: {reason['msg']}"
-            ) from error
-    return records, 0
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def _lock_or_refuse(handle: IO[str], folder: Path) -> None:
-    message = f"another run is writing into {folder}; wait for it, or give another folder with output=PATH"
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(message) from error

@@ -20,6 +20,7 @@ def environment(device: str, threads: int | None) -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         timm=_version("timm"),
+        transformers=_version("transformers"),
         system=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else _cpu_name(),
         threads=threads or torch.get_num_threads(),

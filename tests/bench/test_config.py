@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.bench.config import BenchConfig, load_config, parse_override, validate_config
+from attnzoo.bench.config import BenchConfig, load_config, validate_config
+from attnzoo.bench.strict import parse_override
 from attnzoo.errors import ConfigError
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "bench" / "quickstart.yaml"

@@ -1,0 +1,135 @@
+"""Files of JSON lines: each line is written whole or not at all, and only one run writes into a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import IO, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from attnzoo.errors import AttnZooError, ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def append_line(path: Path, entry: BaseModel) -> None:
+    """Put one entry on disk, whole, before returning."""
+    with open(path, "ab") as handle:
+        handle.write(entry.model_dump_json().encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def parse_lines(content: bytes, path: Path, model: type[M], schema: int) -> tuple[list[M], int]:
+    """Give the entries and the length of a torn last line, 0 if there is none.
+
+    Raises
+    ------
+    AttnZooError
+        If any other line is not an entry of `model`.
+    """
+    entries: list[M] = []
+    lines = content.split(b"\n")
+    last = len(lines) - 1
+    for number, line in enumerate(lines):
+        if number == last and not line:
+            break
+        try:
+            entries.append(model.model_validate_json(line))
+        except ValidationError as error:
+            if number == last and not _is_json(line):
+                return entries, len(line)
+            reason = error.errors()[0]
+            where = ".".join(map(str, reason["loc"])) or "line"
+            raise AttnZooError(
+                f"{path}, line {number + 1}: not a record of schema {schema}: {where}: {reason['msg']}"
+            ) from error
+    return entries, 0
+
+
+def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stacklevel: int = 2) -> list[M]:
+    """Read a file of entries; a last line that a killed writer left torn is dropped with a warning.
+
+    Parameters
+    ----------
+    path, model, schema
+        The file, what its lines are, and the number of their schema for messages.
+    mend
+        Also take the torn line out of the file, and end a last line that has no end, so that more can be appended.
+    stacklevel
+        Of the warning.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    AttnZooError
+        If a line is not an entry.
+    """
+    content = path.read_bytes()
+    entries, torn = parse_lines(content, path, model, schema)
+    if torn:
+        warnings.warn(
+            f"{path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=stacklevel + 1
+        )
+    if mend and torn:
+        os.truncate(path, len(content) - torn)
+    elif mend and content and not content.endswith(b"\n"):
+        with open(path, "ab") as handle:
+            handle.write(b"\n")
+    return entries
+
+
+class FolderLock:
+    """Holds a folder for one run; the system lets go when the process ends, however it ends.
+
+    Raises
+    ------
+    ConfigError
+        On entering, if another run holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handle: IO[str] | None = None
+
+    def __enter__(self) -> FolderLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._handle = open(self.folder / ".lock", "a", encoding="ascii")  # held until __exit__
+        try:
+            _lock_or_refuse(self._handle, self.folder)
+        except BaseException:
+            self._handle.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _lock_or_refuse(handle: IO[str], folder: Path) -> None:
+    message = f"another run is writing into {folder}; wait for it, or give another folder with output=PATH"
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(message) from error

@@ -1,0 +1,182 @@
+"""Strict configs: YAML without silent overwrites, dotted overrides, and all that is wrong in one error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from attnzoo.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused and values cannot change later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, and apply ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file.
+    overrides
+        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not YAML or no mapping, or an override does not fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {type(data).__name__}")
+    for override in overrides:
+        keys, value = parse_override(override)
+        _set(data, keys, value, override)
+    return data
+
+
+def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], source: str) -> M:
+    """Check plain data against a schema.
+
+    Parameters
+    ----------
+    model, data
+        The schema, and what should fit it.
+    more
+        Problems that the caller has found besides.
+    source
+        What to call the config in the message.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one a line.
+    """
+    problems: list[str] = []
+    config = None
+    try:
+        config = model.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(detail, model) for detail in error.errors()]
+    problems += more
+    if problems or config is None:
+        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+    return config
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split ``a.b=value`` into its keys and its value, read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If there is no ``=``, a key is empty, or the value is not YAML.
+    """
+    dotted, equals, raw = text.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {text!r} must read key=value, with dots between nested keys")
+    try:
+        return keys, yaml.load(raw, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            if isinstance(key, (str, int, float)):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Put `value` at the path `keys`, making mappings on the way where there is nothing yet."""
+    here: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                path = ".".join(keys[:depth])
+                raise ConfigError(f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index")
+            slot: Any = int(key)
+        elif isinstance(here, dict):
+            slot = next((known for known in here if str(known) == key), key)
+        else:
+            path = ".".join(keys[:depth])
+            raise ConfigError(f"override {override!r}: {path} is {here!r} and has no keys inside")
+        if last:
+            here[slot] = value
+            return
+        if isinstance(here, dict) and here.get(slot) is None:
+            here[slot] = {}
+        here = here[slot]
+
+
+def _explain(detail: Any, model: type[BaseModel]) -> str:
+    """One line for one of pydantic's error details."""
+    location = [part for part in detail["loc"] if part != "[key]"]
+    where = ".".join(map(str, location)) or "config"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        section = _section_at(location[:-1], model)
+        known = list(section.model_fields) if section else []
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+    if kind == "missing":
+        return f"{where}: must be given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{where}: {message}"
+    shown = repr(detail["input"])
+    return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
+
+
+def _section_at(location: Iterable[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
+    """Find the section of the schema that a location of pydantic's points into."""
+    here: Any = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
+            return None
+        here = _section_in(here.model_fields[part].annotation)
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _section_in(annotation: Any) -> Any:
+    """Find the section class inside ``X | None`` or ``tuple[X, ...]``."""
+    if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
+        return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
