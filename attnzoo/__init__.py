@@ -1,6 +1,9 @@
 """attnzoo: swap the attention of a real model in one line and see, honestly, what it buys."""
 
+from typing import Any
+
 from attnzoo.errors import AttnZooError
+from attnzoo.eviction.size import CacheBytes, kv_bytes
 from attnzoo.registry import (
     AttentionInfo,
     Capabilities,
@@ -17,14 +20,25 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionInfo",
     "AttnZooError",
+    "CacheBytes",
     "Capabilities",
     "SwapReport",
     "create_attention",
     "describe",
+    "kv_bytes",
     "list_attentions",
+    "load_cache",
     "register_attention",
     "replace_attention",
     "restore_attention",
     "swap_report",
     "unregister_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_cache":  # it needs transformers
+        from attnzoo.eviction.cache import load_cache
+
+        return load_cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,14 +15,27 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib import metadata
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
 from attnzoo.errors import AttnZooError, OptionError, UnknownNameError, UnsupportedError
 
+if TYPE_CHECKING:
+    from attnzoo.eviction.policy import Policy
+
 Kind = Literal["core", "mixer", "eviction"]
 ENTRY_POINTS = "attnzoo.attentions"
+
+
+class Required:
+    """Stands for the default of an option that must be given; printed as three dots."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+REQUIRED = Required()
 
 
 @dataclass(frozen=True)
@@ -102,28 +115,42 @@ class AttentionInfo:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options and their defaults: the keyword-only parameters of the class."""
+        """The options and their defaults (`REQUIRED` where there is none): the keyword-only parameters of the class."""
         parameters = inspect.signature(self.load()).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        own = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        return {p.name: REQUIRED if p.default is inspect.Parameter.empty else p.default for p in own}
 
     def check_options(self, options: Iterable[str]) -> None:
         """Raise `OptionError` on the first option that this method does not have."""
         known = self.options
         for option in options:
             if option not in known:
-                listed = ", ".join(f"{k}={v!r}" for k, v in known.items()) or "none"
                 raise OptionError(
-                    f"{self.name!r} has no option {option!r}{_nearest(option, known)} Its options: {listed}."
+                    f"{self.name!r} has no option {option!r}{_nearest(option, known)} Its options: {_listed(known)}."
                 )
+
+    def require_options(self, options: Iterable[str]) -> None:
+        """Raise `OptionError` if an option that has no default is missing."""
+        known = self.options
+        for option in known:
+            if known[option] is REQUIRED and option not in options:
+                raise OptionError(f"{self.name!r} needs {option}=. Its options: {_listed(known)}.")
 
     def __str__(self) -> str:
         can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items()) or "none"
+        options = _listed(self.options)
         lines = [f"{self.name} ({self.kind}): {self.summary}", f"  options: {options}", f"  can: {', '.join(can)}"]
         return "\n".join([*lines, f"  source: {self.paper}"] if self.paper else lines)
 
 
 _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
+
+
+def _policy(name: str, cls: str, summary: str, paper: str = "") -> AttentionInfo:
+    """One of the eviction policies; what the core under it can do besides depends on the core."""
+    able = Capabilities(causal=True, mask=True, gqa=True, compile=False)
+    return AttentionInfo(name, "eviction", f"attnzoo.eviction.{name}:{cls}", summary, paper, able)
+
 
 BUILT_IN: tuple[AttentionInfo, ...] = (
     AttentionInfo(
@@ -157,6 +184,38 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "polynomial attention: Hadamard products of depthwise convolutions",
         "PADRe, https://arxiv.org/abs/2407.11306",
         Capabilities(mask=True, grid=True),
+    ),
+    _policy(
+        "streaming",
+        "Streaming",
+        "the first few tokens and the last ones",
+        "StreamingLLM, https://arxiv.org/abs/2309.17453",
+    ),
+    _policy("h2o", "H2O", "accumulated attention, and recent tokens", "H2O, https://arxiv.org/abs/2306.14048"),
+    _policy("tova", "Tova", "attention of the last query, over all heads", "TOVA, https://arxiv.org/abs/2401.06104"),
+    _policy("snapkv", "SnapKV", "pooled attention of the last 32 queries", "SnapKV, https://arxiv.org/abs/2404.14469"),
+    _policy(
+        "scissorhands",
+        "Scissorhands",
+        "how often an entry got more than its share of attention",
+        "Scissorhands, https://arxiv.org/abs/2305.17118",
+    ),
+    _policy("knorm", "Knorm", "keys of a small norm", "L2 norm, https://arxiv.org/abs/2406.11430"),
+    _policy("keydiff", "KeyDiff", "keys unlike the mean key", "KeyDiff, https://arxiv.org/abs/2504.15364"),
+    _policy(
+        "random",
+        "Random",
+        "chance: the control",
+        "none; the hash is SplitMix64, https://doi.org/10.1145/2660193.2660195",
+    ),
+    _policy(
+        "vatp", "Vatp", "attention of a base times the norm of the value", "VATP, https://arxiv.org/abs/2406.12335"
+    ),
+    _policy(
+        "caote",
+        "Caote",
+        "error of the attention output, from the attention of a base",
+        "CAOTE, https://arxiv.org/abs/2504.14051",
     ),
 )
 
@@ -208,8 +267,8 @@ def register_attention(
 
     A core is a class without parameters to train whose instances are called
     ``core(q, k, v, mask=, causal=, scale=, dropout=, softcap=)`` on ``(B, H, N, D)``; a mixer is an `nn.Module` built
-    as ``Class(dim, num_heads, **options)`` and called ``mixer(x, grid=, prefix=, mask=)`` on ``(B, N, C)``. Options are
-    the keyword-only parameters of the class.
+    as ``Class(dim, num_heads, **options)`` and called ``mixer(x, grid=, prefix=, mask=)`` on ``(B, N, C)``; an eviction
+    policy is a subclass of `attnzoo.eviction.policy.Policy`. Options are the keyword-only parameters of the class.
 
     Parameters
     ----------
@@ -269,6 +328,20 @@ def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[
     return info.load()(dim, num_heads, **options)
 
 
+def build_policy(info: AttentionInfo, options: Mapping[str, Any]) -> Policy:
+    """Make the eviction policy that `info` names."""
+    from attnzoo.eviction.policy import Policy
+
+    info.check_options(options)
+    info.require_options(options)
+    policy = info.load()(**options)
+    if not isinstance(policy, Policy):
+        raise AttnZooError(
+            f"{info.name!r} is registered as an eviction policy but is no attnzoo.eviction.policy.Policy"
+        )
+    return policy
+
+
 def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.Module:
     """Make a stand-alone self-attention module of any core or mixer.
 
@@ -302,6 +375,10 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
 def _check_kind(kind: str) -> None:
     if kind not in get_args(Kind):
         raise UnknownNameError(f"there is no kind {kind!r}; the kinds are {', '.join(get_args(Kind))}")
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in options.items()) or "none"
 
 
 def _nearest(word: object, known: Iterable[str]) -> str:

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from attnzoo.errors import OptionError, SwapError, UnsupportedError
+from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import RefusedSite, Site, Wanted, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
-from attnzoo.registry import AttentionInfo, build_core, describe
+from attnzoo.registry import AttentionInfo, build_core, build_policy, describe, list_attentions
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,6 +36,8 @@ class LayerReport:
         Options given for it.
     parameters_before, parameters_after, reused, added
         Numbers of parameters of the layer; before, after, shared by both, new.
+    note
+        What else there is to know: a sliding window that bounds the layer's cache already.
     """
 
     path: str
@@ -45,6 +48,7 @@ class LayerReport:
     parameters_before: int
     parameters_after: int
     reused: int
+    note: str = ""
 
     @property
     def added(self) -> int:
@@ -87,7 +91,8 @@ class SwapReport:
         rows = [("layer", "was", "is", "parameters", "reused", "added")]
         for layer in self.layers:
             options = ", ".join(f"{k}={v!r}" for k, v in layer.options.items())
-            now = "(its own)" if layer.attention is None else layer.attention + (f"({options})" if options else "")
+            own = f"(its own; {layer.note})" if layer.note else "(its own)"
+            now = own if layer.attention is None else layer.attention + (f"({options})" if options else "")
             change = f"{layer.parameters_before:,} -> {layer.parameters_after:,}"
             rows.append((layer.path, layer.host_class, now, change, f"{layer.reused:,}", f"{layer.added:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
@@ -113,15 +118,16 @@ def replace_attention(
 ) -> Model:
     """Put the attention `name` in the place of a model's own, in every layer or in those that `where` names.
 
-    The model is changed in place and returned. A core runs on the host's own weights; a mixer brings its own. A swap of
-    a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is.
+    The model is changed in place and returned. A core or a policy runs on the host's own weights; a mixer brings its
+    own. A swap of a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is.
 
     Parameters
     ----------
     model
         A timm, torch or transformers model, or a module that holds one.
     name
-        A registered core or mixer; see `attnzoo.list_attentions`.
+        A registered core, mixer or eviction policy; see `attnzoo.list_attentions`. A policy bounds the key/value cache
+        of a causal language model of transformers; layers with a sliding window keep their own cache.
     where
         Shell-style pattern, or several, of the names of the layers to swap, or of modules that hold them:
         ``"blocks.0"``, ``"blocks.*"``, ``"*.11.attn"``.
@@ -138,19 +144,20 @@ def replace_attention(
         swapped (all such layers are listed with the reason). The model is then as it was.
     """
     info = describe(name)
-    if info.kind == "eviction":
-        raise UnsupportedError(f"{name!r} is an eviction policy, and no host takes those yet")
     places = _places(model)
     layers = {path: _own(layer) for path, layer in places.items()}
     wanted, options = _split_wanted(info, options)
     info.check_options(options)
+    bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, wanted) if site.path not in {g.path for g in gone}]
     sites = _choose(model, [*found, *gone], where)
-    _refuse(info, sites)
+    if bounded is not None:
+        sites = _without_own_window(sites)
+    _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
     if wanted != Wanted() and not all(site.takes_wanted for site in sites):
         raise OptionError("grid and prefix are not options here: this host knows its own grid")
-    core = build_core(info, options) if info.kind == "core" else None
+    core = build_core(info, options) if info.kind == "core" else bounded
     swaps = [
         (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
     ]
@@ -198,7 +205,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     sites = find_sites(model, own, Wanted())
     reports = []
     seen: set[int] = set()
-    hosts = {site.path: site.host for site in sites}
+    hosts = {site.path: site for site in sites}
     for path, layer in places.items():
         record = swapped_record(layer)
         if (record is None and path not in hosts) or id(layer) in seen:
@@ -206,7 +213,8 @@ def swap_report(model: nn.Module) -> SwapReport:
         seen.add(id(layer))
         if record is None:
             n = _parameters(layer)
-            reports.append(LayerReport(path, hosts[path], type(layer).__name__, None, {}, n, n, n))
+            site = hosts[path]
+            reports.append(LayerReport(path, site.host, type(layer).__name__, None, {}, n, n, n, site.note))
         else:
             reports.append(
                 LayerReport(
@@ -308,11 +316,28 @@ def _matches(path: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
 
-def _refuse(info: AttentionInfo, sites: list[Site]) -> None:
-    """Raise `SwapError` naming every layer where `info` cannot stand."""
+def _bounded(info: AttentionInfo, options: dict[str, Any]) -> BoundedAttention:
+    """Build the policy and the core under it."""
+    policy = build_policy(info, options)
+    core = describe(policy.core)
+    if core.kind != "core":
+        raise OptionError(f"core={policy.core!r} is not a core; cores are {', '.join(list_attentions('core'))}")
+    return BoundedAttention(info.name, policy, build_core(core, {}))
+
+
+def _without_own_window(sites: list[Site]) -> list[Site]:
+    """Leave out the layers whose cache the library bounds already; `swap_report` names them."""
+    chosen = [site for site in sites if not site.note]
+    if not chosen:
+        raise UnsupportedError(f"every attention layer chosen has a {sites[0].note}; there is nothing to evict")
+    return chosen
+
+
+def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) -> None:
+    """Raise `SwapError` naming every layer where `info`, with the core under it, cannot stand."""
     problems: dict[str, str] = {}
     for site in sites:
-        problem = site.problem(info)
+        problem = site.problem(info, core)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
     if problems:
@@ -335,10 +360,15 @@ def _pattern(paths: list[str]) -> str:
 
 
 def _substitute(
-    site: Site, info: AttentionInfo, options: dict[str, Any], core: Core | None, keep_original: bool, training: bool
+    site: Site,
+    info: AttentionInfo,
+    options: dict[str, Any],
+    core: Core | BoundedAttention | None,
+    keep_original: bool,
+    training: bool,
 ) -> nn.Module:
     if core is not None:
-        layer = site.put_core(core)
+        layer = site.put_bounded(core) if isinstance(core, BoundedAttention) else site.put_core(core)
         layer.training = training  # its children are the host's own, each in its own mode
     else:
         layer = site.put_mixer(site.build_mixer(info, options)).train(training)

@@ -1,5 +1,12 @@
-"""Eviction policies: which keys and values a bounded cache keeps. None is registered yet.
+"""Eviction: policies that decide which keys and values a bounded cache keeps, one file a method.
 
-A policy scores the entries of a layer's cache, ``(B, Hkv, S)``, highest to keep, under a hard budget of entries a
-key/value head, wrapped round a core. It is registered with the kind ``eviction``.
+- `policy`: what a policy is: its options, and what it sees (`Live`).
+- `store`: the bounded buffer of one layer, and `scan`: attention through it, block by block. Plain PyTorch.
+- `weights`: attention weights, written out, for policies that score by them.
+- `cache`: the cache that transformers sees. The only file here that knows transformers.
+- `size`: the bytes of a cache.
+
+A layer holds at most `budget` entries a key/value head at the end of a block and fewer than ``budget + block_size`` at
+any moment. Blocks end at multiples of `block_size` of each row's own count of real tokens, so how a prompt was padded
+or cut into calls makes no difference.
 """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from attnzoo.errors import UnsupportedError
+from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer
 
 Core = Callable[..., Tensor]
@@ -53,6 +54,8 @@ class Site:
         Why no mixer can stand here, or None.
     prefix
         Number of prefix tokens, as far as the host knows.
+    note
+        Why an eviction swap leaves this layer out (a sliding window bounds its cache already); empty if it does not.
     """
 
     path: str
@@ -64,21 +67,33 @@ class Site:
     no_mixer: str | None = None
     prefix: int = 0
 
+    note: str = ""
+
     takes_wanted: ClassVar[bool] = False
     """Whether a user may give this host `grid` and `prefix`."""
 
-    def problem(self, info: AttentionInfo) -> str | None:
-        """Say why `info` cannot stand here, or give None."""
+    def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str | None:
+        """Say why `info` cannot stand here, or give None. `core` is the core under an eviction policy."""
         if "forward" in vars(self.module):
             return "its forward was replaced on the object itself, so that a substitute's would be hidden"
         if info.kind == "mixer":
             return self.no_mixer or self.mixer_problem(info)
+        if info.kind == "eviction":
+            return self.eviction_problem() or (None if core is None else self.core_problem(core))
+        return self.core_problem(info)
+
+    def core_problem(self, info: AttentionInfo) -> str | None:
+        """Say why the core `info` cannot stand here, or give None."""
         if is_parametrized(self.module):
             return "its weights are parametrized (torch.nn.utils.parametrize), which changes the module's class"
         for capability, why in self.needs.items():
             if not getattr(info.capabilities, capability):
                 return f"{why}, which {info.name!r} cannot do"
         return None
+
+    def eviction_problem(self) -> str | None:
+        """Say why no eviction policy can stand here, or give None."""
+        return f"it has no key/value cache to bound: eviction is for causal models of transformers, not {self.host}"
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Say why this mixer cannot stand here though others might, or give None."""
@@ -87,6 +102,10 @@ class Site:
     def put_core(self, core: Core) -> nn.Module:
         """Make the module that runs `core` on the host's own weights."""
         raise TypeError(f"{type(self).__name__} takes no core")
+
+    def put_bounded(self, attention: BoundedAttention) -> nn.Module:
+        """Make the module that attends through a bounded cache."""
+        raise TypeError(f"{type(self).__name__} takes no eviction policy")
 
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
         """Make the module that runs `mixer` in the host's place."""
@@ -118,7 +137,7 @@ class RefusedSite(Site):
         super().__init__(path, module, host)
         self.reason = reason
 
-    def problem(self, info: AttentionInfo) -> str:
+    def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str:
         """Say why."""
         return self.reason
 

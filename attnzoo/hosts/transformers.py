@@ -8,6 +8,9 @@ and `eager` models are taken.
 
 A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`)
 and None from every other.
+
+An eviction policy takes the same way under a name of its own; what it needs of the cache is in
+`attnzoo.eviction.cache`.
 """
 
 from __future__ import annotations
@@ -15,19 +18,22 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
+from attnzoo.eviction import cache
+from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts.site import (
     Core,
     RefusedSite,
     Site,
     Wanted,
+    ancestors,
     comes_from,
     looks_like_attention,
     refuse_unable,
@@ -52,6 +58,10 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
         elif looks_like_attention(layer):
             reason = "it does not go through transformers' attention interface"
             sites.append(RefusedSite(path, layer, "transformers", reason))
+    for site in sites:
+        if isinstance(site, TransformersSite):
+            site.owner, site.between = _owner(site.path, layers)
+            site.note = _own_window(site)
     callers = [site.path for site in sites if _calls_interface(site.module)]
     # blocks named ...Attention that hold a caller, or torch's own attention, are not layers of their own
     inner = [*callers, *(p for p, m in layers.items() if isinstance(m, nn.MultiheadAttention))]
@@ -102,9 +112,73 @@ def _site(path: str, layer: Any) -> Site:
     return TransformersSite(path, layer, "transformers", getattr(config, "hidden_size", 0), heads, needs)
 
 
+def _owner(path: str, layers: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    """The nearest module round `path` that makes masks and caches, and the modules between; None if there is none."""
+    between: list[Any] = []
+    for ancestor in ancestors(path):
+        module = layers.get(ancestor)
+        if module is None:
+            break
+        if cache.takes_cache(module):
+            return module, between
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            between.append(module)
+    return None, []
+
+
+def _own_window(site: TransformersSite) -> str:
+    """Say that the library itself bounds the cache of this layer by a sliding window; empty if it does not."""
+    index = getattr(site.module, "layer_idx", None)
+    if site.owner is None or not isinstance(index, int) or "causal" not in site.needs:
+        return ""
+    layers = DynamicCache(config=site.owner.config).layers
+    if index >= len(layers) or not getattr(layers[index], "is_sliding", False):
+        return ""
+    return f"sliding window of {layers[index].sliding_window}: its cache is bounded already"
+
+
 @dataclass
 class TransformersSite(Site):
     """A module that calls transformers' attention interface."""
+
+    owner: Any = None
+    between: list[Any] = field(default_factory=list)
+
+    def eviction_problem(self) -> str | None:
+        """Only the causal self-attention of a decoder has a cache to bound."""
+        module = self.module
+        if "causal" not in self.needs:
+            return "it is not causal (an encoder's, or cross-attention), so it has no key/value cache to bound"
+        if self.owner is None or getattr(self.owner.config, "is_encoder_decoder", False):
+            return (
+                "eviction is for decoder-only language models: this layer's model takes no key/value cache of its own"
+            )
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            return "it has no layer_idx, by which its place in the cache is found"
+        if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
+            return "its keys and values are shared between layers"
+        for outer in [*self.between, module, self.owner]:
+            if not cache.passes_down(outer):
+                return (
+                    f"{type(outer).__name__}.forward takes no further keyword arguments, which carry cache and padding"
+                )
+        return None
+
+    def put_bounded(self, attention: BoundedAttention) -> nn.Module:
+        """Make the host's class, on the host's state, attend through a bounded cache."""
+        return self._put(cache.NAME, attention)
+
+    def installed(self, layer: nn.Module) -> None:
+        """Have the model look at its calls as long as any of its layers is bounded."""
+        if isinstance(vars(layer).get("attnzoo_core"), BoundedAttention):
+            cache.add_hook(self.owner)
+        else:
+            self.removed()
+
+    def removed(self) -> None:
+        """Take the hook off a model none of whose layers is bounded."""
+        if self.owner is not None and next(cache.bounded_layers(self.owner), None) is None:
+            cache.drop_hook(self.owner)
 
     def mixer_problem(self, info: AttentionInfo) -> str:
         """No mixer stands here; of a causal model, one that is not causal could not."""
@@ -114,9 +188,12 @@ class TransformersSite(Site):
 
     def put_core(self, core: Core) -> nn.Module:
         """Make the host's class, on the host's state, call `core`."""
+        return self._put(NAME, core)
+
+    def _put(self, name: str, core: Any) -> nn.Module:
         layer = share_state(self.module, type(self.module))
         config = copy.copy(self.module.config)
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = name
         layer.config = config
         layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config

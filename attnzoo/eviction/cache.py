@@ -1,0 +1,499 @@
+"""The bounded cache as transformers sees it: a `DynamicCache` whose swapped layers are bounded.
+
+The only file that touches the moving parts of transformers' cache and attention interface. How a call goes:
+
+1. A hook on the model that makes masks and caches (`Intake`) looks at the call: it turns an empty `DynamicCache`,
+   whoever made it, into a `BoundedCache`, takes the padding from the 2-D mask, refuses what cannot be, and sends both
+   down as one keyword argument, for the attention interface is handed neither.
+2. The attention module calls ``cache.update``. A bounded layer gives the new keys and values back as they are.
+3. The module calls the attention interface, which is `bounded_attention`: it puts them in and attends.
+
+The 4-D masks that the model makes are not read: one serves all layers and heads, and cannot describe survivors that
+differ by head. Padding and order are all there is to know.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from attnzoo.errors import AssetError, ShapeError, UnsupportedError
+from attnzoo.eviction.policy import Policy
+from attnzoo.eviction.scan import BoundedAttention
+from attnzoo.eviction.size import CacheBytes
+from attnzoo.eviction.store import Store
+from attnzoo.registry import build_policy, describe
+
+NAME = "attnzoo_bounded"  # in transformers' attention interface
+CALL = "attnzoo_call"  # the keyword argument that the hook sends down
+FILE_FORMAT = 1
+
+
+class BoundedLayer(CacheLayerMixin):
+    """One layer of a `BoundedCache`.
+
+    Attributes
+    ----------
+    keys, values
+        ``(B, Hkv, held, D)`` in time order; None before the first call.
+    positions
+        ``(B, Hkv, held)``, int32: which real token of its row an entry is, -1 for an empty slot.
+    name, policy
+        What decides what it keeps.
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, name: str, policy: Policy, index: int) -> None:
+        self.name, self.policy = name, policy
+        self.store = Store(policy, index)
+        self.columns = 0
+        self.open = False
+
+    def __repr__(self) -> str:
+        return f"BoundedLayer({self.name}, budget={self.policy.budget}, seen={self.columns})"
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys held."""
+        return self.store.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values held."""
+        return self.store.values
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Positions held."""
+        return self.store.positions
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether anything was put in."""
+        return self.store.batch > 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows, -1 before the first call."""
+        return self.store.batch or -1
+
+    def bytes(self) -> CacheBytes:
+        """Bytes held and allocated; see `attnzoo.kv_bytes`."""
+        return self.store.bytes()
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the first call of the attention makes the buffers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Give the new keys and values back: the attention itself takes them in.
+
+        Raises
+        ------
+        UnsupportedError
+            If the model that calls is not one whose attention was swapped for an eviction policy.
+        """
+        if not self.open:
+            raise UnsupportedError(
+                "this cache is bounded by attnzoo and can only be used by a model swapped in the same way; "
+                "give this model a cache of its own"
+            )
+        return key_states, value_states
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Logical length: tokens seen, padding included, however few are kept."""
+        return self.columns
+
+    def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
+        """Length and offset of the mask, as if all entries were kept: layers that were not swapped need it."""
+        return self.columns + _length(query), 0
+
+    def get_max_length(self) -> int:
+        """There is no end to the logical length."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def flush(self) -> None:
+        """Evict now, though the block is not at its end."""
+        self.store.evict(range(self.store.batch))
+
+    def crop(self, tokens_to_remove: int = 0, *args: Any) -> None:
+        """Refuse to take tokens back: what they pushed out is gone."""
+        if tokens_to_remove != 0:
+            raise UnsupportedError(
+                "a bounded cache cannot be cropped: what the tokens to remove pushed out is gone. Assisted and "
+                "prompt-lookup decoding need cropping; decode without them, or keep a copy() of the cache to go back to"
+            )
+
+    def offload(self) -> None:
+        """Refuse."""
+        raise UnsupportedError("a bounded cache is not offloaded: it is small; leave cache_implementation unset")
+
+    prefetch = offload
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store, self.columns = Store(self.policy, self.store.layer), 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows in another order (beam search)."""
+        self.store.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.store.map_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.store.map_rows(lambda x: x[indices.to(x.device)])
+
+    def copy(self) -> BoundedLayer:
+        """A layer of its own with the same content."""
+        other = BoundedLayer(self.name, self.policy, self.store.layer)
+        other.store, other.columns = self.store.copy(), self.columns
+        return other
+
+
+class BoundedCache(DynamicCache):
+    """A `DynamicCache` some or all of whose layers are `BoundedLayer`.
+
+    It is never made by hand: a model whose attention was swapped turns any empty `DynamicCache` into one.
+    """
+
+    def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask.
+
+        Where every layer that would read it is bounded, only the new tokens: nobody looks at the rest.
+        """
+        layer = self.layers[layer_idx]
+        readers = [other for other in self.layers if not getattr(other, "is_sliding", False)]
+        if isinstance(layer, BoundedLayer) and all(isinstance(other, BoundedLayer) for other in readers):
+            return _length(query), layer.columns
+        return super().get_mask_sizes(query, layer_idx)
+
+    def flush(self) -> None:
+        """Evict now, in every bounded layer, though blocks are not at their end."""
+        for layer in self.bounded:
+            layer.flush()
+
+    @property
+    def bounded(self) -> list[BoundedLayer]:
+        """The bounded layers."""
+        return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+
+    def copy(self) -> BoundedCache:
+        """A cache of its own with the same content, cut off from autograd: to use a prompt more than once."""
+        other = copy.copy(self)
+        other.layers = [
+            layer.copy() if isinstance(layer, BoundedLayer) else _copy_plain(layer) for layer in self.layers
+        ]
+        return other
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a file, whole or not at all; `attnzoo.load_cache` reads it back.
+
+        Raises
+        ------
+        UnsupportedError
+            If it holds layers that are neither bounded, nor plain, nor of a sliding window.
+        """
+        path = Path(path)
+        content = {"format": FILE_FORMAT, "layers": [_layer_state(layer) for layer in self.layers]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+
+
+def load_cache(path: str | Path, device: str | torch.device | None = None) -> BoundedCache:
+    """Read a cache that `BoundedCache.save` wrote.
+
+    Parameters
+    ----------
+    path
+        The file.
+    device
+        Where its tensors go; by default where they were.
+
+    Raises
+    ------
+    AssetError
+        If the file cannot be read or is not a saved cache.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content["format"] != FILE_FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FILE_FORMAT}")
+        layers = [_layer_from(state, index) for index, state in enumerate(content["layers"])]
+    except OSError as error:
+        raise AssetError(f"the cache {str(path)!r} cannot be read: {error.strerror}") from error
+    except Exception as error:
+        raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged: {error}") from error
+    cache = BoundedCache()
+    cache.layers = layers
+    return cache
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the hook sends down to the attention of one call: the cache, and which tokens are real (None: all)."""
+
+    cache: BoundedCache | None
+    real: Tensor | None
+
+
+class Intake:
+    """The hook on a model that makes masks and caches; see the head of this file."""
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Look at the arguments of a call, and add what the bounded layers need."""
+        given = dict(zip(_parameters(type(model).forward), args, strict=False)) | kwargs
+        tokens = given.get("input_ids")
+        if tokens is None:
+            tokens = given.get("inputs_embeds")
+        if tokens is None:
+            return args, kwargs  # the model's own error tells more
+        cache = self._cache(model, given)
+        seen = 0 if cache is None else cache.get_seq_length()
+        real = _real_tokens(given.get("attention_mask"), tokens.shape[0], tokens.shape[1], seen)
+        _refuse_packed(given.get("position_ids"), real)
+        values, kwargs = list(args), {**kwargs, CALL: Call(cache, real)}
+        if cache is not None:
+            for layer in cache.bounded:
+                layer.open = True
+            place = list(_parameters(type(model).forward)).index("past_key_values")
+            if len(values) > place:
+                values[place] = cache
+            else:
+                kwargs["past_key_values"] = cache
+        return tuple(values), kwargs
+
+    def _cache(self, model: Any, given: Mapping[str, Any]) -> BoundedCache | None:
+        """The cache of a call: the one given, or a new one where the model would make one."""
+        cache = given.get("past_key_values")
+        if cache is None:
+            wanted = given.get("use_cache")
+            wanted = getattr(model.config, "use_cache", True) if wanted is None else wanted
+            if not wanted or (model.training and getattr(model, "gradient_checkpointing", False)):
+                return None
+            cache = DynamicCache(config=model.config)
+        if type(cache) is DynamicCache:
+            _make_bounded(cache, model)
+        if not isinstance(cache, BoundedCache):
+            raise UnsupportedError(
+                f"{type(cache).__name__} cannot be bounded: eviction works with the default cache, DynamicCache "
+                "(leave cache_implementation unset)"
+            )
+        for index, attention in bounded_layers(model):
+            layer = cache.layers[index] if index < len(cache.layers) else None
+            if not isinstance(layer, BoundedLayer) or layer.policy != attention.policy:
+                raise UnsupportedError(
+                    f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is "
+                    f"{attention.name} with budget {attention.policy.budget}; give the call a cache of its own"
+                )
+        return cache
+
+
+def bounded_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend through the cache, as transformers' attention interface asks.
+
+    `query` is ``(B, H, N, D)``, `key` and `value` are ``(B, Hkv, N, D)`` of the new tokens; returns ``(B, N, H, D)``
+    and None in the place of weights.
+
+    Raises
+    ------
+    UnsupportedError
+        If the hook did not see the call.
+    """
+    call = kwargs.get(CALL)
+    if not isinstance(call, Call):
+        raise UnsupportedError(
+            f"{type(module).__name__} was called without its model: call the model that holds it, so that padding and "
+            "cache are known"
+        )
+    attention: BoundedAttention = module.attnzoo_core
+    if call.cache is None:
+        store = Store(attention.policy, module.layer_idx)
+    else:
+        layer = call.cache.layers[module.layer_idx]
+        store = layer.store
+        layer.open = False
+        layer.columns += query.shape[2]
+    real = None if call.real is None else call.real.to(query.device)
+    out = attention(store, query, key, value, real, scale=scaling, dropout=dropout, softcap=softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def bounded_layers(model: nn.Module) -> Iterator[tuple[int, BoundedAttention]]:
+    """The swapped layers in `model`: the index of each in the cache, and what stands there."""
+    for module in model.modules():
+        attention = vars(module).get("attnzoo_core")
+        if isinstance(attention, BoundedAttention):
+            yield module.layer_idx, attention  # type: ignore[misc]
+
+
+def takes_cache(module: Any) -> bool:
+    """Whether a module makes masks and caches for its layers: where the hook goes."""
+    names = _parameters(type(module).forward)
+    return "past_key_values" in names and ("input_ids" in names or "inputs_embeds" in names)
+
+
+def passes_down(module: Any) -> bool:
+    """Whether a module takes keyword arguments it does not know, to hand them on."""
+    kinds = [parameter.kind for parameter in _parameters(type(module).forward).values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def add_hook(model: nn.Module) -> None:
+    """Have `model` look at its calls."""
+    AttentionInterface.register(NAME, bounded_attention)
+    if not any(isinstance(hook, Intake) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(Intake(), with_kwargs=True)
+
+
+def drop_hook(model: nn.Module) -> None:
+    """Undo `add_hook`."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Intake)]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a method without self."""
+    parameters = dict(inspect.signature(forward).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _make_bounded(cache: DynamicCache, model: nn.Module) -> None:
+    """Turn an empty cache into a bounded one, in place: its maker may hold on to it."""
+    if cache.offloading:
+        raise UnsupportedError("an offloaded cache cannot be bounded; leave cache_implementation unset")
+    if any(_is_filled(layer) for layer in cache.layers):
+        raise UnsupportedError(
+            "this cache was filled by another model, or before the swap: a bounded cache must see all tokens. Give the "
+            "call an empty cache, or none"
+        )
+    for index, attention in bounded_layers(model):
+        while len(cache.layers) <= index:
+            cache.layers.append(DynamicLayer())
+        cache.layers[index] = BoundedLayer(attention.name, attention.policy, index)
+    cache.__class__ = BoundedCache
+
+
+def _is_filled(layer: Any) -> bool:
+    return bool(getattr(layer, "is_initialized", False)) and layer.get_seq_length() > 0
+
+
+def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
+    """Which of the new tokens are real, ``(B, N)``; None if all are."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
+        raise UnsupportedError(
+            f"an attention mask {what} cannot be honoured by a bounded cache, which keeps other entries in each "
+            "head; give a 2-D mask (B, tokens) that tells padding, or none"
+        )
+    if mask.shape != (rows, seen + tokens):
+        raise ShapeError(
+            f"attention_mask is {tuple(mask.shape)}, but the cache has seen {seen} tokens and {tokens} are new: it "
+            f"must be {(rows, seen + tokens)}"
+        )
+    real = mask[:, seen:].bool()
+    return None if bool(real.all()) else real
+
+
+def _refuse_packed(positions: Any, real: Tensor | None) -> None:
+    """Refuse sequences packed into one row: the cache would mix them."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
+        return
+    backwards = positions[:, 1:] < positions[:, :-1]
+    if real is not None:
+        backwards = backwards & real[:, 1:] & real[:, :-1]
+    if bool(backwards.any()):
+        raise UnsupportedError(
+            "position_ids run backwards: several sequences packed into one row cannot share a bounded cache; give each "
+            "a row of its own"
+        )
+
+
+def _length(query: Any) -> int:
+    """Number of new tokens: a number, or one number for each of them (before transformers 5.10)."""
+    return query if isinstance(query, int) else len(query)
+
+
+def _copy_plain(layer: Any) -> Any:
+    other = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(other, name, value.detach().clone())
+    return other
+
+
+def _layer_state(layer: Any) -> dict[str, Any]:
+    """A layer as plain data that `torch.load(weights_only=True)` reads back."""
+    if isinstance(layer, BoundedLayer):
+        options = {field.name: getattr(layer.policy, field.name) for field in fields(layer.policy)}
+        if options.get("base_options") is not None:
+            options["base_options"] = dict(options["base_options"])
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in layer.store.state().items()}
+        return {"kind": "bounded", "name": layer.name, "options": options, "columns": layer.columns, "store": state}
+    if type(layer) is DynamicLayer:
+        return {"kind": "plain", "keys": layer.keys, "values": layer.values}
+    if type(layer) is DynamicSlidingWindowLayer:
+        return {
+            "kind": "sliding",
+            "window": layer.sliding_window,
+            "columns": layer.cumulative_length,
+            "keys": None if layer.keys is None else layer.keys.clone(),
+            "values": None if layer.values is None else layer.values.clone(),
+        }
+    raise UnsupportedError(f"a cache with a {type(layer).__name__} cannot be saved")
+
+
+def _layer_from(state: dict[str, Any], index: int) -> Any:
+    if state["kind"] == "bounded":
+        layer = BoundedLayer(state["name"], build_policy(describe(state["name"]), state["options"]), index)
+        layer.store.load_state(state["store"])
+        layer.columns = state["columns"]
+        return layer
+    plain = DynamicLayer() if state["kind"] == "plain" else DynamicSlidingWindowLayer(state["window"])
+    if state["keys"] is not None:
+        plain.lazy_initialization(state["keys"], state["values"])
+        plain.keys, plain.values = state["keys"], state["values"]
+    if state["kind"] == "sliding":
+        plain.cumulative_length = state["columns"]
+    return plain

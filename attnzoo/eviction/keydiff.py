@@ -1,0 +1,43 @@
+"""KeyDiff: keep keys that are unlike the mean key; only keys are looked at, so any fast attention will do.
+
+Paper: Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction, https://arxiv.org/abs/2504.15364
+
+    s_j = -cos(mean_i k_i / |k_i|, k_j)        (Eq. 8; over all entries there are, old and new)
+
+Differs from the paper: nothing. It reports its experiments with the mean of the raw keys, ``anchor="raw"``, and no loss
+by it; the default here is the equation's. The keys are those after rotary embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnzoo.checks import check_choice
+from attnzoo.eviction.policy import Live, Policy, wide
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyDiff(Policy):
+    """Dissimilarity from the mean key.
+
+    Parameters
+    ----------
+    anchor
+        Mean of the ``normalised`` or of the ``raw`` keys.
+    """
+
+    anchor: str = "normalised"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("anchor", self.anchor, ("normalised", "raw"))
+
+    def score(self, live: Live) -> Tensor:
+        """Minus the cosine with the anchor."""
+        keys = wide(live.keys)
+        directions = F.normalize(keys, dim=-1)
+        anchor = (directions if self.anchor == "normalised" else keys).mean(2, keepdim=True)
+        return -(directions * F.normalize(anchor, dim=-1)).sum(-1)

@@ -1,0 +1,30 @@
+"""Knorm: keys of a small norm draw attention; keep them.
+
+Paper: Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression,
+https://arxiv.org/abs/2406.11430
+
+    s_j = -||k_j||_2
+
+Differs from the paper: all layers are bounded; the authors' code leaves the first two alone (``where=`` does that).
+Norms that differ by less than 0.1% count as equal, and then the later entry stays: in the first layer every occurrence
+of a token has a key of the same norm, and rounding must not choose between them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnzoo.eviction.policy import Live, Policy, wide
+
+STEPS = 1024  # to each doubling of the norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knorm(Policy):
+    """Norm of the key."""
+
+    def score(self, live: Live) -> Tensor:
+        """The smaller the norm, the better."""
+        return -(wide(live.keys).norm(dim=-1).log2() * STEPS).round()

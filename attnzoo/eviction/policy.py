@@ -1,0 +1,173 @@
+"""What an eviction policy is: options, a score for each entry, and what it may look at to give one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnzoo.checks import check_int
+from attnzoo.errors import OptionError
+from attnzoo.eviction.weights import attention_weights
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a policy sees of one layer at an eviction: its entries in time order, none of them empty.
+
+    Attributes
+    ----------
+    keys, values
+        ``(B, Hkv, S, D)`` and ``(B, Hkv, S, Dv)``; keys as they are cached, that is after rotary embedding.
+    positions
+        ``(B, Hkv, S)``: which real token of its row an entry is, from 0.
+    counts
+        ``(B,)``: real tokens that each row has seen.
+    layer
+        Index of the layer.
+    sums
+        ``(B, H, S)``: attention that each entry got from all queries since it came, for policies that accumulate.
+    queries, query_positions
+        ``(B, H, w, D)`` and ``(B, w)``: the last `w` queries and their positions (-1 where there was none yet), for
+        policies with a window.
+    scale, softcap
+        Those of the layer's attention.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    counts: Tensor
+    layer: int = 0
+    sums: Tensor | None = None
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.keys.shape[1]
+
+    def window_attention(self) -> Tensor:
+        """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet.
+
+        A query sees the entries up to its own position.
+        """
+        assert self.queries is not None
+        assert self.query_positions is not None
+        groups = self.queries.shape[1] // self.kv_heads
+        asked = self.query_positions >= 0
+        visible = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
+        blind = ~visible.any(-1, keepdim=True)  # a query all of whose keys are gone
+        visible = visible.repeat_interleave(groups, 1)
+        blind = blind.repeat_interleave(groups, 1)
+        weights = attention_weights(self.queries, self.keys, self.scale, self.softcap, visible | blind)
+        return weights.masked_fill(blind | ~asked[:, None, :, None], 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of the policies. A subclass gives `score`, and says by class attributes what it needs to be kept for it.
+
+    Parameters
+    ----------
+    budget
+        Entries kept a key/value head at the end of a block.
+    block_size
+        Tokens between evictions.
+    sink, recent
+        First and last tokens that are never evicted, whatever their score. None is the policy's own default, cut to
+        fit a small budget.
+    core
+        Name of the core that computes the attention.
+
+    Raises
+    ------
+    OptionError
+        For a value that cannot be, or if `sink` and `recent`, given explicitly, do not fit in the budget.
+    """
+
+    budget: int
+    block_size: int = 128
+    sink: int | None = None
+    recent: int | None = None
+    core: str = "sdpa"
+
+    accumulates: ClassVar[bool] = False
+    """Whether `Live.sums` is needed."""
+
+    def __post_init__(self) -> None:
+        check_int("budget", self.budget, minimum=1)
+        check_int("block_size", self.block_size, minimum=1)
+        for name in ("sink", "recent"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), minimum=0)
+        if (self.sink or 0) + (self.recent or 0) > self.budget:
+            raise OptionError(
+                f"sink={self.sink or 0} + recent={self.recent or 0} is over budget={self.budget}: protected entries "
+                "must fit in it"
+            )
+
+    @property
+    def queries_kept(self) -> int:
+        """How many of the last queries `Live.queries` must hold."""
+        return 0
+
+    def default_sink(self) -> int:
+        """First tokens protected where the user says nothing, before it is cut to fit."""
+        return 0
+
+    def default_recent(self, sink: int) -> int:
+        """Last tokens protected where the user says nothing, before it is cut to fit."""
+        return 0
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """First and last tokens that are never evicted, defaults filled in.
+
+        A default for the first takes at most half of what is left of the budget, one for the last at most the rest.
+        """
+        left = self.budget - (self.recent or 0)
+        sink = min(self.default_sink(), left // 2) if self.sink is None else self.sink
+        recent = min(self.default_recent(sink), self.budget - sink) if self.recent is None else self.recent
+        return sink, recent
+
+    def score(self, live: Live) -> Tensor:
+        """Give every entry a score, ``(B, Hkv, S)``: the lowest go. Of equal scores the older goes first."""
+        raise NotImplementedError
+
+    def keep(self, live: Live) -> Tensor:
+        """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
+        sink, recent = self.protected
+        scores = self.score(live).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        scores = scores.expand(live.positions.shape)
+        safe = (live.positions < sink) | (live.positions >= (live.counts - recent)[:, None, None])
+        order = scores.masked_fill(safe, float("inf")).argsort(dim=-1, stable=True)
+        return order[..., -self.budget :].sort(dim=-1).values
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPolicy(Policy):
+    """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them."""
+
+    def attention_scores(self, live: Live) -> Tensor:
+        """Give every entry a score of at least 0 for each query head, ``(B, H, S)``."""
+        raise NotImplementedError
+
+    def score(self, live: Live) -> Tensor:
+        """Mean of `attention_scores` over the query heads that share a key/value head."""
+        return by_group(self.attention_scores(live), live.kv_heads).mean(2)
+
+
+def by_group(scores: Tensor, kv_heads: int) -> Tensor:
+    """``(B, H, S)`` as ``(B, Hkv, H / Hkv, S)``."""
+    return scores.unflatten(1, (kv_heads, scores.shape[1] // kv_heads))
+
+
+def wide(x: Tensor) -> Tensor:
+    """Float64 stays, everything else becomes float32: scores are computed in it."""
+    return x if x.dtype == torch.float64 else x.float()

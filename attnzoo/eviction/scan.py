@@ -1,0 +1,141 @@
+"""Attention through a bounded store: block by block, evicting at the end of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import ShapeError
+from attnzoo.eviction.policy import Policy
+from attnzoo.eviction.store import Store
+
+
+@dataclass(frozen=True)
+class BoundedAttention:
+    """What an eviction swap puts in the place of an attention: a policy and the core that attends.
+
+    Attributes
+    ----------
+    name
+        The policy's registered name.
+    """
+
+    name: str
+    policy: Policy
+    core: Callable[..., Tensor]
+
+    def __call__(
+        self,
+        store: Store,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Take in new tokens and attend over what is kept.
+
+        A token sees what its layer held when its block began, and the tokens of its block up to itself.
+
+        Parameters
+        ----------
+        store
+            The layer's entries; new ones are put in, and evicted, here.
+        q, k, v
+            ``(B, H, N, D)``, ``(B, Hkv, N, D)``, ``(B, Hkv, N, Dv)`` of the new tokens.
+        real
+            ``(B, N)``, True where a token is no padding; None if all are real. Padding is not kept and gets zeros.
+        scale, dropout, softcap
+            As for a core.
+
+        Returns
+        -------
+        Tensor
+            ``(B, H, N, Dv)``.
+
+        Raises
+        ------
+        ShapeError
+            If the store holds another number of rows.
+        """
+        if not store.batch:
+            store.start(q, k, v, scale, softcap)
+        if store.batch != len(q):
+            raise ShapeError(f"the cache holds {store.batch} rows, the call has {len(q)}")
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+        if softcap is not None:
+            options["softcap"] = softcap
+        if real is None and store.uniform:
+            return self._together(store, q, k, v, options)
+        return self._apart(store, q, k, v, real, options)
+
+    def _together(self, store: Store, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """All rows take the same steps, and need no mask."""
+        parts = []
+        start = 0
+        while start < q.shape[2]:
+            t = min(store.until_eviction(0), q.shape[2] - start)
+            part, taken = slice(start, start + t), [t] * store.batch
+            last = torch.arange(store.held[0], store.held[0] + t, device=q.device)[None]
+            store.append(k[:, :, part], v[:, :, part], taken)
+            parts.append(self._attend(q[:, :, part], store, None, options))
+            self._finish(store, q[:, :, part], taken, last)
+            start += t
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _apart(
+        self, store: Store, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """Each row takes its own steps: padding is left out, and blocks end where the row's own tokens say."""
+        rows, tokens, device = len(q), q.shape[2], q.device
+        if real is None:
+            real = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        left = real.sum(1).tolist()
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # the columns of real tokens come first
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        done = [0] * rows
+        while any(left):
+            taken = [min(store.until_eviction(row), left[row]) for row in range(rows)]
+            new = torch.arange(max(taken), device=device)
+            columns = order.gather(1, (torch.tensor(done, device=device)[:, None] + new).clamp(max=tokens - 1))
+            before = torch.tensor(store.held, device=device)[:, None]
+            qs = _take(q, columns)
+            store.append(_take(k, columns), _take(v, columns), taken)
+            held = torch.tensor(store.held, device=device)[:, None]
+            last = torch.minimum(before + new, held - 1).clamp(min=0)  # what stands at columns not taken means nothing
+            slots = torch.arange(max(store.held), device=device)
+            part = self._attend(qs, store, (slots <= last[..., None])[:, None], options)
+            row, j = (new < torch.tensor(taken, device=device)[:, None]).nonzero(as_tuple=True)
+            out[row, :, columns[row, j]] = part[row, :, j]
+            self._finish(store, qs, taken, last)
+            done = [d + n for d, n in zip(done, taken, strict=True)]
+            left = [d - n for d, n in zip(left, taken, strict=True)]
+        return out
+
+    def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """Attend over what is held: what `visible` ``(B, 1, t, held)`` shows, or with the ends lined up."""
+        keys, values = store.keys, store.values
+        assert keys is not None
+        assert values is not None
+        if q.shape[2] > 1:
+            return self.core(q, keys, values, mask=visible, causal=visible is None, **options)
+        # one query a head: those that share keys become queries of one head, so that no core repeats the keys
+        out = self.core(q.squeeze(2).unflatten(1, (keys.shape[1], -1)), keys, values, mask=visible, **options)
+        return out.flatten(1, 2).unsqueeze(2)
+
+    def _finish(self, store: Store, q: Tensor, taken: list[int], last: Tensor) -> None:
+        """Let the policy see the queries, then evict the rows that came to the end of a block."""
+        store.observe(q, taken, last)
+        store.evict([row for row, n in enumerate(taken) if n and store.counts[row] % self.policy.block_size == 0])
+
+
+def _take(x: Tensor, columns: Tensor) -> Tensor:
+    """The tokens ``(B, t)`` of ``(B, H, N, D)``."""
+    return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,61 @@
+"""The bytes of a key/value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What `kv_bytes` gives, in bytes.
+
+    Attributes
+    ----------
+    entries
+        Keys and values held.
+    held
+        The same with what comes along: positions, and what a policy keeps from call to call.
+    allocated
+        Memory that the cache has taken, empty places included.
+    """
+
+    entries: int
+    held: int
+    allocated: int
+
+    def __add__(self, other: CacheBytes) -> CacheBytes:
+        return CacheBytes(self.entries + other.entries, self.held + other.held, self.allocated + other.allocated)
+
+
+def kv_bytes(cache: Any) -> CacheBytes:
+    """Give the bytes that a cache holds and has allocated.
+
+    Parameters
+    ----------
+    cache
+        Any cache of transformers whose layers have `keys` and `values`, bounded or not; None counts nothing.
+    """
+    total = CacheBytes(0, 0, 0)
+    for layer in getattr(cache, "layers", ()):
+        total += layer.bytes() if hasattr(layer, "bytes") else _plain(layer)
+    return total
+
+
+def _plain(layer: Any) -> CacheBytes:
+    held = 0
+    storages: dict[int, int] = {}
+    for tensor in _tensors(layer):
+        held += tensor.numel() * tensor.element_size()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return CacheBytes(held, held, sum(storages.values()))
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    for name in ("keys", "values"):
+        tensor = getattr(layer, name, None)
+        if isinstance(tensor, Tensor):
+            yield tensor

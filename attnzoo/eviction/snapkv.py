@@ -1,0 +1,68 @@
+"""SnapKV: the attention of an observation window, pooled over neighbours so that what is kept comes in runs.
+
+Paper: Li et al., SnapKV, https://arxiv.org/abs/2404.14469
+
+    s_j = pool_k( sum over the last `window` queries i of A_ij )   for j before the window; the window itself is kept
+
+Differs from the paper: evicts after each block, in decoding too (the paper once, after the prompt), so neighbours in
+the pooling are neighbours in the cache, not always in the text; query heads that share a key/value head are averaged
+(the paper repeats the keys). `window`, `kernel` and `pooling` default to those of the paper's runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnzoo.checks import check_choice, check_int
+from attnzoo.errors import OptionError
+from attnzoo.eviction.policy import AttentionPolicy, Live
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(AttentionPolicy):
+    """Pooled attention of the last queries.
+
+    Parameters
+    ----------
+    window
+        Number of last queries that are asked; as many recent entries are kept by default.
+    kernel
+        Width of the pooling, odd.
+    pooling
+        ``max`` or ``avg``.
+    """
+
+    window: int = 32
+    kernel: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("window", self.window, minimum=1)
+        check_int("kernel", self.kernel, minimum=1)
+        check_choice("pooling", self.pooling, ("max", "avg"))
+        if self.kernel % 2 == 0:
+            raise OptionError(f"kernel must be odd, not {self.kernel}")
+
+    @property
+    def queries_kept(self) -> int:
+        """The window."""
+        return self.window
+
+    def default_recent(self, sink: int) -> int:
+        """The window."""
+        return self.window
+
+    def attention_scores(self, live: Live) -> Tensor:
+        """Sums over the window's queries, pooled before the window and plain inside it."""
+        sums = live.window_attention().sum(2)
+        groups = sums.shape[1] // live.kv_heads
+        before = live.positions < (live.counts - self.window)[:, None, None]
+        before = before.repeat_interleave(groups, 1)
+        earlier = sums.masked_fill(~before, 0.0)
+        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+        pooled = pool(earlier, self.kernel, stride=1, padding=self.kernel // 2)
+        return pooled.where(before, sums)

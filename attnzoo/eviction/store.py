@@ -1,0 +1,280 @@
+"""The bounded buffer of one layer: its entries, in time order, and what its policy keeps from call to call.
+
+Rows of a batch may hold different numbers of entries. Entries stand at the front; behind them slots are empty: position
+-1, keys and values 0. All heads of a row hold as many, though not the same, entries.
+
+Buffers are written in place where nothing else may need what they held. Where autograd is recording, or a buffer was
+made under `torch.inference_mode` and is written outside of it, they are copied first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.size import CacheBytes
+from attnzoo.eviction.weights import attention_sums
+
+Rows = slice | Tensor
+_GROWTH = 64  # entries by which a buffer grows at least
+_BUFFERS = ("_keys", "_values", "_positions", "_sums", "_queries", "_query_positions")
+
+
+class Store:
+    """Entries of one layer.
+
+    Parameters
+    ----------
+    policy
+        What decides at an eviction, and what must be kept for it.
+    layer
+        Index of the layer.
+
+    Attributes
+    ----------
+    counts
+        Real tokens that each row has seen.
+    held
+        Entries that each row holds.
+    """
+
+    def __init__(self, policy: Policy, layer: int = 0) -> None:
+        self.policy, self.layer = policy, layer
+        self.counts: list[int] = []
+        self.held: list[int] = []
+        self.scale: float | None = None
+        self.softcap: float | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._sums: Tensor | None = None
+        self._queries: Tensor | None = None
+        self._query_positions: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of rows; 0 before the first call."""
+        return len(self.counts)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have seen, and hold, equally many."""
+        return all(c == self.counts[0] for c in self.counts) and all(h == self.held[0] for h in self.held)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``(B, Hkv, held, D)``, or None before the first call."""
+        return None if self._keys is None else self._keys[:, :, : max(self.held)]
+
+    @property
+    def values(self) -> Tensor | None:
+        """``(B, Hkv, held, Dv)``, or None before the first call."""
+        return None if self._values is None else self._values[:, :, : max(self.held)]
+
+    @property
+    def positions(self) -> Tensor | None:
+        """``(B, Hkv, held)``, int32: which real token of its row each entry is; -1 for an empty slot."""
+        return None if self._positions is None else self._positions[:, :, : max(self.held)]
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
+        """Make empty buffers for rows and heads like those of a first call's queries, keys and values."""
+        rows, heads, window = len(q), q.shape[1], self.policy.queries_kept
+        self.counts, self.held = [0] * rows, [0] * rows
+        self.scale, self.softcap = scale, softcap
+        self._keys, self._values = k.new_zeros(*k.shape[:2], 0, k.shape[3]), v.new_zeros(*v.shape[:2], 0, v.shape[3])
+        self._positions = k.new_zeros(*k.shape[:2], 0, dtype=torch.int32)
+        if self.policy.accumulates:
+            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+            self._sums = q.new_zeros(rows, heads, 0, dtype=dtype)
+        if window:
+            self._queries = q.new_zeros(rows, heads, window, q.shape[3])
+            self._query_positions = q.new_full((rows, window), -1, dtype=torch.int32)
+
+    def until_eviction(self, row: int) -> int:
+        """Tokens that a row still takes before it comes to a block's end at which something goes."""
+        count, held, block = self.counts[row], self.held[row], self.policy.block_size
+        over = count + max(self.policy.budget - held, 0) + 1  # the count at which it would hold more than the budget
+        return -(-over // block) * block - count
+
+    def append(self, k: Tensor, v: Tensor, taken: Sequence[int]) -> None:
+        """Put the first ``taken[b]`` of the new entries ``(B, Hkv, t, D)`` behind those of row b."""
+        self._reserve(max(h + n for h, n in zip(self.held, taken, strict=True)))
+        keys, values, positions = self._writable("_keys", k), self._writable("_values", v), self._writable("_positions")
+        t = k.shape[2]
+        if self.uniform and all(n == t for n in taken):
+            here = slice(self.held[0], self.held[0] + t)
+            keys[:, :, here], values[:, :, here] = k, v
+            positions[:, :, here] = torch.arange(
+                self.counts[0], self.counts[0] + t, device=k.device, dtype=positions.dtype
+            )
+        else:
+            rows, new = _pairs(taken, k.device)
+            slots = torch.tensor(self.held, device=k.device)[rows] + new
+            keys[rows, :, slots], values[rows, :, slots] = k[rows, :, new], v[rows, :, new]
+            counts = torch.tensor(self.counts, device=k.device)[rows] + new
+            positions[rows, :, slots] = counts.to(positions.dtype)[:, None].expand(-1, k.shape[1])
+        self.held = [h + n for h, n in zip(self.held, taken, strict=True)]
+        self.counts = [c + n for c, n in zip(self.counts, taken, strict=True)]
+
+    @torch.no_grad()
+    def observe(self, q: Tensor, taken: Sequence[int], last: Tensor) -> None:
+        """Let the policy's records see the queries ``(B, H, t, D)`` of the entries that were just put in.
+
+        `last` ``(B or 1, t)`` is the last entry that each of them sees.
+        """
+        t = q.shape[2]
+        whole = all(n == t for n in taken)
+        new = torch.arange(t, device=q.device)
+        real = None if whole else new < torch.tensor(taken, device=q.device)[:, None]
+        if self.policy.accumulates:
+            assert self._keys is not None
+            sums, held = self._writable("_sums"), max(self.held)
+            got = attention_sums(q, self._keys[:, :, :held], last, self.scale, self.softcap, real)
+            sums[:, :, :held] += got
+        window = self.policy.queries_kept
+        if window:
+            assert self._queries is not None
+            assert self._query_positions is not None
+            first = torch.tensor(self.counts, device=q.device) - torch.tensor(taken, device=q.device)
+            asked = (first[:, None] + new).to(self._query_positions.dtype)
+            queries = torch.cat([self._queries, q.to(self._queries)], 2)
+            positions = torch.cat([self._query_positions, asked], 1)
+            if whole:
+                self._queries, self._query_positions = queries[:, :, t:].contiguous(), positions[:, t:].contiguous()
+            else:
+                last = torch.tensor(taken, device=q.device)[:, None] + torch.arange(window, device=q.device)
+                self._queries = queries.gather(2, last[:, None, :, None].expand_as(self._queries))
+                self._query_positions = positions.gather(1, last)
+
+    def evict(self, rows: Sequence[int]) -> None:
+        """Cut `rows` down to the budget."""
+        over = [row for row in rows if self.held[row] > self.policy.budget]
+        for held in sorted({self.held[row] for row in over}):
+            self._evict([row for row in over if self.held[row] == held], held)
+
+    def _evict(self, rows: list[int], held: int) -> None:
+        """Cut rows that all hold `held` entries."""
+        assert self._keys is not None
+        assert self._values is not None
+        assert self._positions is not None
+        device, budget = self._keys.device, self.policy.budget
+        index: Rows = slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
+        with torch.no_grad():
+            live = Live(
+                keys=self._keys[index, :, :held],
+                values=self._values[index, :, :held],
+                positions=self._positions[index, :, :held],
+                counts=torch.tensor([self.counts[row] for row in rows], device=device),
+                layer=self.layer,
+                sums=None if self._sums is None else self._sums[index, :, :held],
+                queries=None if self._queries is None else self._queries[index],
+                query_positions=None if self._query_positions is None else self._query_positions[index],
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+            keep = self.policy.keep(live)
+        heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
+        for name in ("_keys", "_values", "_positions", "_sums"):
+            old: Tensor | None = getattr(self, name)
+            if old is None:
+                continue
+            places = keep.repeat_interleave(heads, 1) if name == "_sums" else keep
+            if old.dim() == 4:
+                places = places[..., None].expand(-1, -1, -1, old.shape[3])
+            kept = old[index, :, :held].gather(2, places)
+            buffer = self._writable(name)
+            buffer[index, :, :budget] = kept
+            buffer[index, :, budget:held] = -1 if name == "_positions" else 0
+        for row in rows:
+            self.held[row] = budget
+
+    def bytes(self) -> CacheBytes:
+        """Bytes held and allocated."""
+        if self._keys is None:
+            return CacheBytes(0, 0, 0)
+        entries = held = allocated = 0
+        for name in _BUFFERS:
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is None:
+                continue
+            size = buffer.numel() * buffer.element_size()
+            allocated += buffer.untyped_storage().nbytes()
+            if name.startswith("_quer"):
+                held += size
+                continue
+            slots = self.batch * buffer.shape[2]
+            used = size // slots * sum(self.held) if slots else 0
+            held += used
+            entries += used if name in ("_keys", "_values") else 0
+        return CacheBytes(entries, held, allocated)
+
+    def map_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Let `choose` repeat, reorder or select the rows of every buffer; it is given tensors of B rows."""
+        if self._keys is None:
+            return
+        both = choose(torch.tensor([self.counts, self.held]).T).T.tolist()
+        self.counts, self.held = both
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, choose(buffer))
+
+    def copy(self) -> Store:
+        """A store of its own with the same content, cut off from autograd."""
+        other = Store(self.policy, self.layer)
+        other.load_state(self.state())
+        for name in _BUFFERS:
+            buffer = getattr(other, name)
+            if buffer is not None:
+                setattr(other, name, buffer.clone())
+        return other
+
+    def state(self) -> dict[str, object]:
+        """The content, as tensors, lists and numbers."""
+        state: dict[str, object] = {name.strip("_"): None for name in _BUFFERS}
+        for name in _BUFFERS:
+            buffer = getattr(self, name)
+            if buffer is not None:
+                state[name.strip("_")] = buffer.detach()
+        return {**state, "counts": self.counts, "held": self.held, "scale": self.scale, "softcap": self.softcap}
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Take over what `state` gave."""
+        for name in _BUFFERS:
+            setattr(self, name, state[name.strip("_")])
+        for name in ("counts", "held"):
+            setattr(self, name, list(state[name]))  # type: ignore[call-overload]
+        self.scale, self.softcap = state["scale"], state["softcap"]  # type: ignore[assignment]
+
+    def _reserve(self, needed: int) -> None:
+        """Have room for `needed` entries a row. A buffer grows by a quarter, never past budget and block together."""
+        assert self._keys is not None
+        room = self._keys.shape[2]
+        if needed <= room:
+            return
+        new = max(needed, min(self.policy.budget + self.policy.block_size, room + max(_GROWTH, room // 4)))
+        for name in ("_keys", "_values", "_positions", "_sums"):
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is not None:
+                fill = -1 if name == "_positions" else 0
+                more = buffer.new_full((*buffer.shape[:2], new - room, *buffer.shape[3:]), fill)
+                setattr(self, name, torch.cat([buffer, more], 2))
+
+    def _writable(self, name: str, new: Tensor | None = None) -> Tensor:
+        """A buffer that may be written in place."""
+        buffer: Tensor = getattr(self, name)
+        recording = torch.is_grad_enabled() and (buffer.requires_grad or (new is not None and new.requires_grad))
+        if recording or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+            buffer = buffer.clone()
+            setattr(self, name, buffer)
+        return buffer
+
+
+def _pairs(taken: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and number of every new entry that is taken."""
+    rows = [row for row, n in enumerate(taken) for _ in range(n)]
+    new = [j for n in taken for j in range(n)]
+    return torch.tensor(rows, device=device), torch.tensor(new, device=device)

@@ -1,0 +1,35 @@
+"""TOVA: the attention of the last query decides, averaged over all heads.
+
+Paper: Oren et al., Transformers are Multi-State RNNs, https://arxiv.org/abs/2401.06104
+
+    s_j = mean over heads of A_nj, with n the last query
+
+Differs from the paper: evicts after each block of `block_size` tokens, the paper at each step (`block_size=1`). As in
+the authors' code all heads of a layer keep the same tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attnzoo.eviction.policy import AttentionPolicy, Live
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tova(AttentionPolicy):
+    """Attention of the last query."""
+
+    @property
+    def queries_kept(self) -> int:
+        """The last one."""
+        return 1
+
+    def attention_scores(self, live: Live) -> Tensor:
+        """The last row of attention, a distribution over the entries."""
+        return live.window_attention().squeeze(2)
+
+    def score(self, live: Live) -> Tensor:
+        """Mean over all heads, the same for each key/value head."""
+        return self.attention_scores(live).mean(1, keepdim=True).expand(live.positions.shape)

@@ -1,0 +1,67 @@
+"""Attention weights written out, for policies that score entries by them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 128  # queries whose weights are in memory at a time
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, scale: float | None, softcap: float | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """Softmax attention weights, in float32 (float64 for float64 input).
+
+    Parameters
+    ----------
+    q, k
+        ``(B, H, N, D)`` and ``(B, Hkv, S, D)``, Hkv dividing H.
+    scale, softcap
+        As for a core; see `attnzoo.cores`.
+    visible
+        Boolean, True where a query sees a key; broadcasts to ``(B, H, N, S)``. Every query must see some key.
+
+    Returns
+    -------
+    Tensor
+        ``(B, H, N, S)``.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast(q.device.type, enabled=False):
+        grouped = (q.to(wide) * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
+        scores = grouped @ k.to(wide).transpose(-2, -1)
+        scores = scores.unflatten(2, (heads // kv_heads, q.shape[2])).flatten(1, 2)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, float("-inf"))
+        return scores.softmax(-1)
+
+
+def attention_sums(
+    q: Tensor,
+    k: Tensor,
+    last: Tensor,
+    scale: float | None,
+    softcap: float | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """Sum of the attention that each key gets from all queries, ``(B, H, S)``, a few queries at a time.
+
+    `last` ``(B or 1, N)`` is the last key that each query sees, and `counted` ``(B, N)`` says which queries count; all
+    do where it is None.
+    """
+    total: Tensor | None = None
+    keys = torch.arange(k.shape[2], device=k.device)
+    for start in range(0, q.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        visible = (keys <= last[:, part, None])[:, None]
+        weights = attention_weights(q[:, :, part], k, scale, softcap, visible)
+        if counted is not None:
+            weights = weights * counted[:, None, part, None]
+        total = weights.sum(2) if total is None else total + weights.sum(2)
+    assert total is not None
+    return total

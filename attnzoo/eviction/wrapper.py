@@ -1,0 +1,76 @@
+"""What `vatp` and `caote` share: they take the scores of an attention-based policy and bring the values in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from attnzoo.errors import OptionError
+from attnzoo.eviction.policy import AttentionPolicy, Policy
+from attnzoo.registry import build_policy, describe, list_attentions
+
+_OWN = ("budget", "block_size", "sink", "recent", "core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapper(Policy):
+    """A policy over another one.
+
+    Parameters
+    ----------
+    base
+        Name of an attention-based policy.
+    base_options
+        Options of the base; `budget`, `block_size`, `sink`, `recent` and `core` are the wrapper's.
+
+    Raises
+    ------
+    UnknownNameError, OptionError
+        If there is no such policy, it does not score by attention, or an option is not its own.
+    """
+
+    base: str = "h2o"
+    base_options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.inner  # so that a bad base is refused at once
+
+    @cached_property
+    def inner(self) -> AttentionPolicy:
+        """The policy underneath."""
+        able = ", ".join(name for name in list_attentions("eviction") if _scores_by_attention(name))
+        if not _scores_by_attention(self.base):
+            raise OptionError(f"base={self.base!r} does not score by attention; those that do: {able}")
+        options = dict(self.base_options or {})
+        for name in _OWN:
+            if name in options:
+                raise OptionError(f"base_options: {name} is an option of the wrapper; give it there")
+        policy = build_policy(describe(self.base), {**options, "budget": self.budget, "block_size": self.block_size})
+        assert isinstance(policy, AttentionPolicy)
+        return policy
+
+    @property
+    def accumulates(self) -> bool:  # type: ignore[override]
+        """What the base needs."""
+        return self.inner.accumulates
+
+    @property
+    def queries_kept(self) -> int:
+        """What the base needs."""
+        return self.inner.queries_kept
+
+    def default_sink(self) -> int:
+        """The base's."""
+        return self.inner.default_sink()
+
+    def default_recent(self, sink: int) -> int:
+        """The base's."""
+        return self.inner.default_recent(sink)
+
+
+def _scores_by_attention(name: str) -> bool:
+    target = describe(name).load()
+    return isinstance(target, type) and issubclass(target, AttentionPolicy)
