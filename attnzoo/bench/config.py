@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ NOT_HASHED = frozenset({"output", "fresh"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DatasetName = Literal["digits", "fashion_mnist"]
+Tokens = Annotated[int, Field(ge=2)]
 
 
 class HostConfig(Section):
@@ -152,6 +153,61 @@ class QualityConfig(Section):
         return self
 
 
+class LanguageCostConfig(Section):
+    """What is timed of a language model: prompts of `prompt_tokens`, then `new_tokens` single steps after each.
+
+    A latency of decoding is the mean of the steps after one prompt, so that evictions, which come once in a block, are
+    in every one.
+    """
+
+    prompt_tokens: Tokens = 1024
+    new_tokens: PositiveInt = 64
+    batch: PositiveInt = 1
+    repeats: Annotated[int, Field(ge=3)] = 3
+    timeout_seconds: PositiveFloat = 300.0
+
+
+class LanguageQualityConfig(Section):
+    """Prose scored through the cache: `windows` of `tokens` tokens, each in one call; `workers` rows at a time.
+
+    `canary` is an attention that must be worse than dense by `canary_nats` a token; else what is scored does not depend
+    on the cache, and no row of the language model counts.
+    """
+
+    windows: Annotated[int, Field(ge=2)] = 8
+    tokens: Tokens = 1024
+    canary: AttentionConfig = AttentionConfig(name="streaming", options={"budget": 16, "block_size": 16}, label="tiny")
+    canary_nats: float = 0.1
+    threads: PositiveInt = 1
+    workers: PositiveInt = 2
+    timeout_seconds: PositiveFloat = 600.0
+
+
+class LanguageConfig(Section):
+    """A causal language model whose cache policies bound, beside the same model with transformers' own cache and SDPA.
+
+    `model` and `text` are names as `attnzoo.tasks.decode.load_model` and `attnzoo.tasks.text.load_text` take them.
+    """
+
+    model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
+    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    dtype: Dtype = "float32"
+    baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense LLM"
+    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
+    cost: LanguageCostConfig = LanguageCostConfig()
+    quality: LanguageQualityConfig = LanguageQualityConfig()
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> LanguageConfig:
+        _refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
+        return self
+
+    @property
+    def host(self) -> str:
+        """What records and tables call the model."""
+        return f"transformers:{self.model}"
+
+
 class BenchConfig(Section):
     """A whole benchmark. `output` and `fresh` say where and how to write and are no part of its identity."""
 
@@ -164,15 +220,13 @@ class BenchConfig(Section):
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
     quality: QualityConfig | None = None
+    language: LanguageConfig | None = None
     output: Path | None = None
     fresh: bool = False
 
     @model_validator(mode="after")
     def _labels_differ(self) -> BenchConfig:
-        labels = [self.baseline.label, *(attention.label for attention in self.attentions)]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
+        _refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
         return self
 
     @property
@@ -183,7 +237,8 @@ class BenchConfig(Section):
     @property
     def hash(self) -> str:
         """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
-        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
+        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(left_out))}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -218,10 +273,28 @@ def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchCon
     ConfigError
         With every problem, one a line.
     """
-    return validated(BenchConfig, data, _attention_problems(data.get("attentions")), source)
+    problems = _attention_problems(data.get("attentions"), "attentions", _vision_problems)
+    language = data.get("language")
+    if isinstance(language, Mapping):
+        problems += _attention_problems(language.get("attentions"), "language.attentions", _language_problems)
+        quality = language.get("quality")
+        if isinstance(quality, Mapping) and "canary" in quality:
+            problems += _attention_problems([quality["canary"]], "language.quality.canary", _language_problems)
+        if not problems:
+            problems += _block_problems(language)
+    return validated(BenchConfig, data, problems, source)
 
 
-def _attention_problems(attentions: Any) -> list[str]:
+def _refuse_twins(labels: list[str]) -> None:
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
+
+
+_Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
+
+
+def _attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
     """Ask the registry for every attention named, even where the rest of the config is wrong."""
     import attnzoo
 
@@ -230,30 +303,30 @@ def _attention_problems(attentions: Any) -> list[str]:
         entry = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
             continue
+        here = f"{where}.{index}" if where.endswith("attentions") else where
         try:
             info = attnzoo.describe(entry["name"])
         except AttnZooError as error:
-            problems.append(f"attentions.{index}.name: {error}")
-            continue
-        if info.kind == "eviction":
-            problems.append(
-                f"attentions.{index}.name: {info.name!r} evicts a language model's cache; not for this host"
-            )
+            problems.append(f"{here}.name: {error}")
             continue
         options = entry.get("options") or {}
-        if isinstance(options, Mapping):
-            problems += _option_problems(info, options, f"attentions.{index}.options")
+        problems += ask(info, options if isinstance(options, Mapping) else {}, here)
     return problems
 
 
-def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """Unknown options, all of them; or, where all are known, the first value that the method refuses."""
+def _vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
+    if info.kind == "eviction":
+        return [
+            f"{where}.name: {info.name!r} evicts a language model's cache, not for this host; name it under "
+            "language.attentions"
+        ]
     unknown: list[str] = []
     for option in options:
         try:
             info.check_options([option])
         except AttnZooError as error:
-            unknown.append(f"{where}.{option}: {error}")
+            unknown.append(f"{where}.options.{option}: {error}")
     if unknown:
         return unknown
     import attnzoo
@@ -261,7 +334,43 @@ def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[
     try:
         attnzoo.create_attention(info.name, 64, 4, **options)
     except OptionError as error:
-        return [f"{where}: {error}"]
+        return [f"{where}.options: {error}"]
     except AttnZooError:
         return []  # a matter of this trial's width, not of the option
     return []
+
+
+def _language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A mixer, or the first option that the method refuses."""
+    from attnzoo.registry import build_core, build_policy
+
+    if info.kind == "mixer":
+        return [f"{where}.name: {info.name!r} is a mixer, which cannot stand in a trained language model"]
+    try:
+        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
+    except AttnZooError as error:
+        return [f"{where}.options: {error}"]
+    return []
+
+
+def _block_problems(language: Mapping[str, Any]) -> list[str]:
+    """Policies whose evictions the timed steps could all miss."""
+    import attnzoo
+    from attnzoo.registry import build_policy
+
+    try:
+        config = LanguageConfig.model_validate(language)
+    except ValueError:
+        return []  # told elsewhere
+    problems = []
+    for index, attention in enumerate(config.attentions):
+        info = attnzoo.describe(attention.name)
+        if info.kind != "eviction":
+            continue
+        block = build_policy(info, attention.options).block_size
+        if config.cost.new_tokens % block:
+            problems.append(
+                f"language.attentions.{index}.options.block_size: {block} does not divide language.cost.new_tokens "
+                f"{config.cost.new_tokens}, so the timed steps would hold too few evictions or too many"
+            )
+    return problems

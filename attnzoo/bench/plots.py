@@ -45,7 +45,7 @@ def trade_plot(summary: Summary) -> str:
     if not points:
         return ""
     points.sort(key=lambda point: point[1].p50)
-    figure, axes = _figure(right=0.66)
+    figure, axes = new_figure(right=0.66)
     ys = [kept for _, _, kept in points]
     low, high = min(*ys, 0.95), max(*ys, 1.02)
     room = (high - low) * 0.12
@@ -71,7 +71,7 @@ def trade_plot(summary: Summary) -> str:
     _plain_ticks(axes.xaxis, [s for _, q, _ in points for s in (q.p20, q.p80)] + [1.0])
     axes.set_xlabel(f"speed-up over dense at {tokens:,} tokens (right is faster)")
     axes.set_ylabel("accuracy, part of dense")
-    return _svg(figure, "trade")
+    return to_svg(figure, "trade")
 
 
 def training_plot(summary: Summary) -> str:
@@ -79,19 +79,19 @@ def training_plot(summary: Summary) -> str:
     rows = [row for row in summary.quality if row.quality is not None]
     if not rows:
         return ""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for row in rows:
         losses = row.quality.trainings[0].epoch_losses if row.quality is not None else ()
         colour, _ = _look(summary, row.label)
         axes.plot(range(1, len(losses) + 1), losses, color=colour, label=row.label, lw=1.8)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
-    _legend(axes)
-    return _svg(figure, "training")
+    add_legend(axes)
+    return to_svg(figure, "training")
 
 
 def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     drawn: list[float] = []
     for label in summary.labels:
         rows = ((tokens, summary.row(label, tokens)) for tokens in summary.cost)
@@ -109,8 +109,8 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     _plain_ticks(axes.yaxis, drawn)
     axes.set_xlabel("tokens")
     axes.set_ylabel(title)
-    _legend(axes)
-    return _svg(figure, title.split()[0])
+    add_legend(axes)
+    return to_svg(figure, title.split()[0])
 
 
 def _look(summary: Summary, label: str) -> tuple[str, str]:
@@ -118,11 +118,12 @@ def _look(summary: Summary, label: str) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
-def _figure(right: float = 0.97) -> tuple[Any, Any]:
+def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
+    """Give an empty figure and its axes, in the page's look; `height` in inches."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2))
+    figure = Figure(figsize=(6.4, height))
     axes = figure.add_subplot()
     figure.subplots_adjust(left=0.13, right=right, top=0.97, bottom=0.13)
     axes.patch.set_alpha(0)
@@ -148,11 +149,12 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _legend(axes: Any) -> None:
+def add_legend(axes: Any) -> None:
+    """Add the key of what was drawn with a label."""
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
-def _svg(figure: Any, salt: str) -> str:
+def to_svg(figure: Any, salt: str) -> str:
     """Give the figure as an ``<svg>`` element whose identifiers are its own."""
     import matplotlib
 

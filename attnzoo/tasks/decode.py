@@ -56,14 +56,37 @@ class Answer:
         return sum(self.hits) / len(self.hits)
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model; `name` and errors as in `load_model`."""
+    require("transformers", extra="llm")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model_folder(name) or name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+
+
+def longest(name: str) -> int | None:
+    """Tokens that a model is made for, as its config says, or None; `name` and errors as in `load_model`."""
+    require("transformers", extra="llm")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(model_folder(name) or name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot read the config of {name!r}: {error}") from error
+    return getattr(config, "max_position_embeddings", None)
+
+
 def load_model(
     name: str,
     *,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
-) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+) -> Any:
+    """Load a causal language model, ready to be evaluated.
 
     Parameters
     ----------
@@ -84,15 +107,14 @@ def load_model(
         If transformers finds no such model, or cannot load it.
     """
     require("transformers", extra="llm")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     place = str(model_folder(name) or name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def model_folder(name: str) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -45,7 +45,14 @@ def twin(model: Any) -> Any:
 
 @torch.inference_mode()
 def timings(
-    candidate: Any, dense: Any, prompts: Tensor, *, new_tokens: int, batches: Sequence[int], repeats: int
+    candidate: Any,
+    dense: Any,
+    prompts: Tensor,
+    *,
+    new_tokens: int,
+    batches: Sequence[int],
+    repeats: int,
+    before_clock: Callable[[], None] = lambda: None,
 ) -> Timings:
     """Time two models in turn: a prefill of one, of the other, then a token of one, of the other.
 
@@ -61,6 +68,8 @@ def timings(
         Batch sizes, none above B.
     repeats
         Prefills of each that are timed; one more of each comes first and is not.
+    before_clock
+        Called between the measurement of memory, which comes first, and that of time.
 
     Raises
     ------
@@ -72,6 +81,7 @@ def timings(
     first = prompts[: batches[0]]
     device = prompts.device
     peak, peak_dense = peak_memory([lambda: _read(candidate, first), lambda: _read(dense, first)], device)
+    before_clock()
     clock = clock_for(device)
     caches = [CacheBytes(0, 0, 0), CacheBytes(0, 0, 0)]
     times = []

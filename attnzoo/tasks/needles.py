@@ -39,6 +39,8 @@ KEYS = tuple(_WORDS.split())
 class Format:
     """The words of a prompt; ``{key}`` and ``{value}`` are filled in, and `many` asks for several values.
 
+    The words were chosen among five wordings, with and without the chat template, on the dense SmolLM2-135M-Instruct
+    alone (8 prompts of 2,000 tokens of each kind: 8 of 8, 8 of 8 and 13 of 24 numbers found).
     `chat` puts the prompt into the tokenizer's chat template, if it has one, with `begun` as the start of the answer.
     """
 
@@ -50,7 +52,7 @@ class Format:
     begun: str = "The special magic number for {key} is"
     many: str = "What are the special magic numbers for {key} in the text above? There are {count}."
     many_begun: str = "The special magic numbers for {key} are"
-    chat: bool = False
+    chat: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""The cost of one row, beside the dense model in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import attnzoo
+from attnzoo.bench.config import AttentionConfig
+from attnzoo.bench.decode.config import DecodeConfig
+from attnzoo.bench.decode.record import BatchCost, Bytes, DecodeCost, Spread
+from attnzoo.bench.measure import Interleaved, quantiles
+from attnzoo.bench.memory import Peak, keep_buffers, map_buffers
+from attnzoo.bench.record import Memory
+from attnzoo.errors import ConfigError
+from attnzoo.eviction.size import CacheBytes
+from attnzoo.tasks.decode_cost import BatchTimes, timings, twin
+from attnzoo.tasks.text import Window
+
+
+def measure_cost(
+    config: DecodeConfig, model: Any, attention: AttentionConfig | None, prompts: Sequence[Window]
+) -> DecodeCost:
+    """Time a swapped twin of `model` and `model` itself in turn; for None, dense against a second copy of itself.
+
+    Raises
+    ------
+    ConfigError
+        If the config asks for no timings.
+    """
+    if config.cost is None:
+        raise ConfigError("this config asks for no timings")
+    candidate = twin(model)
+    if attention is not None:
+        attnzoo.replace_attention(candidate, attention.name, **attention.options)
+    ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
+    map_buffers()
+    try:
+        found = timings(
+            candidate,
+            model,
+            ids,
+            new_tokens=config.cost.new_tokens,
+            batches=config.cost.batches,
+            repeats=config.cost.repeats,
+            before_clock=keep_buffers,
+        )
+    finally:
+        keep_buffers()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return DecodeCost(
+        prompt_tokens=config.cost.prompt_tokens,
+        new_tokens=config.cost.new_tokens,
+        batches=tuple(_batch(times) for times in found.times),
+        cache=Bytes.of(found.cache),
+        cache_dense=Bytes.of(found.cache_dense),
+        memory=_memory(found.peak, weights, found.cache),
+        memory_dense=_memory(found.peak_dense, weights, found.cache_dense),
+    )
+
+
+def _batch(times: BatchTimes) -> BatchCost:
+    return BatchCost(
+        batch=times.batch,
+        candidate=Spread(first_token=quantiles(times.prefill.a), token=quantiles(times.step.a)),
+        dense=Spread(first_token=quantiles(times.prefill.b), token=quantiles(times.step.b)),
+        tokens_per_second=_throughput(times.batch, times.step),
+        first_token_speedup=quantiles(times.prefill.ratios),
+        token_speedup=quantiles(times.step.ratios),
+    )
+
+
+def _throughput(batch: int, step: Interleaved) -> float:
+    return batch * len(step.a) / sum(step.a)
+
+
+def _memory(peak: Peak, weights: int, cache: CacheBytes) -> Memory:
+    return Memory(
+        parameter_bytes=weights,
+        activation_peak_bytes=peak.activation_bytes,
+        allocator_peak_bytes=peak.allocator_bytes,
+        cache_held_bytes=cache.held,
+        cache_allocated_bytes=cache.allocated,
+        method=peak.method,
+        note=peak.note,
+    )
