@@ -1,0 +1,125 @@
+import pytest
+import torch
+
+import attnzoo
+from attnzoo.errors import ConfigError
+from attnzoo.tasks import decode
+from attnzoo.tasks.decode_cost import timings, twin
+from attnzoo.tasks.needles import Sample
+from tests.tasks import llm
+
+
+@pytest.mark.parametrize("length", [2, decode.CHUNK, decode.CHUNK + 1, 2 * decode.CHUNK + 2])
+def test_nll_is_the_models_own(model, length):
+    ids = torch.arange(length) % 251
+    scored = decode.nll(model, ids)
+    with torch.no_grad():
+        loss = model(ids[None], labels=ids[None]).loss
+    assert len(scored.nll) == length - 1
+    assert sum(scored.nll) / (length - 1) == pytest.approx(float(loss), rel=1e-5)
+    assert scored.cache.held == 2 * 2 * 2 * 8 * 4 * length  # keys and values, layers, heads, width, bytes
+
+
+def test_nll_goes_through_the_evicting_cache(model):
+    ids = torch.arange(200) * 7 % 251
+    dense = decode.nll(model, ids)
+    attnzoo.replace_attention(model, "streaming", budget=16, block_size=8)
+    small = decode.nll(model, ids)
+    assert small.nll[:16] == pytest.approx(dense.nll[:16], abs=1e-4)
+    assert small.nll[100:] != pytest.approx(dense.nll[100:], abs=1e-3)
+    assert small.cache.entries < dense.cache.entries / 5
+    attnzoo.restore_attention(model)
+    attnzoo.replace_attention(model, "keydiff", budget=200, block_size=8)
+    assert decode.nll(model, ids).nll == pytest.approx(dense.nll, abs=1e-4)
+
+
+class Says:
+    """A model that says given tokens one after another."""
+
+    device = torch.device("cpu")
+    generation_config = None
+
+    def __init__(self, tokens):
+        self.tokens = list(tokens)
+        self.steps = 0
+
+    def __call__(self, ids, use_cache, logits_to_keep=0, past_key_values=None):
+        self.steps += 1
+        logits = torch.zeros(1, 1, 257)
+        logits[0, 0, self.tokens.pop(0) if self.tokens else 65] = 1
+        return type("Out", (), {"logits": logits, "past_key_values": None})()
+
+
+def sample(*answers):
+    return Sample("single", 0, (1, 2, 3), answers, (0.5,) * len(answers), 0, "")
+
+
+@pytest.mark.parametrize(
+    ("said", "hits", "text"),
+    [
+        (" 12345. More", (True,), " 12345."),
+        (" 123456", (False,), None),
+        ("\n\nIt is 12345\nno", (True,), None),
+        (" no\n12345", (False,), " no\n"),
+    ],
+)
+def test_an_answer_ends_where_it_is_complete(tokenizer, said, hits, text):
+    model = Says(tokenizer(said).input_ids)
+    answer = decode.retrieve(model, tokenizer, sample("12345"))
+    assert answer.hits == hits
+    assert text is None or answer.text == text
+    assert model.steps <= len("12345,") + decode.ROOM_FOR_WORDS
+
+
+def test_an_answer_ends_at_an_end_token(tokenizer):
+    answer = decode.retrieve(
+        Says([*tokenizer("12345").input_ids, tokenizer.eos_token_id]), tokenizer, sample("12345", "9")
+    )
+    assert answer.text == "12345"
+    assert answer.hits == (True, False)
+    assert answer.recall == 0.5
+
+
+def test_retrieve_says_what_generate_says(model, tokenizer):
+    prompt = Sample("single", 0, tuple(tokenizer("What is it? It is").input_ids), ("12345",), (0.5,), 0, "")
+    mine = decode.retrieve(model, tokenizer, prompt)
+    ids = torch.tensor([prompt.ids])
+    theirs = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(theirs[0, ids.shape[1] :]).startswith(mine.text[:8])
+    assert mine.cache.held > 0
+
+
+def test_a_folder_is_a_model_and_anything_else_is_refused(saved, tmp_path):
+    folder, _ = saved
+    model = decode.load_model(str(folder))
+    assert not model.training
+    assert decode.longest(str(folder)) == 1024
+    assert decode.load_tokenizer(str(folder))("ab").input_ids == llm.tokenizer()("ab").input_ids
+    for load in (decode.load_model, decode.load_tokenizer, decode.longest):
+        with pytest.raises(ConfigError, match="transformers cannot"):
+            load(str(tmp_path))
+
+
+def test_a_twin_shares_weights_and_is_swapped_alone(model):
+    second = twin(model)
+    attnzoo.replace_attention(second, "streaming", budget=8, block_size=4)
+    assert {id(p) for p in second.parameters()} == {id(p) for p in model.parameters()}
+    ids = torch.arange(100)
+    assert decode.nll(model, ids).cache.entries > decode.nll(second, ids).cache.entries
+
+
+def test_timings_are_of_both_models_in_turn(model):
+    second = twin(model)
+    attnzoo.replace_attention(second, "streaming", budget=16, block_size=8)
+    prompts = torch.arange(2 * 60).reshape(2, 60) % 251
+    said = []
+    found = timings(
+        second, model, prompts, new_tokens=3, batches=(1, 2), repeats=2, before_clock=lambda: said.append(1)
+    )
+    assert said == [1]
+    assert [times.batch for times in found.times] == [1, 2]
+    assert all(len(times.prefill.a) == 2 and len(times.step.b) == 6 for times in found.times)
+    assert found.cache.held < found.cache_dense.held == 2 * 2 * 2 * 8 * 4 * 63
+    assert found.peak_dense.method
+    with pytest.raises(ValueError, match="batch of 3"):
+        timings(second, model, prompts, new_tokens=1, batches=(3,), repeats=1)

@@ -1,0 +1,49 @@
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnzoo.tasks.paired import mcnemar, paired_difference
+
+FLOATS = st.floats(-1e3, 1e3)
+
+
+@given(st.lists(st.tuples(FLOATS, FLOATS), min_size=1, max_size=12))
+def test_the_interval_holds_the_mean_and_repeats(pairs):
+    a, b = zip(*pairs, strict=True)
+    one = paired_difference(a, b, resamples=200)
+    assert one.low <= one.mean <= one.high
+    assert one == paired_difference(a, b, resamples=200)
+
+
+def test_pairs_cancel_what_they_share():
+    draw = random.Random(0)
+    shared = [draw.gauss(0, 100) for _ in range(30)]
+    a = [x + 1 + draw.gauss(0, 0.1) for x in shared]
+    found = paired_difference(a, shared)
+    assert found.mean == pytest.approx(1, abs=0.1)
+    assert 0.9 < found.low < found.high < 1.1
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    draw = random.Random(1)
+    covered = 0
+    for _ in range(150):
+        found = paired_difference([draw.gauss(0.5, 1) for _ in range(40)], [0.0] * 40, resamples=400)
+        covered += found.low <= 0.5 <= found.high
+    assert covered / 150 > 0.88
+
+
+def test_mcnemar_is_the_sign_test_of_pairs_that_differ():
+    assert mcnemar([True] * 5, [True] * 5) == 1
+    assert mcnemar([True] * 6 + [False], [False] * 6 + [False]) == pytest.approx(2 / 64)
+    assert mcnemar([True, False], [False, True]) == 1
+    with pytest.raises(ValueError, match="pairs"):
+        mcnemar([True], [])
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], []), ([float("nan")], [0.0])])
+def test_what_is_no_pair_is_refused(a, b):
+    with pytest.raises(ValueError, match=r"pairs|finite"):
+        paired_difference(a, b)
