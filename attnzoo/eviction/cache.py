@@ -242,12 +242,15 @@ def load_cache(path: str | Path, device: str | torch.device | None = None) -> Bo
         If the file cannot be read or is not a saved cache.
     """
     try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise AssetError(f"the cache {str(path)!r} cannot be read: {error.strerror}") from error
+    try:
         content = torch.load(path, map_location=device, weights_only=True)
         if content["format"] != FILE_FORMAT:
             raise ValueError(f"format {content['format']}, expected {FILE_FORMAT}")
         layers = [_layer_from(state, index) for index, state in enumerate(content["layers"])]
-    except OSError as error:
-        raise AssetError(f"the cache {str(path)!r} cannot be read: {error.strerror}") from error
     except Exception as error:
         raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged: {error}") from error
     cache = BoundedCache()

@@ -63,7 +63,7 @@ def output_error(attention: Tensor, values: Tensor, fast: bool = False) -> Tenso
     -------
     Tensor
         ``(B, Hkv, S)``: the l2 norm over the outputs of all query heads of a group together. Infinite for an entry that
-        has all the weight of some head.
+        has all the weight of some head; of an entry that has nearly all, known to eps / (1 - weight).
     """
     values = wide(values)
     attention = by_group(attention.to(values), values.shape[1])
@@ -72,4 +72,4 @@ def output_error(attention: Tensor, values: Tensor, fast: bool = False) -> Tenso
         distance = (values.mean(2, keepdim=True) - values).norm(dim=-1).unsqueeze(2)
     else:
         distance = torch.cdist(attention @ values, values, compute_mode="donot_use_mm_for_euclid_dist")
-    return (factor * distance).norm(dim=2)
+    return (factor * distance).masked_fill(attention == 1, float("inf")).norm(dim=2)

@@ -143,8 +143,9 @@ class Policy:
     def keep(self, live: Live) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
         sink, recent = self.protected
-        scores = self.score(live).nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-        scores = scores.expand(live.positions.shape)
+        scores = self.score(live).expand(live.positions.shape)
+        scores = scores if scores.is_floating_point() else scores.double()
+        scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
         safe = (live.positions < sink) | (live.positions >= (live.counts - recent)[:, None, None])
         order = scores.masked_fill(safe, float("inf")).argsort(dim=-1, stable=True)
         return order[..., -self.budget :].sort(dim=-1).values

@@ -37,9 +37,10 @@ class Random(Policy):
 
     def score(self, live: Live) -> Tensor:
         """A number in [0, 1) for each entry."""
-        heads = torch.arange(live.kv_heads, device=live.positions.device)[:, None]
-        key = torch.tensor(self.seed % 2**63, device=live.positions.device)
-        for part in (torch.tensor(live.layer, device=live.positions.device), heads, live.positions.long()):
+        device = live.positions.device
+        heads = torch.arange(live.kv_heads, device=device)[:, None]
+        key = torch.tensor(_signed(self.seed % 2**64), device=device)
+        for part in (torch.tensor(live.layer, device=device), heads, live.positions.long()):
             key = _mix(_mix(key) ^ part)
         return (key & (2**53 - 1)).double() / 2**53
 

@@ -1,0 +1,301 @@
+"""Each policy against a few lines that compute it from the dense model's own keys, values and attention."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attnzoo
+from attnzoo.errors import OptionError, UnknownNameError
+from attnzoo.eviction.caote import output_error
+from attnzoo.eviction.keydiff import KeyDiff
+from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.random import Random
+from attnzoo.registry import build_policy, describe
+from tests.eviction.models import POLICIES, language_model, token_ids
+
+BUDGET, BLOCK = 24, 64
+MASK64 = 2**64 - 1
+
+
+def dense_layer(heads: int, kv_heads: int):
+    """Keys, values and attention of the first layer of a dense model over one block."""
+    model = language_model(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
+    model.set_attn_implementation("eager")
+    ids = token_ids(2, BLOCK)
+    with torch.no_grad():
+        out = model(ids, output_attentions=True)
+    layer = out.past_key_values.layers[0]
+    model.set_attn_implementation("sdpa")
+    return model, ids, layer.keys, layer.values, out.attentions[0]
+
+
+def kept_by(score: list[float], sink: int, recent: int) -> list[int]:
+    """Positions that stay: protected ones, then the highest scores, the later of equal ones first."""
+    safe = [j for j in range(BLOCK) if j < sink or j >= BLOCK - recent]
+    rest = sorted((j for j in range(BLOCK) if j not in safe), key=lambda j: (score[j], j), reverse=True)
+    return sorted([*safe, *rest[: BUDGET - len(safe)]])
+
+
+def group_mean(per_head, kv_head, groups):
+    return per_head[kv_head * groups : (kv_head + 1) * groups].mean(0)
+
+
+def splitmix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
+    return x ^ (x >> 31)
+
+
+def random_score(seed: int, layer: int, head: int, position: int) -> float:
+    key = seed
+    for part in (layer, head, position):
+        key = splitmix(splitmix(key) ^ part)
+    return (key & (2**53 - 1)) / 2**53
+
+
+def removal_errors(attention, values):
+    """How far each head's output moves when each token is taken away, by taking it away."""
+    out = attention @ values
+    errors = torch.zeros(attention.shape[0], values.shape[0], dtype=values.dtype)
+    for head, j in itertools.product(range(len(attention)), range(len(values))):
+        rest = [i for i in range(len(values)) if i != j]
+        weights = attention[head, rest] / attention[head, rest].sum()
+        errors[head, j] = (out[head] - weights @ values[rest]).norm()
+    return errors
+
+
+def pooled(row, kernel=7):
+    half = kernel // 2
+    return [max(row[max(0, j - half) : j + half + 1]) for j in range(len(row))]
+
+
+def oracle(name, options, keys, values, attention, kv_head, groups):
+    """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``."""
+    heads = slice(kv_head * groups, (kv_head + 1) * groups)
+    base = options.get("base", "h2o")
+    if name in ("vatp", "caote"):
+        own = {"h2o": attention.sum(1), "tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}[base]
+        recent = {"h2o": BUDGET // 2, "tova": 0, "scissorhands": 10}[base]
+    if name == "vatp":
+        sink = min(20, BUDGET // 2)
+        score = group_mean(own, kv_head, groups) * values.abs().sum(-1)
+        return score.tolist(), sink, min(recent, BUDGET - sink)
+    if name == "caote":
+        share = own[heads] / own[heads].sum(-1, keepdim=True)
+        if options.get("fast"):
+            errors = share / (1 - share) * (values.mean(0) - values).norm(dim=-1)
+        else:
+            errors = removal_errors(share, values)
+        return errors.square().sum(0).sqrt().tolist(), 0, recent
+    if name == "streaming":
+        return list(range(BLOCK)), 4, BUDGET - 4
+    if name == "h2o":
+        return group_mean(attention.sum(1), kv_head, groups).tolist(), 0, BUDGET // 2
+    if name == "tova":
+        return attention[:, -1].mean(0).tolist(), 0, 0
+    if name == "snapkv":
+        window = options.get("window", 32)
+        sums = attention[heads, -window:].sum(1)
+        rows = [pooled(row[: BLOCK - window]) + row[BLOCK - window :] for row in sums.tolist()]
+        return [sum(column) / groups for column in zip(*rows, strict=True)], 0, min(window, BUDGET)
+    if name == "scissorhands":
+        counts = [0.0] * BLOCK
+        for head, i, j in itertools.product(range(*heads.indices(99)), range(BLOCK), range(BLOCK)):
+            counts[j] += bool(attention[head, i, j] > 1 / (i + 1)) / groups
+        return counts, 0, 10
+    if name == "knorm":
+        return [-round(math.log2(n) * 1024) for n in keys.norm(dim=-1).tolist()], 0, 0
+    if name == "keydiff":
+        if options.get("anchor") == "raw":
+            return (-torch.cosine_similarity(keys.mean(0, keepdim=True), keys)).tolist(), 0, 0
+        unit = keys / keys.norm(dim=-1, keepdim=True)
+        return (-(unit @ unit.T).sum(1)).tolist(), 0, 0  # the exact O(n^2) form
+    assert name == "random"
+    return [random_score(options.get("seed", 0), 0, kv_head, j) for j in range(BLOCK)], 0, 0
+
+
+CASES = [
+    *((name, {}) for name in POLICIES),
+    ("keydiff", {"anchor": "raw"}),
+    ("random", {"seed": 12345678901234567890}),
+    ("snapkv", {"window": 8}),
+    ("caote", {"fast": True}),
+    ("caote", {"base": "tova"}),
+    ("vatp", {"base": "tova"}),
+    ("vatp", {"base": "scissorhands", "base_options": {"importance": "mean", "window": 32}}),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2)])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: str(case))
+def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
+    model, ids, keys, values, attention = dense_layer(heads, kv_heads)
+    attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
+    with torch.no_grad():
+        layer = model(ids).past_key_values.layers[0]
+    for row, head in itertools.product(range(2), range(kv_heads)):
+        parts = keys[row, head], values[row, head], attention[row]
+        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads)
+        expected = kept_by(score, sink, recent)
+        assert layer.positions[row, head].tolist() == expected
+        torch.testing.assert_close(layer.keys[row, head], keys[row, head, expected])
+        torch.testing.assert_close(layer.values[row, head], values[row, head, expected])
+
+
+def test_every_policy_has_an_oracle():
+    assert {name for name, _ in CASES} == set(POLICIES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 9), st.sampled_from([(1, 1), (3, 1), (4, 2)]), st.floats(0.1, 2))
+def test_caotes_score_is_the_change_of_the_output(seed, tokens, heads, sharpness):
+    """Over a group: the root of the sum of squares, which is the change of the concatenated output."""
+    generator = torch.Generator().manual_seed(seed)
+    queries, kv = heads
+    scores = sharpness * torch.randn(1, queries, tokens, generator=generator, dtype=torch.float64)
+    values = torch.randn(1, kv, tokens, 5, generator=generator, dtype=torch.float64)
+    attention = scores.softmax(-1)
+    got = output_error(attention, values)
+    for head in range(kv):
+        group = slice(head * queries // kv, (head + 1) * queries // kv)
+        expected = removal_errors(attention[0, group], values[0, head]).square().sum(0).sqrt()
+        torch.testing.assert_close(got[0, head], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_entry_with_all_the_weight_is_never_evicted():
+    attention = torch.tensor([[[0.0, 1.0, 0.0]]])
+    error = output_error(attention, torch.randn(1, 1, 3, 4))
+    assert error[0, 0, 1] == torch.inf
+    assert error[0, 0, [0, 2]].tolist() == [0, 0]
+
+
+def test_random_is_a_fair_sample():
+    """Numbers are even, and heads, layers and seeds do not share them."""
+    policy = Random(budget=1)
+
+    def scores(policy, layer):
+        positions = torch.arange(4000).expand(1, 2, -1)
+        live = Live(torch.zeros(1, 2, 4000, 1), torch.zeros(1, 2, 4000, 1), positions, torch.tensor([4000]), layer)
+        return policy.score(live)[0]
+
+    one = scores(policy, 0)
+    assert one.min() >= 0
+    assert one.max() < 1
+    histogram = torch.histc(one.float(), 10, 0, 1)
+    assert (histogram - 800).abs().max() < 5 * 800**0.5
+    others = [one[1], scores(policy, 1)[0], scores(Random(budget=1, seed=1), 0)[0]]
+    assert all(abs(torch.corrcoef(torch.stack([one[0], other]))[0, 1]) < 0.06 for other in others)
+
+
+def test_protection():
+    """Defaults are cut to fit a small budget; what is given explicitly is kept or refused."""
+    assert build_policy(describe("streaming"), {"budget": 100}).protected == (4, 96)
+    assert build_policy(describe("streaming"), {"budget": 4}).protected == (2, 2)
+    assert build_policy(describe("streaming"), {"budget": 1}).protected == (0, 1)
+    assert build_policy(describe("h2o"), {"budget": 100}).protected == (0, 50)
+    assert build_policy(describe("snapkv"), {"budget": 100}).protected == (0, 32)
+    assert build_policy(describe("snapkv"), {"budget": 10}).protected == (0, 10)
+    assert build_policy(describe("scissorhands"), {"budget": 100}).protected == (0, 10)
+    assert build_policy(describe("vatp"), {"budget": 100}).protected == (20, 50)
+    assert build_policy(describe("vatp"), {"budget": 16}).protected == (8, 8)
+    assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
+    for name in ("keydiff", "tova", "knorm", "random"):
+        assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
+    assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
+    assert build_policy(describe("h2o"), {"budget": 10, "sink": 10}).protected == (10, 0)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_sink_and_recent_always_stay(name):
+    model, ids, *_ = dense_layer(4, 2)
+    attnzoo.replace_attention(model, name, budget=12, block_size=16, sink=5, recent=7)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    expected = [*range(5), *range(BLOCK - 7, BLOCK)]
+    assert all((layer.positions == torch.tensor(expected)).all() for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs budget="),
+        ({"budget": 0}, "budget must be a whole number of at least 1, not 0"),
+        ({"budget": -3}, "budget must be"),
+        ({"budget": "1024"}, "budget must be"),
+        ({"budget": 3.5}, "budget must be"),
+        ({"budget": True}, "budget must be"),
+        ({"budget": 8, "block_size": 0}, "block_size must be"),
+        ({"budget": 8, "sink": -1}, "sink must be"),
+        ({"budget": 8, "sink": 5, "recent": 4}, "sink=5 .* recent=4 is over budget=8"),
+        ({"budget": 8, "recent": 9}, "recent=9 is over budget=8"),
+        ({"budget": 8, "budgets": 8}, "no option 'budgets'; did you mean 'budget'"),
+        ({"budget": 8, "core": "padre"}, "core='padre' is not a core"),
+    ],
+)
+def test_bad_options(name, options, message):
+    model = language_model()
+    with pytest.raises(OptionError, match=message):
+        attnzoo.replace_attention(model, name, **options)
+    assert not attnzoo.swap_report(model).swapped
+
+
+@pytest.mark.parametrize("name", ["vatp", "caote"])
+def test_bad_bases(name):
+    model = language_model()
+    with pytest.raises(OptionError, match="base='keydiff' does not score by attention; those that do: h2o, tova"):
+        attnzoo.replace_attention(model, name, budget=8, base="keydiff")
+    with pytest.raises(OptionError, match="base='caote' does not score by attention"):
+        attnzoo.replace_attention(model, name, budget=8, base="caote")
+    with pytest.raises(UnknownNameError, match="did you mean 'h2o'"):
+        attnzoo.replace_attention(model, name, budget=8, base="h20")
+    with pytest.raises(OptionError, match="budget is an option of the wrapper"):
+        attnzoo.replace_attention(model, name, budget=8, base_options={"budget": 9})
+    with pytest.raises(OptionError, match="'h2o' has no option 'window'"):
+        attnzoo.replace_attention(model, name, budget=8, base_options={"window": 9})
+    with pytest.raises(UnknownNameError):
+        attnzoo.replace_attention(model, name, budget=8, core="sdpaa")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("snapkv", {"window": 0}),
+        ("snapkv", {"kernel": 4}),
+        ("snapkv", {"pooling": "median"}),
+        ("scissorhands", {"importance": "sum"}),
+        ("keydiff", {"anchor": "median"}),
+        ("random", {"seed": -1}),
+        ("caote", {"fast": "yes"}),
+    ],
+)
+def test_bad_options_of_one_policy(name, options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        build_policy(describe(name), {"budget": 8, **options})
+
+
+def test_a_policy_of_ones_own():
+    class Oldest(Policy):
+        def score(self, live):
+            return -live.positions
+
+    attnzoo.register_attention("oldest", "eviction", Oldest)
+    try:
+        model = attnzoo.replace_attention(language_model(), "oldest", budget=6, block_size=8)
+        with torch.no_grad():
+            cache = model(token_ids(1, 40)).past_key_values
+        assert cache.layers[1].positions[0].tolist() == [list(range(6))] * 2
+    finally:
+        attnzoo.unregister_attention("oldest")
+
+
+def test_nan_and_zero_keys_do_no_harm():
+    live = Live(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 3), torch.arange(4).view(1, 1, 4), torch.tensor([4]))
+    assert KeyDiff(budget=2).keep(live).tolist() == [[[2, 3]]]
+    live.keys[0, 0, 3] = torch.nan
+    assert KeyDiff(budget=2).keep(live).shape == (1, 1, 2)
