@@ -1,7 +1,8 @@
 """Measure what cache eviction costs a language model in quality, and what it saves, and report it.
 
 python eval/decode.py configs/decode/prose.yaml [key=value ...]    run; a broken run goes on where it stopped
-accelerate launch eval/decode.py configs/decode/prose.yaml         the same, the samples split over processes
+accelerate launch eval/decode.py configs/decode/prose.yaml         the same, the samples split over GPUs
+torchrun --standalone --nproc_per_node 2 eval/decode.py CONFIG     the same, split over 2 processes on CPUs
 python eval/decode.py --report RECORDS.jsonl                       report again from records, without running
 """
 

@@ -15,6 +15,7 @@ from attnzoo.bench.decode.config import DecodeConfig, load_config, validate_conf
 from attnzoo.bench.decode.plan import canary_rows, quality_units, remaining
 from attnzoo.bench.decode.record import read_records, read_samples
 from attnzoo.errors import ConfigError
+from attnzoo.eviction.size import CacheBytes
 from attnzoo.tasks import decode
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,27 @@ def test_a_run_gives_one_record_a_row_and_pairs_add_up(settings):
     assert [b.batch for b in tova.cost.batches] == [1, 2]
     assert len(dense.canaries) == 3
     assert all(c.passed for c in dense.canaries)
+
+
+def test_hits_are_counted_and_paired(settings, monkeypatch):
+    """Dense finds every number, keydiff every second prompt's, tova none."""
+    asked = []
+
+    def answers(model, tokenizer, sample):
+        asked.append(sample)
+        hit = len(asked) % 3 == 1 or (len(asked) % 3 == 2 and sample.index % 2 == 0)
+        return decode.Answer("", (hit,) * len(sample.answers), CacheBytes(1, 1, 1))
+
+    monkeypatch.setattr(decode, "retrieve", answers)
+    retrieval = {"tokens": 500, "samples": {"multi_value": 2, "single": 8}}
+    dense, keydiff, tova = run(settings(retrieval=retrieval))
+    assert [k.kind for k in dense.retrieval] == ["single", "multi_value"]
+    assert [r.retrieval[0].hits for r in (dense, keydiff, tova)] == [8, 4, 0]
+    assert [r.retrieval[1].recall for r in (dense, keydiff, tova)] == [1, 0.5, 0]
+    assert keydiff.retrieval[0].difference.mean == -0.5
+    assert -0.9 < keydiff.retrieval[0].difference.low < -0.5 < keydiff.retrieval[0].difference.high < -0.1
+    assert tova.retrieval[0].p_value == pytest.approx(2 / 2**8)
+    assert len(dense.retrieval[1].by_depth) == 6
 
 
 def test_a_killed_run_goes_on_where_it_was(settings, monkeypatch):
@@ -254,7 +276,7 @@ def test_two_processes_give_what_one_gives(settings, tmp_path):
     data = settings()
     alone = figures(run({**data, "output": str(tmp_path / "one")}))
     path, script = tmp_path / "tiny.yaml", tmp_path / "two.py"
-    path.write_text(yaml.safe_dump({**data, "output": str(tmp_path / "two")}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**data, "output": str(tmp_path / "two")}, sort_keys=False), encoding="utf-8")
     script.write_text(
         "import sys\n"
         "from attnzoo.bench.decode import canary, run\n"
@@ -264,16 +286,7 @@ def test_two_processes_give_what_one_gives(settings, tmp_path):
         "run.run(load_config(sys.argv[1]), 'command')\n",
         encoding="utf-8",
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launch, str(script), str(path)], capture_output=True, text=True, timeout=250, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "two"

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from attnzoo.bench.config import NOT_HASHED, AttentionConfig, Dtype
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.errors import AttnZooError
-from attnzoo.tasks.needles import Kind
+from attnzoo.tasks.needles import KINDS, Kind
 
 CONFIG_VERSION = 1
 DENSE = "dense"
@@ -33,6 +33,11 @@ class RetrievalConfig(Section):
 
     tokens: Tokens = 2000
     samples: Annotated[dict[Kind, PositiveInt], Field(min_length=1)]
+
+    @property
+    def counts(self) -> list[tuple[Kind, int]]:
+        """Kinds and how many of each, in one order whatever the config's."""
+        return [(kind, self.samples[kind]) for kind in KINDS if kind in self.samples]
 
 
 class DecodeCostConfig(Section):

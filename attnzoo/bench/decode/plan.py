@@ -66,9 +66,9 @@ def quality_units(config: DecodeConfig) -> list[Unit]:
     """The work on windows and prompts; kinds of prompts take turns, so that a run cut short has some of each."""
     everyone = tuple(rows(config))
     units = [Unit("nll", "", index, everyone) for index in range(config.nll.windows)]
-    counts = config.retrieval.samples if config.retrieval is not None else {}
-    for index in range(max(counts.values(), default=0)):
-        units += [Unit("retrieval", kind, index, everyone) for kind, count in counts.items() if index < count]
+    counts = config.retrieval.counts if config.retrieval is not None else []
+    for index in range(max((count for _, count in counts), default=0)):
+        units += [Unit("retrieval", kind, index, everyone) for kind, count in counts if index < count]
     return units
 
 
@@ -111,7 +111,7 @@ def make_samples(config: DecodeConfig, text: Text, tokenizer: Any) -> Samples:
     except ConfigError as error:
         problems.append(f"cost: {error}")
     try:
-        for kind, count in wanted.samples.items() if wanted is not None else ():
+        for kind, count in wanted.counts if wanted is not None else ():
             made = needles.make_samples(
                 text, tokenizer, kind=kind, count=count, tokens=wanted.tokens if wanted else 0, seed=seed
             )

@@ -1,7 +1,7 @@
 """The runner: load the model once, put each attention in and out of it, and write each result as soon as it is there.
 
-Under ``accelerate launch`` the samples are split over the processes; each writes a file of its own, and the main one
-puts them together.
+Under ``accelerate launch`` or ``torchrun`` the samples are split over the processes; each writes a file of its own, and
+the main one puts them together.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
         If the run does not do what any run must.
     """
     check(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     world = _World(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)  # after the world, which chooses a number of its own
     tokenizer = decode.load_tokenizer(config.model)
     text = load_text(config.text)
     samples = plans.make_samples(config, text, tokenizer)

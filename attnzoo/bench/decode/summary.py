@@ -112,7 +112,7 @@ def _retrieval(
     if config.retrieval is None:
         return ()
     results = []
-    for kind, count in config.retrieval.samples.items():
+    for kind, count in config.retrieval.counts:
         lines = [found["retrieval", kind, index, row.label] for index in range(count)]
         dense = [found["retrieval", kind, index, DENSE] for index in range(count)]
         hits = [hit for line in lines for hit in line.hits]
