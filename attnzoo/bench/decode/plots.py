@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.bench.decode.record import DecodeRecord, KindResult
-from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, to_svg
+from attnzoo.bench.plots import INK, MARKERS, new_figure, to_svg
 
 DEPTHS = 5  # columns of a heat map
-MORE_COLOURS = ("#E6550D", "#31A354", "#756BB1", "#843C39", "#17BECF", "#BCBD22")
+PALETTE = (
+    *("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE"),
+    *("#D62728", "#7CB342", "#8C564B", "#00B8A9"),
+)
+SIDE_BY_SIDE = 0.006  # of the dense cache: how far points of one budget are moved apart
 
 
 def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
@@ -17,18 +21,17 @@ def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
     plots = []
     for budget in _budgets(records):
         chosen = [r for r in records if not r.is_baseline and r.options.get("budget") == budget]
-        figure, axes = new_figure()
+        figure, axes = new_figure(right=0.7)
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
         for record in chosen:
             points = record.nll.curve
             step = record.nll.tokens / len(points)
             places = [(index + 0.5) * step for index in range(len(points))]
             colour, _ = _look(records, record)
-            style = "--" if chosen.index(record) >= len(_palette()) else "-"
-            axes.plot(places, points, style, color=colour, label=record.label, lw=1.5)
+            axes.plot(places, points, color=colour, label=record.label, lw=1.5)
         axes.set_xlabel("position in the window, tokens")
         axes.set_ylabel("NLL above dense, nats a token")
-        add_legend(axes)
+        _legend(axes)
         what = "" if budget is None else f", budget {budget:,}"
         plots.append((f"NLL above dense along the window{what}", to_svg(figure, f"position{budget}")))
     return plots
@@ -70,36 +73,38 @@ def depth_shares(result: KindResult) -> list[float | None]:
 
 def trade_plot(records: Sequence[DecodeRecord]) -> str:
     """NLL above dense against cache bytes, with intervals."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(right=0.66, height=5.2)
     axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
     for record in records:
         interval, ratio = record.nll.difference, record.nll.cache_ratio
         if interval is None or ratio is None:
             continue
         colour, marker = _look(records, record)
-        axes.plot([ratio.held] * 2, [interval.low, interval.high], color=colour, lw=2)
-        axes.plot([ratio.held], [interval.mean], marker, color=colour, ms=6, label=record.label)
-    axes.set_xlabel("cache bytes held, part of dense (left is smaller)")
+        x = ratio.held + _aside(records, record)
+        axes.plot([x] * 2, [interval.low, interval.high], color=colour, lw=2)
+        axes.plot([x], [interval.mean], marker, color=colour, ms=6, label=record.label)
+    axes.set_xlabel("cache held, part of dense; like sizes side by side")
     axes.set_ylabel("NLL above dense, nats a token")
-    add_legend(axes)
+    _legend(axes)
     return to_svg(figure, "trade")
 
 
 def recall_trade_plot(records: Sequence[DecodeRecord], index: int) -> str:
     """Recall of one kind of prompt against cache bytes, with Wilson intervals."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(right=0.66, height=5.2)
     dense = records[0].retrieval[index]
     axes.axhline(dense.recall, color=INK, lw=0.8, alpha=0.5)
     for record in records:
         result = record.retrieval[index]
         ratio = result.cache.held / dense.cache.held if dense.cache.held else 1.0
         colour, marker = _look(records, record)
+        ratio += _aside(records, record)
         axes.plot([ratio] * 2, [result.low, result.high], color=colour, lw=2)
         axes.plot([ratio], [result.recall], marker, color=colour, ms=6, label=record.label)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("cache bytes held, part of dense (left is smaller)")
+    axes.set_xlabel("cache held, part of dense; like sizes side by side")
     axes.set_ylabel("numbers found, part of those asked for")
-    add_legend(axes)
+    _legend(axes)
     return to_svg(figure, f"recall{index}")
 
 
@@ -107,15 +112,22 @@ def _budgets(records: Sequence[DecodeRecord]) -> list[Any]:
     return list(dict.fromkeys(record.options.get("budget") for record in records if not record.is_baseline))
 
 
-def _palette() -> tuple[str, ...]:
-    return (*COLOURS, *MORE_COLOURS)
+def _legend(axes: Any) -> None:
+    """Put the key at the right side, outside of the axes."""
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _aside(records: Sequence[DecodeRecord], record: DecodeRecord) -> float:
+    """How far a point is moved so that those of one budget stand side by side."""
+    same = [r.label for r in records if r.options.get("budget") == record.options.get("budget")]
+    return (same.index(record.label) - (len(same) - 1) / 2) * SIDE_BY_SIDE
 
 
 def _look(records: Sequence[DecodeRecord], record: DecodeRecord) -> tuple[str, str]:
     """One colour a method, whatever its budget; one marker a budget."""
     methods = list(dict.fromkeys(_method(r) for r in records))
     budgets = [None, *_budgets(records)]
-    colour = _palette()[methods.index(_method(record)) % len(_palette())]
+    colour = PALETTE[methods.index(_method(record)) % len(PALETTE)]
     return colour, MARKERS[budgets.index(record.options.get("budget")) % len(MARKERS)]
 
 

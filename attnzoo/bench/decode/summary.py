@@ -24,7 +24,7 @@ from attnzoo.tasks.classify import wilson_interval
 from attnzoo.tasks.paired import mcnemar, paired_difference
 from attnzoo.tasks.text import Text
 
-CURVE_POINTS = 40
+CURVE_POINTS = 20
 
 
 def summarise(
