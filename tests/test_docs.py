@@ -9,6 +9,7 @@ import pytest
 
 from attnzoo.__main__ import capability_table, main
 from attnzoo.bench.config import load_config
+from attnzoo.bench.decode.config import load_config as load_decode_config
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.registry import _table, unregister_attention
@@ -69,11 +70,15 @@ def test_shell_commands_are_real(page):
         if command[0] == "make":
             subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
-            assert command[:2] == ["python", "eval/bench.py"], line
+            if command[:2] == ["accelerate", "launch"]:
+                command = ["python", *command[command.index("eval/decode.py") :]]
+            load = {"eval/bench.py": load_config, "eval/decode.py": load_decode_config}
+            assert command[0] == "python", line
+            assert command[1] in load, line
             if command[2] == "--report":
                 assert (ROOT / command[3]).is_file(), line
             else:
-                load_config(ROOT / command[2], command[3:])
+                load[command[1]](ROOT / command[2], command[3:])
 
 
 def test_the_readmes_table_is_that_of_the_committed_record():

@@ -498,7 +498,7 @@ def test_assisted_decoding_and_cropping_are_refused():
     model = bounded("keydiff", budget=16, block_size=8)
     ids = token_ids(1, 20).repeat(1, 2)
     with pytest.raises(UnsupportedError, match=r"cannot be cropped.*Assisted"):
-        model.generate(ids, max_new_tokens=20, prompt_lookup_num_tokens=4, do_sample=False, eos_token_id=None)
+        model.generate(ids, max_new_tokens=20, prompt_lookup_num_tokens=4, do_sample=False)
     with torch.no_grad():
         cache = model(ids).past_key_values
     with pytest.raises(UnsupportedError, match="cannot be cropped"):
@@ -518,7 +518,7 @@ def test_batch_operations():
         torch.testing.assert_close(model(ids[[2, 0], 27:], past_key_values=some).logits, expected[[2, 0]])
         more = cache.copy()
         more.batch_repeat_interleave(2)
-        assert more.batch_size == 6
+        assert [layer.batch_size for layer in more.layers] == [6, 6]
         wide = ids.repeat_interleave(2, 0)
         torch.testing.assert_close(model(wide[:, 27:], past_key_values=more).logits, expected.repeat_interleave(2, 0))
         cache.reset()
