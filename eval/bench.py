@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attnzoo.errors import AttnZooError
 
-PIPED_WIDTH = 132  # columns of the table where there is no terminal to ask
+PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

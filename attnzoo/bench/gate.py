@@ -113,6 +113,7 @@ def refuse(gate: Gate, problem: str | None) -> Gate:
 
 
 def _tensor(output: Any) -> Tensor:
+    output = getattr(output, "logits", output)  # a language model's output
     first = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(first, Tensor):
         raise TypeError(f"expected a tensor, got {type(first).__name__}")

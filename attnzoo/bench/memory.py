@@ -57,13 +57,22 @@ def keep_buffers() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
 
 
-def peak_memory(runs: Sequence[Run], device: torch.device) -> list[Peak]:
+def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False) -> list[Peak]:
     """Measure one call of each of `runs`, after one of each that is not measured: a first call builds for later ones.
 
     On the CPU each is called three times; all resident sets come before the first look at the allocator, since that
     leaves holes in the heap.
+
+    Parameters
+    ----------
+    runs
+        What to measure.
+    device
+        Where they work.
+    warm
+        Whether each was called before, so that the first call of all can be spared.
     """
-    for run in runs:
+    for run in () if warm else runs:
         run()
     if device.type == "cuda":
         return [_cuda_peak(run, device) for run in runs]

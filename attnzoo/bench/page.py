@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from attnzoo.bench import plots
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Gate, Record
-from attnzoo.bench.summary import Summary, Verdict, summarise
+from attnzoo.bench.record import Cost, Gate, Perplexity, Quality, Record
+from attnzoo.bench.summary import Group, Summary, Verdict, summarise
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d7dce1; --paper: #ffffff; --card: #f5f7f9;
@@ -30,6 +30,9 @@ th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.text { text-align: left; }
 td.text { white-space: normal; }
 td small { color: var(--soft); font-size: .85em; }
+tr.group td { padding-top: 22px; font-weight: 600; }
+tr.group span { position: sticky; left: 8px; }
+tr.group small { font-weight: 400; }
 tr.base td { background: var(--card); }
 .better { color: var(--better); font-weight: 600; }
 .worse { color: var(--worse); font-weight: 600; }
@@ -43,17 +46,25 @@ code { background: var(--card); padding: 1px 4px; }
 @media (max-width: 600px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; } }
 """
 
-COST_HEAD = (
+HEAD = (
     "attention",
-    "ms a forward<br><small>p50 (p20-p80)</small>",
+    "ms<br><small>p50 (p20-p80)</small>",
     "speed-up<br><small>p50 (p20-p80)</small>",
-    "images/s",
+    "items/s",
     "FLOPs",
     "peak memory",
+    "cache held<br><small>(allocated)</small>",
     "parameters",
-    "top-1 %<br><small>95% interval</small>",
-    "kept",
+    "quality<br><small>95% interval</small>",
+    "quality kept<br><small>95% interval</small>",
 )
+TRAINED = ("top-1 % (95% Wilson)", "kept (95%)", "right", "last epoch's loss", "training, s")
+SCORED = ("perplexity", "kept (95%)", "NLL, nats a token", "above dense (95%)", "windows of tokens")
+A_CALL = {
+    "forward": "ms a forward, images a second",
+    "prefill": "ms a prompt, tokens a second",
+    "decode": "ms a token, tokens a second",
+}
 
 
 def html_page(records: Iterable[Record], config: str | None = None) -> str:
@@ -71,10 +82,10 @@ def html_page(records: Iterable[Record], config: str | None = None) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         _what_was_run(summary),
-        *(_cost_table(summary, tokens, rows) for tokens, rows in summary.cost.items()),
+        _table(summary),
         _how_to_read(),
         _all_plots(summary),
-        _quality_table(summary),
+        _quality_tables(summary),
         _gates(summary),
         "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
     ]
@@ -89,17 +100,17 @@ def html_page(records: Iterable[Record], config: str | None = None) -> str:
 
 def _what_was_run(summary: Summary) -> str:
     one = summary.any
-    row = next((r for rows in summary.cost.values() for r in rows if r.shapes is not None), None)
-    batches = ", ".join(
-        f"{rows[0].shapes.batch} at {tokens:,} tokens" for tokens, rows in summary.cost.items() if rows[0].shapes
-    )
-    facts = {"Host": f"{one.host}, {one.dtype}"}
-    if row is not None and row.shapes is not None:
-        s = row.shapes
-        facts["Shapes"] = (
-            f"{s.depth} attention layers, width {s.dim}, {s.heads} heads, {s.prefix} prefix tokens; images a forward: "
-            f"{batches}"
-        )
+    facts = {}
+    for part in summary.parts:
+        groups = summary.of(part)
+        shapes = next((row.shapes for group in groups for row in group.rows if row.shapes is not None), None)
+        row = groups[0].rows[0]
+        told = f"{row.host}, {row.dtype}"
+        if shapes is not None:
+            prefix = f", {shapes.prefix} prefix tokens" if shapes.prefix else ""
+            told += f"; {shapes.depth} attention layers, width {shapes.dim}, {shapes.heads} heads{prefix}"
+            told += f"; batch {_batches(groups)}"
+        facts["Vision" if part == "vision" else "Language"] = told
     facts |= {
         "Machine": words.machine(summary),
         "Versions": "; ".join(words.versions(summary)),
@@ -114,33 +125,56 @@ def _what_was_run(summary: Summary) -> str:
     return f"<dl>{cells}</dl>{warning}"
 
 
-def _cost_table(summary: Summary, tokens: int, rows: list[Record]) -> str:
-    dense = next((row.quality for row in rows if row.is_baseline), None)
-    still = words.noise(rows)
-    head = "".join(f"<th>{name}</th>" for name in COST_HEAD)
+def _batches(groups: Sequence[Group]) -> str:
+    """Batch sizes: one for all, or one for each token count."""
+    found = {g.tokens: row.shapes.batch for g in groups for row in g.rows if row.shapes is not None}
+    if len(set(found.values())) == 1:
+        return str(next(iter(found.values())))
+    return ", ".join(f"{batch} at {tokens:,} tokens" for tokens, batch in found.items())
+
+
+def _table(summary: Summary) -> str:
+    """All rows of cost, in groups that were measured alike."""
+    if not summary.groups:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in HEAD)
     body = ""
-    for row in rows:
-        opening = '<tr class="base">' if row.is_baseline else "<tr>"
-        body += f"{opening}<td>{escape(row.label)}</td>"
-        if row.cost is None:
-            what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
-            body += f'<td class="text" colspan="{len(COST_HEAD) - 1}">{what}</td></tr>\n'
-            continue
-        side, ratios, peak = row.cost.candidate, row.cost.ratios, words.activation_ratio(row)
-        held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
-        cells = [
-            _cell(words.milliseconds(side.latency_ms)),
-            _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
-            _cell(f"{side.throughput:,.1f}"),
-            _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
-            _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
-            _cell(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters), f"{side.parameters:,}"),
-            _cell(words.accuracy(row.quality), words.quality_verdict(row.quality, dense)),
-            _cell(words.ratio(row.quality.ratio if row.quality is not None else None)),
-        ]
-        body += "".join(cells) + "</tr>\n"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h2>{tokens:,} tokens</h2><div class="wide">{table}</div>'
+    for group in summary.groups:
+        title = f"{escape(group.host)}: {group.title} <small>({A_CALL[group.phase]})</small>"
+        body += f'<tr class="group"><td class="text" colspan="{len(HEAD)}"><span>{title}</span></td></tr>\n'
+        body += "".join(_row(group, row) for row in group.rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _row(group: Group, row: Record) -> str:
+    opening = '<tr class="base">' if row.is_baseline else "<tr>"
+    opening += f"<td>{escape(row.label)}</td>"
+    if row.cost is None:
+        what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
+        return f'{opening}<td class="text" colspan="{len(HEAD) - 1}">{what}</td></tr>\n'
+    side, ratios, peak = row.cost.candidate, row.cost.ratios, words.activation_ratio(row)
+    held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
+    kept = words.quality_verdict(row.quality, next((r.quality for r in group.rows if r.is_baseline), None))
+    cells = [
+        _cell(words.milliseconds(side.latency_ms)),
+        _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
+        _cell(f"{side.throughput:,.1f}"),
+        _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
+        _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
+        _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
+        _cell(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters), f"{side.parameters:,}"),
+        _cell(words.absolute(row.quality), kept),
+        _cell(words.kept(row.quality), kept),
+    ]
+    return opening + "".join(cells) + "</tr>\n"
+
+
+def _cache_small(cost: Cost) -> str:
+    memory = cost.candidate.memory
+    if memory.cache_held_bytes is None:
+        return ""
+    held, allocated = words.megabytes(memory.cache_held_bytes), words.megabytes(memory.cache_allocated_bytes)
+    return f"{held} ({words.ratio(cost.ratios.cache_allocated)}, {allocated})"
 
 
 def _cell(text: str, verdict: Verdict = "same", small: str = "") -> str:
@@ -150,12 +184,14 @@ def _cell(text: str, verdict: Verdict = "same", small: str = "") -> str:
 
 def _how_to_read() -> str:
     return (
-        '<p class="soft">Ratios are to the host\'s own dense attention, measured in the same process. Speed-up is '
+        '<p class="soft">Ratios are to the same host\'s own dense attention, measured in the same process. Speed-up is '
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
-        "(of activations, one forward) and parameters (of the model) below 1x is less. "
+        "(of activations and of the cache, in one call), cache and parameters (of the model) below 1x is less. Quality "
+        "kept is accuracy over dense accuracy, or dense perplexity over perplexity: above 1x is better than dense. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
         "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, "
-        "for accuracies only where the intervals do not meet (they hold the spread of images, not that of seeds). "
+        "for quality only where its interval leaves 1x out (it is that of images or of windows of text, not that "
+        "of seeds). "
         "The dense row is dense against a second copy of itself, so its spread is the noise of the machine. "
         "Milliseconds of two rows were not taken in turn: compare speed-ups. FLOPs are those of matrix products, "
         "convolutions and attention; element by element work is not counted.</p>"
@@ -164,45 +200,77 @@ def _how_to_read() -> str:
 
 def _all_plots(summary: Summary) -> str:
     drawn = []
-    if summary.cost:
+    if summary.groups:
         drawn = [
-            ("Latency against token count", plots.latency_plot(summary)),
+            ("Quality kept against speed-up; bars from p20 to p80, and 95%", plots.speed_trade_plot(summary)),
+            ("Quality kept against memory; bars are 95%", plots.memory_trade_plot(summary)),
+        ]
+    if summary.cost:
+        drawn += [
+            ("Latency of a forward against token count", plots.latency_plot(summary)),
             ("Peak memory of activations against token count", plots.memory_plot(summary)),
-            ("Accuracy kept against speed-up; bars from p20 to p80", plots.trade_plot(summary)),
         ]
     drawn.append(("Training loss, first seed", plots.training_plot(summary)))
     figures = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in drawn if svg)
     return f'<h2>Plots</h2><div class="plots">{figures}</div>' if figures else ""
 
 
-def _quality_table(summary: Summary) -> str:
+def _quality_tables(summary: Summary) -> str:
     if not summary.quality:
-        note = next((row.quality_note for rows in summary.cost.values() for row in rows), "")
+        note = next((row.quality_note for group in summary.groups for row in group.rows), "")
         return f"<h2>Quality</h2><p>None measured: {escape(note)}.</p>"
-    note = next((row.quality.note for row in summary.quality if row.quality is not None), "")
-    body = ""
-    for row in summary.quality:
-        body += f"<tr><td>{escape(row.label)}</td>"
-        if row.quality is None:
-            what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
-            body += f'<td class="text" colspan="4">{what}</td></tr>\n'
+    found = ""
+    for part, columns, cells in (("vision", TRAINED, _trained_cells), ("language", SCORED, _scored_cells)):
+        rows = [row for row in summary.quality if row.part == part]
+        if not rows:
             continue
-        q = row.quality
-        losses = ", ".join(f"{t.final_loss:.3f}" for t in q.trainings)
-        seconds = ", ".join(f"{t.seconds:.0f}" for t in q.trainings)
-        body += _cell(words.accuracy(q)) + _cell(f"{sum(t.correct for t in q.trainings)} of {q.images}")
-        body += _cell(losses) + _cell(seconds) + "</tr>\n"
-    head = "<th>attention</th><th>top-1 % (95% Wilson)</th><th>right</th><th>last epoch's loss</th><th>training, s</th>"
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<h2>Quality</h2><p>{escape(note)}</p><div class="wide">{table}</div>'
+        note = next((row.quality.note for row in rows if row.quality is not None), "")
+        body = ""
+        for row in rows:
+            body += f"<tr><td>{escape(row.label)}</td>"
+            if row.quality is None:
+                what = f'<span class="worse">{row.status}</span>: {escape(words.one_line(row.message))}'
+                body += f'<td class="text" colspan="{len(columns)}">{what}</td></tr>\n'
+                continue
+            body += "".join(_cell(text) for text in cells(row.quality)) + "</tr>\n"
+        head = "".join(f"<th>{name}</th>" for name in ("attention", *columns))
+        found += f'<p>{escape(note)}{_canary(rows)}</p><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        found += f"<tbody>{body}</tbody></table></div>"
+    return f"<h2>Quality</h2>{found}"
+
+
+def _trained_cells(q: Quality | Perplexity) -> list[str]:
+    if not isinstance(q, Quality):
+        return []
+    right = f"{sum(t.correct for t in q.trainings)} of {q.images}"
+    losses = ", ".join(f"{t.final_loss:.3f}" for t in q.trainings)
+    return [words.absolute(q), words.kept(q), right, losses, ", ".join(f"{t.seconds:.0f}" for t in q.trainings)]
+
+
+def _scored_cells(q: Quality | Perplexity) -> list[str]:
+    if not isinstance(q, Perplexity):
+        return []
+    d = q.difference
+    difference = "-" if d is None else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+    return [f"{q.perplexity:.2f}", words.kept(q), f"{q.nll:.3f}", difference, f"{len(q.window_nll)} of {q.tokens:,}"]
+
+
+def _canary(rows: Iterable[Record]) -> str:
+    canary = next((r.quality.canary for r in rows if isinstance(r.quality, Perplexity) and r.quality.canary), None)
+    if canary is None:
+        return ""
+    told = f"{canary.label} is {canary.above_dense:+.2f} nats a token from dense, must be {canary.at_least:+g} or more"
+    return f". Canary: {escape(told)}."
 
 
 def _gates(summary: Summary) -> str:
     body = ""
-    for tokens, rows in summary.cost.items():
-        for row in rows:
+    for group in summary.groups:
+        if group.phase == "decode":
+            continue  # the gate of the prefill
+        for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            body += f"<tr><td>{escape(row.label)}</td><td>{tokens:,}</td>{_gate_cells(row.gate)}"
+            body += f"<tr><td>{escape(row.label)}</td><td>{group.tokens:,}</td>{_gate_cells(row.gate)}"
             body += f'<td class="text">{escape(ran)}</td></tr>\n'
     if not body:
         return ""
@@ -222,4 +290,6 @@ def _gate_cells(gate: Gate | None) -> str:
     allowed = "-" if gate.scale is None else f"{gate.tolerance * gate.scale:.1e}"
     passed = "yes" if gate.passed else '<span class="worse">no</span>'
     detail = f" ({gate.detail})" if gate.detail else ""
+    if gate.cache_limit is not None:
+        detail += f"; its cache held at most {gate.cache_most} entries a head, {gate.cache_limit} allowed"
     return f'<td>{passed}</td>{_cell(error)}{_cell(allowed)}<td class="text">{escape(gate.oracle + detail)}</td>'

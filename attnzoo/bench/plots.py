@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from attnzoo.bench.record import Record
-from attnzoo.bench.summary import Summary, spread
+from attnzoo.bench.record import Quality, Record
+from attnzoo.bench.summary import Group, Summary, activation_ratio, spread
 from attnzoo.extras import require
 
 INK = "#010203"  # stands for the page's text colour, which is put in afterwards
 COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
+SHAPES = {"forward": "o", "prefill": "^", "decode": "v"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -34,56 +36,131 @@ def memory_plot(summary: Summary) -> str:
     return _against_tokens(summary, peak, "peak activation memory, MB")
 
 
-def trade_plot(summary: Summary) -> str:
-    """Accuracy kept against speed-up at the largest token count, every point labelled at the side."""
-    tokens = max(summary.cost)
-    points = [
-        (row.label, row.cost.ratios.speedup, row.quality.ratio)
-        for row in summary.cost[tokens]
-        if row.cost is not None and row.quality is not None and row.quality.ratio is not None
-    ]
-    if not points:
+@dataclass(frozen=True)
+class Spot:
+    """One marker: where it stands, its shape, and the ends of its horizontal bar."""
+
+    x: float
+    marker: str
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What one attention trades: the quality kept, and the spots of what it costs, all at that height."""
+
+    label: str
+    colour: str
+    kept: float
+    low: float
+    high: float
+    spots: tuple[Spot, ...]
+
+
+def speed_trade_plot(summary: Summary) -> str:
+    """Quality kept against speed-up: vision models at the largest token count, language models in both phases."""
+    tokens = max((group.tokens for group in summary.of("vision")), default=0)
+
+    def spot(group: Group, row: Record) -> Spot | None:
+        if row.cost is None or (group.part == "vision" and group.tokens != tokens):
+            return None
+        q = row.cost.ratios.speedup
+        return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
+
+    forward = f"mixers and cores: forward, {tokens:,} tokens"
+    names = {"forward": forward, "prefill": "policies: prefill", "decode": "policies: decode"}
+    shapes = {SHAPES[group.phase]: names[group.phase] for group in summary.groups}
+    return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
+
+
+def memory_trade_plot(summary: Summary) -> str:
+    """Quality kept against memory: peak activations of vision models, bytes that the cache of language models holds."""
+    tokens = max((group.tokens for group in summary.of("vision")), default=0)
+
+    def spot(group: Group, row: Record) -> Spot | None:
+        vision = group.part == "vision"
+        if row.cost is None or group.phase == "prefill" or (vision and group.tokens != tokens):
+            return None
+        x = activation_ratio(row) if vision else row.cost.ratios.cache_held
+        return None if x is None else Spot(x, "o" if vision else "s", x, x)
+
+    names = {
+        "vision": f"mixers and cores: peak activation memory, {tokens:,} tokens",
+        "language": "policies: cache held",
+    }
+    shapes = {"o" if part == "vision" else "s": names[part] for part in summary.parts}
+    return _trade(_trades(summary, spot), "memory, part of dense (left is less)", shapes, "memory-trade")
+
+
+def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> list[Trade]:
+    trades = []
+    for part in summary.parts:
+        for label in summary.labels[part]:
+            quality = summary.quality_of(part, label)
+            rows = [(group, row) for group in summary.of(part) for row in group.rows if row.label == label]
+            spots = tuple(found for group, row in rows if (found := spot(group, row)) is not None)
+            if quality is None or quality.ratio is None or not spots:
+                continue
+            low = quality.ratio if quality.ratio_low is None else quality.ratio_low
+            high = quality.ratio if quality.ratio_high is None else quality.ratio_high
+            trades.append(Trade(label, _look(summary.labels[part], label)[0], quality.ratio, low, high, spots))
+    return trades
+
+
+def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -> str:
+    """Draw trades, every one labelled at the side; `shapes` say what a marker stands for."""
+    if not trades:
         return ""
-    points.sort(key=lambda point: point[1].p50)
-    figure, axes = new_figure(right=0.66)
-    ys = [kept for _, _, kept in points]
-    low, high = min(*ys, 0.95), max(*ys, 1.02)
-    room = (high - low) * 0.12
+    trades = sorted(trades, key=lambda trade: max(spot.x for spot in trade.spots))
+    height = max(4.6, 1.5 + 0.27 * len(trades))
+    figure, axes = new_figure(right=0.72, height=height)
+    bottom = (0.62 + 0.2 * len(shapes)) / height
+    figure.subplots_adjust(bottom=bottom)
+    low, high = min(*(t.low for t in trades), 0.95), max(*(t.high for t in trades), 1.02)
+    room = (high - low) * 0.06
     axes.set_ylim(low - room, high + room)
     axes.set_xscale("log")
     axes.axvline(1, color=INK, lw=0.8, alpha=0.4)
     axes.axhline(1, color=INK, lw=0.8, alpha=0.4)
-    gap = (high - low + 2 * room) * 0.075
-    for (label, speedup, kept), label_y in zip(points, spread(ys, gap), strict=True):
-        colour, marker = _look(summary, label)
-        axes.plot([speedup.p20, speedup.p80], [kept, kept], color=colour, lw=2)
-        axes.plot([speedup.p50], [kept], marker, color=colour, ms=8)
+    gap = (high - low + 2 * room) * 0.21 / (height * (0.97 - bottom))
+    for trade, label_y in zip(trades, spread([t.kept for t in trades], gap), strict=True):
+        xs = [spot.x for spot in trade.spots]
+        axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.colour, lw=0.8, alpha=0.8)
+        for spot in trade.spots:
+            axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.colour, lw=2)
+            axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.colour, lw=1, alpha=0.6)
+            axes.plot([spot.x], [trade.kept], spot.marker, color=trade.colour, ms=7)
         axes.annotate(
-            label,
-            (speedup.p50, kept),
+            trade.label,
+            (max(xs), trade.kept),
             xytext=(1.05, label_y),
             textcoords=axes.get_yaxis_transform(),
             va="center",
             color=INK,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "alpha": 0.8},
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": trade.colour, "lw": 0.8, "alpha": 0.6},
             annotation_clip=False,
         )
-    _plain_ticks(axes.xaxis, [s for _, q, _ in points for s in (q.p20, q.p80)] + [1.0])
-    axes.set_xlabel(f"speed-up over dense at {tokens:,} tokens (right is faster)")
-    axes.set_ylabel("accuracy, part of dense")
-    return to_svg(figure, "trade")
+    _plain_ticks(axes.xaxis, [x for t in trades for spot in t.spots for x in (spot.low, spot.high)] + [0.9, 1.0])
+    axes.set_xlabel(title)
+    axes.set_ylabel("quality kept, part of dense")
+    for marker, name in shapes.items():
+        axes.plot([], [], marker, color=INK, label=name, ms=6)
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.0), frameon=False, labelcolor=INK, fontsize=9)
+    return to_svg(figure, salt)
 
 
 def training_plot(summary: Summary) -> str:
     """Mean training loss after each epoch, of the first seed."""
-    rows = [row for row in summary.quality if row.quality is not None]
-    if not rows:
+    trained = [(row.label, row.quality) for row in summary.quality if isinstance(row.quality, Quality)]
+    if not trained:
         return ""
     figure, axes = new_figure()
-    for row in rows:
-        losses = row.quality.trainings[0].epoch_losses if row.quality is not None else ()
-        colour, _ = _look(summary, row.label)
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, label=row.label, lw=1.8)
+    for label, quality in trained:
+        losses = quality.trainings[0].epoch_losses
+        colour, _ = _look(summary.labels["vision"], label)
+        axes.plot(range(1, len(losses) + 1), losses, color=colour, label=label, lw=1.8)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     add_legend(axes)
@@ -93,11 +170,11 @@ def training_plot(summary: Summary) -> str:
 def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
     figure, axes = new_figure()
     drawn: list[float] = []
-    for label in summary.labels:
+    for label in summary.labels["vision"]:
         rows = ((tokens, summary.row(label, tokens)) for tokens in summary.cost)
         points = [(tokens, y) for tokens, row in rows if row is not None and (y := value(row)) is not None]
         if points:
-            colour, marker = _look(summary, label)
+            colour, marker = _look(summary.labels["vision"], label)
             drawn += [y for _, y in points]
             axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, lw=1.8, ms=6)
     if not drawn:
@@ -113,8 +190,8 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     return to_svg(figure, title.split()[0])
 
 
-def _look(summary: Summary, label: str) -> tuple[str, str]:
-    index = summary.labels.index(label)
+def _look(labels: Sequence[str], label: str) -> tuple[str, str]:
+    index = labels.index(label)
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 

@@ -12,10 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from attnzoo.bench.lines import FolderLock, append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added the language model; all that it added has a default, so lines of version 1 are read
 RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
+Part = Literal["vision", "language"]
+Phase = Literal["forward", "prefill", "decode"]
+Key = tuple[str, str, str, str, int]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
 Count = Annotated[int, Field(ge=0)]
@@ -42,7 +45,8 @@ class Gate(Entry):
 
     `max_abs_error` is the largest difference from the oracle in the worst tensor, `at`; `scale` is the largest
     magnitude of the oracle in that tensor; the gate passes where ``max_abs_error <= tolerance * scale`` everywhere.
-    An error that is not finite is null and never passes.
+    An error that is not finite is null and never passes. `cache_limit` and `cache_most` are of an eviction policy: the
+    entries a key/value head that any layer may hold, and the most that one held after the prompt or any step.
     """
 
     oracle: str
@@ -52,10 +56,12 @@ class Gate(Entry):
     tolerance: NonNegative
     at: str
     detail: str = ""
+    cache_limit: Count | None = None
+    cache_most: Count | None = None
 
 
 class Shapes(Entry):
-    """Shapes of the measurement: `tokens` without, `prefix` the class and register tokens."""
+    """Shapes of the measurement: `tokens` without, `prefix` the class and register tokens; of a prompt, all tokens."""
 
     batch: Count
     tokens: Count
@@ -66,7 +72,10 @@ class Shapes(Entry):
 
 
 class Memory(Entry):
-    """Memory of one model in bytes; a figure that was not measured is null and `note` says why."""
+    """Memory of one model in bytes; a figure that was not measured is null and `note` says why.
+
+    The bytes of a cache are those after a prompt, or the largest of all steps after it; the peak holds them too.
+    """
 
     parameter_bytes: Count
     activation_peak_bytes: Count | None
@@ -78,7 +87,10 @@ class Memory(Entry):
 
 
 class Side(Entry):
-    """What one model costs: latency in milliseconds a forward, throughput in images a second."""
+    """What one model costs.
+
+    Latency is in milliseconds a forward, a prompt or a token; throughput in images, prompt or new tokens a second.
+    """
 
     latency_ms: Quantiles
     throughput: NonNegative
@@ -101,6 +113,8 @@ class Ratios(Entry):
     attention_parameters: NonNegative | None
     activation_peak: NonNegative | None
     allocator_peak: NonNegative | None
+    cache_held: NonNegative | None = None
+    cache_allocated: NonNegative | None = None
 
 
 class Cost(Entry):
@@ -126,7 +140,8 @@ class Training(Entry):
 class Quality(Entry):
     """Top-1 accuracy on held-out images, all seeds together, with its 95% Wilson interval.
 
-    With several seeds `images` counts each image once a seed. `ratio` is against the dense baseline's accuracy.
+    With several seeds `images` counts each image once a seed. `ratio` is accuracy over the dense baseline's, with its
+    95% interval, which is null for the baseline itself.
     """
 
     accuracy: Annotated[float, Field(ge=0, le=1)]
@@ -134,7 +149,52 @@ class Quality(Entry):
     high: Annotated[float, Field(ge=0, le=1)]
     images: Count
     ratio: NonNegative | None
+    ratio_low: NonNegative | None = None
+    ratio_high: NonNegative | None = None
     trainings: tuple[Training, ...]
+    note: str
+
+
+class Interval(Entry):
+    """A mean of paired differences with its 95% interval over `n` pairs."""
+
+    mean: float
+    low: float
+    high: float
+    n: Count
+
+
+class Canary(Entry):
+    """A check that what is scored depends on the cache: NLL of a tiny cache above dense, in nats a token."""
+
+    label: str
+    above_dense: float
+    at_least: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tiny cache did harm enough."""
+        return self.above_dense >= self.at_least
+
+
+class Perplexity(Entry):
+    """Prose scored through a language model's cache.
+
+    `window_nll` is the mean NLL of each window in nats a token, `nll` their mean, `perplexity` its exponential.
+    `difference` is NLL above dense, window by window. `ratio`, the quality kept, is dense perplexity over this one,
+    with the interval of `difference`; both are null where there is no dense baseline, the interval also for the
+    baseline itself. `canary` is the baseline's alone.
+    """
+
+    perplexity: NonNegative
+    nll: NonNegative
+    tokens: Count
+    window_nll: tuple[NonNegative, ...]
+    difference: Interval | None = None
+    ratio: NonNegative | None
+    ratio_low: NonNegative | None = None
+    ratio_high: NonNegative | None = None
+    canary: Canary | None = None
     note: str
 
 
@@ -156,17 +216,19 @@ class Environment(Entry):
 class Record(Entry):
     """One row: an attention and what was measured of it.
 
-    `kind` is ``cost`` (one a token count) or ``quality`` (one an attention, with `tokens` 0). `scope` and `phase` say
-    what was run; today always the whole model, forward.
+    `part` says of what kind of host. `kind` is ``cost`` or ``quality`` (one an attention, with `tokens` 0). `scope` and
+    `phase` say what was run, always the whole model: one forward of a vision model at each token count, or the prefill
+    of a language model's prompt of `tokens` tokens and the decoding after it.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     benchmark: str
     command: str
+    part: Part = "vision"
     kind: Literal["cost", "quality"]
     scope: Literal["model"] = "model"
-    phase: Literal["forward"] = "forward"
+    phase: Phase = "forward"
     label: str
     attention: str | None
     options: dict[str, Any]
@@ -184,13 +246,13 @@ class Record(Entry):
     baseline_gate: Gate | None
     backends: tuple[str, ...]
     cost: Cost | None
-    quality: Quality | None
+    quality: Quality | Perplexity | None
     quality_note: str
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> Key:
         """What makes two records stand for the same row; the later one counts."""
-        return self.kind, self.label, self.tokens
+        return self.part, self.kind, self.phase, self.label, self.tokens
 
 
 def read_records(path: Path) -> list[Record]:
@@ -236,7 +298,7 @@ class RecordStore:
         self.path = folder / RECORDS_FILE
         self.config_hash = config_hash
         self.fresh = fresh
-        self.records: dict[tuple[str, str, int], Record] = {}
+        self.records: dict[Key, Record] = {}
         self._lock = FolderLock(folder)
 
     def __enter__(self) -> RecordStore:
@@ -256,7 +318,7 @@ class RecordStore:
         append_line(self.path, record)
         self.records[record.key] = record
 
-    def done(self, key: tuple[str, str, int]) -> bool:
+    def done(self, key: Key) -> bool:
         """Whether a row needs no new measurement."""
         return key in self.records and self.records[key].status in FINAL
 

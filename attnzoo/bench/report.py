@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Record
+from attnzoo.bench.record import Part, Perplexity, Quality, Quantiles, Record
 from attnzoo.bench.summary import Summary, Verdict, summarise
 from attnzoo.errors import AttnZooError
 
@@ -19,60 +19,96 @@ STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "same": ""}
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
-    """Print one table a token count."""
+    """Print one table of all rows of cost, in groups that were measured alike, and why rows are missing."""
     summary = summarise(records)
-    for tokens, rows in summary.cost.items():
-        console.print(_terminal_table(summary, tokens, rows))
-    if not summary.cost:
+    if summary.groups:
+        console.print(_terminal_table(summary))
+    for record in (row for group in summary.groups for row in group.rows if row.cost is None):
+        why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
+        console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
+    if not summary.groups:
         for record in summary.quality:
-            console.print(f"{record.label}: {record.status}, top-1 {words.accuracy(record.quality)}", highlight=False)
+            console.print(f"{record.label}: {record.status}, {words.absolute(record.quality)}", highlight=False)
     console.print(f"[dim]{escape(words.machine(summary))}; {escape(words.dates(summary))}[/dim]", highlight=False)
 
 
 def markdown_table(records: Iterable[Record]) -> str:
-    """Give the compact table for a README: an attention a line, a speed-up a token count, memory, size, accuracy."""
+    """Give the compact table for a README: an attention a line, under a line for its host.
+
+    A host's line says what its speed-ups are of: of a vision model at each token count, of a language model in prefill
+    and decoding. Memory, FLOPs and size are those at the largest token count, or of the prefill; the cache is that
+    after the last token.
+    """
     summary = summarise(records)
-    counts = list(summary.cost)
-    largest = counts[-1] if counts else 0
-    head = ["attention", *(f"speed-up at {n:,} tokens" for n in counts)]
-    head += [f"{what} at {largest:,}" for what in ("peak memory", "FLOPs", "parameters")]
-    head += ["top-1 % (95% interval)"]
+    speeds = max((len(summary.of(part)) for part in summary.parts), default=0)
+    caches = ["cache held", "cache allocated"] if "language" in summary.parts else []
+    head = ["attention", *["speed-up"] * speeds, "peak memory", "FLOPs", "parameters", *caches]
+    head += ["quality (95% interval)", "quality kept (95% interval)"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for label in summary.labels:
-        rows = {tokens: summary.row(label, tokens) for tokens in counts}
-        line = [f"`{label}`", *(_speed_cell(rows[tokens]) for tokens in counts)]
-        last = rows.get(largest)
-        cost = last.cost if last is not None else None
-        line += [words.ratio(None if last is None else words.activation_ratio(last))]
-        line += [
-            words.ratio(cost.ratios.flops if cost else None),
-            words.ratio(cost.ratios.parameters if cost else None),
-        ]
-        quality = next((r.quality for r in summary.quality if r.label == label), None)
-        line += [words.accuracy(quality)]
-        lines.append(line)
+    for part in summary.parts:
+        vision, groups = part == "vision", summary.of(part)
+        needs = f"forward at {groups[-1].tokens:,}" if vision else "prefill"
+        title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
+        title += ["" if vision else "after decoding"] * len(caches)
+        lines.append([*title, "top-1 %" if vision else "perplexity", ""])
+        lines += [_markdown_line(summary, part, label, speeds, bool(caches)) for label in summary.labels[part]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _markdown_line(summary: Summary, part: Part, label: str, speeds: int, caches: bool) -> list[str]:
+    groups = summary.of(part)
+    rows = [next((row for row in group.rows if row.label == label), None) for group in groups]
+    needs = rows[0] if part == "language" else rows[-1]
+    held = rows[-1].cost.ratios if rows[-1] is not None and rows[-1].cost is not None else None
+    ratios = needs.cost.ratios if needs is not None and needs.cost is not None else None
+    quality = summary.quality_of(part, label)
+    line = [
+        f"`{label}`",
+        *_padded([_speed_cell(row) for row in rows], speeds),
+        words.ratio(None if needs is None else words.activation_ratio(needs)),
+        words.ratio(ratios.flops if ratios else None),
+        words.ratio(ratios.parameters if ratios else None),
+    ]
+    if caches:
+        line += [words.ratio(held.cache_held if held else None), words.ratio(held.cache_allocated if held else None)]
+    return [*line, words.absolute(quality).removeprefix("ppl "), words.kept(quality)]
+
+
+def _padded(cells: list[str], count: int) -> list[str]:
+    return [*cells, *[""] * (count - len(cells))]
 
 
 def markdown_section(records: Iterable[Record]) -> str:
     """Give the table with what a reader must know to read it, and the command that makes it."""
     records = list(records)
     summary = summarise(records)
-    one = summary.any
-    quality = next((record.quality for record in summary.quality if record.quality is not None), None)
-    shapes = next((row.shapes for rows in summary.cost.values() for row in rows if row.shapes is not None), None)
-    blocks = f", {shapes.depth} blocks of width {shapes.dim}, batch {shapes.batch}" if shapes is not None else ""
     text = [
         markdown_table(records),
         "",
-        f"`{one.host}`{blocks}, {one.dtype}, on {words.machine(summary)}. Ratios are to the host's own dense "
-        "attention, timed in turn in the same process; in brackets the 20th to 80th percentile. Above 1x is faster; "
-        "for memory, FLOPs and parameters, below 1x is less. The `dense` row is dense against a second copy of itself: "
-        "the noise of the machine.",
+        f"On {words.machine(summary)}. Ratios are to the same host's own dense attention, timed in turn in the same "
+        "process; in brackets the 20th to 80th percentile. Above 1x is faster; for memory, cache, FLOPs and "
+        "parameters, below 1x is less; quality kept is above 1x where it is better than dense. A dense row is dense "
+        "against a second copy of itself: the noise of the machine.",
     ]
-    if quality is not None:
-        text += ["", f"Top-1: {quality.note}."]
+    for part in summary.parts:
+        text += ["", f"{_host_words(summary, part)}."]
+        quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
+        if quality is not None:
+            text[-1] += f" {'Top-1' if part == 'vision' else 'Perplexity'}: {quality.note}."
     return "\n".join([*text, "", "Made by", "", "```sh", command(summary), "```"])
+
+
+def _host_words(summary: Summary, part: Part) -> str:
+    group = summary.of(part)[0]
+    s = next((row.shapes for g in summary.of(part) for row in g.rows if row.shapes is not None), None)
+    shapes = f", {s.depth} blocks of width {s.dim}, batch {s.batch}" if s is not None else ""
+    more = ""
+    if part == "language":
+        more = (
+            "; dense is transformers' own attention and cache. Peak memory is of the prefill, with the cache; the "
+            "cache is that after the last new token; quality kept is dense perplexity over this one"
+        )
+    return f"`{group.rows[0].host}`{shapes}, {group.rows[0].dtype}{more}"
 
 
 def command(summary: Summary) -> str:
@@ -110,29 +146,39 @@ def rewrite_readme(path: Path, records: Iterable[Record]) -> None:
     path.write_text(f"{before}\n{markdown_section(records)}\n{after}", encoding="utf-8")
 
 
-def _terminal_table(summary: Summary, tokens: int, rows: list[Record]) -> Table:
-    table = Table(title=f"{tokens:,} tokens", title_justify="left", title_style="bold")
+def _terminal_table(summary: Summary) -> Table:
+    table = Table()
     table.add_column("attention")
-    for name in ("ms, p50 (p20-p80)", "speed-up", "FLOPs", "memory", "params", "top-1 %", "kept"):
+    for name in ("ms, p50 (p20-p80)", "speed-up", "FLOPs", "memory", "cache", "params", "quality", "kept"):
         table.add_column(name, justify="right")
-    dense = next((row.quality for row in rows if row.is_baseline), None)
-    still = words.noise(rows)
-    for row in rows:
-        if row.cost is None:
-            table.add_row(escape(row.label), f"[red]{row.status}[/red]", escape(words.one_line(row.message, 300)))
-            continue
-        ratios, peak = row.cost.ratios, words.activation_ratio(row)
-        table.add_row(
-            escape(row.label),
-            words.milliseconds(row.cost.candidate.latency_ms),
-            _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
-            _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
-            _coloured(words.ratio(peak), words.memory_verdict(row)),
-            _coloured(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters)),
-            _coloured(words.accuracy(row.quality), words.quality_verdict(row.quality, dense)),
-            words.ratio(row.quality.ratio if row.quality is not None else None),
-        )
+    host = ""
+    for group in summary.groups:
+        table.add_section()
+        if group.host != host:
+            table.add_row(f"[bold]{escape(group.host)}[/bold]")
+        host = group.host
+        table.add_row(f"[bold]{group.title}[/bold]")
+        dense = next((row.quality for row in group.rows if row.is_baseline), None)
+        still = words.noise(group.rows)
+        for row in group.rows:
+            table.add_row(escape(row.label), *_terminal_cells(row, dense, still))
     return table
+
+
+def _terminal_cells(row: Record, dense: Quality | Perplexity | None, still: Quantiles | None) -> list[str]:
+    if row.cost is None:
+        return [f"[red]{row.status}[/red]"]
+    ratios, verdict = row.cost.ratios, words.quality_verdict(row.quality, dense)
+    return [
+        words.milliseconds(row.cost.candidate.latency_ms),
+        _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
+        _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
+        _coloured(words.ratio(words.activation_ratio(row)), words.memory_verdict(row)),
+        _coloured(words.cache(row), words.need_verdict(ratios.cache_held)),
+        _coloured(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters)),
+        words.absolute(row.quality).partition(" (")[0],
+        _coloured(words.kept(row.quality), verdict),
+    ]
 
 
 def _coloured(text: str, verdict: Verdict) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,30 +15,40 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from attnzoo import assets
+from attnzoo.bench import language as llm
+from attnzoo.bench import worker
 from attnzoo.bench.child import ChildResult, Nursery, Say
-from attnzoo.bench.config import AttentionConfig, BenchConfig
-from attnzoo.bench.record import CONFIG_FILE, Environment, Quality, Record, RecordStore, Training
+from attnzoo.bench.config import BenchConfig, LanguageConfig
+from attnzoo.bench.jobs import Job, Outcome
+from attnzoo.bench.kept import accuracy_of, against, perplexity_of
+from attnzoo.bench.plan import Row, baseline_label, plan
+from attnzoo.bench.record import (
+    CONFIG_FILE,
+    Environment,
+    Part,
+    Perplexity,
+    Phase,
+    Quality,
+    Record,
+    RecordStore,
+)
 from attnzoo.bench.summary import one_line
 from attnzoo.bench.system import environment
-from attnzoo.bench.worker import Job, Outcome, cost_main, quality_main
-from attnzoo.errors import ConfigError
+from attnzoo.errors import AssetError, AttnZooError, ConfigError
+from attnzoo.extras import require
 from attnzoo.tasks import classify
 
 PRELOAD = ("attnzoo.bench.worker", "timm")
+PRELOAD_LANGUAGE = ("attnzoo.bench.language", "transformers.models.llama.modeling_llama")
 NO_QUALITY = "this config measures no quality"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row to measure: an attention (None: the dense baseline) at a token count, or its trainings (0 tokens)."""
-
-    attention: int | None
-    tokens: int
-
-    @property
-    def kind(self) -> str:
-        """``cost`` or ``quality``."""
-        return "cost" if self.tokens else "quality"
+TARGETS: dict[tuple[str, str], Callable[[str, Say], str]] = {
+    ("vision", "cost"): worker.cost_main,
+    ("vision", "quality"): worker.quality_main,
+    ("language", "cost"): llm.cost_main,
+    ("language", "quality"): llm.quality_main,
+}
 
 
 def run(config: BenchConfig, command: str, console: Console | None = None) -> list[Record]:
@@ -59,30 +69,61 @@ def run(config: BenchConfig, command: str, console: Console | None = None) -> li
         If something that the config asks for is not here, another run is writing into the folder, or the folder holds
         records of another config.
     AssetError
-        If the data set cannot be had.
+        If the data set, the language model or its text cannot be had.
     """
     console = console or Console(stderr=True)
     check(config)
     data = assets.get(config.quality.dataset) if config.quality is not None else Path()
     with RecordStore(config.folder, config.hash, fresh=config.fresh) as store:
         (config.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        runner = _Runner(config, store, data, command)
-        rows = [row for row in plan(config) if not store.done(_key(config, row))]
+        rows = [row for row in plan(config) if not all(map(store.done, row.keys(config)))]
         kept = len(plan(config)) - len(rows)
         if kept:
             console.print(f"{kept} rows of an earlier run are kept, {len(rows)} to measure", highlight=False)
+        prose = Prose()
+        if config.language is not None and any(row.part == "language" for row in rows):
+            prose = read_prose(config.language, config.seed)
+        runner = _Runner(config, store, data, prose, command)
         with _bars(console) as bars:
-            runner.train([row for row in rows if row.kind == "quality"], bars)
+            runner.train([row for row in rows if row.kind == "quality" and row.part == "vision"], bars)
+            runner.score([row for row in rows if row.kind == "quality" and row.part == "language"], bars)
             runner.time([row for row in rows if row.kind == "cost"], bars)
         runner.refresh_quality()
         return list(store.records.values())
 
 
-def plan(config: BenchConfig) -> list[Row]:
-    """All rows in the order in which they are measured: quality first, for rows of cost carry it."""
-    who: list[int | None] = [None, *range(len(config.attentions))]
-    quality = [Row(index, 0) for index in who] if config.quality is not None else []
-    return quality + [Row(index, tokens) for tokens in config.cost.tokens for index in who]
+@dataclass(frozen=True)
+class Prose:
+    """Token ids out of the language model's text: prompts to time and windows to score."""
+
+    prompts: tuple[tuple[int, ...], ...] = ()
+    windows: tuple[tuple[int, ...], ...] = ()
+
+
+def read_prose(language: LanguageConfig, seed: int) -> Prose:
+    """Fetch the model and the text, once for all children, and cut the text.
+
+    Raises
+    ------
+    AssetError
+        If one of them cannot be had.
+    ConfigError
+        If the text is too short, or the model is not made for as many tokens.
+    """
+    from attnzoo.tasks import decode, text
+
+    cost, quality = language.cost, language.quality
+    try:
+        made_for, tokenizer = decode.longest(language.model), decode.load_tokenizer(language.model)
+        prose = text.load_text(language.text)
+    except AssetError as error:
+        raise AssetError(f"{error}\nTo measure without the language model: language=null") from error
+    longest = max(cost.prompt_tokens + cost.new_tokens, quality.tokens)
+    if made_for is not None and longest > made_for:
+        raise ConfigError(f"language: {longest:,} tokens asked for, but {language.model} is made for {made_for:,}")
+    prompts = text.windows(prose, tokenizer, count=cost.batch, tokens=cost.prompt_tokens, seed=seed)
+    scored = text.windows(prose, tokenizer, count=quality.windows, tokens=quality.tokens, seed=seed)
+    return Prose(tuple(window.ids for window in prompts), tuple(window.ids for window in scored))
 
 
 def check(config: BenchConfig) -> None:
@@ -108,6 +149,14 @@ def check(config: BenchConfig) -> None:
             classify.check_model_name(model)
         except ConfigError as error:
             problems.append(f"{key}: {error}")
+    if config.language is not None:
+        from attnzoo.tasks.text import check_text_name
+
+        try:
+            require("transformers", extra="llm")
+            check_text_name(config.language.text)
+        except AttnZooError as error:
+            problems.append(f"language: {error}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         problems.append(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     if problems:
@@ -117,10 +166,10 @@ def check(config: BenchConfig) -> None:
 class _Runner:
     """Measures rows and writes their records."""
 
-    def __init__(self, config: BenchConfig, store: RecordStore, data: Path, command: str) -> None:
-        self.config, self.store, self.data, self.command = config, store, data, command
-        self.cuda = config.device.startswith("cuda")
-        self.nursery = Nursery(PRELOAD, cuda=self.cuda)
+    def __init__(self, config: BenchConfig, store: RecordStore, data: Path, prose: Prose, command: str) -> None:
+        self.config, self.store, self.data, self.prose, self.command = config, store, data, prose, command
+        preload = PRELOAD if config.language is None else (*PRELOAD, *PRELOAD_LANGUAGE)
+        self.nursery = Nursery(preload, cuda=config.device.startswith("cuda"))
         self.environment = environment(config.device, config.threads)
 
     def train(self, rows: Sequence[Row], bars: Progress) -> None:
@@ -129,15 +178,29 @@ class _Runner:
         if quality is None or not rows:
             return
         bar = bars.add_task("train", total=len(rows), stage="")
-        trainings = environment(self.config.device, quality.threads)
-        with ThreadPoolExecutor(quality.workers) as pool:
+        self._side_by_side(rows, quality.workers, quality.threads, quality.timeout_seconds, bars, bar)
+
+    def score(self, rows: Sequence[Row], bars: Progress) -> None:
+        """Score prose through the attentions of `rows`, several at a time."""
+        language = self.config.language
+        if language is None or not rows:
+            return
+        bar = bars.add_task("score", total=len(rows), stage="")
+        quality = language.quality
+        self._side_by_side(rows, quality.workers, quality.threads, quality.timeout_seconds, bars, bar)
+
+    def _side_by_side(
+        self, rows: Sequence[Row], workers: int, threads: int, timeout: float, bars: Progress, bar: TaskID
+    ) -> None:
+        where = environment(self.config.device, threads)
+        with ThreadPoolExecutor(workers) as pool:
             futures: dict[Future[tuple[ChildResult, float]], Row] = {}
             for row in rows:
-                say = _teller(bars, bar, self._label(row))
-                futures[pool.submit(self._child, row, quality.timeout_seconds, say)] = row
+                say = _teller(bars, bar, row.label(self.config))
+                futures[pool.submit(self._child, row, timeout, say)] = row
             for future in as_completed(futures):
                 result, seconds = future.result()
-                self._keep(self._record(futures[future], result, seconds, trainings), bars.console)
+                self._keep(futures[future], _outcome(result), seconds, where, bars.console)
                 bars.advance(bar)
 
     def time(self, rows: Sequence[Row], bars: Progress) -> None:
@@ -145,15 +208,38 @@ class _Runner:
         if not rows:
             return
         bar = bars.add_task("time", total=sum(_weight(row) for row in rows), stage="")
+        language = self.config.language
+        barred = self._barred()
         for row in rows:
-            say = _teller(bars, bar, f"{self._label(row)} at {row.tokens:,} tokens")
-            result, seconds = self._child(row, self.config.cost.timeout_seconds, say)
-            self._keep(self._record(row, result, seconds, self.environment), bars.console)
+            timeout = self.config.cost.timeout_seconds
+            if row.part == "language" and language is not None:
+                timeout = language.cost.timeout_seconds
+                if barred:
+                    self._keep(row, Outcome(status="failed", message=barred), 0.0, self.environment, bars.console)
+                    bars.advance(bar, _weight(row))
+                    continue
+            say = _teller(bars, bar, f"{row.label(self.config)} at {row.tokens:,} tokens")
+            result, seconds = self._child(row, timeout, say)
+            self._keep(row, _outcome(result), seconds, self.environment, bars.console)
             bars.advance(bar, _weight(row))
 
-    def _keep(self, record: Record, console: Console) -> None:
-        """Write a record, and say so where nobody watches the bars or something went wrong."""
-        self.store.append(record)
+    def _barred(self) -> str:
+        """Why no row of the language model counts; empty where they do. Rows that were scored then fail as well."""
+        language = self.config.language
+        dense = self._found("language", baseline_label(self.config, "language")) if language is not None else None
+        if dense is None or (dense.status == "ok" and dense.quality is not None):
+            return ""
+        reason = f"no row of {dense.host} counts, for the quality of {dense.label} is: {dense.status}: {dense.message}"
+        for record in list(self.store.records.values()):
+            if record.part == "language" and record.kind == "quality" and record.status == "ok":
+                update = {"status": "failed", "message": reason, "quality": None, "quality_note": reason}
+                self.store.append(record.model_copy(update=update))
+        return reason
+
+    def _keep(self, row: Row, outcome: Outcome, seconds: float, where: Environment, console: Console) -> None:
+        """Write a row's records, and say so where nobody watches the bars or something went wrong."""
+        for phase in row.phases:
+            self.store.append(record := self._record(row, phase, outcome, seconds, where))
         if not console.is_terminal or record.status != "ok":
             at = f" at {record.tokens:,} tokens" if record.tokens else ""
             why = f": {one_line(record.message)}" if record.message else ""
@@ -163,32 +249,40 @@ class _Runner:
     def refresh_quality(self) -> None:
         """Bring rows up to date whose quality, or whose baseline's quality, came after them."""
         for record in list(self.store.records.values()):
-            quality, note = self._quality_of(record.label)
+            quality, note = self._quality_of(record.part, record.label)
             if (quality, note) != (record.quality, record.quality_note):
                 self.store.append(record.model_copy(update={"quality": quality, "quality_note": note}))
 
     def _child(self, row: Row, timeout: float, say: Say) -> tuple[ChildResult, float]:
-        job = Job(config=self.config, attention=row.attention, tokens=row.tokens, data=str(self.data))
+        language = row.part == "language"
+        job = Job(
+            config=self.config,
+            attention=row.attention,
+            part=row.part,
+            tokens=row.tokens,
+            data="" if language else str(self.data),
+            prompts=self.prose.prompts if language and row.kind == "cost" else (),
+            windows=self.prose.windows if language and row.kind == "quality" else (),
+        )
         say("start")
         start = time.monotonic()
-        target = cost_main if row.kind == "cost" else quality_main
+        target = TARGETS[row.part, row.kind]
         return self.nursery.run(target, job.model_dump_json(), timeout, say), time.monotonic() - start
 
-    def _record(self, row: Row, result: ChildResult, seconds: float, where: Environment) -> Record:
-        config, spec = self.config, self._spec(row)
-        outcome = _outcome(result)
-        label = self._label(row)
+    def _record(self, row: Row, phase: Phase, outcome: Outcome, seconds: float, where: Environment) -> Record:
+        config, spec, label = self.config, row.spec(self.config), row.label(self.config)
         if row.kind == "cost":
-            quality, note = self._quality_of(label)
+            quality, note = self._quality_of(row.part, label)
         else:
-            quality = self._summarise(row, outcome.trainings)
+            quality, outcome = self._summarise(row, outcome)
             note = quality.note if quality is not None else f"{outcome.status}: {outcome.message}"
-        host = config.host if row.kind == "cost" or config.quality is None else config.quality.host
         return Record(
             config_hash=config.hash,
             benchmark=config.name,
             command=self.command,
-            kind="cost" if row.kind == "cost" else "quality",
+            part=row.part,
+            kind=row.kind,
+            phase=phase,
             label=label,
             attention=None if spec is None else spec.name,
             options={} if spec is None else spec.options,
@@ -198,65 +292,56 @@ class _Runner:
             utc=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
             environment=where,
-            host=f"{host.library}:{host.model}",
-            dtype=config.cost.dtype if row.kind == "cost" else "float32",
+            host=_host(config, row),
+            dtype=_dtype(config, row),
             tokens=row.tokens,
             shapes=outcome.shapes,
             gate=outcome.gate,
             baseline_gate=outcome.baseline_gate,
             backends=outcome.backends,
-            cost=outcome.cost,
+            cost=outcome.decode_cost if phase == "decode" else outcome.cost,
             quality=quality,
             quality_note=note,
         )
 
-    def _spec(self, row: Row) -> AttentionConfig | None:
-        return None if row.attention is None else self.config.attentions[row.attention]
+    def _found(self, part: Part, label: str) -> Record | None:
+        return self.store.records.get((part, "quality", "forward", label, 0))
 
-    def _label(self, row: Row) -> str:
-        return _key(self.config, row)[1]
-
-    def _quality_of(self, label: str) -> tuple[Quality | None, str]:
+    def _quality_of(self, part: Part, label: str) -> tuple[Quality | Perplexity | None, str]:
         """Give the quality of an attention, with its ratio to the baseline's, and a note."""
-        if self.config.quality is None:
+        if part == "vision" and self.config.quality is None:
             return None, NO_QUALITY
-        found = self.store.records.get(("quality", label, 0))
+        found = self._found(part, label)
         if found is None:
             return None, "not measured"
         if found.quality is None:
             return None, found.quality_note
-        ratio = self._accuracy_ratio(label, found.quality.accuracy)
-        return found.quality.model_copy(update={"ratio": ratio}), found.quality.note
+        return self._with_ratio(part, label, found.quality), found.quality.note
 
-    def _accuracy_ratio(self, label: str, accuracy: float) -> float | None:
-        if label == self.config.baseline.label:
-            return 1.0
-        dense = self.store.records.get(("quality", self.config.baseline.label, 0))
-        base = dense.quality.accuracy if dense is not None and dense.quality is not None else None
-        return accuracy / base if base else None
+    def _with_ratio(self, part: Part, label: str, quality: Quality | Perplexity) -> Quality | Perplexity:
+        base = baseline_label(self.config, part)
+        if label == base:
+            return quality.model_copy(update={"ratio": 1.0})
+        dense = self._found(part, base)
+        return against(quality, None if dense is None else dense.quality)
 
-    def _summarise(self, row: Row, trainings: Sequence[Training]) -> Quality | None:
-        quality = self.config.quality
-        if quality is None or not trainings:
-            return None
-        correct, images = sum(t.correct for t in trainings), sum(t.images for t in trainings)
-        low, high = classify.wilson_interval(correct, images)
-        tokens = (classify.IMAGE_SIDE[quality.dataset] // quality.host.patch_size) ** 2
-        options = ", ".join(f"{key}={value}" for key, value in quality.host.options.items())
-        seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
-        note = (
-            f"{quality.host.model} ({options}) from scratch on {quality.dataset}, {tokens} tokens, "
-            f"{quality.recipe.epochs} epochs, {seeds}, {trainings[0].images:,} test images"
-        )
-        return Quality(
-            accuracy=correct / images,
-            low=low,
-            high=high,
-            images=images,
-            ratio=self._accuracy_ratio(self._label(row), correct / images),
-            trainings=tuple(trainings),
-            note=note,
-        )
+    def _summarise(self, row: Row, outcome: Outcome) -> tuple[Quality | Perplexity | None, Outcome]:
+        """Give the quality that a child found, and the outcome: failed where the canary lives."""
+        config = self.config
+        found: Quality | Perplexity | None = None
+        if config.quality is not None and outcome.trainings:
+            found = accuracy_of(config.quality, outcome.trainings)
+        elif config.language is not None and outcome.nll:
+            scored = perplexity_of(config.language, outcome.nll, outcome.canary_nll)
+            if scored.canary is not None and not scored.canary.passed:
+                canary = scored.canary
+                message = (
+                    f"the canary ({canary.label}) is {canary.above_dense:.3f} nats a token above dense, must be at "
+                    f"least {canary.at_least:g}: what was scored does not depend on the cache"
+                )
+                return None, outcome.model_copy(update={"status": "failed", "message": message})
+            found = scored
+        return (None if found is None else self._with_ratio(row.part, row.label(config), found)), outcome
 
 
 def _outcome(result: ChildResult) -> Outcome:
@@ -267,13 +352,23 @@ def _outcome(result: ChildResult) -> Outcome:
     return Outcome(status=result.end, message=result.message)
 
 
-def _key(config: BenchConfig, row: Row) -> tuple[str, str, int]:
-    label = config.baseline.label if row.attention is None else config.attentions[row.attention].label
-    return row.kind, label, row.tokens
+def _host(config: BenchConfig, row: Row) -> str:
+    if row.part == "language" and config.language is not None:
+        return config.language.host
+    host = config.host if row.kind == "cost" or config.quality is None else config.quality.host
+    return f"{host.library}:{host.model}"
+
+
+def _dtype(config: BenchConfig, row: Row) -> str:
+    if row.part == "language" and config.language is not None:
+        return config.language.dtype
+    return config.cost.dtype if row.kind == "cost" else "float32"
 
 
 def _weight(row: Row) -> float:
     """Guess how long a row takes, in arbitrary units, for the time left: a fixed part and one of attention."""
+    if row.part == "language":
+        return 10 + row.tokens / 20
     return 3 + row.tokens / 500 + (row.tokens / 1000) ** 2
 
 

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from attnzoo.bench.record import Quality, Quantiles, Record
+from attnzoo.bench.record import Part, Perplexity, Phase, Quality, Quantiles, Record
 from attnzoo.errors import AttnZooError
 
 Verdict = Literal["better", "worse", "same"]
+PARTS: tuple[Part, ...] = get_args(Part)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 SAME = 0.01  # ratios nearer to 1 than this are called the same
 SAME_MEMORY = 0.05
 SAME_MEMORY_BYTES = 256 * 1024  # the kernel counts the resident set of each CPU in batches
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of cost that were measured alike: of one part, phase and token count, the dense baseline first."""
+
+    part: Part
+    phase: Phase
+    tokens: int
+    rows: list[Record]
+
+    @property
+    def host(self) -> str:
+        """The host's name, without its library's."""
+        return self.rows[0].host.partition(":")[2]
+
+    @property
+    def title(self) -> str:
+        """What was timed, in words."""
+        return {
+            "forward": f"forward, {self.tokens:,} tokens",
+            "prefill": f"prefill, {self.tokens:,} tokens",
+            "decode": f"decode, after {self.tokens:,} tokens",
+        }[self.phase]
 
 
 @dataclass(frozen=True)
@@ -21,31 +47,49 @@ class Summary:
 
     Attributes
     ----------
-    cost
-        Rows of cost of each token count, ascending.
+    groups
+        Rows of cost: those of vision models by token count, ascending; then prefill and decoding of a language model.
     quality
-        Rows of quality, one an attention.
+        Rows of quality, one an attention and part.
     labels
-        Attentions, the dense baseline first.
+        Attentions of each part, the dense baseline first.
     """
 
-    cost: dict[int, list[Record]]
+    groups: tuple[Group, ...]
     quality: list[Record]
-    labels: tuple[str, ...]
+    labels: dict[Part, tuple[str, ...]]
 
     @property
     def any(self) -> Record:
         """Some record, for what all have in common."""
-        return next((row for rows in self.cost.values() for row in rows), None) or self.quality[0]
+        return next((row for group in self.groups for row in group.rows), None) or self.quality[0]
 
     @property
     def records(self) -> list[Record]:
         """All records."""
-        return [row for rows in self.cost.values() for row in rows] + self.quality
+        return [row for group in self.groups for row in group.rows] + self.quality
+
+    @property
+    def cost(self) -> dict[int, list[Record]]:
+        """Rows of cost of the vision model, by token count."""
+        return {group.tokens: group.rows for group in self.of("vision")}
+
+    @property
+    def parts(self) -> list[Part]:
+        """Parts that have rows of cost."""
+        return list(dict.fromkeys(group.part for group in self.groups))
+
+    def of(self, part: Part) -> list[Group]:
+        """The groups of a part."""
+        return [group for group in self.groups if group.part == part]
 
     def row(self, label: str, tokens: int) -> Record | None:
-        """The row of cost of an attention at a token count."""
+        """The vision model's row of cost of an attention at a token count."""
         return next((row for row in self.cost.get(tokens, []) if row.label == label), None)
+
+    def quality_of(self, part: Part, label: str) -> Quality | Perplexity | None:
+        """The quality of an attention."""
+        return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
 
 
 def summarise(records: Iterable[Record]) -> Summary:
@@ -62,19 +106,25 @@ def summarise(records: Iterable[Record]) -> Summary:
     hashes = sorted({record.config_hash for record in records})
     if len(hashes) > 1:
         raise AttnZooError(f"records of {len(hashes)} configs in one file: {', '.join(hashes)}")
-    found = dict.fromkeys(record.label for record in sorted(records, key=lambda record: not record.is_baseline))
-    labels = tuple(found)
-    cost: dict[int, list[Record]] = {}
-    for record in sorted(records, key=lambda record: (record.tokens, labels.index(record.label))):
-        if record.kind == "cost":
-            cost.setdefault(record.tokens, []).append(record)
-    quality = sorted((r for r in records if r.kind == "quality"), key=lambda record: labels.index(record.label))
-    return Summary(cost, quality, labels)
+    found = sorted(records, key=lambda record: not record.is_baseline)
+    labels: dict[Part, tuple[str, ...]] = {
+        part: tuple(dict.fromkeys(r.label for r in found if r.part == part)) for part in PARTS
+    }
+
+    def place(record: Record) -> tuple[int, int, int, int]:
+        order = PARTS.index(record.part), record.tokens, PHASES.index(record.phase)
+        return *order, labels[record.part].index(record.label)
+
+    groups: dict[tuple[Part, Phase, int], list[Record]] = {}
+    for record in sorted((r for r in records if r.kind == "cost"), key=place):
+        groups.setdefault((record.part, record.phase, record.tokens), []).append(record)
+    quality = sorted((r for r in records if r.kind == "quality"), key=place)
+    return Summary(tuple(Group(*key, rows) for key, rows in groups.items()), quality, labels)
 
 
 def machine(summary: Summary) -> str:
     """The machines and thread counts of the timings, in words."""
-    rows = [row for rows in summary.cost.values() for row in rows] or summary.quality
+    rows = [row for group in summary.groups for row in group.rows] or summary.quality
     threads = dict.fromkeys((row.environment.device, row.environment.threads) for row in rows)
     return "; ".join(f"{device}, {count} thread{'s' if count != 1 else ''}" for device, count in threads)
 
@@ -85,7 +135,8 @@ def versions(summary: Summary) -> list[str]:
     for record in summary.records:
         e = record.environment
         commit = "outside git" if e.commit is None else e.commit[:12] + (" with uncommitted changes" if e.dirty else "")
-        lines[f"attnzoo {e.attnzoo} ({commit}), torch {e.torch}, timm {e.timm}, Python {e.python}, {e.system}"] = None
+        libraries = f"torch {e.torch}, timm {e.timm}, transformers {e.transformers}, Python {e.python}"
+        lines[f"attnzoo {e.attnzoo} ({commit}), {libraries}, {e.system}"] = None
     return list(lines)
 
 
@@ -116,11 +167,28 @@ def megabytes(value: int | None) -> str:
     return "-" if value is None else f"{_figures(value / 2**20)} MB"
 
 
-def accuracy(quality: Quality | None) -> str:
-    """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``."""
+def absolute(quality: Quality | Perplexity | None) -> str:
+    """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``; or a perplexity: ``ppl 17.2``."""
     if quality is None:
         return "-"
+    if isinstance(quality, Perplexity):
+        return f"ppl {_figures(quality.perplexity)}"
     return f"{quality.accuracy * 100:.1f} ({quality.low * 100:.1f}-{quality.high * 100:.1f})"
+
+
+def kept(quality: Quality | Perplexity | None) -> str:
+    """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``."""
+    if quality is None or quality.ratio_low is None or quality.ratio_high is None:
+        return ratio(None if quality is None else quality.ratio)
+    return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"
+
+
+def cache(record: Record) -> str:
+    """Bytes of the cache against dense, held and allocated: ``0.27x / 0.31x``; a dash where there is no cache."""
+    ratios = None if record.cost is None else record.cost.ratios
+    if ratios is None or ratios.cache_held is None:
+        return "-"
+    return f"{ratio(ratios.cache_held)} / {ratio(ratios.cache_allocated)}"
 
 
 def noise(rows: Iterable[Record]) -> Quantiles | None:
@@ -144,9 +212,14 @@ def need_verdict(value: float | None) -> Verdict:
     return "better" if value < 1 else "worse"
 
 
-def quality_verdict(quality: Quality | None, dense: Quality | None) -> Verdict:
-    """Better or worse only where the two intervals do not meet."""
+def quality_verdict(quality: Quality | Perplexity | None, dense: Quality | Perplexity | None) -> Verdict:
+    """Better or worse only where the ratio's interval leaves 1 out or, where it has none, the two intervals differ."""
     if quality is None or dense is None:
+        return "same"
+    if quality.ratio_low is not None and quality.ratio_high is not None:
+        low, high = quality.ratio_low, quality.ratio_high
+        return "better" if low > 1 else "worse" if high < 1 else "same"
+    if isinstance(quality, Perplexity) or isinstance(dense, Perplexity):
         return "same"
     if quality.low > dense.high:
         return "better"

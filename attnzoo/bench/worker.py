@@ -1,22 +1,33 @@
-"""What a child process does: one row of cost, or the trainings of one attention."""
+"""What a child process does for a vision model: one row of cost, or the trainings of one attention."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.bench import gate as gates
 from attnzoo.bench.config import AttentionConfig, BenchConfig
+from attnzoo.bench.jobs import (
+    Job,
+    OracleError,
+    Outcome,
+    Say,
+    attention_paths,
+    gate_message,
+    guarded,
+    is_out_of_memory,
+    ratios_of,
+    set_threads,
+    side_of,
+)
 from attnzoo.bench.measure import clock_for, interleave, quantiles
-from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
-from attnzoo.bench.record import Cost, Entry, Gate, Memory, Quantiles, Ratios, Shapes, Side, Status, Training
+from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
+from attnzoo.bench.record import Cost, Gate, Shapes, Training
 from attnzoo.bench.trace import Trace, missing_op, trace
 from attnzoo.errors import AttnZooError, UnsupportedError
 from attnzoo.swap import swapped_layers
@@ -28,64 +39,26 @@ CLASSES = 1000
 CHANNELS = 3
 
 
-class Job(Entry):
-    """One child's work. `attention` is an index into the config's attentions; None is the dense baseline."""
-
-    config: BenchConfig
-    attention: int | None
-    tokens: int = 0
-    data: str = ""
-
-    @property
-    def spec(self) -> AttentionConfig | None:
-        """The attention's part of the config."""
-        return None if self.attention is None else self.config.attentions[self.attention]
-
-
-class Outcome(Entry):
-    """What a child found. What it did not get to is None."""
-
-    status: Status
-    message: str = ""
-    shapes: Shapes | None = None
-    gate: Gate | None = None
-    baseline_gate: Gate | None = None
-    backends: tuple[str, ...] = ()
-    cost: Cost | None = None
-    trainings: tuple[Training, ...] = Field(default=())
-
-
-Say = Callable[[str], None]
-
-
-class OracleError(RuntimeError):
-    """The oracle could not be computed, so nothing could be checked."""
-
-
-class _Measure(Protocol):
-    def __call__(self, job: Job, say: Say) -> Outcome: ...
-
-
 def cost_main(job: str, say: Say) -> str:
     """Measure the cost of one attention at one token count; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return _guarded(measure_cost, job, say)
+    return guarded(measure_cost, job, say)
 
 
 def quality_main(job: str, say: Say) -> str:
     """Train and test one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return _guarded(measure_quality, job, say)
+    return guarded(measure_quality, job, say)
 
 
 def measure_cost(job: Job, say: Say) -> Outcome:
     """Build, swap, gate; then, only where the gate passed, memory and time of candidate and baseline."""
     config, spec = job.config, job.spec
     device, dtype = torch.device(config.device), getattr(torch, config.cost.dtype)
-    _set_threads(config.threads)
+    set_threads(config.threads)
     map_buffers()
     say("build")
     x = _inputs(config, job.tokens).to(device, dtype)
     dense = _host(config, job.tokens).to(device, dtype)
-    layers = _attention_paths(dense)
+    layers = attention_paths(dense)
     candidate = _swapped(_host(config, job.tokens), spec, config.seed).to(device, dtype)
     shapes = _shapes(dense, layers, x, job.tokens)
     with torch.inference_mode():
@@ -101,7 +74,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         )
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
-                return outcome.model_copy(update={"status": "failed", "message": _gate_message(name, check)})
+                return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
         say("memory")
         peak, peak_dense = peak_memory([lambda: candidate(x), lambda: dense(x)], device)
         keep_buffers()
@@ -114,10 +87,10 @@ def measure_cost(job: Job, say: Say) -> Outcome:
             repeats=config.cost.repeats,
             min_seconds=config.cost.min_seconds,
         )
-    side = _side(candidate, layers, quantiles(times.a, 1e3), len(x), traced, peak)
-    side_dense = _side(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
+    side = side_of(candidate, layers, quantiles(times.a, 1e3), len(x), traced, peak)
+    side_dense = side_of(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
     uncounted = tuple(sorted({*traced.uncounted, *traced_dense.uncounted}))
-    ratios = _ratios(side, side_dense, quantiles(times.ratios))
+    ratios = ratios_of(side, side_dense, quantiles(times.ratios))
     cost = Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
     return outcome.model_copy(update={"cost": cost})
 
@@ -127,7 +100,7 @@ def measure_quality(job: Job, say: Say) -> Outcome:
     config, spec, quality = job.config, job.spec, job.config.quality
     if quality is None:
         raise AttnZooError("this config measures no quality")
-    _set_threads(quality.threads)
+    set_threads(quality.threads)
     images = classify.load_images(
         quality.dataset, Path(job.data), train_images=quality.train_images, std=quality.input_std
     )
@@ -217,7 +190,7 @@ class _Checks:
                     model(one)
                 parts.append(found)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise OracleError(f"the oracle ran out of memory, so nothing was checked or timed: {error}") from error
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -228,33 +201,6 @@ class _Checks:
         with gates.noted(model, self.layers) as found:
             model(self.x[:1].double())
         return found
-
-
-def _guarded(measure: _Measure, job: str, say: Say) -> str:
-    """Turn what can go wrong into a status."""
-    try:
-        outcome = measure(Job.model_validate_json(job), say)
-    except AttnZooError as error:
-        outcome = Outcome(status="unsupported", message=str(error))
-    except OracleError as error:
-        outcome = Outcome(status="failed", message=str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        outcome = Outcome(status="oom", message=str(error) or type(error).__name__)
-    return outcome.model_dump_json()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = str(error).lower()
-    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _host(config: BenchConfig, tokens: int) -> nn.Module:
@@ -277,13 +223,9 @@ def _inputs(config: BenchConfig, tokens: int) -> Tensor:
     return torch.randn(config.cost.batch[tokens], CHANNELS, side, side, generator=generator)
 
 
-def _attention_paths(model: nn.Module) -> list[str]:
-    return [layer.path for layer in attnzoo.swap_report(model).layers]
-
-
 def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
     """Choose between the host's own two ways of computing its attention."""
-    for path in _attention_paths(model):
+    for path in attention_paths(model):
         layer: Any = model.get_submodule(path)
         if not isinstance(getattr(layer, "fused_attn", None), bool):
             raise UnsupportedError(
@@ -311,47 +253,3 @@ def _shapes(model: nn.Module, layers: list[str], x: Tensor, tokens: int) -> Shap
         heads=int(getattr(first, "num_heads", 0)),
         depth=len(layers),
     )
-
-
-def _side(model: nn.Module, layers: list[str], latency: Quantiles, batch: int, traced: Trace, peak: Peak) -> Side:
-    parameters = list(model.parameters())
-    attention = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters()}
-    memory = Memory(
-        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        activation_peak_bytes=peak.activation_bytes,
-        allocator_peak_bytes=peak.allocator_bytes,
-        method=peak.method,
-        note=peak.note,
-    )
-    return Side(
-        latency_ms=latency,
-        throughput=batch / (latency.p50 / 1e3),
-        flops=traced.flops,
-        parameters=sum(p.numel() for p in parameters),
-        attention_parameters=sum(attention.values()),
-        memory=memory,
-    )
-
-
-def _ratios(candidate: Side, baseline: Side, speedup: Quantiles) -> Ratios:
-    def over(a: int | None, b: int | None) -> float | None:
-        return None if a is None or not b else a / b
-
-    parameters = over(candidate.parameters, baseline.parameters)
-    if parameters is None:
-        raise AttnZooError("a host without parameters cannot be compared")
-    return Ratios(
-        speedup=speedup,
-        flops=over(candidate.flops, baseline.flops),
-        parameters=parameters,
-        attention_parameters=over(candidate.attention_parameters, baseline.attention_parameters),
-        activation_peak=over(candidate.memory.activation_peak_bytes, baseline.memory.activation_peak_bytes),
-        allocator_peak=over(candidate.memory.allocator_peak_bytes, baseline.memory.allocator_peak_bytes),
-    )
-
-
-def _gate_message(name: str, gate: Gate) -> str:
-    error = "not finite" if gate.max_abs_error is None else f"{gate.max_abs_error:.3g}"
-    allowed = "?" if gate.scale is None else f"{gate.tolerance * gate.scale:.3g}"
-    detail = f" ({gate.detail})" if gate.detail else ""
-    return f"{name} did not pass, so nothing was timed: error {error}, allowed {allowed}, at {gate.at}{detail}"

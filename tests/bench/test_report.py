@@ -48,7 +48,7 @@ def test_the_page_needs_nothing_else_and_is_well_formed(run_records):
     assert "script" not in parsed.tags
     assert "link" not in parsed.tags
     assert not re.search(r"url\((?!#)|@import", page)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_the_page_says_what_was_run_where_and_how_to_run_it_again(run_records):
@@ -83,9 +83,10 @@ def test_every_row_is_in_the_terminal_table(run_records):
 
 def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_records):
     lines = markdown_table(run_records).splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 1 + 4
     assert len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| `dense` | 1.00x")
+    assert lines[2].startswith("| **vit** | forward, 16 tokens | forward, 64 tokens |")
+    assert lines[3].startswith("| `dense` | 1.00x")
     assert "oom" in lines[-1]
 
 

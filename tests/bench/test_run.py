@@ -15,9 +15,11 @@ from torch import nn
 
 import attnzoo
 from attnzoo.bench.config import validate_config
+from attnzoo.bench.jobs import Job
+from attnzoo.bench.plan import plan
 from attnzoo.bench.record import RECORDS_FILE, read_records
-from attnzoo.bench.run import check, plan, run
-from attnzoo.bench.worker import Job, cost_main, measure_cost
+from attnzoo.bench.run import check, run
+from attnzoo.bench.worker import cost_main, measure_cost
 from attnzoo.errors import ConfigError
 from attnzoo.registry import unregister_attention
 
@@ -98,7 +100,7 @@ def test_a_whole_run_with_quality_and_its_reports(tmp_path):
                 "depth": 1,
             }
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert "6 rows of an earlier run are kept, 0 to measure" in again.stderr
