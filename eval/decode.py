@@ -3,6 +3,7 @@
 python eval/decode.py configs/decode/prose.yaml [key=value ...]    run; a broken run goes on where it stopped
 accelerate launch eval/decode.py configs/decode/prose.yaml         the same, the samples split over GPUs
 torchrun --standalone --nproc_per_node 2 eval/decode.py CONFIG     the same, split over 2 processes on CPUs
+python eval/decode.py CONFIG --so-far                              table of what a run under way has done
 python eval/decode.py --report RECORDS.jsonl                       report again from records, without running
 """
 
@@ -27,12 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/smoke.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; run nothing")
+    parser.add_argument("--so-far", action="store_true", help="show what the run of CONFIG has done; run nothing")
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
     try:
         if parsed.report is not None:
             report(parsed.report)
+        elif parsed.so_far:
+            show(parsed.config, parsed.overrides)
         else:
             lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
             evaluate(parsed.config, parsed.overrides, shlex.join(["python", "eval/decode.py", *lasting]))
@@ -51,6 +55,18 @@ def evaluate(config_path: Path, overrides: Sequence[str], command: str) -> None:
     config = load_config(config_path, overrides)
     if run(config, command):
         report(config.folder / RECORDS_FILE)
+
+
+def show(config_path: Path, overrides: Sequence[str]) -> None:
+    """Print the table of the samples that a run has finished."""
+    from rich.console import Console
+
+    from attnzoo.bench.decode.config import load_config
+    from attnzoo.bench.decode.report import print_report
+    from attnzoo.bench.decode.run import so_far
+
+    records = so_far(load_config(config_path, overrides), "")
+    print_report(records, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
 
 
 def report(records_path: Path) -> None:

@@ -133,6 +133,9 @@ def test_a_killed_run_goes_on_where_it_was(settings, monkeypatch):
         run(data)
     folder = Path(data["output"])
     assert len(read_samples(folder)) == 17
+    partial = runner.so_far(validate_config(data), "")
+    assert [r.nll.windows for r in partial] == [3, 3, 3]
+    assert partial[1].nll.difference.n == 3
     with open(folder / "samples.0.jsonl", "ab") as torn:
         torn.write(b'{"schema_version":1,"conf')
     left[0] = 10**6

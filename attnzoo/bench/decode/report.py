@@ -21,7 +21,7 @@ def columns(records: Sequence[DecodeRecord]) -> list[str]:
     """Titles of the columns after the label."""
     titles = ["perplexity", "NLL to dense (95%)", "cache held", "cache allocated"]
     titles += [KIND_TITLES[result.kind] + ", % (95%)" for result in records[0].retrieval]
-    if records[0].cost is not None:
+    if all(record.cost is not None for record in records):
         titles += ["first token", "speed-up", "a token", "speed-up", "peak memory"]
     return titles
 
@@ -98,7 +98,8 @@ def markdown_table(records: Sequence[DecodeRecord]) -> str:
 def title(records: Sequence[DecodeRecord]) -> str:
     """What was run on what."""
     one = records[0]
-    return f"{one.model}, {one.dtype}: {one.nll.windows} windows of {one.nll.tokens:,} tokens of {one.text}"
+    prompts = "".join(f", {kind.samples} prompts ({KIND_TITLES[kind.kind]})" for kind in one.retrieval)
+    return f"{one.model}, {one.dtype}: {one.nll.windows} windows of {one.nll.tokens:,} tokens of {one.text}{prompts}"
 
 
 def machine(record: DecodeRecord) -> str:

@@ -89,6 +89,21 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
         return _records(config, command, text, canaries, world.count)
 
 
+def so_far(config: DecodeConfig, command: str) -> list[DecodeRecord]:
+    """Give the records of what a run, that may still be under way, has done so far; nothing is run or written.
+
+    Raises
+    ------
+    AttnZooError
+        If there is nothing to report yet, or a canary has failed.
+    """
+    lines = [line for line in read_samples(config.folder) if line.config_hash == config.hash]
+    wanted = {(unit.task, unit.sample, row.label) for unit in plans.canary_units(config) for row in unit.rows}
+    if not wanted <= {(line.task, line.sample, line.label) for line in lines}:
+        raise AttnZooError(f"{config.folder} does not hold this config's canaries yet; let it run on")
+    return _summary(config, lines, command, load_text(config.text), canary.judge(config, lines), 1)
+
+
 def check(config: DecodeConfig) -> None:
     """Check, before anything is loaded, what the schema cannot: text, device, model and the lengths it can take.
 
@@ -273,17 +288,28 @@ def swapped(model: Any, row: Row) -> Iterator[None]:
 def _records(
     config: DecodeConfig, command: str, text: Text, canaries: Sequence[CanaryResult], processes: int
 ) -> list[DecodeRecord]:
-    records = summary.summarise(
+    records = _summary(config, read_samples(config.folder), command, text, canaries, processes)
+    write_records(config.folder, records)
+    return records
+
+
+def _summary(
+    config: DecodeConfig,
+    lines: Sequence[SampleLine],
+    command: str,
+    text: Text,
+    canaries: Sequence[CanaryResult],
+    processes: int,
+) -> list[DecodeRecord]:
+    return summary.summarise(
         config,
-        read_samples(config.folder),
+        lines,
         command=command,
         text=text,
         canaries=canaries,
         processes=processes,
         where=environment(config.device, config.threads),
     )
-    write_records(config.folder, records)
-    return records
 
 
 def _rows(units: Sequence[Unit]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from attnzoo.bench.decode.config import DENSE, DecodeConfig
@@ -20,11 +20,13 @@ from attnzoo.bench.decode.record import (
     SampleLine,
 )
 from attnzoo.bench.record import Environment
+from attnzoo.errors import AttnZooError
 from attnzoo.tasks.classify import wilson_interval
 from attnzoo.tasks.paired import mcnemar, paired_difference
 from attnzoo.tasks.text import Text
 
 CURVE_POINTS = 20
+Found = Mapping[tuple[str, str, int, str], SampleLine]
 
 
 def summarise(
@@ -37,9 +39,17 @@ def summarise(
     processes: int,
     where: Environment,
 ) -> list[DecodeRecord]:
-    """Give the records of a finished run, dense first."""
+    """Give the records of a run, dense first: of the samples that every row has been run on, which may be a part.
+
+    Raises
+    ------
+    AttnZooError
+        If there is no such window yet.
+    """
     found = {line.key: line for line in lines}
     dense_nll = _windows(found, config, DENSE)
+    if not dense_nll:
+        raise AttnZooError("no window has been read by every row yet, so there is nothing to report; let it run on")
     records = []
     for row in rows(config):
         cost = found.get(("cost", "", 0, row.label))
@@ -81,8 +91,14 @@ def curve(differences: Sequence[Sequence[float]], points: int = CURVE_POINTS) ->
     )
 
 
-def _windows(found: dict[tuple[str, str, int, str], SampleLine], config: DecodeConfig, label: str) -> list[SampleLine]:
-    return [found["nll", "", index, label] for index in range(config.nll.windows)]
+def _windows(found: Found, config: DecodeConfig, label: str) -> list[SampleLine]:
+    return [found["nll", "", index, label] for index in _complete(found, config, "nll", "", config.nll.windows)]
+
+
+def _complete(found: Found, config: DecodeConfig, task: str, kind: str, count: int) -> list[int]:
+    """Give the samples that every row has been run on."""
+    labels = [row.label for row in rows(config)]
+    return [index for index in range(count) if all((task, kind, index, label) in found for label in labels)]
 
 
 def _nll(lines: list[SampleLine], dense: list[SampleLine], tokens: int, row: Row) -> NllResult:
@@ -106,15 +122,16 @@ def _nll(lines: list[SampleLine], dense: list[SampleLine], tokens: int, row: Row
     )
 
 
-def _retrieval(
-    found: dict[tuple[str, str, int, str], SampleLine], config: DecodeConfig, row: Row
-) -> tuple[KindResult, ...]:
+def _retrieval(found: Found, config: DecodeConfig, row: Row) -> tuple[KindResult, ...]:
     if config.retrieval is None:
         return ()
     results = []
     for kind, count in config.retrieval.counts:
-        lines = [found["retrieval", kind, index, row.label] for index in range(count)]
-        dense = [found["retrieval", kind, index, DENSE] for index in range(count)]
+        done = _complete(found, config, "retrieval", kind, count)
+        if not done:
+            continue
+        lines = [found["retrieval", kind, index, row.label] for index in done]
+        dense = [found["retrieval", kind, index, DENSE] for index in done]
         hits = [hit for line in lines for hit in line.hits]
         depths = [depth for line in lines for depth in line.depths]
         low, high = wilson_interval(sum(hits), len(hits))
@@ -122,7 +139,7 @@ def _retrieval(
         results.append(
             KindResult(
                 kind=kind,
-                samples=count,
+                samples=len(done),
                 tokens=config.retrieval.tokens,
                 hits=sum(hits),
                 asked=len(hits),
