@@ -70,7 +70,7 @@ def test_shell_commands_are_real(page):
         if command[0] == "make":
             subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
-            if command[:2] == ["accelerate", "launch"]:
+            if command[0] == "torchrun":
                 command = ["python", *command[command.index("eval/decode.py") :]]
             load = {"eval/bench.py": load_config, "eval/decode.py": load_decode_config}
             assert command[0] == "python", line

@@ -19,10 +19,13 @@ from attnzoo.tasks.decode import largest
 
 @dataclass(frozen=True)
 class BatchTimes:
-    """Seconds of candidate (a) and dense (b) in turn: of prefills, the first token included, and of single steps."""
+    """Seconds of candidate (a) and dense (b) in turn: of prefills, the first token included, and of single steps.
+
+    Only the first batch size has prefills: larger ones decode on from its caches, each row repeated.
+    """
 
     batch: int
-    prefill: Interleaved
+    prefill: Interleaved | None
     step: Interleaved
 
 
@@ -56,16 +59,19 @@ def timings(
 ) -> Timings:
     """Time two models in turn: a prefill of one, of the other, then a token of one, of the other.
 
+    A larger batch goes on from the caches of the first, its rows repeated, so that a long prompt need not be read as
+    many times over.
+
     Parameters
     ----------
     candidate, dense
         Causal language models on the same device.
     prompts
-        ``(B, N)`` token ids; each batch size takes the first rows.
+        ``(B, N)`` token ids of at least as many rows as the first batch size.
     new_tokens
         Single steps after each prefill.
     batches
-        Batch sizes, none above B.
+        Batch sizes, each a multiple of the first.
     repeats
         Prefills of each that are timed; one more of each comes first and is not.
     before_clock
@@ -74,10 +80,12 @@ def timings(
     Raises
     ------
     ValueError
-        If a batch size is larger than B.
+        If there are too few prompts, or a batch size is no multiple of the first.
     """
-    if max(batches) > len(prompts):
-        raise ValueError(f"a batch of {max(batches)} needs as many prompts, got {len(prompts)}")
+    if batches[0] > len(prompts):
+        raise ValueError(f"a batch of {batches[0]} needs as many prompts, got {len(prompts)}")
+    if any(batch % batches[0] for batch in batches):
+        raise ValueError(f"batch sizes {list(batches)} must be multiples of the first")
     first = prompts[: batches[0]]
     device = prompts.device
     peak, peak_dense = peak_memory([lambda: _read(candidate, first), lambda: _read(dense, first)], device)
@@ -88,12 +96,15 @@ def timings(
     for batch in batches:
         prefills: list[list[float]] = [[], []]
         steps: list[list[float]] = [[], []]
-        for repeat in range(repeats + 1):
-            runs = [_Run(model, prompts[:batch], clock) for model in (candidate, dense)]
+        for repeat in range(repeats + 1) if batch == batches[0] else (1,):
+            runs = [_Run(model, first, clock) for model in (candidate, dense)]
             for which, run in enumerate(runs):
                 seconds = run.read()
                 if repeat:
                     prefills[which].append(seconds)
+            if batch > batches[0]:
+                for run in runs:
+                    run.repeat_rows(batch // batches[0])
             for _ in range(new_tokens if repeat else min(new_tokens, 2)):
                 for which, run in enumerate(runs):
                     seconds = run.step()
@@ -101,7 +112,7 @@ def timings(
                         steps[which].append(seconds)
                     if batch == batches[0]:
                         caches[which] = largest(caches[which], run.cache_bytes())
-        times.append(BatchTimes(batch, _pair(prefills), _pair(steps)))
+        times.append(BatchTimes(batch, _pair(prefills) if batch == batches[0] else None, _pair(steps)))
     return Timings(tuple(times), caches[0], caches[1], peak, peak_dense)
 
 
@@ -117,6 +128,12 @@ class _Run:
 
     def step(self) -> float:
         return self.clock(self._step)
+
+    def repeat_rows(self, times: int) -> None:
+        self.out.past_key_values.batch_repeat_interleave(times)
+        self.out.logits = self.out.logits.repeat_interleave(times, 0)
+        for _ in range(2):  # the first steps at a new size are slower
+            self._step()
 
     def cache_bytes(self) -> CacheBytes:
         return kv_bytes(self.out.past_key_values)

@@ -41,12 +41,21 @@ class RetrievalConfig(Section):
 
 
 class DecodeCostConfig(Section):
-    """Timings: prompts of `prompt_tokens`, then `new_tokens` single steps, for each batch size."""
+    """Timings: prompts of `prompt_tokens`, then `new_tokens` single steps, for each batch size.
+
+    Prompts are read at the first batch size; larger ones, multiples of it, decode on from its caches, rows repeated.
+    """
 
     prompt_tokens: Tokens = 2000
     new_tokens: PositiveInt = 16
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     repeats: PositiveInt = 3
+
+    @model_validator(mode="after")
+    def _multiples(self) -> DecodeCostConfig:
+        if any(batch % self.batches[0] for batch in self.batches):
+            raise ValueError(f"batches: {list(self.batches)} must all be multiples of the first")
+        return self
 
 
 class CanaryConfig(Section):

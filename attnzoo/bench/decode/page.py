@@ -117,7 +117,8 @@ def _batches(records: Sequence[DecodeRecord]) -> str:
     body = ""
     for record in records:
         for one in record.cost.batches if record.cost is not None else ():
-            row = [record.label, str(one.batch), words.times(one.first_token_speedup), words.times(one.token_speedup)]
+            first = words.times(one.first_token_speedup) if one.first_token_speedup else "-"
+            row = [record.label, str(one.batch), first, words.times(one.token_speedup)]
             spread = one.candidate.token
             row += [f"{spread.p50 * 1e3:.1f} ({spread.p20 * 1e3:.1f}-{spread.p80 * 1e3:.1f})"]
             row += [f"{one.tokens_per_second:,.1f}"]
@@ -126,7 +127,10 @@ def _batches(records: Sequence[DecodeRecord]) -> str:
     head += "<th>ms a token, p50 (p20-p80)</th><th>tokens/s</th>"
     cost = records[0].cost
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    asked = f"After prompts of {cost.prompt_tokens:,} tokens, {cost.new_tokens} tokens each."
+    asked = (
+        f"After prompts of {cost.prompt_tokens:,} tokens, {cost.new_tokens} tokens each. Prompts are read at the first "
+    )
+    asked += "batch size; larger ones decode on from its caches, rows repeated."
     return f'<h2>Speed by batch size</h2><p>{asked}</p><div class="wide">{table}</div>'
 
 

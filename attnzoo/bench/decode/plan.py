@@ -106,7 +106,7 @@ def make_samples(config: DecodeConfig, text: Text, tokenizer: Any) -> Samples:
         problems.append(f"nll: {error}")
     try:
         if cost is not None:
-            count = max(cost.batches)
+            count = cost.batches[0]
             prompts = tuple(windows(text, tokenizer, count=count, tokens=cost.prompt_tokens, seed=seed))
     except ConfigError as error:
         problems.append(f"cost: {error}")

@@ -36,9 +36,9 @@ class Bytes(Entry):
 
 
 class Spread(Entry):
-    """Seconds of one model: a prefill with its first token, and one token after it."""
+    """Seconds of one model: a prefill with its first token (of the first batch size alone), and one token after it."""
 
-    first_token: Quantiles
+    first_token: Quantiles | None
     token: Quantiles
 
 
@@ -49,7 +49,7 @@ class BatchCost(Entry):
     candidate: Spread
     dense: Spread
     tokens_per_second: NonNegative
-    first_token_speedup: Quantiles
+    first_token_speedup: Quantiles | None
     token_speedup: Quantiles
 
 

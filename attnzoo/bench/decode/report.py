@@ -42,9 +42,10 @@ def cells(record: DecodeRecord) -> list[tuple[str, Verdict]]:
         memory, dense = record.cost.memory, record.cost.memory_dense
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         base = dense.activation_peak_bytes or dense.allocator_peak_bytes
+        first, faster = one.candidate.first_token, one.first_token_speedup
         found += [
-            (f"{one.candidate.first_token.p50:.2f} s", "same"),
-            (words.times(one.first_token_speedup), _speed(one.first_token_speedup)),
+            (f"{first.p50:.2f} s" if first else "-", "same"),
+            (words.times(faster), _speed(faster)) if faster else ("-", "same"),
             (f"{one.candidate.token.p50 * 1e3:.1f} ms", "same"),
             (words.times(one.token_speedup), _speed(one.token_speedup)),
             (words.ratio(held / base if held and base else None), "same"),
