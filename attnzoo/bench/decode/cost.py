@@ -13,7 +13,7 @@ from attnzoo.bench.decode.config import DecodeConfig
 from attnzoo.bench.decode.record import BatchCost, Bytes, DecodeCost, Spread
 from attnzoo.bench.measure import Interleaved, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers
-from attnzoo.bench.record import Memory, Quantiles
+from attnzoo.bench.record import Memory
 from attnzoo.errors import ConfigError
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.tasks.decode_cost import BatchTimes, timings, twin
@@ -62,19 +62,18 @@ def measure_cost(
 
 
 def _batch(times: BatchTimes) -> BatchCost:
-    prefill = times.prefill
+    first = first_dense = faster = None
+    if times.prefill is not None:
+        first, first_dense = quantiles(times.prefill.a), quantiles(times.prefill.b)
+        faster = quantiles(times.prefill.ratios)
     return BatchCost(
         batch=times.batch,
-        candidate=Spread(first_token=_quantiles(prefill and prefill.a), token=quantiles(times.step.a)),
-        dense=Spread(first_token=_quantiles(prefill and prefill.b), token=quantiles(times.step.b)),
+        candidate=Spread(first_token=first, token=quantiles(times.step.a)),
+        dense=Spread(first_token=first_dense, token=quantiles(times.step.b)),
         tokens_per_second=_throughput(times.batch, times.step),
-        first_token_speedup=_quantiles(prefill and prefill.ratios),
+        first_token_speedup=faster,
         token_speedup=quantiles(times.step.ratios),
     )
-
-
-def _quantiles(samples: Sequence[float] | None) -> Quantiles | None:
-    return None if samples is None else quantiles(samples)
 
 
 def _throughput(batch: int, step: Interleaved) -> float:
