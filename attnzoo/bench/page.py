@@ -18,20 +18,20 @@ STYLE = """
           --better: #5fd083; --worse: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
+main { max-width: 1180px; margin: 0 auto; padding: 24px 16px 64px; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; }
 h2 { font-size: 1.2rem; margin: 36px 0 8px; }
 p, dl { margin: 6px 0; max-width: 78ch; }
 .soft, figcaption, dt { color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; width: 100%; }
-th, td { padding: 6px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; width: 100%; }
+th, td { padding: 6px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.text { text-align: left; }
 td.text { white-space: normal; }
 td small { color: var(--soft); font-size: .85em; }
 tr.group td { padding-top: 22px; font-weight: 600; }
-tr.group span { position: sticky; left: 8px; }
+tr.group span { position: sticky; left: 8px; display: inline-block; max-width: calc(100vw - 48px); }
 tr.group small { font-weight: 400; }
 tr.base td { background: var(--card); }
 .better { color: var(--better); font-weight: 600; }
@@ -50,21 +50,17 @@ HEAD = (
     "attention",
     "ms<br><small>p50 (p20-p80)</small>",
     "speed-up<br><small>p50 (p20-p80)</small>",
-    "items/s",
     "FLOPs",
     "peak memory",
-    "cache held<br><small>(allocated)</small>",
+    "cache held<br><small>allocated</small>",
     "parameters",
     "quality<br><small>95% interval</small>",
     "quality kept<br><small>95% interval</small>",
 )
 TRAINED = ("top-1 % (95% Wilson)", "kept (95%)", "right", "last epoch's loss", "training, s")
 SCORED = ("perplexity", "kept (95%)", "NLL, nats a token", "above dense (95%)", "windows of tokens")
-A_CALL = {
-    "forward": "ms a forward, images a second",
-    "prefill": "ms a prompt, tokens a second",
-    "decode": "ms a token, tokens a second",
-}
+A_CALL = {"forward": "ms a forward", "prefill": "ms a prompt", "decode": "ms a token"}
+A_SECOND = {"forward": "images", "prefill": "tokens", "decode": "tokens"}
 
 
 def html_page(records: Iterable[Record], config: str | None = None) -> str:
@@ -156,9 +152,8 @@ def _row(group: Group, row: Record) -> str:
     held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
     kept = words.quality_verdict(row.quality, next((r.quality for r in group.rows if r.is_baseline), None))
     cells = [
-        _cell(words.milliseconds(side.latency_ms)),
+        _cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {A_SECOND[group.phase]}/s"),
         _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
-        _cell(f"{side.throughput:,.1f}"),
         _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
         _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
         _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
@@ -174,12 +169,13 @@ def _cache_small(cost: Cost) -> str:
     if memory.cache_held_bytes is None:
         return ""
     held, allocated = words.megabytes(memory.cache_held_bytes), words.megabytes(memory.cache_allocated_bytes)
-    return f"{held} ({words.ratio(cost.ratios.cache_allocated)}, {allocated})"
+    return f"{held}\n{words.ratio(cost.ratios.cache_allocated)} {allocated}"
 
 
 def _cell(text: str, verdict: Verdict = "same", small: str = "") -> str:
     inner = escape(text) if verdict == "same" else f'<span class="{verdict}">{escape(text)}</span>'
-    return f"<td>{inner}{f'<br><small>{escape(small)}</small>' if small else ''}</td>"
+    lines = "".join(f"<br><small>{escape(line)}</small>" for line in small.splitlines())
+    return f"<td>{inner}{lines}</td>"
 
 
 def _how_to_read() -> str:
