@@ -14,6 +14,7 @@ from attnzoo.extras import require
 
 INK = "#010203"  # stands for the page's text colour, which is put in afterwards
 COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
+POLICY_COLOURS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
 SHAPES = {"forward": "o", "prefill": "^", "decode": "v"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -104,7 +105,9 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
                 continue
             low = quality.ratio if quality.ratio_low is None else quality.ratio_low
             high = quality.ratio if quality.ratio_high is None else quality.ratio_high
-            trades.append(Trade(label, _look(summary.labels[part], label)[0], quality.ratio, low, high, spots))
+            palette = COLOURS if part == "vision" else POLICY_COLOURS
+            colour = palette[summary.labels[part].index(label) % len(palette)]
+            trades.append(Trade(label, colour, quality.ratio, low, high, spots))
     return trades
 
 
