@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -748,7 +749,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--only: there is no policy {', '.join(unknown)}; policies: {', '.join(known)}")
             say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             python = kvpress_python(parsed.python, say)
-            command = " ".join(["python eval/compare_kvpress.py", str(parsed.config), *parsed.overrides])
+            lasting = [override for override in parsed.overrides if not override.startswith("output=")]
+            command = shlex.join(["python", "eval/compare_kvpress.py", str(parsed.config), *lasting])
             path = run(config, python, command, parsed.only, say)
         print(report(path), end="")
     except AttnZooError as error:
