@@ -55,7 +55,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     set_threads(job.config.threads)
     map_buffers()
     say("load")
-    dense = load_model(language.model, dtype=getattr(torch, language.dtype), device=device)
+    dense = _load(language, device)
     layers = attention_paths(dense)
     candidate = swapped_twin(dense, job.spec)
     prompts = torch.tensor(job.prompts, device=device)
@@ -101,7 +101,7 @@ def measure_quality(job: Job, say: Say) -> Outcome:
     language = _language(job)
     set_threads(language.quality.threads)
     say("load")
-    dense = load_model(language.model, dtype=getattr(torch, language.dtype), device=job.config.device)
+    dense = _load(language, torch.device(job.config.device))
     scores = _scores(swapped_twin(dense, job.spec), job.windows, say)
     canary: tuple[float, ...] = ()
     if job.attention is None:
@@ -293,6 +293,14 @@ def _failed(outcome: Outcome) -> Outcome | None:
         if gate is not None and not gate.passed:
             return outcome.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
     return None
+
+
+def _load(language: LanguageConfig, device: torch.device) -> Any:
+    """Load the model without transformers' progress bar, whose lock would outlive a child that is killed."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return load_model(language.model, dtype=getattr(torch, language.dtype), device=device)
 
 
 def _language(job: Job) -> LanguageConfig:

@@ -155,7 +155,7 @@ def _row(group: Group, row: Record) -> str:
         _cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {A_SECOND[group.phase]}/s"),
         _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
         _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
-        _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held)),
+        _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held) if held else ""),
         _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
         _cell(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters), f"{side.parameters:,}"),
         _cell(words.absolute(row.quality), kept),
