@@ -31,13 +31,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from attnzoo.errors import AssetError, ShapeError, UnsupportedError
 from attnzoo.eviction.policy import Policy
-from attnzoo.eviction.scan import BoundedAttention
+from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.eviction.store import Store
 from attnzoo.registry import build_policy, describe
 
 NAME = "attnzoo_bounded"  # in transformers' attention interface
 CALL = "attnzoo_call"  # the keyword argument that the hook sends down
+UNREAD = ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices")  # what some models hand over besides
 FILE_FORMAT = 1
 
 
@@ -55,6 +56,7 @@ class BoundedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = False
     supports_early_init = False
 
     def __init__(self, name: str, policy: Policy, index: int) -> None:
@@ -62,6 +64,7 @@ class BoundedLayer(CacheLayerMixin):
         self.store = Store(policy, index)
         self.columns = 0
         self.open = False
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"BoundedLayer({self.name}, budget={self.policy.budget}, seen={self.columns})"
@@ -111,7 +114,23 @@ class BoundedLayer(CacheLayerMixin):
                 "this cache is bounded by attnzoo and can only be used by a model swapped in the same way; "
                 "give this model a cache of its own"
             )
+        self.pending = key_states, value_states
         return key_states, value_states
+
+    def take(self, key: Tensor, value: Tensor) -> None:
+        """Check that the attention is handed what was put in, once.
+
+        Raises
+        ------
+        UnsupportedError
+            If it is handed anything else.
+        """
+        if self.pending is None or self.pending[0] is not key or self.pending[1] is not value:
+            raise UnsupportedError(
+                "the model hands its attention other keys and values than it put into the cache, or the same ones more "
+                "than once: such a model cannot be bounded"
+            )
+        self.pending, self.open = None, False
 
     def get_seq_length(self, *args: Any) -> int:
         """Logical length: tokens seen, padding included, however few are kept."""
@@ -263,7 +282,7 @@ class Call:
     """What the hook sends down to the attention of one call: the cache, and which tokens are real (None: all)."""
 
     cache: BoundedCache | None
-    real: Tensor | None
+    padding: Padding | None
 
 
 class Intake:
@@ -281,10 +300,16 @@ class Intake:
         seen = 0 if cache is None else cache.get_seq_length()
         real = _real_tokens(given.get("attention_mask"), tokens.shape[0], tokens.shape[1], seen)
         _refuse_packed(given.get("position_ids"), real)
-        values, kwargs = list(args), {**kwargs, CALL: Call(cache, real)}
+        if given.get("is_causal") is False:
+            raise UnsupportedError("is_causal=False: a bounded cache is for causal attention")
+        padding = None if real is None else Padding.of(real)
+        values, kwargs = list(args), {**kwargs, CALL: Call(cache, padding)}
         if cache is not None:
             for layer in cache.bounded:
-                layer.open = True
+                if layer.store.batch not in (0, tokens.shape[0]):
+                    raise ShapeError(f"the cache holds {layer.store.batch} rows, the call has {tokens.shape[0]}")
+            for layer in cache.bounded:
+                layer.open, layer.pending = True, None
             place = list(_parameters(type(model).forward)).index("past_key_values")
             if len(values) > place:
                 values[place] = cache
@@ -295,10 +320,13 @@ class Intake:
     def _cache(self, model: Any, given: Mapping[str, Any]) -> BoundedCache | None:
         """The cache of a call: the one given, or a new one where the model would make one."""
         cache = given.get("past_key_values")
+        checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
+        if cache is not None and checkpointing:
+            raise UnsupportedError("gradient checkpointing takes tokens in twice; in training with it, give no cache")
         if cache is None:
             wanted = given.get("use_cache")
             wanted = getattr(model.config, "use_cache", True) if wanted is None else wanted
-            if not wanted or (model.training and getattr(model, "gradient_checkpointing", False)):
+            if not wanted or checkpointing:
                 return None
             cache = DynamicCache(config=model.config)
         if type(cache) is DynamicCache:
@@ -345,16 +373,17 @@ def bounded_attention(
             f"{type(module).__name__} was called without its model: call the model that holds it, so that padding and "
             "cache are known"
         )
+    for name in UNREAD:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honour")
     attention: BoundedAttention = module.attnzoo_core
-    if call.cache is None:
-        store = Store(attention.policy, module.layer_idx)
-    else:
-        layer = call.cache.layers[module.layer_idx]
-        store = layer.store
-        layer.open = False
+    layer = None if call.cache is None else call.cache.layers[module.layer_idx]
+    if layer is not None:
+        layer.take(key, value)
+    store = Store(attention.policy, module.layer_idx) if layer is None else layer.store
+    out = attention(store, query, key, value, call.padding, scale=scaling, dropout=dropout, softcap=softcap)
+    if layer is not None:
         layer.columns += query.shape[2]
-    real = None if call.real is None else call.real.to(query.device)
-    out = attention(store, query, key, value, real, scale=scaling, dropout=dropout, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -373,14 +402,20 @@ def takes_cache(module: Any) -> bool:
 
 
 def passes_down(module: Any) -> bool:
-    """Whether a module takes keyword arguments it does not know, to hand them on."""
-    kinds = [parameter.kind for parameter in _parameters(type(module).forward).values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
+    """Whether a module takes keyword arguments it does not know, and hands them on."""
+    parameters = _parameters(type(module).forward).values()
+    name = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    if name is None:
+        return False
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):
+        return True
+    return source.count(f"**{name}") > 1
 
 
 def add_hook(model: nn.Module) -> None:
     """Have `model` look at its calls."""
-    AttentionInterface.register(NAME, bounded_attention)
     if not any(isinstance(hook, Intake) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(Intake(), with_kwargs=True)
 
@@ -421,7 +456,7 @@ def _is_filled(layer: Any) -> bool:
 
 
 def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
-    """Which of the new tokens are real, ``(B, N)``; None if all are."""
+    """Which of the new tokens are real, ``(B, N)``; None if the mask does not say."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -435,8 +470,7 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
             f"attention_mask is {tuple(mask.shape)}, but the cache has seen {seen} tokens and {tokens} are new: it "
             f"must be {(rows, seen + tokens)}"
         )
-    real = mask[:, seen:].bool()
-    return None if bool(real.all()) else real
+    return mask[:, seen:].bool()
 
 
 def _refuse_packed(positions: Any, real: Tensor | None) -> None:
@@ -461,9 +495,18 @@ def _length(query: Any) -> int:
 def _copy_plain(layer: Any) -> Any:
     other = copy.copy(layer)
     for name, value in vars(layer).items():
-        if isinstance(value, Tensor):
-            setattr(other, name, value.detach().clone())
+        setattr(other, name, _copy_tensors(value))
     return other
+
+
+def _copy_tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy_tensors(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copy_tensors, value))
+    return value
 
 
 def _layer_state(layer: Any) -> dict[str, Any]:
@@ -500,3 +543,6 @@ def _layer_from(state: dict[str, Any], index: int) -> Any:
     if state["kind"] == "sliding":
         plain.cumulative_length = state["columns"]
     return plain
+
+
+AttentionInterface.register(NAME, bounded_attention)  # here, so that a swapped model unpickled elsewhere finds it

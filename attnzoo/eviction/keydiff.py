@@ -4,8 +4,8 @@ Paper: Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction, https://arx
 
     s_j = -cos(mean_i k_i / |k_i|, k_j)        (Eq. 8; over all entries there are, old and new)
 
-Differs from the paper: nothing. It reports its experiments with the mean of the raw keys, ``anchor="raw"``, and no loss
-by it; the default here is the equation's. The keys are those after rotary embedding.
+Differs from the paper: its experiments take the mean of the raw keys, which it finds as good; that is ``anchor="raw"``,
+and the default here is the equation's. The keys are those after rotary embedding, which the paper does not say.
 """
 
 from __future__ import annotations

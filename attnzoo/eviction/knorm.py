@@ -6,8 +6,8 @@ https://arxiv.org/abs/2406.11430
     s_j = -||k_j||_2
 
 Differs from the paper: all layers are bounded; the authors' code leaves the first two alone (``where=`` does that).
-Norms that differ by less than 0.1% count as equal, and then the later entry stays: in the first layer every occurrence
-of a token has a key of the same norm, and rounding must not choose between them.
+Norms are rounded to steps of 0.07%, and of equal ones the later entry stays: in the first layer every occurrence of a
+token has a key of the same norm, and float32's rounding should not choose between them (bfloat16's still does).
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ class Policy:
         sink, recent = self.protected
         scores = self.score(live).expand(live.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
-        scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+        most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
+        scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
         safe = (live.positions < sink) | (live.positions >= (live.counts - recent)[:, None, None])
         order = scores.masked_fill(safe, float("inf")).argsort(dim=-1, stable=True)
         return order[..., -self.budget :].sort(dim=-1).values

@@ -11,7 +11,30 @@ from torch import Tensor
 
 from attnzoo.errors import ShapeError
 from attnzoo.eviction.policy import Policy
-from attnzoo.eviction.store import Store
+from attnzoo.eviction.store import Store, pairs
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which of the new tokens are real, in the form that the scan needs: made once for all layers of a call.
+
+    Attributes
+    ----------
+    lengths
+        Real tokens of each row.
+    order
+        ``(B, N)``: the columns of each row, those of real tokens first, in order.
+    """
+
+    lengths: tuple[int, ...]
+    order: Tensor
+
+    @classmethod
+    def of(cls, real: Tensor) -> Padding | None:
+        """Out of ``(B, N)``, True where a token is real; None if all are."""
+        if bool(real.all()):
+            return None
+        return cls(tuple(real.sum(1).tolist()), (~real).to(torch.uint8).argsort(dim=1, stable=True))
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ class BoundedAttention:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        real: Tensor | None = None,
+        padding: Padding | None = None,
         *,
         scale: float | None = None,
         dropout: float = 0.0,
@@ -50,8 +73,8 @@ class BoundedAttention:
             The layer's entries; new ones are put in, and evicted, here.
         q, k, v
             ``(B, H, N, D)``, ``(B, Hkv, N, D)``, ``(B, Hkv, N, Dv)`` of the new tokens.
-        real
-            ``(B, N)``, True where a token is no padding; None if all are real. Padding is not kept and gets zeros.
+        padding
+            Which tokens are real; None if all are. Padding is not kept and gets zeros.
         scale, dropout, softcap
             As for a core.
 
@@ -67,14 +90,15 @@ class BoundedAttention:
         """
         if not store.batch:
             store.start(q, k, v, scale, softcap)
+        store.recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, store.keys, store.values))
         if store.batch != len(q):
             raise ShapeError(f"the cache holds {store.batch} rows, the call has {len(q)}")
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}
         if softcap is not None:
             options["softcap"] = softcap
-        if real is None and store.uniform:
+        if padding is None and store.uniform:
             return self._together(store, q, k, v, options)
-        return self._apart(store, q, k, v, real, options)
+        return self._apart(store, q, k, v, padding, options)
 
     def _together(self, store: Store, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """All rows take the same steps, and need no mask."""
@@ -91,15 +115,13 @@ class BoundedAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _apart(
-        self, store: Store, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, options: dict[str, Any]
+        self, store: Store, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, options: dict[str, Any]
     ) -> Tensor:
         """Each row takes its own steps: padding is left out, and blocks end where the row's own tokens say."""
         rows, tokens, device = len(q), q.shape[2], q.device
-        if real is None:
-            real = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-        left = real.sum(1).tolist()
-        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # the columns of real tokens come first
-        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        left = [tokens] * rows if padding is None else list(padding.lengths)
+        order = torch.arange(tokens, device=device).expand(rows, -1) if padding is None else padding.order.to(device)
+        out: Tensor | None = None
         done = [0] * rows
         while any(left):
             taken = [min(store.until_eviction(row), left[row]) for row in range(rows)]
@@ -112,12 +134,14 @@ class BoundedAttention:
             last = torch.minimum(before + new, held - 1).clamp(min=0)  # what stands at columns not taken means nothing
             slots = torch.arange(max(store.held), device=device)
             part = self._attend(qs, store, (slots <= last[..., None])[:, None], options)
-            row, j = (new < torch.tensor(taken, device=device)[:, None]).nonzero(as_tuple=True)
+            row, j = pairs(taken, device)
+            if out is None:
+                out = part.new_zeros(*q.shape[:3], v.shape[3])  # of the core's dtype, which autocast may choose
             out[row, :, columns[row, j]] = part[row, :, j]
             self._finish(store, qs, taken, last)
             done = [d + n for d, n in zip(done, taken, strict=True)]
             left = [d - n for d, n in zip(left, taken, strict=True)]
-        return out
+        return q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
 
     def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:
         """Attend over what is held: what `visible` ``(B, 1, t, held)`` shows, or with the ends lined up."""

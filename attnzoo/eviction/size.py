@@ -37,7 +37,7 @@ def kv_bytes(cache: Any) -> CacheBytes:
     Parameters
     ----------
     cache
-        Any cache of transformers whose layers have `keys` and `values`, bounded or not; None counts nothing.
+        Any cache of transformers, bounded or not; None counts nothing.
     """
     total = CacheBytes(0, 0, 0)
     for layer in getattr(cache, "layers", ()):
@@ -55,7 +55,15 @@ def _plain(layer: Any) -> CacheBytes:
 
 
 def _tensors(layer: Any) -> Iterator[Tensor]:
-    for name in ("keys", "values"):
-        tensor = getattr(layer, name, None)
-        if isinstance(tensor, Tensor):
-            yield tensor
+    """Keys, values, and the states of layers that have others."""
+    for name, value in vars(layer).items():
+        if not name.startswith("_"):
+            yield from _inside(value)
+
+
+def _inside(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _inside(one)

@@ -3,8 +3,8 @@
 Rows of a batch may hold different numbers of entries. Entries stand at the front; behind them slots are empty: position
 -1, keys and values 0. All heads of a row hold as many, though not the same, entries.
 
-Buffers are written in place where nothing else may need what they held. Where autograd is recording, or a buffer was
-made under `torch.inference_mode` and is written outside of it, they are copied first.
+Buffers are written in place where nothing else may need what they held. They are copied first where autograd may have
+saved them, in this call or an earlier one, and where one made under `torch.inference_mode` is written outside of it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Store:
         Real tokens that each row has seen.
     held
         Entries that each row holds.
+    recording
+        Whether autograd records the call under way: the attention then saves what it reads.
     """
 
     def __init__(self, policy: Policy, layer: int = 0) -> None:
@@ -47,6 +49,8 @@ class Store:
         self.held: list[int] = []
         self.scale: float | None = None
         self.softcap: float | None = None
+        self.recording = False
+        self._saved: set[str] = set()
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._positions: Tensor | None = None
@@ -102,7 +106,7 @@ class Store:
     def append(self, k: Tensor, v: Tensor, taken: Sequence[int]) -> None:
         """Put the first ``taken[b]`` of the new entries ``(B, Hkv, t, D)`` behind those of row b."""
         self._reserve(max(h + n for h, n in zip(self.held, taken, strict=True)))
-        keys, values, positions = self._writable("_keys", k), self._writable("_values", v), self._writable("_positions")
+        keys, values, positions = (self._writable(name) for name in ("_keys", "_values", "_positions"))
         t = k.shape[2]
         if self.uniform and all(n == t for n in taken):
             here = slice(self.held[0], self.held[0] + t)
@@ -111,7 +115,7 @@ class Store:
                 self.counts[0], self.counts[0] + t, device=k.device, dtype=positions.dtype
             )
         else:
-            rows, new = _pairs(taken, k.device)
+            rows, new = pairs(taken, k.device)
             slots = torch.tensor(self.held, device=k.device)[rows] + new
             keys[rows, :, slots], values[rows, :, slots] = k[rows, :, new], v[rows, :, new]
             counts = torch.tensor(self.counts, device=k.device)[rows] + new
@@ -162,7 +166,7 @@ class Store:
         assert self._positions is not None
         device, budget = self._keys.device, self.policy.budget
         index: Rows = slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             live = Live(
                 keys=self._keys[index, :, :held],
                 values=self._values[index, :, :held],
@@ -263,18 +267,21 @@ class Store:
                 more = buffer.new_full((*buffer.shape[:2], new - room, *buffer.shape[3:]), fill)
                 setattr(self, name, torch.cat([buffer, more], 2))
 
-    def _writable(self, name: str, new: Tensor | None = None) -> Tensor:
+    def _writable(self, name: str) -> Tensor:
         """A buffer that may be written in place."""
         buffer: Tensor = getattr(self, name)
-        recording = torch.is_grad_enabled() and (buffer.requires_grad or (new is not None and new.requires_grad))
-        if recording or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+        frozen = buffer.is_inference() and not torch.is_inference_mode_enabled()
+        if self.recording or name in self._saved or frozen:
             buffer = buffer.clone()
             setattr(self, name, buffer)
+            self._saved.discard(name)
+        if self.recording:
+            self._saved.add(name)
         return buffer
 
 
-def _pairs(taken: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and number of every new entry that is taken."""
-    rows = [row for row, n in enumerate(taken) for _ in range(n)]
-    new = [j for n in taken for j in range(n)]
-    return torch.tensor(rows, device=device), torch.tensor(new, device=device)
+def pairs(taken: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and number of every new entry that is taken; made without asking the device anything."""
+    rows = torch.arange(len(taken)).repeat_interleave(torch.tensor(taken))
+    new = torch.cat([torch.arange(n) for n in taken])
+    return rows.to(device, non_blocking=True), new.to(device, non_blocking=True)

@@ -6,7 +6,8 @@ Matters, https://arxiv.org/abs/2406.12335
     I_j = S_j * ||v_j||_1       with S the scores of a base; the first `sink` tokens, of large S and tiny v, always stay
 
 Differs from the paper: sinks are 20, as in the authors' command, and count in the budget; the paper is for multi-head
-attention, here query heads that share a key/value head are averaged. The authors compare over ``base="h2o"`` and over
+attention, here query heads that share a key/value head are averaged (over
+``base="tova"`` too, so that heads then differ). The authors compare over ``base="h2o"`` and over
 scissorhands in the form ``base_options={"importance": "mean", "window": 400}``.
 """
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
@@ -58,10 +59,21 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
         elif looks_like_attention(layer):
             reason = "it does not go through transformers' attention interface"
             sites.append(RefusedSite(path, layer, "transformers", reason))
+    caches: dict[int, list[Any]] = {}
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
-            site.note = _own_window(site)
+            if site.owner is not None and "causal" in site.needs:
+                if id(site.owner) not in caches:
+                    caches[id(site.owner)] = DynamicCache(config=site.owner.config).layers
+                site.own_cache = _own_cache(site, caches[id(site.owner)])
+                if getattr(site.own_cache, "is_sliding", False):
+                    window = site.own_cache.sliding_window
+                    site.note = f"sliding window of {window}: its cache is bounded already"
+    places = [(id(site.owner), getattr(site.module, "layer_idx", None)) for site in sites if _has_cache(site)]
+    for site in sites:
+        if _has_cache(site):
+            site.shares_place = places.count((id(site.owner), getattr(site.module, "layer_idx", None))) > 1
     callers = [site.path for site in sites if _calls_interface(site.module)]
     # blocks named ...Attention that hold a caller, or torch's own attention, are not layers of their own
     inner = [*callers, *(p for p, m in layers.items() if isinstance(m, nn.MultiheadAttention))]
@@ -126,15 +138,14 @@ def _owner(path: str, layers: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     return None, []
 
 
-def _own_window(site: TransformersSite) -> str:
-    """Say that the library itself bounds the cache of this layer by a sliding window; empty if it does not."""
+def _own_cache(site: TransformersSite, layers: list[Any]) -> Any:
+    """The cache layer that transformers itself would give this layer; None where there is none."""
     index = getattr(site.module, "layer_idx", None)
-    if site.owner is None or not isinstance(index, int) or "causal" not in site.needs:
-        return ""
-    layers = DynamicCache(config=site.owner.config).layers
-    if index >= len(layers) or not getattr(layers[index], "is_sliding", False):
-        return ""
-    return f"sliding window of {layers[index].sliding_window}: its cache is bounded already"
+    return layers[index] if isinstance(index, int) and 0 <= index < len(layers) else None
+
+
+def _has_cache(site: Site) -> bool:
+    return isinstance(site, TransformersSite) and site.own_cache is not None
 
 
 @dataclass
@@ -143,6 +154,8 @@ class TransformersSite(Site):
 
     owner: Any = None
     between: list[Any] = field(default_factory=list)
+    own_cache: Any = None
+    shares_place: bool = False
 
     def eviction_problem(self) -> str | None:
         """Only the causal self-attention of a decoder has a cache to bound."""
@@ -153,15 +166,18 @@ class TransformersSite(Site):
             return (
                 "eviction is for decoder-only language models: this layer's model takes no key/value cache of its own"
             )
-        if not isinstance(getattr(module, "layer_idx", None), int):
-            return "it has no layer_idx, by which its place in the cache is found"
+        if getattr(self.owner.config, "is_causal", True) is False:
+            return "the model's config says is_causal=False, and eviction is for causal attention"
+        if type(self.own_cache) is not DynamicLayer:
+            kind = "none" if self.own_cache is None else type(self.own_cache).__name__
+            return f"transformers gives it another cache than a plain one of keys and values ({kind})"
+        if self.shares_place:
+            return "another layer has the same layer_idx, by which its place in the cache is found"
         if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
             return "its keys and values are shared between layers"
         for outer in [*self.between, module, self.owner]:
             if not cache.passes_down(outer):
-                return (
-                    f"{type(outer).__name__}.forward takes no further keyword arguments, which carry cache and padding"
-                )
+                return f"{type(outer).__name__}.forward hands no further keyword arguments on; they carry the padding"
         return None
 
     def put_bounded(self, attention: BoundedAttention) -> nn.Module:

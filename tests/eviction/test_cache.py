@@ -480,8 +480,12 @@ def test_what_a_call_cannot_have():
             language_model()(ids, past_key_values=mine)
         with pytest.raises(UnsupportedError, match=r"made by another swap.*keydiff.*h2o with budget 16"):
             bounded("h2o", budget=16, block_size=8)(ids, past_key_values=model(ids).past_key_values)
+        two = model(ids[:, :9]).past_key_values
         with pytest.raises(ShapeError, match="the cache holds 2 rows, the call has 1"):
-            model(ids[:1], past_key_values=model(ids).past_key_values)
+            model(ids[:1, 9:], past_key_values=two)
+        torch.testing.assert_close(model(ids[:, 9:], past_key_values=two).logits, expected[:, 9:])
+        with pytest.raises(UnsupportedError, match="is_causal=False"):
+            model(ids, is_causal=False)
         hidden, angles = torch.randn(1, 3, 32, dtype=torch.float64), torch.zeros(1, 3, 8, dtype=torch.float64)
         with pytest.raises(UnsupportedError, match="was called without its model"):
             model.model.layers[0].self_attn(hidden, position_embeddings=(angles, angles))
@@ -492,6 +496,31 @@ def _offloading(model):
     cache = DynamicCache(config=model.config)
     cache.offloading = True
     return cache
+
+
+def test_checkpointing_wants_no_cache():
+    model = bounded("keydiff", budget=16, block_size=8).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UnsupportedError, match="gradient checkpointing takes tokens in twice"):
+        model(token_ids(1, 20), past_key_values=DynamicCache())
+
+
+def test_models_that_cannot_be_bounded_are_refused():
+    """At the swap where it shows there, at the first call else; never wrong in silence."""
+    backwards = language_model("llama", is_causal=False)
+    with pytest.raises(UnsupportedError, match="is_causal=False"):
+        attnzoo.replace_attention(backwards, "keydiff", budget=16)
+    small = {**TEXT, "num_key_value_heads": 2}
+    for config, message in ((transformers.StableLmConfig(**small), "hands no further keyword arguments on"),):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        before = fingerprint(model)
+        with pytest.raises(UnsupportedError, match=message):
+            attnzoo.replace_attention(model, "keydiff", budget=16)
+        assert fingerprint(model) == before
+    twice = transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**small)).eval()
+    attnzoo.replace_attention(twice, "keydiff", budget=16)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="other keys and values than it put into the cache"):
+        twice(token_ids(1, 20))
 
 
 def test_assisted_decoding_and_cropping_are_refused():

@@ -1,0 +1,171 @@
+"""The scan of blocks by itself: scores over several evictions, gradients of some inputs only, autocast, the bound."""
+
+import itertools
+
+import pytest
+import torch
+
+from attnzoo.eviction.scan import BoundedAttention, Padding
+from attnzoo.eviction.store import Store
+from attnzoo.registry import build_core, build_policy, describe
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+
+
+def attention_of(name: str, **options) -> BoundedAttention:
+    return BoundedAttention(name, build_policy(describe(name), options), build_core(describe("sdpa"), {}))
+
+
+def qkv(tokens: int, rows: int = 1, seed: int = 0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((rows, heads, tokens, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return [2 * torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def slowly(name, q, k, v, budget, block, recent):
+    """One row, token by token, in dictionaries: outputs of the queries and the positions kept a key/value head.
+
+    For each query head the sums and the attention of each query over what its key/value head holds are kept by hand.
+    """
+    groups = HEADS // KV_HEADS
+    tokens = q.shape[2]
+    kept = [[] for _ in range(KV_HEADS)]
+    sums = [{} for _ in range(HEADS)]
+    out = torch.zeros_like(q)
+
+    def weights(head, i, among):
+        scores = torch.stack([q[0, head, i] @ k[0, head // groups, j] * WIDTH**-0.5 for j in among])
+        return dict(zip(among, scores.softmax(0).tolist(), strict=True))
+
+    for i in range(tokens):
+        for g in range(KV_HEADS):
+            kept[g].append(i)
+        for head in range(HEADS):
+            row = weights(head, i, kept[head // groups])
+            out[0, head, i] = sum(w * v[0, head // groups, j] for j, w in row.items())
+            for j, w in row.items():
+                sums[head][j] = sums[head].get(j, 0.0) + w
+        if (i + 1) % block or len(kept[0]) <= budget:
+            continue
+        for g in range(KV_HEADS):
+            live, heads = kept[g], range(g * groups, (g + 1) * groups)
+
+            def asked(head, window, i=i, live=live):
+                last = range(max(0, i + 1 - window), i + 1)
+                return [weights(head, n, [j for j in live if j <= n]) for n in last if any(j <= n for j in live)]
+
+            base, sink = "h2o" if name in ("vatp", "caote") else name, 0
+            if base == "h2o":
+                each = {h: {j: sums[h][j] for j in live} for h in heads}
+            elif base == "snapkv":
+                each = {}
+                for h in heads:
+                    total = {j: sum(row.get(j, 0.0) for row in asked(h, 4)) for j in live}
+                    before = [j for j in live if j < i + 1 - 4]
+                    line = [total[j] for j in before]
+                    pooled = [max(line[max(0, n - 1) : n + 2]) for n in range(len(line))]
+                    each[h] = total | dict(zip(before, pooled, strict=True))
+            else:
+                each = {
+                    h: {j: sum(row.get(j, 0.0) > 1 / len(row) for row in asked(h, 20)) for j in live} for h in heads
+                }
+            if name == "caote":
+                score = dict.fromkeys(live, 0.0)
+                for h in heads:
+                    total = sum(each[h].values())
+                    share = {j: w / total for j, w in each[h].items()}
+                    mean = sum(w * v[0, g, j] for j, w in share.items())
+                    for j in live:
+                        score[j] += (share[j] / (1 - share[j]) * float((mean - v[0, g, j]).norm())) ** 2
+            else:
+                score = {j: sum(each[h][j] for h in heads) / groups for j in live}
+            if name == "vatp":
+                score = {j: s * float(v[0, g, j].abs().sum()) for j, s in score.items()}
+                sink = min(20, (budget - recent) // 2)
+            safe = {j for j in live if j < sink or j > i - recent}
+            best = sorted((j for j in live if j not in safe), key=lambda j: (score[j], j), reverse=True)
+            kept[g] = sorted([*safe, *best[: budget - len(safe)]])
+        for head in range(HEADS):
+            sums[head] = {j: s for j, s in sums[head].items() if j in kept[head // groups]}
+    return out, kept
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("h2o", {"recent": 6}),
+        ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
+        ("scissorhands", {"window": 20, "recent": 3}),
+        ("vatp", {"recent": 3}),
+        ("caote", {"recent": 5}),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_scores_over_many_evictions(name, options, block):
+    """What was kept from eviction to eviction belongs to the entries that stayed, in calls of any length."""
+    budget = 12
+    q, k, v = qkv(70)
+    attention = attention_of(name, budget=budget, block_size=block, **options)
+    out, kept = slowly(name, q, k, v, budget, block, options["recent"])
+    store, parts = Store(attention.policy), []
+    for start, end in itertools.pairwise((0, 1, 23, 24, 61, 70)):
+        parts.append(attention(store, *(x[:, :, start:end] for x in (q, k, v))))
+    torch.testing.assert_close(torch.cat(parts, 2), out, rtol=1e-9, atol=1e-9)
+    assert store.positions[0].tolist() == kept
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
+def test_gradients_of_some_inputs_only(wanted):
+    """Frozen weights (LoRA on queries, say): gradients are those of the same choice computed whole."""
+    attention = attention_of("caote", budget=12, block_size=4)
+    inputs = qkv(50)
+    for which in wanted:
+        inputs[which].requires_grad_()
+    store = Store(attention.policy)
+    first = attention(store, *(x[:, :, :30] for x in inputs))
+    second = attention(store, *(x[:, :, 30:] for x in inputs))
+    with torch.no_grad():  # what comes later must not write over what the graph holds
+        attention(store, *(x[:, :, :9] for x in inputs))
+    loss = first.square().sum() + second.square().sum()
+    found = torch.autograd.grad(loss, [inputs[which] for which in wanted])
+    for which, gradient in zip(wanted, found, strict=True):
+        values = []
+        for step in (1e-6, -1e-6):
+            moved = [x.detach().clone() for x in inputs]
+            moved[which].view(-1)[37] += step
+            values.append(attention(Store(attention.policy), *moved).square().sum())
+        assert abs((values[0] - values[1]) / 2e-6 - gradient.view(-1)[37]) < 1e-5
+
+
+def test_the_bound_while_a_block_is_closed(monkeypatch):
+    """At the moment of an eviction a layer holds budget and block together, never more."""
+    most = []
+    evict = Store.evict
+    monkeypatch.setattr(Store, "evict", lambda self, rows: (most.append(max(self.held)), evict(self, rows))[1])
+    attention = attention_of("keydiff", budget=20, block_size=8)
+    store = Store(attention.policy)
+    attention(store, *qkv(100, 2), Padding.of(torch.rand(2, 100) > 0.2))
+    assert max(most) == 28
+    assert store._keys.shape[2] == 28
+
+
+def test_autocast_with_padding():
+    """The core may answer in another dtype than its input's; scores are not computed in it."""
+    attention = attention_of("caote", budget=12, block_size=4)
+    real = torch.ones(2, 50, dtype=torch.bool)
+    real[0, :7] = False
+    q, k, v = qkv(50, 2, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(Store(attention.policy), q, k, v, Padding.of(real))
+    expected = attention(Store(attention.policy), q, k, v, Padding.of(real))
+    assert (out - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_infinite_scores_do_not_push_protected_entries_out():
+    attention = attention_of("caote", base="tova", budget=4, block_size=8, sink=4)
+    q, k, v = qkv(8)
+    k[:, :, 5] = 100 * q[:, ::2, 7]
+    k[:, :, 6] = k[:, :, 7] = 0
+    store = Store(attention.policy)
+    attention(store, q, k, v)
+    assert store.positions[0].tolist() == [[0, 1, 2, 3]] * 2
