@@ -153,7 +153,7 @@ def test_eviction_policies_have_their_place():
         attnzoo.create_attention("keydiff", 8, 1, budget=4)
     attnzoo.register_attention("drop_all", "eviction", nn.Identity)
     try:
-        with pytest.raises(attnzoo.AttnZooError, match="is no attnzoo.eviction.policy.Policy"):
+        with pytest.raises(attnzoo.AttnZooError, match=r"is no attnzoo\.eviction\.policy\.Policy"):
             attnzoo.replace_attention(nn.TransformerEncoderLayer(16, 2), "drop_all")
     finally:
         registry.unregister_attention("drop_all")

@@ -6,7 +6,7 @@
 - `cache`: the cache that transformers sees. The only file here that knows transformers.
 - `size`: the bytes of a cache.
 
-A layer holds at most `budget` entries a key/value head once a block has ended, and at most ``budget + block_size`` while
-it is being closed, fewer between calls. Blocks end at multiples of `block_size` of each row's own count of real tokens, so how a prompt was padded
-or cut into calls makes no difference.
+A layer holds at most `budget` entries a key/value head once a block has ended, and at most ``budget + block_size``
+while it is being closed, fewer between calls. Blocks end at multiples of `block_size` of each row's own count of real
+tokens, so how a prompt was padded or cut into calls makes no difference.
 """

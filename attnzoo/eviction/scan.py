@@ -90,7 +90,8 @@ class BoundedAttention:
         """
         if not store.batch:
             store.start(q, k, v, scale, softcap)
-        store.recording = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, store.keys, store.values))
+        read = [x for x in (q, k, v, store.keys, store.values) if x is not None]
+        store.recording = torch.is_grad_enabled() and any(x.requires_grad for x in read)
         if store.batch != len(q):
             raise ShapeError(f"the cache holds {store.batch} rows, the call has {len(q)}")
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}

@@ -70,10 +70,10 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
                 if getattr(site.own_cache, "is_sliding", False):
                     window = site.own_cache.sliding_window
                     site.note = f"sliding window of {window}: its cache is bounded already"
-    places = [(id(site.owner), getattr(site.module, "layer_idx", None)) for site in sites if _has_cache(site)]
-    for site in sites:
-        if _has_cache(site):
-            site.shares_place = places.count((id(site.owner), getattr(site.module, "layer_idx", None))) > 1
+    cached = [site for site in sites if isinstance(site, TransformersSite) and site.own_cache is not None]
+    places = [(id(site.owner), site.module.layer_idx) for site in cached]
+    for site, place in zip(cached, places, strict=True):
+        site.shares_place = places.count(place) > 1
     callers = [site.path for site in sites if _calls_interface(site.module)]
     # blocks named ...Attention that hold a caller, or torch's own attention, are not layers of their own
     inner = [*callers, *(p for p, m in layers.items() if isinstance(m, nn.MultiheadAttention))]
@@ -142,10 +142,6 @@ def _own_cache(site: TransformersSite, layers: list[Any]) -> Any:
     """The cache layer that transformers itself would give this layer; None where there is none."""
     index = getattr(site.module, "layer_idx", None)
     return layers[index] if isinstance(index, int) and 0 <= index < len(layers) else None
-
-
-def _has_cache(site: Site) -> bool:
-    return isinstance(site, TransformersSite) and site.own_cache is not None
 
 
 @dataclass
