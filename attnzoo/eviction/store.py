@@ -185,10 +185,7 @@ class Store:
             old: Tensor | None = getattr(self, name)
             if old is None:
                 continue
-            places = keep.repeat_interleave(heads, 1) if name == "_sums" else keep
-            if old.dim() == 4:
-                places = places[..., None].expand(-1, -1, -1, old.shape[3])
-            kept = old[index, :, :held].gather(2, places)
+            kept = _pick(old, rows, keep.repeat_interleave(heads, 1) if name == "_sums" else keep)
             buffer = self._writable(name)
             buffer[index, :, :budget] = kept
             buffer[index, :, budget:held] = -1 if name == "_positions" else 0
@@ -278,6 +275,14 @@ class Store:
         if self.recording:
             self._saved.add(name)
         return buffer
+
+
+def _pick(buffer: Tensor, rows: Sequence[int], keep: Tensor) -> Tensor:
+    """Entries ``(b, H, n)`` of the rows of a buffer ``(B, H, C, ...)``; whole entries at a time, which is fast."""
+    heads, room = buffer.shape[1:3]
+    first = torch.tensor(rows)[:, None] * heads + torch.arange(heads)
+    places = keep + (first * room).to(keep.device)[..., None]
+    return buffer.flatten(0, 2).index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def pairs(taken: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
