@@ -1,5 +1,6 @@
 """The README and the docs tell the truth: their code runs, their tables are those of the records and the registry."""
 
+import json
 import re
 import subprocess
 import sys
@@ -84,6 +85,27 @@ def test_shell_commands_are_real(page):
 def test_the_readmes_table_is_that_of_the_committed_record():
     records = read_records(ROOT / "docs/records/quickstart.jsonl")
     assert between(ROOT / "README.md", "bench") == markdown_section(records).strip()
+
+
+def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
+    dense, keydiff = (json.loads(line) for line in (ROOT / "docs/records/long.jsonl").read_text().splitlines())
+    cost, text = keydiff["cost"], (ROOT / "docs/eviction.md").read_text(encoding="utf-8")
+
+    def spread(q):
+        return f"{q['p50']:.2f}x ({q['p20']:.2f}-{q['p80']:.2f})"
+
+    one, eight = cost["batches"]
+    first = [one[side]["first_token"]["p50"] for side in ("dense", "candidate")]
+    assert f"| {first[0]:.1f} s | {first[1]:.1f} s | {spread(one['first_token_speedup'])} |" in text
+    for batch in (one, eight):
+        token = [batch[side]["token"]["p50"] * 1e3 for side in ("dense", "candidate")]
+        assert f"| {token[0]:,.0f} ms | {token[1]:,.0f} ms | {spread(batch['token_speedup'])} |" in text
+    for what in ("entries", "allocated"):
+        held = [cost[cache][what] / 1e6 for cache in ("cache_dense", "cache")]
+        assert f"| {held[0]:.1f} MB | {held[1]:.1f} MB | {held[1] / held[0]:.2f}x |" in text
+    peak = [cost[memory]["activation_peak_bytes"] / 1e6 for memory in ("memory_dense", "memory")]
+    assert f"| {peak[0]:.0f} MB | {peak[1]:.0f} MB | {peak[1] / peak[0]:.2f}x |" in text
+    assert spread(dense["cost"]["batches"][0]["first_token_speedup"]) in text
 
 
 def test_the_guides_table_is_that_of_the_registry():

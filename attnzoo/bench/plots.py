@@ -127,7 +127,8 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
     axes.axvline(1, color=INK, lw=0.8, alpha=0.4)
     axes.axhline(1, color=INK, lw=0.8, alpha=0.4)
     gap = (high - low + 2 * room) * 0.21 / (height * (0.97 - bottom))
-    for trade, label_y in zip(trades, spread([t.kept for t in trades], gap), strict=True):
+    places = spread([t.kept for t in trades], gap, within=(low - room, high + room))
+    for trade, label_y in zip(trades, places, strict=True):
         xs = [spot.x for spot in trade.spots]
         axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.colour, lw=0.8, alpha=0.8)
         for spot in trade.spots:

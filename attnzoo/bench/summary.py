@@ -251,8 +251,11 @@ def one_line(text: str, limit: int = 600) -> str:
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move values apart, as little as needed for neighbours to be `gap` apart; their order stays."""
+def spread(values: Sequence[float], gap: float, within: tuple[float, float] | None = None) -> list[float]:
+    """Move values apart, as little as needed for neighbours to be `gap` apart; their order stays.
+
+    With `within` they are then moved, from the top down, so that they stay inside where there is room for all.
+    """
     order = sorted(range(len(values)), key=lambda index: values[index])
     groups: list[list[int]] = []
     centres: list[float] = []
@@ -267,6 +270,11 @@ def spread(values: Sequence[float], gap: float) -> list[float]:
     for group, centre in zip(groups, centres, strict=True):
         for rank, index in enumerate(group):
             placed[index] = centre + gap * (rank - (len(group) - 1) / 2)
+    if within is not None:
+        edge = within[1]
+        for index in reversed(order):
+            placed[index] = min(placed[index], edge)
+            edge = placed[index] - gap
     return placed
 
 

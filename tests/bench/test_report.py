@@ -147,3 +147,6 @@ def test_labels_spread_apart_keep_their_order(values, gap):
     assert all(g >= gap - 1e-6 for g in gaps)
     if all(values[b] - values[a] >= gap for a, b in itertools.pairwise(order)):
         assert placed == pytest.approx(values)
+    inside = spread(values, gap, within=(-200, 20))
+    assert all(value <= 20 for value in inside)
+    assert all(inside[b] - inside[a] >= gap - 1e-6 for a, b in itertools.pairwise(order))
