@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,7 +71,7 @@ class Live:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(ABC):
     """Base of the policies. A subclass gives `score`, and says by class attributes what it needs to be kept for it.
 
     Parameters
@@ -136,9 +137,9 @@ class Policy:
         recent = min(self.default_recent(sink), self.budget - sink) if self.recent is None else self.recent
         return sink, recent
 
+    @abstractmethod
     def score(self, live: Live) -> Tensor:
         """Give every entry a score, ``(B, Hkv, S)``: the lowest go. Of equal scores the older goes first."""
-        raise NotImplementedError
 
     def keep(self, live: Live) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
@@ -156,9 +157,9 @@ class Policy:
 class AttentionPolicy(Policy):
     """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them."""
 
+    @abstractmethod
     def attention_scores(self, live: Live) -> Tensor:
         """Give every entry a score of at least 0 for each query head, ``(B, H, S)``."""
-        raise NotImplementedError
 
     def score(self, live: Live) -> Tensor:
         """Mean of `attention_scores` over the query heads that share a key/value head."""
