@@ -389,10 +389,11 @@ def bounded_attention(
 
 def bounded_layers(model: nn.Module) -> Iterator[tuple[int, BoundedAttention]]:
     """The swapped layers in `model`: the index of each in the cache, and what stands there."""
+    module: Any
     for module in model.modules():
         attention = vars(module).get("attnzoo_core")
         if isinstance(attention, BoundedAttention):
-            yield module.layer_idx, attention  # type: ignore[misc]
+            yield module.layer_idx, attention
 
 
 def takes_cache(module: Any) -> bool:

@@ -12,7 +12,6 @@ both shares are equal; query heads that share a key/value head are averaged (the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,7 +22,10 @@ from attnzoo.eviction.policy import AttentionPolicy, Live
 class H2O(AttentionPolicy):
     """Accumulated attention."""
 
-    accumulates: ClassVar[bool] = True
+    @property
+    def accumulates(self) -> bool:
+        """The sums."""
+        return True
 
     def default_recent(self, sink: int) -> int:
         """Half the budget."""

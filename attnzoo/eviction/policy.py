@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +71,7 @@ class Live:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """Base of the policies. A subclass gives `score`, and says by class attributes what it needs to be kept for it.
+    """Base of the policies. A subclass gives `score`, and says by properties what it needs to be kept for it.
 
     Parameters
     ----------
@@ -98,9 +97,6 @@ class Policy(ABC):
     recent: int | None = None
     core: str = "sdpa"
 
-    accumulates: ClassVar[bool] = False
-    """Whether `Live.sums` is needed."""
-
     def __post_init__(self) -> None:
         check_int("budget", self.budget, minimum=1)
         check_int("block_size", self.block_size, minimum=1)
@@ -112,6 +108,11 @@ class Policy(ABC):
                 f"sink={self.sink or 0} + recent={self.recent or 0} is over budget={self.budget}: protected entries "
                 "must fit in it"
             )
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether `Live.sums` is needed."""
+        return False
 
     @property
     def queries_kept(self) -> int:

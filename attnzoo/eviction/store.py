@@ -10,6 +10,7 @@ saved them, in this call or an earlier one, and where one made under `torch.infe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,22 +234,22 @@ class Store:
                 setattr(other, name, buffer.clone())
         return other
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """The content, as tensors, lists and numbers."""
-        state: dict[str, object] = {name.strip("_"): None for name in _BUFFERS}
+        state: dict[str, Any] = {name.strip("_"): None for name in _BUFFERS}
         for name in _BUFFERS:
             buffer = getattr(self, name)
             if buffer is not None:
                 state[name.strip("_")] = buffer.detach()
         return {**state, "counts": self.counts, "held": self.held, "scale": self.scale, "softcap": self.softcap}
 
-    def load_state(self, state: dict[str, object]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         for name in _BUFFERS:
             setattr(self, name, state[name.strip("_")])
         for name in ("counts", "held"):
-            setattr(self, name, list(state[name]))  # type: ignore[call-overload]
-        self.scale, self.softcap = state["scale"], state["softcap"]  # type: ignore[assignment]
+            setattr(self, name, list(state[name]))
+        self.scale, self.softcap = state["scale"], state["softcap"]
 
     def _reserve(self, needed: int) -> None:
         """Have room for `needed` entries a row. A buffer grows by a quarter, never past budget and block together."""

@@ -53,7 +53,7 @@ class Wrapper(Policy):
         return policy
 
     @property
-    def accumulates(self) -> bool:  # type: ignore[override]
+    def accumulates(self) -> bool:
         """What the base needs."""
         return self.inner.accumulates
 
