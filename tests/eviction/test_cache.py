@@ -518,9 +518,15 @@ def test_models_that_cannot_be_bounded_are_refused():
             attnzoo.replace_attention(model, "keydiff", budget=16)
         assert fingerprint(model) == before
     twice = transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**small)).eval()
-    attnzoo.replace_attention(twice, "keydiff", budget=16)
-    with torch.no_grad(), pytest.raises(UnsupportedError, match="other keys and values than it put into the cache"):
+
+    def use():
+        attnzoo.replace_attention(twice, "keydiff", budget=16)
         twice(token_ids(1, 20))
+
+    # before it went through transformers' attention interface it was refused at the swap
+    message = "other keys and values than it put into the cache|does not go through transformers' attention interface"
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=message):
+        use()
 
 
 def test_assisted_decoding_and_cropping_are_refused():
