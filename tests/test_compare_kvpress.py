@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from attnzoo.bench.kvpress import environment, process, prompts, record, run, table, worker
+from attnzoo.bench.kvpress.config import load_config, rows_of
 from attnzoo.errors import AssetError, AttnZooError, ConfigError
 from attnzoo.tasks import decode
 from attnzoo.tasks.needles import make_samples
@@ -20,12 +22,10 @@ EVAL = Path(__file__).parents[1] / "eval"
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
-
-compare, worker = script("compare_kvpress"), script("kvpress_worker")
 
 FAKE = """
 import json, pathlib, sys
@@ -65,14 +65,14 @@ def settings(saved, tmp_path, monkeypatch):
     """A config's path, with kvpress's side played by a script; `broken` makes that one die."""
     fake, broken = tmp_path / "fake.py", tmp_path / "broken"
     fake.write_text(FAKE, encoding="utf-8")
-    original = compare.worker_command
+    original = process.worker_command
 
     def command(side, python):
         if side == "attnzoo":
             return original(side, python)
         return [sys.executable, str(fake), str(broken)]
 
-    monkeypatch.setattr(compare, "worker_command", command)
+    monkeypatch.setattr(run, "worker_command", command)
     content = {
         "name": "tiny",
         "model": str(saved[0]),
@@ -92,11 +92,11 @@ def settings(saved, tmp_path, monkeypatch):
 
 def go(config):
     said = []
-    return compare.run(config, "python", "the command", [], said.append), said
+    return run.run(config, "python", "the command", [], said.append), said
 
 
 def test_a_broken_run_goes_on_and_the_table_says_who_is_ahead(settings):
-    config = compare.load_config(settings.path, ["settings=[question_after]"])
+    config = load_config(settings.path, ["settings=[question_after]"])
     settings.broken.touch()
     with pytest.raises(AttnZooError, match=r"kvpress KeyDiffPress ended with code 3; its last words:\nit broke here"):
         go(config)
@@ -116,7 +116,7 @@ def test_a_broken_run_goes_on_and_the_table_says_who_is_ahead(settings):
             assert line.entries_peak_bytes <= (line.kept[0] + 16) * entry < line.cache_peak_bytes * 1.2
             assert line.first_token_seconds > 0
 
-    text = compare.report(path)
+    text = table.report(path)
     assert path.with_name("table.md").read_text(encoding="utf-8") == text
     for words in ("the command", "kvpress fake", "`keydiff`", "2 of 2 (34% to 100%)", "keydiff: so", "over attnzoo's"):
         assert words in text
@@ -125,37 +125,37 @@ def test_a_broken_run_goes_on_and_the_table_says_who_is_ahead(settings):
 
 
 def results(path):
-    return [line for line in compare.read_records(path) if line.kind == "result"]
+    return [line for line in record.read_records(path) if line.kind == "result"]
 
 
 def test_another_config_or_text_is_not_mixed_in(settings, tmp_path):
-    config, other = compare.load_config(settings.path), compare.load_config(settings.path, ["seed=1"])
+    config, other = load_config(settings.path), load_config(settings.path, ["seed=1"])
     path = tmp_path / "records.jsonl"
-    compare._prepare(path, config, "text", "the command")
-    assert len(compare._prepare(path, config, "text", "another command")) == 1
+    run._prepare(path, config, "text", "the command")
+    assert len(run._prepare(path, config, "text", "another command")) == 1
     with pytest.raises(ConfigError, match="holds results of another config"):
-        compare._prepare(path, other, "text", "the command")
+        run._prepare(path, other, "text", "the command")
     with pytest.raises(ConfigError, match="holds results of another text"):
-        compare._prepare(path, config, "another", "the command")
+        run._prepare(path, config, "another", "the command")
     seen = {}
-    compare._remember("kvpress", {"torch": "1"}, seen, path)
+    run._remember("kvpress", {"torch": "1"}, seen, path)
     with pytest.raises(ConfigError, match="on the side of kvpress, now there is"):
-        compare._remember("kvpress", {"torch": "2"}, seen, path)
+        run._remember("kvpress", {"torch": "2"}, seen, path)
 
 
 def test_a_side_that_keeps_another_share_is_refused(settings):
-    config = compare.load_config(settings.path)
-    row = compare.rows_of(config)[1][1]
-    prompt = compare.Prompt(ids=range(500), question_at=460, answers=("1",), depth=0.5, limit=9)
+    config = load_config(settings.path)
+    row = rows_of(config)[1][1]
+    prompt = prompts.Prompt(ids=range(500), question_at=460, answers=("1",), depth=0.5, limit=9)
     stub = types.SimpleNamespace(ask=lambda job, timeout: {"kept": [job["keep"], job["keep"] + 2]})
     with pytest.raises(AttnZooError, match="kvpress KeyDiffPress kept 115 to 117 entries a head of prompt 0, not 115"):
-        compare._result(config, row, "question_after", 0, prompt, stub)
+        run._result(config, row, "question_after", 0, prompt, stub)
 
 
 def test_a_worker_that_hangs_is_killed():
     hang = "import json, sys, time\nsys.stdin.readline()\nprint('{\"versions\": {}}', flush=True)\ntime.sleep(60)"
     with (
-        compare.Worker([sys.executable, "-c", hang], "the sleeper", {"threads": 1}) as sleeper,
+        process.WorkerProcess([sys.executable, "-c", hang], "the sleeper", {"threads": 1}) as sleeper,
         pytest.raises(AttnZooError, match=r"the sleeper took longer than 0\.2 s"),
     ):
         sleeper.ask({}, 0.2)
@@ -163,16 +163,16 @@ def test_a_worker_that_hangs_is_killed():
 
 def test_bad_configs(settings):
     with pytest.raises(ConfigError, match=r"policies\.0\.attnzoo.*keydif.*keydiff"):
-        compare.load_config(settings.path, ["policies.0.attnzoo.name=keydif"])
+        load_config(settings.path, ["policies.0.attnzoo.name=keydif"])
     with pytest.raises(ConfigError, match="share"):
-        compare.load_config(settings.path, ["share=1.5"])
+        load_config(settings.path, ["share=1.5"])
     with pytest.raises(ConfigError, match="stand for more than one"):
-        compare.load_config(settings.path, ["policies.0.policy=dense"])
-    assert compare.main([str(settings.path), "--only", "nothing"]) == 2
+        load_config(settings.path, ["policies.0.policy=dense"])
+    assert script("compare_kvpress").main([str(settings.path), "--only", "nothing"]) == 2
 
 
 def test_the_config_that_ships():
-    config = compare.load_config(EVAL.parent / "configs" / "decode" / "kvpress.yaml")
+    config = load_config(EVAL.parent / "configs" / "decode" / "kvpress.yaml")
     assert [policy.policy for policy in config.policies] == [
         "keydiff", "snapkv", "tova", "knorm", "streaming", "h2o", "random"
     ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_the_config_that_ships():
 def test_the_question_is_found_in_the_prompt(samples):
     samples, tokenizer = samples
     for sample in samples:
-        start = compare.question_start(sample, tokenizer)
+        start = prompts.question_start(sample, tokenizer)
         question = tokenizer.decode(sample.ids[start:])
         assert question.startswith("\n\nWhat is the special magic number for ")
         assert sample.answers[0] in tokenizer.decode(sample.ids[:start])
@@ -189,19 +189,19 @@ def test_the_question_is_found_in_the_prompt(samples):
 
 def test_an_interpreter_without_kvpress_is_refused():
     with pytest.raises(ConfigError, match=r'kvpress 0\.5\.5 is needed.*pip install "kvpress==0\.5\.5"'):
-        compare.kvpress_python(sys.executable, print)
+        environment.kvpress_python(sys.executable, print)
     with pytest.raises(ConfigError, match="no-such-python"):
-        compare.kvpress_python("/no-such-python", print)
+        environment.kvpress_python("/no-such-python", print)
 
 
 def test_an_environment_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
     monkeypatch.setattr(
-        compare.subprocess, "run", lambda step, **_: subprocess.CompletedProcess(step, 1, "", "no network")
+        environment.subprocess, "run", lambda step, **_: subprocess.CompletedProcess(step, 1, "", "no network")
     )
     said = []
     with pytest.raises(AssetError, match=r"(?s)no environment with kvpress 0\.5\.5.*no network.*--python"):
-        compare.kvpress_python(None, said.append)
+        environment.kvpress_python(None, said.append)
     assert "making an environment" in said[0]
 
 

@@ -1,4 +1,4 @@
-"""One row of the comparison with kvpress, in a process of its own; `compare_kvpress.py` starts it and talks to it.
+"""One row of the comparison with kvpress, in a process of its own; `process` starts it and talks to it.
 
 It reads JSON lines: a setup (which side, which method, which weights), then one job a line (token ids, where the
 context ends, how many entries to keep), and answers each with a line. Both sides run this very file, each in its own
@@ -19,7 +19,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +225,10 @@ def main() -> None:
     """Answer until the jobs end. Whatever a library prints goes to stderr."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as out:
         os.dup2(2, 1)
-        say: Callable[[dict[str, Any]], None] = lambda answer: print(json.dumps(answer), file=out)  # noqa: E731
         worker = Worker(json.loads(sys.stdin.readline()))
-        say({"versions": versions()})
+        print(json.dumps({"versions": versions()}), file=out)
         for line in sys.stdin:
-            say(worker.answer(json.loads(line)))
+            print(json.dumps(worker.answer(json.loads(line))), file=out)
 
 
 if __name__ == "__main__":

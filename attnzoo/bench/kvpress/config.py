@@ -1,0 +1,155 @@
+"""What is compared with kvpress: the schema of a config, and the rows that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from attnzoo.bench.config import Dtype
+from attnzoo.bench.record import Entry
+from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.errors import AttnZooError
+from attnzoo.registry import build_policy, describe
+
+DENSE = "dense"
+
+Side = Literal["attnzoo", "kvpress"]
+Setting = Literal["question_inside", "question_after"]
+Key = tuple[Setting, str, str, int]
+
+
+class Ours(Section):
+    """A policy of attnzoo; its budget follows from the share kept."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """As the table names it."""
+        return self.name
+
+
+class Theirs(Section):
+    """A press of kvpress; with `block_size`, inside its BlockPress. `attention` is what transformers computes with."""
+
+    press: Annotated[str, Field(pattern=r"^\w+Press$")]
+    options: dict[str, Any] = Field(default_factory=dict)
+    block_size: PositiveInt | None = None
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    @property
+    def label(self) -> str:
+        """As the table names it."""
+        return self.press if self.block_size is None else f"BlockPress({self.press}, {self.block_size})"
+
+
+class Policy(Section):
+    """The same idea on both sides; `note` says where the two differ."""
+
+    policy: str
+    attnzoo: Ours
+    kvpress: Annotated[tuple[Theirs, ...], Field(min_length=1)]
+    note: str = ""
+
+
+class Comparison(Section):
+    """The config. `output` says where to write and is no part of its identity."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
+    dtype: Dtype = "float32"
+    threads: PositiveInt = 1
+    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    seed: Annotated[int, Field(ge=0)] = 0
+    tokens: Annotated[int, Field(ge=2)] = 2000
+    samples: PositiveInt = 24
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    block_size: PositiveInt = 128
+    settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("question_inside", "question_after")
+    policies: Annotated[tuple[Policy, ...], Field(min_length=1)]
+    timeout_seconds: PositiveFloat = 600.0
+    output: Path | None = None
+
+    @model_validator(mode="after")
+    def _rows_differ(self) -> Comparison:
+        names = [DENSE, *(policy.policy for policy in self.policies)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"policies must have names of their own, but {twice} stand for more than one")
+        for policy in self.policies:
+            labels = [theirs.label for theirs in policy.kvpress]
+            if len(set(labels)) < len(labels):
+                raise ValueError(f"{policy.policy}: a press stands twice among {labels}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where records and table go."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def hash(self) -> str:
+        """Identity: 16 hex digits over the full content."""
+        content = self.model_dump(mode="json", exclude={"output", "timeout_seconds"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Row(Entry):
+    """One row of the table: a method of one side, in one setting."""
+
+    side: Side
+    policy: str
+    method: str
+    attention: Literal["sdpa", "eager"]
+    spec: dict[str, Any] | None
+
+    def key(self, setting: Setting, sample: int) -> Key:
+        """As `ResultLine.key`."""
+        return setting, self.policy, f"{self.side} {self.method}", sample
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read and check a config.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one a line.
+    """
+    data = read_yaml(path, overrides)
+    problems: list[str] = []
+    for index, entry in enumerate(data.get("policies") or []):
+        ours = entry.get("attnzoo") if isinstance(entry, dict) else None
+        if not isinstance(ours, dict) or not isinstance(ours.get("name"), str):
+            continue  # the schema says what is wrong
+        try:
+            build_policy(describe(ours["name"]), {**(ours.get("options") or {}), "budget": 1_000_000})
+        except AttnZooError as error:
+            problems.append(f"policies.{index}.attnzoo: {error}")
+    return validated(Comparison, data, problems, str(path))
+
+
+def rows_of(config: Comparison) -> list[list[Row]]:
+    """The rows, in groups that are run side by side: dense first, then each policy."""
+    dense = [_row("attnzoo", DENSE, DENSE, None), _row("kvpress", DENSE, DENSE, None)]
+    groups = [dense]
+    for policy in config.policies:
+        ours = {"name": policy.attnzoo.name, "options": {"block_size": config.block_size, **policy.attnzoo.options}}
+        group = [_row("attnzoo", policy.policy, policy.attnzoo.label, ours)]
+        for theirs in policy.kvpress:
+            spec = {**theirs.model_dump(mode="json", exclude={"attention"}), "share": config.share}
+            group.append(_row("kvpress", policy.policy, theirs.label, spec, theirs.attention))
+        groups.append(group)
+    return groups
+
+
+def _row(
+    side: Side, policy: str, method: str, spec: dict[str, Any] | None, attention: Literal["sdpa", "eager"] = "sdpa"
+) -> Row:
+    return Row(side=side, policy=policy, method=method, attention=attention, spec=spec)
