@@ -52,13 +52,18 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:
         )
 
 
+def check_prefix(prefix: int, tokens: int) -> None:
+    """Raise `ShapeError` unless `prefix` is a whole number of at most `tokens`."""
+    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
+        raise ShapeError(f"prefix must be a whole number from 0 to the {tokens} tokens there are, not {prefix!r}")
+
+
 def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
     """Raise `ShapeError` unless `grid` and `prefix` fit the shape of the tokens.
 
     `grid` is ``(h, w)`` with ``prefix + h * w == tokens``, or an integer tensor ``(B, 2)`` of one grid an image.
     """
-    if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
-        raise ShapeError(f"prefix must be a whole number from 0 to the {tokens} tokens there are, not {prefix!r}")
+    check_prefix(prefix, tokens)
     if grid is None:
         raise ShapeError("this method needs grid=(h, w), the grid of the tokens after the prefix")
     if isinstance(grid, Tensor):

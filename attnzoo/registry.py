@@ -13,7 +13,7 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -58,6 +58,8 @@ class Capabilities:
         The attention weights can be returned.
     grid
         The method needs to know the grid of the tokens.
+    decode
+        A causal mixer goes on from a state: ``extend(x, state, mask) -> (out, state)``.
     backward
         Gradients flow.
     compile
@@ -72,6 +74,7 @@ class Capabilities:
     softcap: bool = False
     weights: bool = False
     grid: bool = False
+    decode: bool = False
     backward: bool = True
     compile: bool = True
 
@@ -136,6 +139,13 @@ class AttentionInfo:
             if known[option] is REQUIRED and option not in options:
                 raise OptionError(f"{self.name!r} needs {option}=. Its options: {_listed(known)}.")
 
+    def given(self, options: Mapping[str, Any]) -> AttentionInfo:
+        """Give this entry with the capabilities that it has under `options`: where they differ, the class says so."""
+        abilities = getattr(self.load(), "abilities", None)
+        if abilities is None:
+            return self
+        return replace(self, capabilities=replace(self.capabilities, **abilities(**options)))
+
     def __str__(self) -> str:
         can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]
         options = _listed(self.options)
@@ -183,6 +193,70 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.padre:Padre",
         "polynomial attention: Hadamard products of depthwise convolutions",
         "PADRe, https://arxiv.org/abs/2407.11306",
+        Capabilities(mask=True, grid=True),
+    ),
+    AttentionInfo(
+        "conv2former",
+        "mixer",
+        "attnzoo.mixers.conv2former:Conv2Former",
+        "a large depthwise convolution weighs the values",
+        "Conv2Former, https://arxiv.org/abs/2211.11943",
+        Capabilities(mask=True, grid=True),
+    ),
+    AttentionInfo(
+        "hyena",
+        "mixer",
+        "attnzoo.mixers.hyena:Hyena",
+        "products of streams, each convolved with a filter as long as the sequence",
+        "Hyena, https://arxiv.org/abs/2302.10866",
+        Capabilities(mask=True),
+    ),
+    AttentionInfo(
+        "sima",
+        "mixer",
+        "attnzoo.mixers.sima:Sima",
+        "linear attention, queries and keys normalised over the tokens",
+        "SimA, https://arxiv.org/abs/2206.08898",
+        Capabilities(mask=True),
+    ),
+    AttentionInfo(
+        "linear_angular",
+        "mixer",
+        "attnzoo.mixers.linear_angular:LinearAngular",
+        "linear attention by the angle between query and key, and a convolution of the values",
+        "Castling-ViT, https://arxiv.org/abs/2211.10526",
+        Capabilities(mask=True),
+    ),
+    AttentionInfo(
+        "mamba",
+        "mixer",
+        "attnzoo.mixers.mamba:Mamba",
+        "a selective state space, in both directions",
+        "Mamba, https://arxiv.org/abs/2312.00752; Vision Mamba, https://arxiv.org/abs/2401.09417",
+        Capabilities(mask=True),
+    ),
+    AttentionInfo(
+        "conv",
+        "mixer",
+        "attnzoo.mixers.conv:Conv",
+        "a plain depthwise convolution: a control",
+        "none; the token mixing of PADRe alone",
+        Capabilities(mask=True, grid=True),
+    ),
+    AttentionInfo(
+        "mlp_mixer",
+        "mixer",
+        "attnzoo.mixers.mlp_mixer:MlpMixer",
+        "a perceptron over tokens, for a fixed number of them: a control",
+        "MLP-Mixer, https://arxiv.org/abs/2105.01601",
+        Capabilities(mask=True),
+    ),
+    AttentionInfo(
+        "pooling",
+        "mixer",
+        "attnzoo.mixers.pooling:Pooling",
+        "the mean of a window less the token itself, without weights: a control",
+        "MetaFormer (PoolFormer), https://arxiv.org/abs/2111.11418",
         Capabilities(mask=True, grid=True),
     ),
     _policy(
@@ -325,6 +399,7 @@ def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[...,
 def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[str, Any]) -> nn.Module:
     """Make the mixer that `info` names for tokens of width `dim`."""
     info.check_options(options)
+    info.require_options(options)
     return info.load()(dim, num_heads, **options)
 
 

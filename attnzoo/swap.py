@@ -146,8 +146,10 @@ def replace_attention(
     info = describe(name)
     places = _places(model)
     layers = {path: _own(layer) for path, layer in places.items()}
+    info = info.given({key: value for key, value in options.items() if key in info.options})
     wanted, options = _split_wanted(info, options)
     info.check_options(options)
+    info.require_options(options)
     bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, wanted) if site.path not in {g.path for g in gone}]

@@ -19,10 +19,12 @@ from torch import Tensor
 from attnzoo.checks import check_qkv
 from attnzoo.cores.masks import with_causal
 
+SCORES = 2**28  # computed at a time: 1 GiB in float32
+
 
 @dataclass(frozen=True)
 class Softmax:
-    """Written-out softmax attention; memory grows with N x S."""
+    """Written-out softmax attention. Long sequences go a part of the queries at a time, to bound the memory."""
 
     def __call__(
         self,
@@ -37,7 +39,17 @@ class Softmax:
         softcap: float | None = None,
     ) -> Tensor:
         """Attend; see `attnzoo.cores` for the shapes."""
-        return self.with_weights(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout, softcap=softcap)[0]
+        check_qkv(q, k, v)
+        if causal:
+            mask = with_causal(mask, q.shape[2], k.shape[2], q.device)
+        rows = max(1, SCORES // max(q.shape[0] * q.shape[1] * k.shape[2], 1))
+        out = []
+        with torch.autocast(q.device.type, enabled=False):
+            for start in range(0, max(q.shape[2], 1), rows):
+                part = slice(start, start + rows)
+                seen = mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., part, :]
+                out.append(_attend(q[:, :, part], k, v, seen, False, scale, dropout, softcap)[0])
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
     def with_weights(
         self,

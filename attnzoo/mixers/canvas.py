@@ -1,7 +1,7 @@
-"""Tokens on a grid: every image of a batch laid on one canvas, and back.
+"""Tokens on a grid or in a line: every image of a batch laid on one canvas, and back.
 
-Mixers that convolve over a grid work on a `Canvas`; whether images had one grid, grids of their own, or padding that a
-mask marks, is settled here once.
+Mixers work on a `Canvas`; whether images had one grid, grids of their own, or padding that a mask marks, is settled
+here once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.checks import Grid, check_grid
+from attnzoo.checks import Grid, check_grid, check_prefix
+from attnzoo.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,27 @@ class Canvas:
         on_canvas = on_canvas.scatter(1, slots, torch.ones_like(real))[:, :-1]
         return cls(height, width, prefix, tokens, on_canvas, prefix_mask, slots)
 
+    @classmethod
+    def line(cls, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
+        """Lay out `x` ``(B, N, C)`` as a line: the real tokens after the prefix, one after the other, without gaps.
+
+        A grid need not be given; one that is must fit.
+
+        Raises
+        ------
+        ShapeError
+            If grid, prefix and x do not fit together.
+        """
+        real = real_tokens(x, grid, prefix, mask)
+        patches = x.shape[1] - prefix
+        if real is None:
+            return cls(1, patches, prefix, x.shape[1])
+        head, real = real[:, :prefix], real[:, prefix:]
+        slots = torch.where(real, real.cumsum(1) - 1, patches)  # padding as in `of`
+        on_line = torch.arange(patches, device=x.device) < real.sum(1, keepdim=True)
+        prefix_mask = head.unsqueeze(-1) if prefix else None
+        return cls(1, patches, prefix, x.shape[1], on_line.unsqueeze(-1), prefix_mask, slots.unsqueeze(-1))
+
     def lay(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)``; padding is 0."""
         head, patches = x[:, : self.prefix], x[:, self.prefix :]
@@ -80,6 +102,40 @@ class Canvas:
             patches = torch.cat([patches, nothing], dim=1)
             patches = patches.gather(1, self.slots.expand(-1, -1, patches.shape[2]))
         return torch.cat([head, patches], dim=1) if self.prefix else patches
+
+
+def real_tokens(x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Tensor | None:
+    """Which tokens of `x` ``(B, N, C)`` are real, ``(B, N)``; None if all are. A grid need not be given.
+
+    Raises
+    ------
+    ShapeError
+        If grid, prefix and x do not fit together.
+    """
+    batch, tokens = x.shape[:2]
+    check_prefix(prefix, tokens)
+    if grid is not None:
+        check_grid(grid, tokens, batch, prefix)
+    if not isinstance(grid, Tensor):
+        return mask
+    real = torch.arange(tokens, device=x.device) < prefix + grid.to(x.device).prod(1, keepdim=True)
+    return real if mask is None else real & mask
+
+
+def fixed(x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None, tokens: int | None) -> Canvas:
+    """Lay ``(B, N, C)`` out as it comes, prefix and all, for weights that belong to each of `tokens` tokens.
+
+    Raises
+    ------
+    ShapeError
+        If there is another number of tokens, or each image has a grid of its own.
+    """
+    if isinstance(grid, Tensor):
+        raise ShapeError("weights that belong to each token are for one fixed grid (h, w), not for a grid an image")
+    mask = real_tokens(x, grid, prefix, mask)
+    if x.shape[1] != tokens:
+        raise ShapeError(f"this module has weights for {tokens} tokens, prefix included, and cannot take {x.shape[1]}")
+    return Canvas(1, x.shape[1], 0, x.shape[1], None if mask is None else mask.unsqueeze(-1))
 
 
 def hide(x: Tensor, mask: Tensor | None) -> Tensor:

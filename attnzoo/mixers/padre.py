@@ -2,47 +2,63 @@
 
 Paper: Letourneau et al., PADRe, ICLR 2025, https://arxiv.org/abs/2407.11306
 
-    Y_i = A_i X B_i,   Z_1 = Y_1,   Z_{i+1} = (C_i Z_i D_i) * Y_{i+1},   O = Z_d     (* elementwise, i = 1..d)
+    Y_i = A_i X B_i,   Z_1 = Y_1,   Z_{i+1} = (C_i Z_i D_i) * Y_{i+1}     (* elementwise, i = 1..d)
+    output="last": O = Z_d          output="sum": O = sum_i W_i * Z_i + L
 
-B_i, D_i mix channels (pointwise); A_i, C_i mix tokens (11 x 11 depthwise convolution). Linear in the number of
-tokens; each output is a polynomial of degree d in the input. The residual connection round the layer is the term of
-degree 1.
+A_i, C_i mix tokens, B_i, D_i mix channels; what they may be is in `token_mixing` and `channel_mixing`. The paper's
+module for images has pointwise maps and 11 x 11 convolutions (the defaults), that for sequences of voxels convolutions
+of length 11 (``token_mixing="conv1d"``). Linear in the number of tokens; each output is a polynomial of degree d in the
+input. The residual connection round the layer is the term of degree 1.
 
 Differs from the paper: the paper does not say whether its convolutions are depthwise (here they are), whether terms
-below Z_d are added (here they are not: with a bias in every convolution Z_d holds all lower degrees already), nor how
-it starts the weights (here, in the interior of a grid larger than the kernel, each Y_i has about the variance of its
-input; at the edges, where zeros are convolved, less), nor what becomes of a class token. Here prefix tokens take part
-in A_i and C_i linearly, so the degree stays exact: each receives the mean of all tokens, and every patch the mean of
-the prefix, with a learned weight a channel. Pointwise comes before depthwise, and padding is zero before each
-convolution.
+below Z_d are added (by default they are not: with a bias in every convolution Z_d holds all lower degrees already),
+nor how it starts the weights (here, in the interior of a grid larger than the kernel, each Y_i has about the variance
+of its input; at the edges, where zeros are convolved, less), nor what becomes of a class token (see `token_mixing`).
+Pointwise comes before depthwise, and padding is zero before each convolution. The causal form is not in the paper.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_bool, check_int, check_tokens
+from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_tokens
 from attnzoo.errors import OptionError, ShapeError
-from attnzoo.mixers.canvas import Canvas, hide
+from attnzoo.mixers.canvas import hide, real_tokens
+from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
+from attnzoo.mixers.token_mixing import TOKEN_MIXINGS, CausalConv1d, DepthwiseConv1d, PrefixMixing, TokenMixing
+
+OUTPUTS = ("last", "sum", "element_sum")
 
 
 class Padre(nn.Module):
-    """PADRe for images: pointwise, then depthwise convolutions, multiplied elementwise.
+    """PADRe, its parts chosen by name.
 
     Parameters
     ----------
     dim
         Width C of a token.
     num_heads
-        Taken because every attention is built with it, and not used: the paper found no gain from several heads.
+        Number of groups of ``channel_mixing="grouped"``; not used otherwise, for the paper found no gain from several
+        heads.
     degree
-        Degree d of the polynomial, 1 and up. 1 is a plain convolution.
+        Degree d of the polynomial, 1 and up. 1 is linear.
     kernel_size
-        Side of the depthwise kernels, in tokens; odd.
+        Side or length of the depthwise kernels, in tokens; odd, but for ``causal_conv1d``.
+    token_mixing
+        What A and C are: ``conv2d`` over the grid, ``conv1d`` along the sequence of patches, ``causal_conv1d`` over a
+        token and those before it, ``dense`` (a matrix over all tokens), or ``identity``.
+    channel_mixing
+        What B and D are: ``dense``, ``grouped`` (block-diagonal, a block a head) or ``identity``.
+    output
+        ``last``: Z_d. ``sum``: all Z_i, with a weight a channel, and a bias. ``element_sum``: with a weight for each
+        token and channel, as the paper writes it.
+    tokens
+        Number of tokens, prefix included, for the parts that have weights for each of them (``dense``,
+        ``element_sum``); such a module is for this number alone. All others take any number at any time.
     mix_prefix
         Have weights for class and register tokens. Say False where a model has no such tokens: the weights would get
         no gradient, which distributed training complains of. `replace_attention` sees to it by itself.
@@ -54,26 +70,52 @@ class Padre(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 1, *, degree: int = 3, kernel_size: int = 11, mix_prefix: bool = True
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        degree: int = 3,
+        kernel_size: int = 11,
+        token_mixing: str = "conv2d",
+        channel_mixing: str = "dense",
+        output: str = "last",
+        tokens: int | None = None,
+        mix_prefix: bool = True,
     ) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
         self.degree = check_int("degree", degree, minimum=1)
         self.mix_prefix = check_bool("mix_prefix", mix_prefix)
-        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0:
+        self.output = check_choice("output", output, OUTPUTS)
+        kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
+        check_choice("channel_mixing", channel_mixing, CHANNEL_MIXINGS)
+        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0 and not kind.causal:
             raise OptionError(f"kernel_size must be odd, so that a kernel has a middle, not {kernel_size}")
-        # all Y_i come from X, so their pointwise maps are one matrix and their convolutions one convolution
-        self.y_channels = nn.Linear(dim, degree * dim)
-        self.y_tokens = TokenMixing(degree * dim, kernel_size, mix_prefix)
-        self.z_channels = nn.ModuleList(nn.Linear(dim, dim) for _ in range(degree - 1))
-        self.z_tokens = nn.ModuleList(TokenMixing(dim, kernel_size, mix_prefix) for _ in range(degree - 1))
-        self.reset_parameters()
+        if tokens is not None:
+            check_int("tokens", tokens, minimum=1)
+        check_int("num_heads", num_heads, minimum=1)
 
-    def reset_parameters(self) -> None:
-        """Start channel mixing with variance 1 / C and biases at zero; `TokenMixing` starts itself."""
-        for linear in (self.y_channels, *self.z_channels):
-            nn.init.trunc_normal_(linear.weight, std=self.dim**-0.5)
-            nn.init.zeros_(linear.bias)
+        def mixing(copies: int) -> tuple[nn.Module, TokenMixing]:
+            over_channels = make_channel_mixing(channel_mixing, dim, copies, num_heads)
+            return over_channels, kind(copies * dim, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+
+        # all Y_i come from X, so their maps over channels are one matrix and their convolutions one convolution
+        self.y_channels, self.y_tokens = mixing(degree)
+        z = [mixing(1) for _ in range(degree - 1)]
+        self.z_channels = nn.ModuleList(over_channels for over_channels, _ in z)
+        self.z_tokens = nn.ModuleList(over_tokens for _, over_tokens in z)
+        if output == "element_sum" and tokens is None:
+            raise OptionError("output='element_sum' has weights for each token: say tokens=, prefix tokens included")
+        if output != "last":
+            each: tuple[int, ...] = (dim,) if tokens is None or output == "sum" else (tokens, dim)
+            self.term_weights = nn.Parameter(torch.full((degree, *each), degree**-0.5))
+            self.term_bias = nn.Parameter(torch.zeros(each))
+
+    @staticmethod
+    def abilities(*, token_mixing: str = "conv2d", **options: object) -> dict[str, bool]:
+        """Say which capabilities hang on the options."""
+        kind = TOKEN_MIXINGS.get(token_mixing, TokenMixing)
+        return {"causal": kind.causal, "grid": kind.needs_grid, "decode": kind.causal}
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Mix tokens ``(B, N, C)``; see `attnzoo.mixers` for grid, prefix and mask.
@@ -81,133 +123,131 @@ class Padre(nn.Module):
         Raises
         ------
         ShapeError
-            If x, grid, prefix and mask do not fit together.
+            If x, grid, prefix and mask do not fit together, or not this module.
         """
         check_tokens(x, self.dim, mask)
-        self._check_prefix(prefix)
-        canvas = Canvas.of(x, grid, prefix, mask)
+        self.y_tokens.check_prefix(prefix)
+        self._check_count(x, grid)
+        canvas = self.y_tokens.layout(x, grid, prefix, mask)
         head, patches = canvas.lay(x)
-        y_head, y_patches = self.y_tokens(self.y_channels(head), self.y_channels(patches), canvas)
-        y = list(zip(y_head.chunk(self.degree, dim=-1), y_patches.chunk(self.degree, dim=-1), strict=True))
-        z_head, z_patches = y[0]
-        for channels, tokens, (y_head, y_patches) in zip(self.z_channels, self.z_tokens, y[1:], strict=True):
-            z_head, z_patches = tokens(channels(z_head), channels(z_patches), canvas)
-            z_head, z_patches = z_head * y_head, z_patches * y_patches
-        return canvas.take(z_head, z_patches)
+        heads, ys = self.y_tokens(self.y_channels(head), self.y_channels(patches), canvas)
+        terms = [(heads[..., : self.dim], ys[..., : self.dim])]
+        for i, (over_channels, over_tokens) in enumerate(zip(self.z_channels, self.z_tokens, strict=True), start=1):
+            part = slice(i * self.dim, (i + 1) * self.dim)
+            head, patches = terms[-1]
+            head, patches = over_tokens(over_channels(head), over_channels(patches), canvas)
+            terms.append((head * heads[..., part], patches * ys[..., part]))
+        if self.output == "last":
+            return canvas.take(*terms[-1])
+        return self._sum([canvas.take(*term) for term in terms], real_tokens(x, grid, prefix, mask))
+
+    def extend(
+        self, x: Tensor, state: Sequence[Tensor] | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Mix the tokens that come next, with ``token_mixing="causal_conv1d"``: for decoding.
+
+        Parameters
+        ----------
+        x
+            ``(B, N, C)``.
+        state
+            What the call before gave; None at the beginning.
+        mask
+            ``(B, N)``, True where a token is real. Padding leaves no trace in the state.
+
+        Returns
+        -------
+        tuple
+            The output ``(B, N, C)``, and the state: for each convolution, its last ``kernel_size - 1`` inputs
+            ``(B, kernel_size - 1, channels)``.
+        """
+        check_tokens(x, self.dim, mask)
+        canvas = self.y_tokens.layout(x, None, 0, mask)
+        head, patches = canvas.lay(x)
+        count = None if mask is None else mask.sum(1)
+        before = iter(state) if state is not None else None
+        after: list[Tensor] = []
+
+        def convolve(over_tokens: CausalConv1d, inputs: Tensor) -> Tensor:
+            inputs = hide(inputs, canvas.patch_mask)
+            start = over_tokens.start(inputs) if before is None else next(before)
+            after.append(_last(torch.cat([start, inputs], dim=1), over_tokens.kernel_size - 1, count))
+            return over_tokens.extend(inputs, start)
+
+        ys = convolve(cast(CausalConv1d, self.y_tokens), self.y_channels(patches)).chunk(self.degree, dim=-1)
+        terms = [ys[0]]
+        for over_channels, over_tokens, y in zip(self.z_channels, self.z_tokens, ys[1:], strict=True):
+            terms.append(convolve(cast(CausalConv1d, over_tokens), over_channels(terms[-1])) * y)
+        if self.output == "last":
+            return canvas.take(head, terms[-1]), tuple(after)
+        return self._sum([canvas.take(head, term) for term in terms], mask), tuple(after)
 
     def reference(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Compute the same by the paper's equation, with every A_i and C_i as a dense matrix, image by image. Slow."""
         check_tokens(x, self.dim, mask)
-        self._check_prefix(prefix)
-        check_canvas = Canvas.of(x, grid, prefix, mask)
+        self.y_tokens.check_prefix(prefix)
+        self._check_count(x, grid)
+        real = real_tokens(x, grid, prefix, mask)
         out = torch.zeros_like(x)
-        for b, tokens in enumerate(x):
-            size = grid[b].tolist() if isinstance(grid, Tensor) else (check_canvas.height, check_canvas.width)
-            real = torch.zeros(len(tokens), dtype=torch.bool, device=x.device)
-            real[: prefix + size[0] * size[1]] = True
-            if mask is not None:
-                real &= mask[b]
-            kept = real.nonzero().squeeze(1)
-            out[b, kept] = self._reference_one(tokens[kept], [int(k) - prefix for k in kept], int(size[1]))
+        for b, image in enumerate(x):
+            kept = torch.arange(len(image)) if real is None else real[b].nonzero().squeeze(1).cpu()
+            width = 1 if grid is None else int(grid[b][1] if isinstance(grid, Tensor) else grid[1])
+            terms = self._reference_terms(image[kept], self._places(kept.tolist(), prefix), width)
+            if self.output == "last":
+                out[b, kept] = terms[-1]
+            else:
+                weights = self.term_weights if self.output == "sum" else self.term_weights[:, kept]
+                bias = self.term_bias if self.output == "sum" else self.term_bias[kept]
+                out[b, kept] = sum((w * z for w, z in zip(weights, terms, strict=True)), bias)
         return out
 
-    def _reference_one(self, x: Tensor, places: list[int], width: int) -> Tensor:
-        """One image: `x` holds its real tokens, `places` their index on the grid (negative: a prefix token)."""
-        b = self.y_channels
-        weights, biases = b.weight.chunk(self.degree), b.bias.chunk(self.degree)
-        a = self.y_tokens.matrices(places, width).chunk(self.degree)
-        a_bias = self.y_tokens.bias.chunk(self.degree)
-        y = [torch.einsum("cnm,mc->nc", a[i], x @ weights[i].T + biases[i]) + a_bias[i] for i in range(self.degree)]
-        z = y[0]
+    def _reference_terms(self, x: Tensor, places: list[int], width: int) -> list[Tensor]:
+        """Z_1 to Z_d of one image, whose real tokens are `x`."""
+        b, b_bias = (part.chunk(self.degree) for part in as_matrix(self.y_channels, x))
+        a, a_bias = (part.chunk(self.degree) for part in _matrices(self.y_tokens, places, width, x))
+        y = [torch.einsum("cnm,mc->nc", a[i], x @ b[i].T + b_bias[i]) + a_bias[i] for i in range(self.degree)]
+        z = [y[0]]
         for i in range(self.degree - 1):
-            d, c = cast(nn.Linear, self.z_channels[i]), cast(TokenMixing, self.z_tokens[i])
-            z = torch.einsum("cnm,mc->nc", c.matrices(places, width), z @ d.weight.T + d.bias) + c.bias
-            z = z * y[i + 1]
+            d, d_bias = as_matrix(self.z_channels[i], x)
+            c, c_bias = _matrices(cast(TokenMixing, self.z_tokens[i]), places, width, x)
+            z.append((torch.einsum("cnm,mc->nc", c, z[-1] @ d.T + d_bias) + c_bias) * y[i + 1])
         return z
 
-    def _check_prefix(self, prefix: int) -> None:
-        if prefix and not self.mix_prefix:
-            raise ShapeError(f"this padre was built with mix_prefix=False and cannot take {prefix} prefix tokens")
+    def _places(self, kept: list[int], prefix: int) -> list[int]:
+        """Where tokens lie for the token mixing: on the grid, in the sequence of real ones, or as they come."""
+        if isinstance(self.y_tokens, DepthwiseConv1d):
+            head = [k - prefix for k in kept if k < prefix]
+            return [*head, *range(len(kept) - len(head))]
+        return [k - prefix for k in kept] if isinstance(self.y_tokens, PrefixMixing) else kept
+
+    def _sum(self, terms: list[Tensor], real: Tensor | None) -> Tensor:
+        out = sum((w * z for w, z in zip(self.term_weights, terms, strict=True)), self.term_bias)
+        return hide(cast(Tensor, out), None if real is None else real.unsqueeze(-1))
+
+    def _check_count(self, x: Tensor, grid: Grid | None) -> None:
+        if self.output == "element_sum" and (isinstance(grid, Tensor) or x.shape[1] != len(self.term_bias)):
+            raise ShapeError(
+                f"output='element_sum' has weights for {len(self.term_bias)} tokens, prefix included, on one grid "
+                f"(h, w); it cannot take {x.shape[1]}{' on a grid an image' if isinstance(grid, Tensor) else ''}"
+            )
 
     def extra_repr(self) -> str:
         """Name the options."""
-        return f"dim={self.dim}, degree={self.degree}, kernel_size={self.y_tokens.kernel_size}"
+        return (
+            f"dim={self.dim}, degree={self.degree}, kernel_size={self.y_tokens.kernel_size}, "
+            f"mixing=({type(self.y_tokens).__name__}, {type(self.y_channels).__name__}), output={self.output!r}"
+        )
 
 
-class TokenMixing(nn.Module):
-    """A_i and C_i: a linear map over tokens, one a channel.
-
-    Patches: depthwise convolution over the grid, plus ``to_patches`` times the mean of the prefix. Prefix: ``own``
-    times the token itself, plus ``to_prefix`` times the mean of all tokens. Both: plus a bias.
-
-    Parameters
-    ----------
-    channels
-        Number of channels, each with a kernel of its own.
-    kernel_size
-        Side of the kernel, odd.
-    mix_prefix
-        Have weights for prefix tokens.
-    """
-
-    def __init__(self, channels: int, kernel_size: int, mix_prefix: bool) -> None:
-        super().__init__()
-        self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.empty(channels))
-        if mix_prefix:
-            self.own = nn.Parameter(torch.empty(channels))
-            self.to_prefix = nn.Parameter(torch.empty(channels))
-            self.to_patches = nn.Parameter(torch.empty(channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start every tap of a kernel with variance ``1 / kernel_size ** 2``, biases at zero.
-
-        A patch takes the mean of the prefix as one tap more; were it as strong as the whole kernel, a lone class token
-        would drown the patches, the more the higher the degree.
-        """
-        nn.init.normal_(self.weight, std=1 / self.kernel_size)
-        nn.init.zeros_(self.bias)
-        if hasattr(self, "own"):
-            nn.init.ones_(self.own)
-            nn.init.ones_(self.to_prefix)
-            nn.init.constant_(self.to_patches, 1 / self.kernel_size)
-
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
-        """Mix prefix ``(B, P, C)`` and patches ``(B, height * width, C)``."""
-        head, patches = hide(head, canvas.prefix_mask), hide(patches, canvas.patch_mask)
-        image = patches.unflatten(1, (canvas.height, canvas.width)).permute(0, 3, 1, 2)  # channels-last in memory
-        image = F.conv2d(image, self.weight, self.bias, padding=self.kernel_size // 2, groups=image.shape[1])
-        mixed = image.permute(0, 2, 3, 1).flatten(1, 2)
-        if not canvas.prefix:
-            return head, mixed
-        head_sum, head_count = _sum(head, canvas.prefix_mask)
-        patch_sum, patch_count = _sum(patches, canvas.patch_mask)
-        head_mean = (head_sum / head_count.clamp(min=1)).to(mixed.dtype)
-        mean = ((head_sum + patch_sum) / (head_count + patch_count).clamp(min=1)).to(mixed.dtype)
-        return self.own * head + self.to_prefix * mean + self.bias, mixed + self.to_patches * head_mean
-
-    def matrices(self, places: list[int], width: int) -> Tensor:
-        """Write the map out (without bias) as dense matrices ``(channels, n, n)``: for the reference only."""
-        n, half = len(places), self.kernel_size // 2
-        prefix = [i for i, p in enumerate(places) if p < 0]
-        a = self.weight.new_zeros(len(self.weight), n, n)
-        for i, to in enumerate(places):
-            for j, source in enumerate(places):
-                if to < 0:
-                    a[:, i, j] = self.to_prefix / n + (self.own if i == j else 0)
-                elif source < 0:
-                    a[:, i, j] = self.to_patches / len(prefix)
-                else:
-                    row, column = source // width - to // width + half, source % width - to % width + half
-                    if 0 <= row < self.kernel_size and 0 <= column < self.kernel_size:
-                        a[:, i, j] = self.weight[:, 0, row, column]
-        return a
+def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:
+    """The last `length` real ones of `length` tokens and those after them, of which `count` ``(B,)`` are real."""
+    if count is None:
+        return line[:, line.shape[1] - length :].clone()  # a view would keep the whole line
+    columns = count[:, None] + torch.arange(length, device=line.device)
+    return line.gather(1, columns.unsqueeze(-1).expand(-1, -1, line.shape[2]))
 
 
-def _sum(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum ``(B, 1, C)`` and number ``(B, 1, 1)`` of the real tokens of each image, wide enough for half precision."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    count = x.new_full((1, 1, 1), x.shape[1], dtype=wide) if mask is None else mask.sum(1, keepdim=True).to(wide)
-    return x.sum(1, keepdim=True, dtype=wide), count
+def _matrices(mixing: TokenMixing, places: list[int], width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    matrices = mixing.matrices(places, width).to(like)
+    bias = getattr(mixing, "bias", None)
+    return matrices, matrices.new_zeros(len(matrices)) if bias is None else bias

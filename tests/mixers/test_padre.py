@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from attnzoo.errors import OptionError, ShapeError
 from attnzoo.mixers.padre import Padre
+from tests.mixers.zoo import ARGS, CASES, Case, finite_difference_degree, tokens
 
 
 def padre(degree: int, dim: int = 5, kernel_size: int = 3, **options) -> Padre:
@@ -118,8 +119,8 @@ def test_padding_of_nan_touches_neither_outputs_nor_gradients():
     dirty = torch.where(mask.unsqueeze(-1), x, float("nan"))
     clean = torch.where(mask.unsqueeze(-1), x, 0.0)
     results = []
-    for tokens in (dirty, clean):
-        out = mixer(tokens, grid=(3, 4), prefix=1, mask=mask)
+    for given_x in (dirty, clean):
+        out = mixer(given_x, grid=(3, 4), prefix=1, mask=mask)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(mixer.parameters()))))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -225,3 +226,95 @@ def test_shapes_that_do_not_fit_are_named(shape, args, said):
 def test_without_prefix_weights_prefix_tokens_are_refused():
     with pytest.raises(ShapeError, match="mix_prefix=False"):
         Padre(8, mix_prefix=False)(torch.zeros(1, 13, 8), grid=(3, 4), prefix=1)
+
+
+PADRES = [case for case in CASES if case.name == "padre"]
+
+
+@pytest.mark.parametrize("case", PADRES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_configuration_equals_the_written_out_equation(case, masked):
+    mixer, x = case.build(), tokens()
+    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(2)) > 0.3 if masked else None
+    inputs = [x.requires_grad_(), *mixer.parameters()]
+    results = []
+    for function in (mixer, mixer.reference):
+        out = function(x, **ARGS, mask=mask)
+        gradients = torch.autograd.grad(out.pow(2).sum(), inputs, allow_unused=True, materialize_grads=True)
+        results.append((out, *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", PADRES, ids=str)
+def test_every_configuration_is_a_polynomial_of_exactly_its_degree(case, degree):
+    mixer = Case("padre", {**case.options, "degree": degree}).build()
+    assert finite_difference_degree(lambda x: mixer(x, **ARGS), tokens(), degree + 1) == degree
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("output", ["last", "sum", "element_sum"])
+def test_the_paper_s_modules_by_their_operation_counts(degree, output):
+    """Parameters: (2d - 1) (C^2 + k^2 C) and the biases, for images; k in place of k^2 for sequences."""
+    own = {"tokens": 49} if output == "element_sum" else {}
+    weights = {"last": 0, "sum": (degree + 1) * 8, "element_sum": (degree + 1) * 49 * 8}[output]
+    for mixing, taps in (("conv2d", 121), ("conv1d", 11)):
+        mixer = Padre(8, degree=degree, token_mixing=mixing, output=output, mix_prefix=False, **own)
+        maps = 2 * degree - 1
+        assert sum(p.numel() for p in mixer.parameters()) == maps * (64 + 8 + taps * 8 + 8) + weights
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.sampled_from(["last", "sum"]),
+    st.integers(0, 99),
+)
+def test_going_on_from_a_state_equals_the_whole(cuts, degree, kernel, output, seed):
+    mixer = padre(degree, kernel_size=kernel, token_mixing="causal_conv1d", output=output)
+    torch.manual_seed(seed)
+    x = torch.randn(2, sum(cuts), 5, dtype=torch.float64)
+    parts, state = [], None
+    for part in x.split(cuts, dim=1):
+        out, state = mixer.extend(part, state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, dim=1), mixer(x), atol=1e-10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("output", ["last", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("degree", [2, 3, 4])
+def test_twelve_layers_start_in_range(degree, dtype, output):
+    """Residual layers, each behind a norm: nothing blows up or vanishes, forward or backward."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 196, 64)
+    stream = x.to(dtype).requires_grad_()
+    y = stream
+    for _ in range(12):
+        layer = Padre(64, degree=degree, output=output, mix_prefix=False).to(dtype)
+        out = layer(torch.nn.functional.layer_norm(y, (64,)), grid=(14, 14))
+        assert 0.2 < out.float().square().mean().sqrt() < 2
+        assert out.float().abs().max() < 100
+        y = y + out
+    (gradient,) = torch.autograd.grad(y.float().square().mean(), stream)
+    assert gradient.isfinite().all()
+    assert gradient.float().square().mean().sqrt() * x.numel() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"token_mixing": "conv3d"}, "token_mixing must be one of 'conv2d', 'conv1d'"),
+        ({"token_mixing": "dense"}, "say tokens="),
+        ({"output": "element_sum"}, "say tokens="),
+        ({"channel_mixing": "grouped"}, "3 groups"),
+        ({"output": "all"}, "output must be one of"),
+        ({"tokens": 0}, "at least 1"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(options, said):
+    with pytest.raises(OptionError, match=said):
+        Padre(8, 3, **options)

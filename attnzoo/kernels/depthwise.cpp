@@ -1,0 +1,203 @@
+// Depthwise 2-D convolution of tokens, channels last, float32: forward and gradient of the weights.
+//
+// x and out are (B, H * W, C) with any distance between tokens (channels side by side); the kernel is K x K, stride 1,
+// zeros beyond the edges. A block of LANES channels is copied to a padded buffer and convolved there; the buffer holds
+// a strip of rows that fits the second-level cache, and WIDE neighbouring outputs stay in registers for all K * K taps.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+namespace {
+
+constexpr int64_t STRIP_BYTES = 128 * 1024;
+constexpr int TAPS = 12;  // of a row, whose gradients stay in registers
+
+struct Image {
+  int64_t batch, height, width, channels, size;  // size: of the kernel
+  int64_t half() const { return size / 2; }
+  int64_t blocks() const { return (channels + LANES - 1) / LANES; }
+  int64_t padded(int64_t wide) const { return (width + wide - 1) / wide * wide + size - 1; }
+  int64_t strip(int64_t row) const {  // rows of output whose input fits, `row` vectors each
+    int64_t rows = STRIP_BYTES / (row * LANES * int64_t(sizeof(float))) - (size - 1);
+    return std::min(height, std::max<int64_t>(rows, 4));
+  }
+};
+
+struct Tokens {
+  const float* data;
+  int64_t image, token;  // distances, in floats
+};
+
+struct Buffer {
+  explicit Buffer(int64_t vectors)
+      : data(static_cast<Lanes*>(::operator new(vectors * sizeof(Lanes), std::align_val_t(64), std::nothrow))) {}
+  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Lanes* data;
+};
+
+// Rows first .. first + rows of a block of channels, each shifted right by `margin`, zeros round them.
+void load(const Image& im, const Tokens& x, int64_t b, int64_t block, int64_t first, int64_t rows, int64_t margin,
+          int64_t row_vectors, Lanes* buffer) {
+  const int64_t start = block * LANES, lanes = std::min<int64_t>(LANES, im.channels - start);
+  std::memset(static_cast<void*>(buffer), 0, rows * row_vectors * sizeof(Lanes));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t y = first + r;
+    if (y < 0 || y >= im.height) continue;
+    const float* from = x.data + b * x.image + y * im.width * x.token + start;
+    Lanes* to = buffer + r * row_vectors + margin;
+    if (lanes == LANES) {
+      for (int64_t i = 0; i < im.width; ++i) std::memcpy(to + i, from + i * x.token, sizeof(Lanes));
+    } else {
+      for (int64_t i = 0; i < im.width; ++i) std::memcpy(to + i, from + i * x.token, lanes * sizeof(float));
+    }
+  }
+}
+
+// One strip of one block of channels. `taps`: size * size vectors.
+template <int WIDE>
+void convolve(const Image& im, const Lanes* buffer, int64_t row_vectors, const Lanes* taps, Lanes bias, int64_t rows,
+              int64_t lanes, float* out, int64_t token) {
+  for (int64_t x0 = 0; x0 < im.width; x0 += WIDE) {
+    const int64_t wide = std::min<int64_t>(WIDE, im.width - x0);
+    for (int64_t y = 0; y < rows; ++y) {
+      Lanes sum[WIDE];
+      for (int j = 0; j < WIDE; ++j) sum[j] = bias;
+      const Lanes* tap = taps;
+      for (int64_t ky = 0; ky < im.size; ++ky) {
+        const Lanes* row = buffer + (y + ky) * row_vectors + x0;
+        for (int64_t kx = 0; kx < im.size; ++kx, ++tap, ++row) {
+          const Lanes weight = *tap;
+          for (int j = 0; j < WIDE; ++j) sum[j] += row[j] * weight;
+        }
+      }
+      float* to = out + (y * im.width + x0) * token;
+      for (int64_t j = 0; j < wide; ++j) std::memcpy(to + j * token, &sum[j], lanes * sizeof(float));
+    }
+  }
+}
+
+using Convolve = void (*)(const Image&, const Lanes*, int64_t, const Lanes*, Lanes, int64_t, int64_t, float*, int64_t);
+
+// The width of a row of registers that leaves the fewest unused, the widest first.
+int64_t best_width(int64_t width) {
+  int64_t best = 14, waste = INT64_MAX;
+  for (int64_t wide : {14, 12, 10, 8, 7, 4}) {
+    const int64_t unused = (width + wide - 1) / wide * wide - width;
+    if (unused < waste) best = wide, waste = unused;
+  }
+  return best;
+}
+
+Convolve convolution(int64_t wide) {
+  switch (wide) {
+    case 4: return convolve<4>;
+    case 7: return convolve<7>;
+    case 8: return convolve<8>;
+    case 10: return convolve<10>;
+    case 12: return convolve<12>;
+    default: return convolve<14>;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out = bias + x * weight; weight is (C, size, size), turned by 180 degrees where `flip` (the gradient of x).
+// bias may be null. Gives 0, or 1 if memory ran out.
+int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const float* weight, const float* bias,
+                      float* out, int64_t out_image, int64_t out_token, int64_t batch, int64_t height, int64_t width,
+                      int64_t channels, int64_t size, int flip, int threads) {
+  const Image im{batch, height, width, channels, size};
+  const Tokens tokens{x, x_image, x_token};
+  const int64_t wide = best_width(width), row_vectors = im.padded(wide), strip = im.strip(row_vectors);
+  const int64_t strips = (height + strip - 1) / strip, blocks = im.blocks(), area = size * size;
+  const Convolve run = convolution(wide);
+  Buffer taps(blocks * area + blocks);  // weights, then biases, channels side by side
+  if (!taps.data) return 1;
+  std::memset(static_cast<void*>(taps.data), 0, (blocks * area + blocks) * sizeof(Lanes));
+  for (int64_t c = 0; c < channels; ++c) {
+    float* to = reinterpret_cast<float*>(taps.data + c / LANES * area) + c % LANES;
+    for (int64_t k = 0; k < area; ++k) to[k * LANES] = weight[c * area + (flip ? area - 1 - k : k)];
+    if (bias) reinterpret_cast<float*>(taps.data + blocks * area)[c] = bias[c];
+  }
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Buffer buffer((strip + size - 1) * row_vectors);
+    failed = !buffer.data;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < batch * blocks * strips; ++task) {
+      if (!buffer.data) continue;  // every thread must come to the loop
+      const int64_t b = task / (blocks * strips), block = task / strips % blocks, first = task % strips * strip;
+      const int64_t rows = std::min(strip, height - first), start = block * LANES;
+      load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, buffer.data);
+      run(im, buffer.data, row_vectors, taps.data + block * area, taps.data[blocks * area + block], rows,
+          std::min<int64_t>(LANES, channels - start), out + b * out_image + first * width * out_token + start,
+          out_token);
+    }
+  }
+  return failed;
+}
+
+// Gradient of the weight (C, size, size), from x and the gradient of the output.
+int attnzoo_depthwise_weight(const float* x, int64_t x_image, int64_t x_token, const float* grad, int64_t grad_image,
+                             int64_t grad_token, float* grad_weight, int64_t batch, int64_t height, int64_t width,
+                             int64_t channels, int64_t size, int threads) {
+  const Image im{batch, height, width, channels, size};
+  const Tokens tokens{x, x_image, x_token}, grads{grad, grad_image, grad_token};
+  const int64_t row_vectors = width + size - 1 + TAPS, strip = im.strip(row_vectors);
+  const int64_t strips = (height + strip - 1) / strip, blocks = im.blocks(), area = size * size;
+  int failed = 0;
+  // a block of channels belongs to one thread, which sums over images and strips in one order
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Buffer inputs((strip + size - 1) * row_vectors), outputs(strip * width), sums(area);
+    const bool ready = inputs.data && outputs.data && sums.data;
+    failed = !ready;
+#pragma omp for schedule(dynamic)
+    for (int64_t block = 0; block < blocks; ++block) {
+      if (!ready) continue;  // every thread must come to the loop
+      std::memset(static_cast<void*>(sums.data), 0, area * sizeof(Lanes));
+      for (int64_t part = 0; part < batch * strips; ++part) {
+        const int64_t b = part / strips, first = part % strips * strip, rows = std::min(strip, height - first);
+        load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, inputs.data);
+        load(im, grads, b, block, first, rows, 0, width, outputs.data);
+        for (int64_t ky = 0; ky < size; ++ky) {
+          for (int64_t k0 = 0; k0 < size; k0 += TAPS) {
+            Lanes sum[TAPS] = {};
+            for (int64_t y = 0; y < rows; ++y) {
+              const Lanes* g = outputs.data + y * width;
+              const Lanes* row = inputs.data + (y + ky) * row_vectors + k0;
+              for (int64_t i = 0; i < width; ++i) {
+                for (int j = 0; j < TAPS; ++j) sum[j] += row[i + j] * g[i];
+              }
+            }
+            for (int64_t j = 0; j < std::min<int64_t>(TAPS, size - k0); ++j) sums.data[ky * size + k0 + j] += sum[j];
+          }
+        }
+      }
+      const int64_t start = block * LANES, lanes = std::min<int64_t>(LANES, channels - start);
+      const float* from = reinterpret_cast<const float*>(sums.data);
+      for (int64_t c = 0; c < lanes; ++c) {
+        for (int64_t k = 0; k < area; ++k) grad_weight[(start + c) * area + k] = from[k * LANES + c];
+      }
+    }
+  }
+  return failed;
+}
+
+}  // extern "C"

@@ -1,0 +1,82 @@
+"""C++ for CPUs, compiled when it is first needed and kept in attnzoo's cache folder.
+
+A source is one file that needs no header but the standard library's, and is called through plain C functions, so that
+it is compiled in seconds and knows no version of torch. It shares the threads of torch, whose OpenMP runtime is loaded
+already. Where there is no compiler, or it fails, there is None: the caller has a path in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+COMPILERS = ("g++", "c++", "clang++")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fno-predictive-commoning",  # with it g++ carries values from tap to tap and runs out of registers
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+LIMIT_SECONDS = 120
+log = logging.getLogger("attnzoo")
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | None:
+    """Give the library compiled from ``attnzoo/kernels/<name>.cpp``; None where it cannot be had (the log says why)."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        log.info("no C++ compiler (%s): %s is computed by plain PyTorch, slower", ", ".join(COMPILERS), name)
+        return None
+    source = Path(__file__).with_name(f"{name}.cpp")
+    try:
+        return ctypes.CDLL(str(_compiled(source, compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or ""
+        log.warning("%s could not be compiled and is computed by plain PyTorch, slower: %s\n%s", name, error, said)
+        return None
+
+
+def _compiled(source: Path, compiler: str) -> Path:
+    """The shared library of `source` for this processor, compiled if it is not in the cache."""
+    from attnzoo.assets import cache_folder
+
+    key = hashlib.sha256(source.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
+    for part in (compiler, version.stdout, *FLAGS, _processor()):
+        key.update(part.encode() + b"\0")
+    target = cache_folder() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, part_name = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}.", suffix=".so")
+    os.close(handle)
+    part_path = Path(part_name)
+    try:
+        command = [compiler, *FLAGS, str(source), "-o", part_name]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
+        os.replace(part_path, target)
+    finally:
+        part_path.unlink(missing_ok=True)
+    return target
+
+
+def _processor() -> str:
+    """What tells one processor's instructions from another's: a home folder may be shared by both."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    said = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join([platform.machine(), *sorted(set(said))])

@@ -1,0 +1,28 @@
+"""Heads: the channels of queries, keys and values, split and joined."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from attnzoo.checks import check_int
+from attnzoo.errors import OptionError
+from attnzoo.mixers.canvas import hide
+
+
+def check_heads(dim: int, num_heads: int) -> tuple[int, int]:
+    """Give both back if `num_heads` divides `dim`, else raise `OptionError`."""
+    check_int("dim", dim, minimum=1)
+    if dim % check_int("num_heads", num_heads, minimum=1):
+        raise OptionError(f"{num_heads} heads (num_heads) do not divide {dim} channels (dim)")
+    return dim, num_heads
+
+
+def split_heads(qkv: Tensor, num_heads: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Split ``(B, N, 3 * C)`` into three ``(B, H, N, D)``; where `mask` ``(B, N, 1)`` is False they are 0."""
+    q, k, v = hide(qkv, mask).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """Join ``(B, H, N, D)`` to ``(B, N, H * D)``."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,192 @@
+import logging
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnzoo.kernels import depthwise, native
+
+
+@pytest.fixture
+def fresh():
+    """Libraries are asked for anew, before and after."""
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def problem(batch, height, width, channels, size, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((batch, height * width, channels), (channels, 1, size, size), (channels,))
+    return tuple(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
+
+
+def by_loops(x, weight, bias, height, width):
+    """The equation, one tap after the other."""
+    size, half = weight.shape[-1], weight.shape[-1] // 2
+    image = x.unflatten(1, (height, width))
+    out = bias.expand_as(image).clone()
+    for i in range(size):
+        for j in range(size):
+            for y in range(height):
+                for column in range(width):
+                    if 0 <= y + i - half < height and 0 <= column + j - half < width:
+                        out[:, y, column] += weight[:, 0, i, j] * image[:, y + i - half, column + j - half]
+    return out.flatten(1, 2)
+
+
+def gradients(function, inputs, height, width):
+    inputs = [t.clone().requires_grad_() for t in inputs]
+    out = function(*inputs, height, width)
+    weight = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return out, *torch.autograd.grad((out * weight).sum(), inputs)
+
+
+def test_the_compiled_path_is_the_one_tested():
+    assert depthwise.is_compiled(), "a C++ compiler is needed for these tests"
+
+
+def test_reference_is_the_equation():
+    inputs = problem(2, 3, 4, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(depthwise.reference(*inputs, 3, 4), by_loops(*inputs, 3, 4), atol=1e-12, rtol=1e-12)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    channels=st.integers(1, 40),
+    size=st.sampled_from([1, 3, 5, 7, 11, 13, 27]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_reference_in_float64(batch, height, width, channels, size, seed):
+    inputs = problem(batch, height, width, channels, size, seed)
+    fast = gradients(depthwise.depthwise2d, inputs, height, width)
+    slow = gradients(depthwise.reference, [t.double() for t in inputs], height, width)
+    for a, b in zip(fast, slow, strict=True):
+        assert (a.double() - b).abs().max() <= 2e-6 * b.abs().max() + 1e-6 * size
+
+
+@pytest.mark.parametrize("side", [14, 28, 56, 112])
+def test_grids_of_vision_transformers(side):
+    inputs = problem(1, side, side, 33, 11)
+    fast, slow = (
+        gradients(f, i, side, side)
+        for f, i in ((depthwise.depthwise2d, inputs), (depthwise.reference, [t.double() for t in inputs]))
+    )
+    for a, b in zip(fast, slow, strict=True):
+        assert (a.double() - b).abs().max() <= 3e-6 * b.abs().max()
+
+
+def test_a_slice_of_more_channels_and_a_stride_of_tokens():
+    x, weight, bias = problem(2, 6, 5, 40, 3)
+    part = x[:, :, 7:27]
+    w, b = weight[7:27], bias[7:27]
+    torch.testing.assert_close(depthwise.depthwise2d(part, w, b, 6, 5), depthwise.reference(part, w, b, 6, 5))
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # tokens side by side
+    torch.testing.assert_close(
+        depthwise.depthwise2d(turned, weight, bias, 6, 5), depthwise.reference(x, weight, bias, 6, 5)
+    )
+
+
+def test_empty_buffers_are_never_read():
+    """A batch whose neighbours in memory are NaN."""
+    x, weight, bias = problem(1, 9, 9, 17, 7)
+    big = torch.full((3, 81, 60), float("nan"))
+    big[1, :, 20:37] = x[0]
+    found = gradients(depthwise.depthwise2d, (big[1:2, :, 20:37], weight, bias), 9, 9)
+    assert all(t.isfinite().all() for t in found)
+    torch.testing.assert_close(found[0], depthwise.reference(x, weight, bias, 9, 9))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_results_do_not_depend_on_threads(threads):
+    before = torch.get_num_threads()
+    inputs = problem(2, 20, 20, 40, 11)
+    one = gradients(depthwise.depthwise2d, inputs, 20, 20)
+    try:
+        torch.set_num_threads(threads)
+        several = gradients(depthwise.depthwise2d, inputs, 20, 20)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one[:3], several[:3], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_gradients():
+    inputs = [t.requires_grad_() for t in problem(1, 3, 3, 2, 3)]
+    double = [t.detach().double().requires_grad_() for t in inputs]
+
+    def second(function, given):
+        out = function(*given, 3, 3)
+        (first,) = torch.autograd.grad(out.pow(3).sum(), given[0], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), given)
+
+    for a, b in zip(second(depthwise.depthwise2d, inputs), second(depthwise.reference, double), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-3, rtol=1e-4)
+
+
+def test_the_operator_keeps_torchs_rules():
+    inputs = [t.requires_grad_() for t in problem(2, 4, 3, 5, 3)]
+    torch.library.opcheck(torch.ops.attnzoo.depthwise2d.default, (*inputs, 4, 3))
+
+
+def test_compiles_without_a_break():
+    inputs = problem(2, 4, 3, 5, 3)
+    compiled = torch.compile(depthwise.depthwise2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, 4, 3), depthwise.reference(*inputs, 4, 3))
+
+
+def test_half_precision_and_autocast_go_by_torch():
+    x, weight, bias = problem(1, 4, 4, 8, 3)
+    half = depthwise.depthwise2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 4, 4)
+    assert half.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise.depthwise2d(x, weight, bias, 4, 4).dtype == torch.bfloat16
+
+
+def test_flops_are_counted():
+    from attnzoo.bench.trace import trace
+
+    x, weight, bias = problem(2, 4, 3, 5, 3)
+    seen = trace(lambda: depthwise.depthwise2d(x, weight, bias, 4, 3))
+    assert seen.flops == 2 * x.numel() * 9
+    assert seen.uncounted == ()
+    assert any("depthwise2d" in op for op in seen.backends)
+
+
+def test_without_a_compiler_torch_computes_it(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    caplog.set_level(logging.INFO, "attnzoo")
+    inputs = problem(1, 4, 4, 8, 3)
+    assert not depthwise.is_compiled()
+    assert "no C++ compiler (no-such-compiler)" in caplog.text
+    torch.testing.assert_close(depthwise.depthwise2d(*inputs, 4, 4), depthwise.reference(*inputs, 4, 4))
+
+
+def test_a_compiler_that_fails_is_told_and_leaves_nothing_behind(fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", ("--no-such-flag",))
+    assert not depthwise.is_compiled()
+    assert "could not be compiled" in caplog.text
+    assert "no-such-flag" in caplog.text
+    assert list((tmp_path / "kernels").iterdir()) == []
+
+
+def test_compiled_once_for_one_processor(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    assert depthwise.is_compiled()
+    (first,) = (tmp_path / "kernels").iterdir()
+    native.library.cache_clear()
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(native.subprocess, "run", lambda command, **kw: (calls.append(command), run(command, **kw))[1])
+    assert depthwise.is_compiled()
+    assert [command[1:] for command in calls] == [["--version"]]
+    monkeypatch.setattr(native, "_processor", lambda: "another")
+    native.library.cache_clear()
+    assert depthwise.is_compiled()
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+    assert first.exists()
