@@ -1,6 +1,6 @@
-"""The bounded cache as transformers sees it: a `DynamicCache` whose swapped layers are bounded.
+"""The bounded cache as transformers sees it: a `DynamicCache` whose swapped layers are attnzoo's own.
 
-The only file that touches the moving parts of transformers' cache and attention interface. How a call goes:
+The only file that touches the moving parts of transformers' cache. How a call goes:
 
 1. A hook on the model that makes masks and caches (`Intake`) looks at the call: it turns an empty `DynamicCache`,
    whoever made it, into a `BoundedCache`, takes the padding from the 2-D mask, refuses what cannot be, and sends both
@@ -18,11 +18,12 @@ import copy
 import inspect
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,119 @@ UNREAD = ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices"
 FILE_FORMAT = 1
 
 
-class BoundedLayer(CacheLayerMixin):
+class OwnLayer(CacheLayerMixin):
+    """Base of the layers of a `BoundedCache` that are attnzoo's own: what is not said of tokens dropped is refused.
+
+    Attributes
+    ----------
+    maker
+        What made it: a layer is for the modules that carry an equal one.
+    columns
+        Tokens seen, padding included.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(self, maker: Maker) -> None:
+        self.maker = maker
+        self.columns = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.maker}, seen={self.columns})"
+
+    @abstractmethod
+    def bytes(self) -> CacheBytes:
+        """Bytes held and allocated; see `attnzoo.kv_bytes`."""
+
+    @abstractmethod
+    def copy(self) -> OwnLayer:
+        """A layer of its own with the same content."""
+
+    @abstractmethod
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of all that is kept: `change` maps ``(B, ...)`` to ``(B', ...)``."""
+
+    def begin(self) -> None:
+        """A call begins."""
+
+    def flush(self) -> None:
+        """Evict now, where anything is ever evicted."""
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the first call makes the buffers."""
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Logical length: tokens seen, padding included, however few are kept."""
+        return self.columns
+
+    def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
+        """Length and offset of the mask, as if all entries were kept: layers that were not swapped need it."""
+        return self.columns + _length(query), 0
+
+    def get_max_length(self) -> int:
+        """There is no end to the logical length."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int = 0, *args: Any) -> None:
+        """Refuse to take tokens back: what they pushed out is gone."""
+        if tokens_to_remove != 0:
+            raise UnsupportedError(
+                "a bounded cache cannot be cropped: what the tokens to remove pushed out is gone. Assisted and "
+                "prompt-lookup decoding need cropping; decode without them, or keep a copy() of the cache to go back to"
+            )
+
+    def offload(self) -> None:
+        """Refuse."""
+        raise UnsupportedError("a bounded cache is not offloaded: it is small; leave cache_implementation unset")
+
+    prefetch = offload
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows in another order (beam search)."""
+        self.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self.map_rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.map_rows(lambda x: x[indices.to(x.device)])
+
+
+class Maker(Protocol):
+    """Makes the cache layer of a swapped module, which carries it as ``attnzoo_cache``; compared by what it says."""
+
+    def __call__(self, index: int) -> OwnLayer:
+        """Make an empty one."""
+
+
+@dataclass(frozen=True)
+class MakesBounded:
+    """Makes a `BoundedLayer`.
+
+    Attributes
+    ----------
+    name, policy
+        What decides what it keeps.
+    """
+
+    name: str
+    policy: Policy
+
+    def __call__(self, index: int) -> BoundedLayer:
+        """Make an empty one."""
+        return BoundedLayer(self, index)
+
+    def __str__(self) -> str:
+        return f"{self.name} with budget {self.policy.budget}"
+
+
+class BoundedLayer(OwnLayer):
     """One layer of a `BoundedCache`.
 
     Attributes
@@ -55,19 +168,12 @@ class BoundedLayer(CacheLayerMixin):
         What decides what it keeps.
     """
 
-    is_sliding = False
-    is_croppable = False
-    supports_early_init = False
-
-    def __init__(self, name: str, policy: Policy, index: int) -> None:
-        self.name, self.policy = name, policy
-        self.store = Store(policy, index)
-        self.columns = 0
+    def __init__(self, maker: MakesBounded, index: int) -> None:
+        super().__init__(maker)
+        self.name, self.policy = maker.name, maker.policy
+        self.store = Store(self.policy, index)
         self.open = False
         self.pending: tuple[Tensor, Tensor] | None = None
-
-    def __repr__(self) -> str:
-        return f"BoundedLayer({self.name}, budget={self.policy.budget}, seen={self.columns})"
 
     @property
     def keys(self) -> Tensor | None:
@@ -98,8 +204,9 @@ class BoundedLayer(CacheLayerMixin):
         """Bytes held and allocated; see `attnzoo.kv_bytes`."""
         return self.store.bytes()
 
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the first call of the attention makes the buffers."""
+    def begin(self) -> None:
+        """Take in the keys and values of one `update`."""
+        self.open, self.pending = True, None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give the new keys and values back: the attention itself takes them in.
@@ -132,63 +239,27 @@ class BoundedLayer(CacheLayerMixin):
             )
         self.pending, self.open = None, False
 
-    def get_seq_length(self, *args: Any) -> int:
-        """Logical length: tokens seen, padding included, however few are kept."""
-        return self.columns
-
-    def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
-        """Length and offset of the mask, as if all entries were kept: layers that were not swapped need it."""
-        return self.columns + _length(query), 0
-
-    def get_max_length(self) -> int:
-        """There is no end to the logical length."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
     def flush(self) -> None:
         """Evict now, though the block is not at its end."""
         self.store.evict(range(self.store.batch))
-
-    def crop(self, tokens_to_remove: int = 0, *args: Any) -> None:
-        """Refuse to take tokens back: what they pushed out is gone."""
-        if tokens_to_remove != 0:
-            raise UnsupportedError(
-                "a bounded cache cannot be cropped: what the tokens to remove pushed out is gone. Assisted and "
-                "prompt-lookup decoding need cropping; decode without them, or keep a copy() of the cache to go back to"
-            )
-
-    def offload(self) -> None:
-        """Refuse."""
-        raise UnsupportedError("a bounded cache is not offloaded: it is small; leave cache_implementation unset")
-
-    prefetch = offload
 
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.columns = Store(self.policy, self.store.layer), 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put rows in another order (beam search)."""
-        self.store.map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        self.store.map_rows(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self.store.map_rows(lambda x: x[indices.to(x.device)])
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows."""
+        self.store.map_rows(change)
 
     def copy(self) -> BoundedLayer:
         """A layer of its own with the same content."""
-        other = BoundedLayer(self.name, self.policy, self.store.layer)
+        other = BoundedLayer(MakesBounded(self.name, self.policy), self.store.layer)
         other.store, other.columns = self.store.copy(), self.columns
         return other
 
 
 class BoundedCache(DynamicCache):
-    """A `DynamicCache` some or all of whose layers are `BoundedLayer`.
+    """A `DynamicCache` some or all of whose layers are attnzoo's own.
 
     It is never made by hand: a model whose attention was swapped turns any empty `DynamicCache` into one.
     """
@@ -200,26 +271,24 @@ class BoundedCache(DynamicCache):
         """
         layer = self.layers[layer_idx]
         readers = [other for other in self.layers if not getattr(other, "is_sliding", False)]
-        if isinstance(layer, BoundedLayer) and all(isinstance(other, BoundedLayer) for other in readers):
+        if isinstance(layer, OwnLayer) and all(isinstance(other, OwnLayer) for other in readers):
             return _length(query), layer.columns
         return super().get_mask_sizes(query, layer_idx)
 
     def flush(self) -> None:
         """Evict now, in every bounded layer, though blocks are not at their end."""
-        for layer in self.bounded:
+        for layer in self.own:
             layer.flush()
 
     @property
-    def bounded(self) -> list[BoundedLayer]:
-        """The bounded layers."""
-        return [layer for layer in self.layers if isinstance(layer, BoundedLayer)]
+    def own(self) -> list[OwnLayer]:
+        """The layers that are attnzoo's own."""
+        return [layer for layer in self.layers if isinstance(layer, OwnLayer)]
 
     def copy(self) -> BoundedCache:
         """A cache of its own with the same content, cut off from autograd: to use a prompt more than once."""
         other = copy.copy(self)
-        other.layers = [
-            layer.copy() if isinstance(layer, BoundedLayer) else _copy_plain(layer) for layer in self.layers
-        ]
+        other.layers = [layer.copy() if isinstance(layer, OwnLayer) else _copy_plain(layer) for layer in self.layers]
         return other
 
     def save(self, path: str | Path) -> None:
@@ -279,9 +348,10 @@ def load_cache(path: str | Path, device: str | torch.device | None = None) -> Bo
 
 @dataclass(frozen=True)
 class Call:
-    """What the hook sends down to the attention of one call: the cache, and which tokens are real (None: all)."""
+    """What the hook sends down to the layers of one call: the cache, and which tokens are real (None: all)."""
 
     cache: BoundedCache | None
+    real: Tensor | None
     padding: Padding | None
 
 
@@ -303,13 +373,13 @@ class Intake:
         if given.get("is_causal") is False:
             raise UnsupportedError("is_causal=False: a bounded cache is for causal attention")
         padding = None if real is None else Padding.of(real)
-        values, kwargs = list(args), {**kwargs, CALL: Call(cache, padding)}
+        values, kwargs = list(args), {**kwargs, CALL: Call(cache, None if padding is None else real, padding)}
         if cache is not None:
-            for layer in cache.bounded:
-                if layer.store.batch not in (0, tokens.shape[0]):
-                    raise ShapeError(f"the cache holds {layer.store.batch} rows, the call has {tokens.shape[0]}")
-            for layer in cache.bounded:
-                layer.open, layer.pending = True, None
+            for layer in cache.own:
+                if layer.batch_size not in (-1, tokens.shape[0]):
+                    raise ShapeError(f"the cache holds {layer.batch_size} rows, the call has {tokens.shape[0]}")
+            for layer in cache.own:
+                layer.begin()
             place = list(_parameters(type(model).forward)).index("past_key_values")
             if len(values) > place:
                 values[place] = cache
@@ -336,12 +406,12 @@ class Intake:
                 f"{type(cache).__name__} cannot be bounded: eviction works with the default cache, DynamicCache "
                 "(leave cache_implementation unset)"
             )
-        for index, attention in bounded_layers(model):
+        for index, maker in own_layers(model):
             layer = cache.layers[index] if index < len(cache.layers) else None
-            if not isinstance(layer, BoundedLayer) or layer.policy != attention.policy:
+            if not isinstance(layer, OwnLayer) or layer.maker != maker:
                 raise UnsupportedError(
-                    f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is "
-                    f"{attention.name} with budget {attention.policy.budget}; give the call a cache of its own"
+                    f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is {maker}; "
+                    "give the call a cache of its own"
                 )
         return cache
 
@@ -387,13 +457,13 @@ def bounded_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def bounded_layers(model: nn.Module) -> Iterator[tuple[int, BoundedAttention]]:
-    """The swapped layers in `model`: the index of each in the cache, and what stands there."""
+def own_layers(model: nn.Module) -> Iterator[tuple[int, Maker]]:
+    """The swapped layers in `model` that need a cache layer of their own: its index, and what makes it."""
     module: Any
     for module in model.modules():
-        attention = vars(module).get("attnzoo_core")
-        if isinstance(attention, BoundedAttention):
-            yield module.layer_idx, attention
+        maker = vars(module).get("attnzoo_cache")
+        if maker is not None:
+            yield module.layer_idx, maker
 
 
 def takes_cache(module: Any) -> bool:
@@ -445,10 +515,10 @@ def _make_bounded(cache: DynamicCache, model: nn.Module) -> None:
             "this cache was filled by another model, or before the swap: a bounded cache must see all tokens. Give the "
             "call an empty cache, or none"
         )
-    for index, attention in bounded_layers(model):
+    for index, maker in own_layers(model):
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())
-        cache.layers[index] = BoundedLayer(attention.name, attention.policy, index)
+        cache.layers[index] = maker(index)
     cache.__class__ = BoundedCache
 
 
@@ -533,7 +603,8 @@ def _layer_state(layer: Any) -> dict[str, Any]:
 
 def _layer_from(state: dict[str, Any], index: int) -> Any:
     if state["kind"] == "bounded":
-        layer = BoundedLayer(state["name"], build_policy(describe(state["name"]), state["options"]), index)
+        policy = build_policy(describe(state["name"]), state["options"])
+        layer = BoundedLayer(MakesBounded(state["name"], policy), index)
         layer.store.load_state(state["store"])
         layer.columns = state["columns"]
         return layer

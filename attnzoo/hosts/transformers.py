@@ -10,7 +10,8 @@ A caller who asks for attention weights (``output_attentions=True``) gets them f
 and None from every other.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
-`attnzoo.eviction.cache`.
+`attnzoo.eviction.cache`. A causal mixer stands in the place of a decoder's whole attention module: see
+`attnzoo.hosts.decoder_mixer`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
+from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
     RefusedSite,
@@ -158,45 +160,63 @@ class TransformersSite(Site):
         module = self.module
         if "causal" not in self.needs:
             return "it is not causal (an encoder's, or cross-attention), so it has no key/value cache to bound"
-        if self.owner is None or getattr(self.owner.config, "is_encoder_decoder", False):
-            return (
-                "eviction is for decoder-only language models: this layer's model takes no key/value cache of its own"
-            )
-        if getattr(self.owner.config, "is_causal", True) is False:
-            return "the model's config says is_causal=False, and eviction is for causal attention"
-        if type(self.own_cache) is not DynamicLayer:
-            kind = "none" if self.own_cache is None else type(self.own_cache).__name__
+        if type(self.own_cache) is not DynamicLayer and self.own_cache is not None:
+            kind = type(self.own_cache).__name__
             return f"transformers gives it another cache than a plain one of keys and values ({kind})"
+        return self._decoder_problem("eviction") or self._deaf(module)
+
+    def _decoder_problem(self, what: str) -> str | None:
+        """Say why this layer cannot have a cache layer of its own, or give None."""
+        module = self.module
+        if self.owner is None or getattr(self.owner.config, "is_encoder_decoder", False):
+            return f"{what} is for decoder-only language models: this layer's model takes no key/value cache of its own"
+        if getattr(self.owner.config, "is_causal", True) is False:
+            return f"the model's config says is_causal=False, and {what} is for causal attention"
+        if self.own_cache is None:
+            return "transformers gives it another cache than a plain one of keys and values (none)"
         if self.shares_place:
             return "another layer has the same layer_idx, by which its place in the cache is found"
         if getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
             return "its keys and values are shared between layers"
-        for outer in [*self.between, module, self.owner]:
-            if not cache.passes_down(outer):
-                return f"{type(outer).__name__}.forward hands no further keyword arguments on; they carry the padding"
-        return None
+        return next(filter(None, map(self._deaf, [*self.between, self.owner])), None)
+
+    def _deaf(self, outer: Any) -> str | None:
+        """Say that a module does not hand on what the hook sends down, or give None."""
+        if cache.passes_down(outer):
+            return None
+        return f"{type(outer).__name__}.forward hands no further keyword arguments on; they carry the padding"
 
     def put_bounded(self, attention: BoundedAttention) -> nn.Module:
         """Make the host's class, on the host's state, attend through a bounded cache."""
-        return self._put(cache.NAME, attention)
+        layer = self._put(cache.NAME, attention)
+        layer.__dict__["attnzoo_cache"] = cache.MakesBounded(attention.name, attention.policy)
+        return layer
 
     def installed(self, layer: nn.Module) -> None:
         """Have the model look at its calls as long as any of its layers is bounded."""
-        if isinstance(vars(layer).get("attnzoo_core"), BoundedAttention):
+        if "attnzoo_cache" in vars(layer):
             cache.add_hook(self.owner)
         else:
             self.removed()
 
     def removed(self) -> None:
         """Take the hook off a model none of whose layers is bounded."""
-        if self.owner is not None and next(cache.bounded_layers(self.owner), None) is None:
+        if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
 
-    def mixer_problem(self, info: AttentionInfo) -> str:
-        """No mixer stands here; of a causal model, one that is not causal could not."""
-        if "causal" in self.needs and not info.capabilities.causal:
+    def mixer_problem(self, info: AttentionInfo) -> str | None:
+        """Mixers that decode stand in decoders, and no others."""
+        if "causal" not in self.needs:
+            return "in transformers models that are no decoders only cores can be swapped"
+        if not info.capabilities.causal:
             return "causality: a mixer that is not causal would let a token see those after it"
-        return "in transformers models only cores can be swapped"
+        if not info.capabilities.decode:
+            return f"{info.name!r} cannot go on from a state, token by token, as decoding needs"
+        return self._decoder_problem("a causal mixer")
+
+    def put_mixer(self, mixer: nn.Module) -> nn.Module:
+        """Run `mixer` on the tokens, from the state that the cache holds."""
+        return DecoderMixer(mixer, self.module)
 
     def put_core(self, core: Core) -> nn.Module:
         """Make the host's class, on the host's state, call `core`."""

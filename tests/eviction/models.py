@@ -77,7 +77,7 @@ def feed(model: nn.Module, ids: Tensor, cuts: list[list[int]], padding: list[lis
         masks.append(mask)
         out = model(new, attention_mask=torch.cat(masks, 1), position_ids=positions, past_key_values=cache)
         cache = out.past_key_values
-        most = max(most, *(layer.keys.shape[2] for layer in cache.layers))
+        most = max(most, *(0 if layer.keys is None else layer.keys.shape[2] for layer in cache.layers))
         for row, n in enumerate(cut):
             logits[row].append(out.logits[row, width - n :])
         done = [d + n for d, n in zip(done, cut, strict=True)]
