@@ -41,11 +41,17 @@ class HostConfig(Section):
 
 
 class AttentionConfig(Section):
-    """One attention of the zoo: its registered name, its options and how tables call it."""
+    """One attention of the zoo: its registered name, its options and how tables call it.
+
+    `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
+    `tokens` are the token counts at which its cost is measured; all by default.
+    """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
     label: Annotated[str, Field(min_length=1)] = ""
+    fused: bool | None = None
+    tokens: tuple[PositiveInt, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +73,14 @@ class BaselineConfig(Section):
 
 
 class CostConfig(Section):
-    """What is timed, on what inputs, for how long."""
+    """What is timed, on what inputs, for how long.
+
+    `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
+    `gradient` a call is a forward and a backward.
+    """
+
+    of: Literal["model", "layer"] = "model"
+    gradient: bool = False
 
     tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (196, 784, 3136)
     batch: dict[int, PositiveInt] = Field(default_factory=dict, description="images per forward, for each token count")
@@ -130,6 +143,8 @@ class QualityConfig(Section):
     `input_std` is the deviation that images are standardised to: the embedding of a patch of one pixel has weights of
     deviation 1, and pixels of deviation 1 would drown position embeddings that begin at 0.02. `workers` trainings run
     at a time, each in a process and with `threads` threads: their seconds are recorded, but are no benchmark.
+    With `equal_parameters` the perceptrons of each row's model are made wider or narrower until it has as many
+    parameters as the dense one.
     """
 
     dataset: DatasetName = "digits"
@@ -141,6 +156,7 @@ class QualityConfig(Section):
     recipe: RecipeConfig = RecipeConfig()
     input_std: PositiveFloat = 0.05
     train_images: PositiveInt | None = None
+    equal_parameters: bool = False
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     threads: PositiveInt = 1
     workers: PositiveInt = 2
@@ -239,6 +255,11 @@ class BenchConfig(Section):
         """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
         left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
         content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(left_out))}
+        _drop_defaults(content["cost"], {"of": "model", "gradient": False})
+        if content["quality"] is not None:
+            _drop_defaults(content["quality"], {"equal_parameters": False})
+        for attention in content["attentions"]:
+            _drop_defaults(attention, {"fused": None, "tokens": None})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
@@ -283,6 +304,13 @@ def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchCon
         if not problems:
             problems += _block_problems(language)
     return validated(BenchConfig, data, problems, source)
+
+
+def _drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
+    """Take keys that came later out where they say what was so before, so that older benchmarks keep their identity."""
+    for key, value in later.items():
+        if content[key] == value:
+            del content[key]
 
 
 def _refuse_twins(labels: list[str]) -> None:

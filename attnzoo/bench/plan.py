@@ -49,11 +49,20 @@ def baseline_label(config: BenchConfig, part: Part) -> str:
     return config.language.baseline if part == "language" and config.language is not None else config.baseline.label
 
 
+def _is_measured(config: BenchConfig, index: int | None, tokens: int) -> bool:
+    """Whether a row has a cost at a token count; the dense baseline has at all that all attentions share."""
+    own = [attention.tokens for attention in config.attentions]
+    if index is None:
+        return any(counts is None or tokens in counts for counts in own)
+    counts = own[index]
+    return counts is None or tokens in counts
+
+
 def plan(config: BenchConfig) -> list[Row]:
     """All rows in the order in which they are measured: quality first, for rows of cost carry it."""
     who: list[int | None] = [None, *range(len(config.attentions))]
     rows = [Row(index, 0) for index in who] if config.quality is not None else []
-    costs = [Row(index, tokens) for tokens in config.cost.tokens for index in who]
+    costs = [Row(i, tokens) for tokens in config.cost.tokens for i in who if _is_measured(config, i, tokens)]
     if config.language is not None:
         who = [None, *range(len(config.language.attentions))]
         rows += [Row(index, 0, "language") for index in who]

@@ -196,7 +196,8 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
 
 def _look(labels: Sequence[str], label: str) -> tuple[str, str]:
     index = labels.index(label)
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+    turn = index // len(COLOURS)  # colours come round again with other markers
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
 def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:

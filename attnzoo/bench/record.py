@@ -135,6 +135,7 @@ class Training(Entry):
     final_loss: float
     seconds: NonNegative
     epoch_losses: tuple[float, ...]
+    parameters: Count | None = None
 
 
 class Quality(Entry):

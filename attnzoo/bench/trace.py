@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "fft")
+MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset(
     {
         "_to_copy",

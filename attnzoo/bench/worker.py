@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from attnzoo.tasks import classify
 
 ORACLE = "softmax"
 MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
+NEARLY_EQUAL = 0.03  # parameters of two models
 CLASSES = 1000
 CHANNELS = 3
 
@@ -57,7 +60,8 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     map_buffers()
     say("build")
     x = _inputs(config, job.tokens).to(device, dtype)
-    dense = _host(config, job.tokens).to(device, dtype)
+    fused = config.baseline.fused if spec is None or spec.fused is None else spec.fused
+    dense = _with_baseline(_host(config, job.tokens), fused).to(device, dtype)
     layers = attention_paths(dense)
     candidate = _swapped(_host(config, job.tokens), spec, config.seed).to(device, dtype)
     shapes = _shapes(dense, layers, x, job.tokens)
@@ -75,13 +79,17 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
                 return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+    timed, timed_dense = _timed(config, candidate, layers[0], x), _timed(config, dense, layers[0], x)
+    with torch.inference_mode(not config.cost.gradient):
+        if config.cost.of == "layer" or config.cost.gradient:
+            traced, traced_dense = trace(timed), trace(timed_dense)
         say("memory")
-        peak, peak_dense = peak_memory([lambda: candidate(x), lambda: dense(x)], device)
+        peak, peak_dense = peak_memory([timed, timed_dense], device)
         keep_buffers()
         say("time")
         times = interleave(
-            lambda: candidate(x),
-            lambda: dense(x),
+            timed,
+            timed_dense,
             clock_for(device),
             warmup=config.cost.warmup,
             repeats=config.cost.repeats,
@@ -107,16 +115,20 @@ def measure_quality(job: Job, say: Say) -> Outcome:
     recipe = classify.Recipe(**quality.recipe.model_dump())
     trainings: list[Training] = []
     for seed in quality.seeds:
-        model = classify.build_model(
-            quality.host.model,
-            image_size=images.side,
-            patch_size=quality.host.patch_size,
-            channels=images.channels,
-            classes=images.classes,
-            options=quality.host.options,
-            seed=seed,
-        )
-        model = _swapped(_with_baseline(model, config.baseline.fused), spec, seed)
+
+        def build(spec: AttentionConfig | None, options: Mapping[str, Any], seed: int = seed) -> nn.Module:
+            model = classify.build_model(
+                quality.host.model,
+                image_size=images.side,
+                patch_size=quality.host.patch_size,
+                channels=images.channels,
+                classes=images.classes,
+                options={**quality.host.options, **options},
+                seed=seed,
+            )
+            return _swapped(_with_baseline(model, config.baseline.fused), spec, seed)
+
+        model = build(spec, _equal_parameters(build, spec) if quality.equal_parameters else {})
 
         def tell(epoch: int, loss: float, seed: int = seed) -> None:
             say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")
@@ -133,9 +145,28 @@ def measure_quality(job: Job, say: Say) -> Outcome:
                 final_loss=trained.epoch_losses[-1],
                 seconds=trained.seconds,
                 epoch_losses=trained.epoch_losses,
+                parameters=sum(p.numel() for p in model.parameters()),
             )
         )
     return Outcome(status="ok", trainings=tuple(trainings))
+
+
+def _equal_parameters(
+    build: Callable[[AttentionConfig | None, Mapping[str, Any]], nn.Module], spec: AttentionConfig | None
+) -> dict[str, Any]:
+    """The width of the perceptrons, as a multiple of the model's, that gives `spec` the dense model's parameters."""
+    dense: Any = build(None, {})
+    wanted, width = sum(p.numel() for p in dense.parameters()), dense.embed_dim
+    counts = [sum(p.numel() for p in build(spec, {"mlp_ratio": n / width}).parameters()) for n in (width, 2 * width)]
+    hidden = round(width * (1 + (wanted - counts[0]) / (counts[1] - counts[0])))
+    ratio = (hidden + 0.5) / width  # timm cuts the product to a whole number
+    found = sum(p.numel() for p in build(spec, {"mlp_ratio": ratio}).parameters()) if hidden > 0 else 0
+    if abs(found / wanted - 1) > NEARLY_EQUAL:
+        raise UnsupportedError(
+            f"no width of the perceptrons gives {'the dense model' if spec is None else spec.label} {wanted:,} "
+            f"parameters: the attention alone has too many (nearest: {found:,})"
+        )
+    return {"mlp_ratio": ratio}
 
 
 class _Checks:
@@ -162,7 +193,7 @@ class _Checks:
             traced_dense = trace(lambda: dense(self.x))
         baseline_gate = gates.compare(got_dense, oracle, f"{ORACLE} core, same weights and inputs", self.tolerance)
         del got_dense
-        with gates.noted(candidate, self.layers if self.kind != "mixer" else ()) as got:
+        with gates.noted(candidate, self.layers) as got:
             traced = trace(lambda: candidate(self.x))
         gate = gates.finite(self._candidate_gate(candidate, got, oracle), got[gates.OUTPUT])
         if self.spec is not None and self.spec.name in MUST_RUN:
@@ -172,7 +203,13 @@ class _Checks:
     def _candidate_gate(self, candidate: nn.Module, got: dict[str, Tensor], oracle: dict[str, Tensor]) -> Gate:
         if self.kind == "mixer":
             mixers = {path: layer.get_submodule("mixer") for path, layer in swapped_layers(candidate).items()}
-            return gates.mixer_gate(mixers, self.shapes.dim, self.shapes.prefix, self.x, self.config.seed)
+            small = gates.mixer_gate(mixers, self.shapes.dim, self.shapes.prefix, self.x, self.config.seed)
+            double = copy.deepcopy(candidate).double()
+            with gates.noted(double, self.layers) as expected:
+                double(self.x[:1].double())
+            first = {name: tensor[:1] for name, tensor in got.items()}
+            timed = gates.compare(first, expected, "itself in float64, first image", self.tolerance)
+            return timed if small is None or (small.passed and not timed.passed) else small
         if self.spec is not None and self.spec.name == ORACLE:
             first = {name: tensor[:1] for name, tensor in got.items()}
             return gates.compare(
@@ -221,6 +258,33 @@ def _inputs(config: BenchConfig, tokens: int) -> Tensor:
     side = math.isqrt(tokens) * config.host.patch_size
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randn(config.cost.batch[tokens], CHANNELS, side, side, generator=generator)
+
+
+def _timed(config: BenchConfig, model: nn.Module, path: str, x: Tensor) -> Callable[[], object]:
+    """One call as it is timed: of the model, or of its attention layer at `path`; with a backward if asked."""
+    module, inputs = model, x
+    if config.cost.of == "layer":
+        module, inputs = model.get_submodule(path), _input_of(model, path, x)
+    if not config.cost.gradient:
+        return lambda: module(inputs)
+    inputs = inputs.requires_grad_()
+
+    def step() -> None:
+        for leaf in (inputs, *module.parameters()):
+            leaf.grad = None
+        module(inputs).sum().backward()
+
+    return step
+
+
+def _input_of(model: nn.Module, path: str, x: Tensor) -> Tensor:
+    """The tokens that the module at `path` gets when `model` is called on `x`."""
+    found: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return found[0].clone()
 
 
 def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:

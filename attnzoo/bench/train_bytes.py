@@ -1,0 +1,199 @@
+"""Train a small language model of bytes once an attention, and set each against the dense one: config, run, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+import attnzoo
+from attnzoo.bench.config import AttentionConfig
+from attnzoo.bench.lines import FolderLock, append_line, read_lines
+from attnzoo.bench.record import Count, Entry, Environment, NonNegative
+from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.system import environment
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.tasks import train_bytes
+from attnzoo.tasks.paired import paired_difference
+from attnzoo.tasks.text import load_text
+
+DENSE = "dense"
+RECORDS, PLOT = "records.jsonl", "loss.svg"
+SCHEMA = 1
+LN2 = 0.6931471805599453
+
+
+class HostConfig(Section):
+    """Sizes of a Llama of bytes."""
+
+    width: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    hidden: PositiveInt = 384
+
+
+class RecipeConfig(Section):
+    """AdamW with linear warm-up and a cosine."""
+
+    steps: PositiveInt = 300
+    batch: PositiveInt = 16
+    tokens: Annotated[int, Field(ge=2)] = 256
+    lr: PositiveFloat = 2e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    weight_decay: NonNegative = 0.05
+
+
+class TrainConfig(Section):
+    """What is trained on what. `output` says where to write and is no part of its identity."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: PositiveInt = 1
+    host: HostConfig = HostConfig()
+    recipe: RecipeConfig = RecipeConfig()
+    held_out: Annotated[int, Field(ge=2, description="windows kept for testing")] = 40
+    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
+    output: Path | None = None
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> TrainConfig:
+        labels = [DENSE, *(attention.label for attention in self.attentions)]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"labels must differ, and none be {DENSE!r}: {labels[1:]}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where records and checkpoints go."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def hash(self) -> str:
+        """Identity: 16 hex digits over the full content."""
+        content = self.model_dump(mode="json", exclude={"output"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class TrainRecord(Entry):
+    """One model trained: nats a byte of each held-out window, and the training loss after so many steps."""
+
+    schema_version: Literal[1] = 1
+    config_hash: str
+    text_sha256: str
+    label: str
+    parameters: Count
+    nats: tuple[float, ...]
+    losses: tuple[tuple[int, float], ...]
+    seconds: NonNegative
+    environment: Environment
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a config: every attention must stand in the model that it is for.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one a line.
+    """
+    config = validated(TrainConfig, read_yaml(path, overrides), [], str(path))
+    problems = []
+    for index, attention in enumerate(config.attentions):
+        try:
+            _model(config, attention)
+        except AttnZooError as error:
+            problems.append(f"attentions.{index}: {error}")
+    if problems:
+        raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return config
+
+
+def run(config: TrainConfig) -> Path:
+    """Train what is not in the records yet, the dense model first; give the records' path."""
+    import torch
+
+    torch.set_num_threads(config.threads)
+    text = load_text(config.text)
+    data = train_bytes.split(text.text, config.held_out, config.recipe.tokens)
+    recipe = train_bytes.Recipe(**config.recipe.model_dump())
+    path = config.folder / RECORDS
+    with FolderLock(config.folder):
+        done = {record.label for record in _own(path, config, text.sha256)}
+        for attention in (None, *config.attentions):
+            label = DENSE if attention is None else attention.label
+            if label in done:
+                continue
+            model, checkpoints = _model(config, attention), config.folder / "checkpoints" / label.replace("/", "-")
+            start = time.perf_counter()
+            losses = train_bytes.train(model, data, recipe, seed=config.seed, folder=checkpoints)
+            record = TrainRecord(
+                config_hash=config.hash,
+                text_sha256=text.sha256,
+                label=label,
+                parameters=sum(p.numel() for p in model.parameters()),
+                nats=tuple(round(nats, 6) for nats in train_bytes.score(model, data.held_out)),
+                losses=tuple(losses),
+                seconds=round(time.perf_counter() - start, 1),
+                environment=environment("cpu", config.threads),
+            )
+            append_line(path, record)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+    return path
+
+
+def _own(path: Path, config: TrainConfig, text_sha256: str) -> list[TrainRecord]:
+    records = read_lines(path, TrainRecord, SCHEMA, mend=True) if path.exists() else []
+    for record in records:
+        if (record.config_hash, record.text_sha256) != (config.hash, text_sha256):
+            raise ConfigError(f"{path} holds results of another config or text; give another folder with output=PATH")
+    return records
+
+
+def _model(config: TrainConfig, attention: AttentionConfig | None) -> Any:
+    model = train_bytes.build(train_bytes.Host(**config.host.model_dump()), config.seed)
+    if attention is None:
+        return model
+    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.options)
+
+
+def table(path: Path) -> str:
+    """The results in Markdown; differences are paired window by window."""
+    records = read_lines(path, TrainRecord, SCHEMA)
+    dense = next(record for record in records if record.label == DENSE)
+    rows = [
+        "| attention | parameters | training loss, first and last | held out, bits a byte | above dense (95%) |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for record in records:
+        bits, bits_dense = ([nats / LN2 for nats in one.nats] for one in (record, dense))
+        d = paired_difference(bits, bits_dense)
+        above = "" if record is dense else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+        rows.append(
+            f"| {record.label} | {record.parameters:,} | {record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f} | "
+            f"{sum(bits) / len(bits):.3f} | {above} |"
+        )
+    return "\n".join(rows)
+
+
+def report(path: Path) -> str:
+    """Draw the losses beside the records, and give the table."""
+    from attnzoo.bench.plots import add_legend, new_figure, to_svg
+
+    figure, axes = new_figure()
+    for record in read_lines(path, TrainRecord, SCHEMA):
+        axes.plot(*zip(*record.losses, strict=True), label=record.label, lw=1.8)
+    axes.set_xlabel("steps")
+    axes.set_ylabel("training loss, nats a byte")
+    add_legend(axes)
+    part = path.with_name(f".{PLOT}.part")
+    part.write_text(to_svg(figure, "loss"), encoding="utf-8")
+    os.replace(part, path.with_name(PLOT))
+    return table(path)

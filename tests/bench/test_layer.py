@@ -1,0 +1,103 @@
+"""Costs of the attention layer alone, with gradients, against another baseline; trainings at equal parameters."""
+
+import pytest
+
+from attnzoo import list_attentions
+from attnzoo.bench.config import validate_config
+from attnzoo.bench.jobs import Job
+from attnzoo.bench.plan import plan
+from attnzoo.bench.worker import _equal_parameters, _swapped, measure_cost
+from attnzoo.errors import UnsupportedError
+from attnzoo.tasks import classify
+from tests.bench.test_run import HOST, PADRE, threads_as_they_were, tiny  # noqa: F401
+
+LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}
+
+
+def outcome(attention, **cost):
+    config = validate_config(tiny("unused", attentions=[attention], cost={**LAYER, **cost}))
+    return measure_cost(Job(config=config, attention=0, tokens=16), lambda stage: None)
+
+
+@pytest.mark.parametrize("name", [*list_attentions("mixer"), *list_attentions("core")])
+def test_every_layer_is_gated_and_timed_alone(name):
+    own = {"options": {"tokens": 17}} if name == "mlp_mixer" else {}
+    layer = outcome({"name": name, **own})
+    assert (layer.status, layer.message) == ("ok", "")
+    assert layer.gate.passed
+    whole = outcome({"name": name, **own}, of="model")
+    assert 0 < layer.cost.candidate.flops < whole.cost.candidate.flops or name == "pooling"
+    assert layer.cost.baseline.flops < whole.cost.baseline.flops
+    assert layer.cost.candidate.attention_parameters == whole.cost.candidate.attention_parameters
+
+
+def test_forward_and_backward_are_timed_together():
+    forward, both = outcome(PADRE), outcome(PADRE, gradient=True)
+    assert both.cost.candidate.flops >= 2.4 * forward.cost.candidate.flops
+    assert both.cost.baseline.flops >= 2.4 * forward.cost.baseline.flops
+
+
+def test_a_row_may_have_another_baseline():
+    fused, written = outcome(PADRE), outcome({**PADRE, "fused": False})
+    assert fused.cost.baseline.flops > 0
+    assert any("bmm" in op or "matmul" in op for op in written.cost.uncounted_ops) or written.cost.baseline.flops > 0
+    assert outcome({"name": "softmax", "fused": False}).baseline_gate.passed
+
+
+def test_a_row_may_be_measured_at_some_token_counts_only():
+    config = validate_config(
+        tiny(
+            "unused",
+            attentions=[{"name": "flash", "tokens": [16]}, {**PADRE, "tokens": [64, 16]}],
+            cost={"tokens": [16, 64, 256]},
+        )
+    )
+    assert [(row.attention, row.tokens) for row in plan(config)] == [(None, 16), (0, 16), (1, 16), (None, 64), (1, 64)]
+
+
+def test_what_came_later_changes_no_identity():
+    """Configs of before keep their hash, so that their runs go on."""
+    plain = validate_config(tiny("unused"))
+    said = validate_config(
+        tiny("unused", cost={"tokens": [16], "repeats": 3, "min_seconds": 0, "of": "model", "gradient": False})
+    )
+    assert plain.hash == said.hash == "03d9d87ddcbb9543"
+    assert validate_config(tiny("unused", cost={**LAYER})).hash != plain.hash
+
+
+@pytest.mark.parametrize("name", list_attentions("mixer"))
+def test_equal_parameters(name):
+    spec = {"name": name, **({"options": {"tokens": 17}} if name == "mlp_mixer" else {})}
+    config = validate_config(tiny("unused", attentions=[spec]))
+
+    def build(attention, options):
+        own = {**HOST["options"], "embed_dim": 96, "num_heads": 3, **options}
+        model = classify.build_model(
+            "vit_tiny_patch16_224", image_size=16, patch_size=4, channels=1, classes=10, options=own, seed=0
+        )
+        return _swapped(model, attention, 0)
+
+    def count(model):
+        return sum(p.numel() for p in model.parameters())
+
+    options = _equal_parameters(build, config.attentions[0])
+    assert abs(count(build(config.attentions[0], options)) / count(build(None, {})) - 1) < 0.03
+
+
+def test_parameters_that_cannot_be_equal_are_refused():
+    config = validate_config(tiny("unused", attentions=[{"name": "padre", "options": {"degree": 12}}]))
+
+    def build(attention, options):
+        model = classify.build_model(
+            "vit_tiny_patch16_224",
+            image_size=16,
+            patch_size=4,
+            channels=1,
+            classes=10,
+            options={**HOST["options"], **options},
+            seed=0,
+        )
+        return _swapped(model, attention, 0)
+
+    with pytest.raises(UnsupportedError, match="the attention alone has too many"):
+        _equal_parameters(build, config.attentions[0])
