@@ -100,8 +100,13 @@ def markdown_section(records: Iterable[Record]) -> str:
 
 def _host_words(summary: Summary, part: Part) -> str:
     group = summary.of(part)[0]
-    s = next((row.shapes for g in summary.of(part) for row in g.rows if row.shapes is not None), None)
-    shapes = f", {s.depth} blocks of width {s.dim}, batch {s.batch}" if s is not None else ""
+    found = [row.shapes for g in summary.of(part) for row in g.rows if row.shapes is not None]
+    shapes = ""
+    if found:
+        batches = list(dict.fromkeys(f"{s.batch} at {s.tokens:,} tokens" for s in found))
+        batch = ", ".join(batches) if len({s.batch for s in found}) > 1 else str(found[0].batch)
+        blocks = "1 block" if found[0].depth == 1 else f"{found[0].depth} blocks"
+        shapes = f", {blocks} of width {found[0].dim}, batch {batch}"
     more = ""
     if part == "language":
         more = (

@@ -356,7 +356,11 @@ def _host(config: BenchConfig, row: Row) -> str:
     if row.part == "language" and config.language is not None:
         return config.language.host
     host = config.host if row.kind == "cost" or config.quality is None else config.quality.host
-    return f"{host.library}:{host.model}"
+    name = f"{host.library}:{host.model}"
+    if row.kind == "quality":
+        return name
+    name += ", its first attention layer alone" if config.cost.of == "layer" else ""
+    return name + (", forward and backward" if config.cost.gradient else "")
 
 
 def _dtype(config: BenchConfig, row: Row) -> str:
