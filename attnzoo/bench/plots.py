@@ -21,7 +21,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 def latency_plot(summary: Summary) -> str:
     """Latency against token count, both logarithmic."""
-    return _against_tokens(summary, lambda r: r.cost.candidate.latency_ms.p50 if r.cost else None, "ms a forward (p50)")
+
+    def latency(record: Record) -> float | None:
+        return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
+
+    return _against_tokens(summary, latency, "ms an image (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -32,9 +36,13 @@ def memory_plot(summary: Summary) -> str:
             return None
         memory = record.cost.candidate.memory
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
-        return held / 2**20 if held else None
+        return held / 2**20 / _batch(record) if held else None
 
-    return _against_tokens(summary, peak, "peak activation memory, MB")
+    return _against_tokens(summary, peak, "peak activation memory, MB an image")
+
+
+def _batch(record: Record) -> int:
+    return 1 if record.shapes is None else record.shapes.batch
 
 
 @dataclass(frozen=True)

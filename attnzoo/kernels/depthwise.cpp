@@ -21,7 +21,7 @@ typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 
 namespace {
 
-constexpr int64_t STRIP_BYTES = 128 * 1024;
+constexpr int64_t STRIP_BYTES = 192 * 1024;
 constexpr int TAPS = 12;  // of a row, whose gradients stay in registers
 
 struct Image {
@@ -142,7 +142,8 @@ int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const fl
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * blocks * strips; ++task) {
       if (!buffer.data) continue;  // every thread must come to the loop
-      const int64_t b = task / (blocks * strips), block = task / strips % blocks, first = task % strips * strip;
+      // blocks of the same strip in a row: their channels share lines of the cache
+      const int64_t b = task / (blocks * strips), block = task % blocks, first = task / blocks % strips * strip;
       const int64_t rows = std::min(strip, height - first), start = block * LANES;
       load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, buffer.data);
       run(im, buffer.data, row_vectors, taps.data + block * area, taps.data[blocks * area + block], rows,

@@ -24,9 +24,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_tokens
-from attnzoo.errors import OptionError, ShapeError
+from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.mixers.canvas import hide, real_tokens
 from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
 from attnzoo.mixers.token_mixing import TOKEN_MIXINGS, CausalConv1d, DepthwiseConv1d, PrefixMixing, TokenMixing
@@ -112,10 +113,10 @@ class Padre(nn.Module):
             self.term_bias = nn.Parameter(torch.zeros(each))
 
     @staticmethod
-    def abilities(*, token_mixing: str = "conv2d", **options: object) -> dict[str, bool]:
+    def abilities(*, token_mixing: str = "conv2d", output: str = "last", **options: object) -> dict[str, bool]:
         """Say which capabilities hang on the options."""
-        kind = TOKEN_MIXINGS.get(token_mixing, TokenMixing)
-        return {"causal": kind.causal, "grid": kind.needs_grid, "decode": kind.causal}
+        kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
+        return {"causal": kind.causal, "grid": kind.needs_grid, "decode": kind.causal and output != "element_sum"}
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Mix tokens ``(B, N, C)``; see `attnzoo.mixers` for grid, prefix and mask.
@@ -160,7 +161,18 @@ class Padre(nn.Module):
         tuple
             The output ``(B, N, C)``, and the state: for each convolution, its last ``kernel_size - 1`` inputs
             ``(B, kernel_size - 1, channels)``.
+
+        Raises
+        ------
+        UnsupportedError
+            If this module is not causal, or has weights for each token.
+        ShapeError
+            If x and mask do not fit together.
         """
+        if not isinstance(self.y_tokens, CausalConv1d) or self.output == "element_sum":
+            raise UnsupportedError(
+                "only a padre with token_mixing='causal_conv1d' and no weights for each token goes on from a state"
+            )
         check_tokens(x, self.dim, mask)
         canvas = self.y_tokens.layout(x, None, 0, mask)
         head, patches = canvas.lay(x)
@@ -170,11 +182,12 @@ class Padre(nn.Module):
 
         def convolve(over_tokens: CausalConv1d, inputs: Tensor) -> Tensor:
             inputs = hide(inputs, canvas.patch_mask)
-            start = over_tokens.start(inputs) if before is None else next(before)
-            after.append(_last(torch.cat([start, inputs], dim=1), over_tokens.kernel_size - 1, count))
-            return over_tokens.extend(inputs, start)
+            length = over_tokens.kernel_size - 1
+            line = F.pad(inputs, (0, 0, length, 0)) if before is None else torch.cat([next(before), inputs], dim=1)
+            after.append(_last(line, length, count))
+            return over_tokens.along(line)
 
-        ys = convolve(cast(CausalConv1d, self.y_tokens), self.y_channels(patches)).chunk(self.degree, dim=-1)
+        ys = convolve(self.y_tokens, self.y_channels(patches)).chunk(self.degree, dim=-1)
         terms = [ys[0]]
         for over_channels, over_tokens, y in zip(self.z_channels, self.z_tokens, ys[1:], strict=True):
             terms.append(convolve(cast(CausalConv1d, over_tokens), over_channels(terms[-1])) * y)

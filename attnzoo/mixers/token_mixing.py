@@ -187,17 +187,12 @@ class CausalConv1d(TokenMixing):
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
         """Convolve."""
-        return head, self.extend(hide(patches, canvas.patch_mask), self.start(patches))
+        return head, self.along(F.pad(hide(patches, canvas.patch_mask), (0, 0, self.kernel_size - 1, 0)))
 
-    def start(self, x: Tensor) -> Tensor:
-        """What comes before a sequence: ``(B, kernel_size - 1, C)`` zeros."""
-        return x.new_zeros(x.shape[0], self.kernel_size - 1, self.channels)
-
-    def extend(self, x: Tensor, before: Tensor) -> Tensor:
-        """Convolve ``(B, N, C)``, the ``kernel_size - 1`` tokens `before` given."""
-        if x.shape[1] == 0:
-            return x
-        line = torch.cat([before, x], dim=1)
+    def along(self, line: Tensor) -> Tensor:
+        """Convolve all but the first ``kernel_size - 1`` tokens of ``(B, kernel_size - 1 + N, C)``."""
+        if line.shape[1] < self.kernel_size:
+            return line[:, :0]
         return F.conv1d(line.mT, self.weight, self.bias, groups=self.channels).mT
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:

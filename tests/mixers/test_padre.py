@@ -6,7 +6,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo.errors import OptionError, ShapeError
+from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.mixers.padre import Padre
 from tests.mixers.zoo import ARGS, CASES, Case, finite_difference_degree, tokens
 
@@ -282,6 +282,17 @@ def test_going_on_from_a_state_equals_the_whole(cuts, degree, kernel, output, se
         out, state = mixer.extend(part, state)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, dim=1), mixer(x), atol=1e-10, rtol=1e-9)
+
+
+def test_only_a_causal_one_goes_on_from_a_state():
+    x = torch.zeros(1, 3, 5, dtype=torch.float64)
+    for options in (
+        {},
+        {"token_mixing": "conv1d"},
+        {"token_mixing": "causal_conv1d", "output": "element_sum", "tokens": 3},
+    ):
+        with pytest.raises(UnsupportedError, match="goes on from a state"):
+            padre(2, **options).extend(x)
 
 
 @pytest.mark.parametrize("output", ["last", "sum"])

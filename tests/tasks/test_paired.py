@@ -47,3 +47,15 @@ def test_mcnemar_is_the_sign_test_of_pairs_that_differ():
 def test_what_is_no_pair_is_refused(a, b):
     with pytest.raises(ValueError, match=r"pairs|finite"):
         paired_difference(a, b)
+
+
+def test_one_sample_has_no_interval_and_no_verdict():
+    from attnzoo.bench.decode.record import Interval
+    from attnzoo.bench.decode.report import difference, verdict
+
+    one = Interval(mean=0.5, low=0.5, high=0.5, n=1)
+    assert difference(one) == "+0.500 (1 sample)"
+    assert verdict(one) == "same"
+    several = one.model_copy(update={"n": 4})
+    assert difference(several) == "+0.500 (+0.500 to +0.500)"
+    assert (verdict(several), verdict(several, less_is_better=True)) == ("better", "worse")

@@ -54,9 +54,11 @@ def cells(record: DecodeRecord) -> list[tuple[str, Verdict]]:
 
 
 def difference(interval: Interval | None) -> str:
-    """A difference and its interval: ``+0.021 (+0.015 to +0.028)``."""
+    """A difference and its interval: ``+0.021 (+0.015 to +0.028)``; one sample has none."""
     if interval is None:
         return "-"
+    if interval.n == 1:
+        return f"{interval.mean:+.3f} (1 sample)"
     return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
@@ -67,7 +69,7 @@ def recall(result: KindResult) -> str:
 
 def verdict(interval: Interval | None, less_is_better: bool = False) -> Verdict:
     """Better or worse only where the whole interval of paired differences is on one side of 0."""
-    if interval is None or interval.low <= 0 <= interval.high:
+    if interval is None or interval.n == 1 or interval.low <= 0 <= interval.high:
         return "same"
     return "better" if (interval.mean < 0) == less_is_better else "worse"
 
