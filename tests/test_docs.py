@@ -1,6 +1,8 @@
 """The README and the docs tell the truth: their code runs, their tables are those of the records and the registry."""
 
+import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from attnzoo.__main__ import capability_table, main
+from attnzoo.bench import train_bytes
 from attnzoo.bench.config import load_config
 from attnzoo.bench.decode.config import load_config as load_decode_config
 from attnzoo.bench.record import read_records
@@ -73,7 +76,11 @@ def test_shell_commands_are_real(page):
         else:
             if command[0] == "torchrun":
                 command = ["python", *command[command.index("eval/decode.py") :]]
-            load = {"eval/bench.py": load_config, "eval/decode.py": load_decode_config}
+            load = {
+                "eval/bench.py": load_config,
+                "eval/decode.py": load_decode_config,
+                "train/decode.py": train_bytes.load_config,
+            }
             assert command[0] == "python", line
             assert command[1] in load, line
             if command[2] == "--report":
@@ -106,6 +113,57 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
     peak = [cost[memory]["activation_peak_bytes"] / 1e6 for memory in ("memory_dense", "memory")]
     assert f"| {peak[0]:.0f} MB | {peak[1]:.0f} MB | {peak[1] / peak[0]:.2f}x |" in text
     assert spread(dense["cost"]["batches"][0]["first_token_speedup"]) in text
+
+
+@pytest.mark.parametrize("name", ["mixers-cpu", "mixers-cpu-gradient"])
+def test_the_tables_of_mixers_are_those_of_the_committed_records(name):
+    records = read_records(ROOT / "docs/records" / f"{name.replace('-', '_')}.jsonl")
+    assert all(record.status == "ok" for record in records)
+    assert all(record.gate.passed for record in records if record.kind == "cost")
+    assert between(ROOT / "docs/padre.md", name) == markdown_section(records).strip()
+
+
+def test_the_table_of_causal_padre_is_that_of_the_committed_record():
+    path = ROOT / "docs/records/train_bytes.jsonl"
+    assert between(ROOT / "docs/padre.md", "train-bytes") == train_bytes.table(path)
+    for record in train_bytes.read_lines(path, train_bytes.TrainRecord, train_bytes.SCHEMA):
+        assert record.losses[-1][1] < 0.6 * record.losses[0][1]
+
+
+def test_the_exponents_of_padre_are_those_of_the_committed_record():
+    text = " ".join((ROOT / "docs/padre.md").read_text(encoding="utf-8").split())
+    records = [r for r in read_records(ROOT / "docs/records/mixers_cpu.jsonl") if r.kind == "cost" and r.tokens >= 784]
+    said = []
+    for degree in (2, 3):
+        rows = [r for r in records if r.label == f"padre degree={degree}"]
+        assert [r.tokens for r in rows] == [784, 3136, 12544, 50176]
+        for of in ("latency", "memory"):
+            side = [r.cost.candidate for r in rows]
+            each = [s.latency_ms.p50 if of == "latency" else s.memory.activation_peak_bytes for s in side]
+            said.append(
+                exponent([r.tokens for r in rows], [y / r.shapes.batch for y, r in zip(each, rows, strict=True)])
+            )
+    assert "{:.2f} and {:.2f} for degree 2, {:.2f} and {:.2f} for degree 3".format(*said) in text
+
+
+def exponent(tokens, costs):
+    """Slope of a line through the logarithms, by least squares."""
+    x, y = ([math.log(v) for v in values] for values in (tokens, costs))
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+
+
+def test_activations_are_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("activations", ROOT / "eval/activations.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for name, value in {"DIM": 8, "SIDE": 4, "LAYERS": 2, "BATCH": 1, "DEGREES": (1, 3)}.items():
+        monkeypatch.setattr(script, name, value)
+    assert script.main(["--output", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "activations.jsonl").read_text().splitlines()]
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) - 1 == 8
+    assert all(0 < min(row["rms"]) <= max(row["rms"]) < max(row["largest"]) < 100 for row in rows)
+    assert (tmp_path / "activations.svg").read_text().startswith("<svg")
 
 
 def test_the_guides_table_is_that_of_the_registry():

@@ -194,6 +194,7 @@ def report(path: Path) -> str:
     axes.set_ylabel("training loss, nats a byte")
     add_legend(axes)
     part = path.with_name(f".{PLOT}.part")
-    part.write_text(to_svg(figure, "loss"), encoding="utf-8")
+    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    part.write_text(picture, encoding="utf-8")
     os.replace(part, path.with_name(PLOT))
     return table(path)
