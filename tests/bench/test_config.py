@@ -12,7 +12,8 @@ from attnzoo.bench.config import BenchConfig, load_config, validate_config
 from attnzoo.bench.strict import parse_override
 from attnzoo.errors import ConfigError
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "bench" / "quickstart.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs" / "bench"
+QUICKSTART = CONFIGS / "quickstart.yaml"
 SMALL = {"name": "small", "attentions": ["softmax"]}
 
 
@@ -199,3 +200,8 @@ else:
     raise SystemExit("not refused")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_of_the_repository_are_sound(path):
+    assert load_config(path).name == path.stem.replace("_", "-")
