@@ -17,6 +17,14 @@ def check_int(name: str, value: object, *, minimum: int) -> int:
     return value
 
 
+def check_odd(name: str, value: object) -> int:
+    """Give `value` back if it is an odd whole number of at least 1, so that there is a middle, else `OptionError`."""
+    size = check_int(name, value, minimum=1)
+    if size % 2 == 0:
+        raise OptionError(f"{name} must be odd, so that there is a middle, not {size}")
+    return size
+
+
 def check_bool(name: str, value: object) -> bool:
     """Give `value` back if it is True or False, else raise `OptionError`."""
     if not isinstance(value, bool):

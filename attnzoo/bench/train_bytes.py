@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -27,7 +28,6 @@ from attnzoo.tasks.text import load_text
 DENSE = "dense"
 RECORDS, PLOT = "records.jsonl", "loss.svg"
 SCHEMA = 1
-LN2 = 0.6931471805599453
 
 
 class HostConfig(Section):
@@ -173,7 +173,7 @@ def table(path: Path) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for record in records:
-        bits, bits_dense = ([nats / LN2 for nats in one.nats] for one in (record, dense))
+        bits, bits_dense = ([nats / math.log(2) for nats in one.nats] for one in (record, dense))
         d = paired_difference(bits, bits_dense)
         above = "" if record is dense else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
         rows.append(

@@ -45,6 +45,7 @@ class StateLayer(OwnLayer):
 
     def __init__(self, maker: MakesState) -> None:
         super().__init__(maker)
+        self.made_by = maker
         self.states: tuple[Tensor, ...] = ()
 
     @property
@@ -85,7 +86,7 @@ class StateLayer(OwnLayer):
 
     def copy(self) -> StateLayer:
         """A layer of its own with the same content."""
-        other = StateLayer(self.maker)  # type: ignore[arg-type]
+        other = StateLayer(self.made_by)
         other.states, other.columns = tuple(state.detach().clone() for state in self.states), self.columns
         return other
 

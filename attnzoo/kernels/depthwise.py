@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from attnzoo.errors import UnsupportedError
 from attnzoo.kernels.native import library
 
 
@@ -75,7 +76,7 @@ def _depthwise2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad, x = _side_by_side(grad), _side_by_side(x)
-    failed = library("depthwise").attnzoo_depthwise_weight(  # type: ignore[union-attr]
+    failed = _library().attnzoo_depthwise_weight(
         *_tokens(x), *_tokens(grad), _address(grad_weight), *_sizes(x, weight, height, width), torch.get_num_threads()
     )
     _check(failed)
@@ -129,7 +130,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width
     x, weight = _side_by_side(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape)
-    failed = library("depthwise").attnzoo_depthwise(  # type: ignore[union-attr]
+    failed = _library().attnzoo_depthwise(
         *_tokens(x),
         _address(weight),
         None if bias is None else _address(bias),
@@ -140,6 +141,13 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width
     )
     _check(failed)
     return out
+
+
+def _library() -> ctypes.CDLL:
+    found = library("depthwise")
+    if found is None:
+        raise UnsupportedError("attnzoo::depthwise2d needs its C++, which could not be compiled; call depthwise2d(...)")
+    return found
 
 
 def _side_by_side(x: Tensor) -> Tensor:

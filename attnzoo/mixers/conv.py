@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from attnzoo.checks import Grid, check_int, check_tokens
-from attnzoo.errors import OptionError
+from attnzoo.checks import Grid, check_int, check_odd, check_tokens
 from attnzoo.mixers.token_mixing import DepthwiseConv2d
 
 
@@ -39,8 +38,7 @@ class Conv(nn.Module):
     def __init__(self, dim: int, num_heads: int = 1, *, kernel_size: int = 11, mix_prefix: bool = True) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
-        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0:
-            raise OptionError(f"kernel_size must be odd, so that a kernel has a middle, not {kernel_size}")
+        check_odd("kernel_size", kernel_size)
         self.tokens = DepthwiseConv2d(dim, kernel_size=kernel_size, tokens=None, mix_prefix=mix_prefix)
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:

@@ -16,8 +16,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_choice, check_int, check_tokens
-from attnzoo.errors import OptionError
+from attnzoo.checks import Grid, check_choice, check_int, check_odd, check_tokens
 from attnzoo.mixers.channel_mixing import dense
 from attnzoo.mixers.token_mixing import DepthwiseConv2d
 
@@ -55,8 +54,7 @@ class Conv2Former(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
-        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0:
-            raise OptionError(f"kernel_size must be odd, so that a kernel has a middle, not {kernel_size}")
+        check_odd("kernel_size", kernel_size)
         self.activation = check_choice("activation", activation, ("gelu", "identity"))
         self.channels = dense(dim, 2 * dim)  # W_1 and W_2
         self.tokens = DepthwiseConv2d(dim, kernel_size=kernel_size, tokens=None, mix_prefix=mix_prefix)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_bool, check_int, check_tokens
-from attnzoo.errors import OptionError
+from attnzoo.checks import Grid, check_bool, check_int, check_odd, check_tokens
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 
 SHORT = 3  # length of the short filters
@@ -128,8 +127,7 @@ class ImplicitFilter(nn.Module):
 
     def __init__(self, channels: int, width: int, features: int, length: int, bidirectional: bool) -> None:
         super().__init__()
-        if check_int("features", features, minimum=3) % 2 == 0:
-            raise OptionError(f"features must be odd (time, and cosines and sines), not {features}")
+        check_odd("features", check_int("features", features, minimum=3))  # time, and as many cosines as sines
         self.length, self.bands = check_int("length", length, minimum=2), (features - 1) // 2
         self.directions = 2 if bidirectional else 1
         check_int("filter_order", width, minimum=1)

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_bool, check_int, check_tokens
-from attnzoo.errors import OptionError
+from attnzoo.checks import Grid, check_bool, check_odd, check_tokens
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 from attnzoo.mixers.heads import check_heads, join_heads, split_heads
 
@@ -51,8 +50,7 @@ class LinearAngular(nn.Module):
     def __init__(self, dim: int, num_heads: int = 1, *, kernel_size: int = 9, auxiliary: bool = False) -> None:
         super().__init__()
         self.dim, self.num_heads = check_heads(dim, num_heads)
-        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0:
-            raise OptionError(f"kernel_size must be odd, so that a kernel has a middle, not {kernel_size}")
+        check_odd("kernel_size", kernel_size)
         self.kernel_size, self.auxiliary = kernel_size, check_bool("auxiliary", auxiliary)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.dconv = nn.Conv2d(

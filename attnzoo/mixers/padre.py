@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_tokens
+from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_odd, check_tokens
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.mixers.canvas import hide, real_tokens
 from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
@@ -90,8 +90,10 @@ class Padre(nn.Module):
         self.output = check_choice("output", output, OUTPUTS)
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
         check_choice("channel_mixing", channel_mixing, CHANNEL_MIXINGS)
-        if check_int("kernel_size", kernel_size, minimum=1) % 2 == 0 and not kind.causal:
-            raise OptionError(f"kernel_size must be odd, so that a kernel has a middle, not {kernel_size}")
+        if kind.causal:
+            check_int("kernel_size", kernel_size, minimum=1)
+        else:
+            check_odd("kernel_size", kernel_size)
         if tokens is not None:
             check_int("tokens", tokens, minimum=1)
         check_int("num_heads", num_heads, minimum=1)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_int, check_tokens
-from attnzoo.errors import OptionError
+from attnzoo.checks import Grid, check_int, check_odd, check_tokens
 from attnzoo.mixers.canvas import Canvas
 from attnzoo.mixers.token_mixing import token_sum
 
@@ -42,9 +41,7 @@ class Pooling(nn.Module):
     def __init__(self, dim: int, num_heads: int = 1, *, pool_size: int = 3) -> None:
         super().__init__()
         self.dim = check_int("dim", dim, minimum=1)
-        self.pool_size = check_int("pool_size", pool_size, minimum=1)
-        if pool_size % 2 == 0:
-            raise OptionError(f"pool_size must be odd, so that a window has a middle, not {pool_size}")
+        self.pool_size = check_odd("pool_size", pool_size)
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Mix tokens ``(B, N, C)``; see `attnzoo.mixers` for grid, prefix and mask.

@@ -83,7 +83,7 @@ def build(host: Host, seed: int) -> Any:
 
 
 def train(model: Any, data: Bytes, recipe: Recipe, *, seed: int, folder: Path) -> list[tuple[int, float]]:
-    """Train by transformers' Trainer, which goes on from the last checkpoint in `folder`.
+    """Train on the CPU by transformers' Trainer, which goes on from the last checkpoint in `folder`.
 
     Returns
     -------
@@ -108,8 +108,8 @@ def train(model: Any, data: Bytes, recipe: Recipe, *, seed: int, folder: Path) -
         save_total_limit=1,
         report_to=[],
         seed=seed,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=True,
+        dataloader_pin_memory=False,
     )
     pieces = _Pieces(data.train, recipe, seed)
     trainer = Trainer(model=model, args=arguments, train_dataset=pieces)

@@ -1,7 +1,16 @@
 import pytest
+import torch
 
 from attnzoo.bench.record import Record
 from tests.bench.data import cost, quality, record_data
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    """A job that is run in this process sets the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

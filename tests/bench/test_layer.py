@@ -9,7 +9,7 @@ from attnzoo.bench.plan import plan
 from attnzoo.bench.worker import _equal_parameters, _swapped, measure_cost
 from attnzoo.errors import UnsupportedError
 from attnzoo.tasks import classify
-from tests.bench.test_run import HOST, PADRE, threads_as_they_were, tiny  # noqa: F401
+from tests.bench.test_run import HOST, PADRE, tiny
 
 LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}
 

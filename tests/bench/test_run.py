@@ -46,14 +46,6 @@ def outcome_of(name, **changes):
     return measure_cost(Job(config=config, attention=0, tokens=16), lambda stage: None)
 
 
-@pytest.fixture(autouse=True)
-def threads_as_they_were():
-    """A job that is run in this process sets the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def own_attention():
     """Register an attention for one test."""

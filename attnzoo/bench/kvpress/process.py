@@ -36,12 +36,14 @@ class WorkerProcess:
 
     def __init__(self, command: Sequence[str], title: str, setup: dict[str, Any]) -> None:
         self.title = title
-        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  until close()
+        handle, said = tempfile.mkstemp(prefix="attnzoo-worker-", suffix=".log")
+        self._said = Path(said)
         threads = str(setup["threads"])
         surroundings = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=surroundings
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=handle, text=True, env=surroundings
         )
+        os.close(handle)
         try:
             self.versions: dict[str, str] = self.ask(setup, STARTING_SECONDS)["versions"]
         except BaseException:
@@ -65,8 +67,7 @@ class WorkerProcess:
             timer.cancel()
         if not line:
             self._process.wait()
-            self._said.seek(0)
-            words = self._said.read().strip()[-LAST_WORDS:] or "(nothing)"
+            words = self._said.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:] or "(nothing)"
             reason = f"took longer than {timeout:g} s" if late else f"ended with code {self._process.returncode}"
             raise AttnZooError(f"the process of {self.title} {reason}; its last words:\n{words}")
         answer: dict[str, Any] = json.loads(line)
@@ -82,4 +83,4 @@ class WorkerProcess:
         """End the process."""
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._said.unlink(missing_ok=True)
