@@ -79,6 +79,13 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
                 return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+    if config.cost.gradient:
+        gate = _gradient_gate(candidate, layers[0], x, checks.tolerance)
+        baseline_gate = _gradient_gate(dense, layers[0], x, checks.tolerance)
+        outcome = outcome.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
+        for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
+            if not check.passed:
+                return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
     timed, timed_dense = _timed(config, candidate, layers[0], x), _timed(config, dense, layers[0], x)
     with torch.inference_mode(not config.cost.gradient):
         if config.cost.of == "layer" or config.cost.gradient:
@@ -275,6 +282,21 @@ def _timed(config: BenchConfig, model: nn.Module, path: str, x: Tensor) -> Calla
         module(inputs).sum().backward()
 
     return step
+
+
+def _gradient_gate(model: nn.Module, path: str, x: Tensor, tolerance: float) -> Gate:
+    """Compare the gradients of the attention layer, by its input and its parameters, with its own in float64."""
+    module, inputs = model.get_submodule(path), _input_of(model, path, x)[:1]
+
+    def gradients(module: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+        inputs = inputs.clone().requires_grad_()
+        leaves = [inputs, *module.parameters()]
+        found = torch.autograd.grad(module(inputs).sum(), leaves, allow_unused=True, materialize_grads=True)
+        return {"input": found[0], **({"parameters": torch.cat([g.flatten() for g in found[1:]])} if found[1:] else {})}
+
+    expected = gradients(copy.deepcopy(module).double(), inputs.double())
+    oracle = "gradients of the layer itself in float64, first image, after its outputs passed"
+    return gates.compare(gradients(module, inputs), expected, oracle, tolerance)
 
 
 def _input_of(model: nn.Module, path: str, x: Tensor) -> Tensor:
