@@ -59,8 +59,13 @@ HEAD = (
 )
 TRAINED = ("top-1 % (95% Wilson)", "kept (95%)", "right", "last epoch's loss", "training, s")
 SCORED = ("perplexity", "kept (95%)", "NLL, nats a token", "above dense (95%)", "windows of tokens")
-A_CALL = {"forward": "ms a forward", "prefill": "ms a prompt", "decode": "ms a token"}
-A_SECOND = {"forward": "images", "prefill": "tokens", "decode": "tokens"}
+A_CALL = {
+    "forward": "ms a forward",
+    "training": "ms a forward and backward",
+    "prefill": "ms a prompt",
+    "decode": "ms a token",
+}
+A_SECOND = {"forward": "images", "training": "images", "prefill": "tokens", "decode": "tokens"}
 
 
 def html_page(records: Iterable[Record], config: str | None = None) -> str:
@@ -157,7 +162,7 @@ def _row(group: Group, row: Record) -> str:
         _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
         _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held) if held else ""),
         _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
-        _cell(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters), f"{side.parameters:,}"),
+        _cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
         _cell(words.absolute(row.quality), kept),
         _cell(words.kept(row.quality), kept),
     ]
@@ -182,7 +187,8 @@ def _how_to_read() -> str:
     return (
         '<p class="soft">Ratios are to the same host\'s own dense attention, measured in the same process. Speed-up is '
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
-        "(of activations and of the cache, in one call), cache and parameters (of the model) below 1x is less. Quality "
+        "(of activations and of the cache, in one call), cache and parameters (of the model, or of the layer where it "
+        "was timed alone) below 1x is less. Quality "
         "kept is accuracy over dense accuracy, or dense perplexity over perplexity: above 1x is better than dense. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
         "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, "

@@ -22,10 +22,11 @@ class Row:
         """``cost`` or ``quality``."""
         return "cost" if self.tokens else "quality"
 
-    @property
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self, config: BenchConfig) -> tuple[Phase, ...]:
         """The records that the row gives, one a phase."""
-        return ("prefill", "decode") if self.part == "language" and self.tokens else ("forward",)
+        if self.part == "language" and self.tokens:
+            return ("prefill", "decode")
+        return ("training",) if self.tokens and config.cost.gradient else ("forward",)
 
     def spec(self, config: BenchConfig) -> AttentionConfig | None:
         """The attention's part of the config."""
@@ -41,7 +42,7 @@ class Row:
 
     def keys(self, config: BenchConfig) -> list[Key]:
         """Of its records."""
-        return [(self.part, self.kind, phase, self.label(config), self.tokens) for phase in self.phases]
+        return [(self.part, self.kind, phase, self.label(config), self.tokens) for phase in self.phases(config)]
 
 
 def baseline_label(config: BenchConfig, part: Part) -> str:

@@ -15,7 +15,7 @@ from attnzoo.extras import require
 INK = "#010203"  # stands for the page's text colour, which is put in afterwards
 COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
 POLICY_COLOURS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
-SHAPES = {"forward": "o", "prefill": "^", "decode": "v"}
+SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 

@@ -17,7 +17,7 @@ RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
 Part = Literal["vision", "language"]
-Phase = Literal["forward", "prefill", "decode"]
+Phase = Literal["forward", "training", "prefill", "decode"]
 Key = tuple[str, str, str, str, int]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
@@ -218,8 +218,9 @@ class Record(Entry):
     """One row: an attention and what was measured of it.
 
     `part` says of what kind of host. `kind` is ``cost`` or ``quality`` (one an attention, with `tokens` 0). `scope` and
-    `phase` say what was run, always the whole model: one forward of a vision model at each token count, or the prefill
-    of a language model's prompt of `tokens` tokens and the decoding after it.
+    `phase` say what was run: the whole model or one attention layer alone; one forward of a vision model at each token
+    count, one forward and backward (``training``), or the prefill of a language model's prompt of `tokens` tokens and
+    the decoding after it.
     """
 
     schema_version: Literal[1, 2] = 2
@@ -228,7 +229,7 @@ class Record(Entry):
     command: str
     part: Part = "vision"
     kind: Literal["cost", "quality"]
-    scope: Literal["model"] = "model"
+    scope: Literal["model", "layer"] = "model"
     phase: Phase = "forward"
     label: str
     attention: str | None

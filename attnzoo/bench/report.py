@@ -47,7 +47,7 @@ def markdown_table(records: Iterable[Record]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for part in summary.parts:
         vision, groups = part == "vision", summary.of(part)
-        needs = f"forward at {groups[-1].tokens:,}" if vision else "prefill"
+        needs = groups[-1].title.replace(", ", " at ").removesuffix(" tokens") if vision else "prefill"
         title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
         title += ["" if vision else "after decoding"] * len(caches)
         lines.append([*title, "top-1 %" if vision else "perplexity", ""])
@@ -67,7 +67,7 @@ def _markdown_line(summary: Summary, part: Part, label: str, speeds: int, caches
         *_padded([_speed_cell(row) for row in rows], speeds),
         words.ratio(None if needs is None else words.activation_ratio(needs)),
         words.ratio(ratios.flops if ratios else None),
-        words.ratio(ratios.parameters if ratios else None),
+        words.ratio(words.size_ratio(needs) if needs is not None else None),
     ]
     if caches:
         line += [words.ratio(held.cache_held if held else None), words.ratio(held.cache_allocated if held else None)]
@@ -180,7 +180,7 @@ def _terminal_cells(row: Record, dense: Quality | Perplexity | None, still: Quan
         _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
         _coloured(words.ratio(words.activation_ratio(row)), words.memory_verdict(row)),
         _coloured(words.cache(row), words.need_verdict(ratios.cache_held)),
-        _coloured(words.ratio(ratios.parameters), words.need_verdict(ratios.parameters)),
+        _coloured(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row))),
         words.absolute(row.quality).partition(" (")[0],
         _coloured(words.kept(row.quality), verdict),
     ]

@@ -238,7 +238,7 @@ class _Runner:
 
     def _keep(self, row: Row, outcome: Outcome, seconds: float, where: Environment, console: Console) -> None:
         """Write a row's records, and say so where nobody watches the bars or something went wrong."""
-        for phase in row.phases:
+        for phase in row.phases(self.config):
             self.store.append(record := self._record(row, phase, outcome, seconds, where))
         if not console.is_terminal or record.status != "ok":
             at = f" at {record.tokens:,} tokens" if record.tokens else ""
@@ -282,6 +282,7 @@ class _Runner:
             command=self.command,
             part=row.part,
             kind=row.kind,
+            scope="layer" if row.kind == "cost" and row.part == "vision" and config.cost.of == "layer" else "model",
             phase=phase,
             label=label,
             attention=None if spec is None else spec.name,
@@ -359,8 +360,7 @@ def _host(config: BenchConfig, row: Row) -> str:
     name = f"{host.library}:{host.model}"
     if row.kind == "quality":
         return name
-    name += ", its first attention layer alone" if config.cost.of == "layer" else ""
-    return name + (", forward and backward" if config.cost.gradient else "")
+    return name + (", its first attention layer alone" if config.cost.of == "layer" else "")
 
 
 def _dtype(config: BenchConfig, row: Row) -> str:

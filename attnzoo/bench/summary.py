@@ -36,6 +36,7 @@ class Group:
         """What was timed, in words."""
         return {
             "forward": f"forward, {self.tokens:,} tokens",
+            "training": f"forward and backward, {self.tokens:,} tokens",
             "prefill": f"prefill, {self.tokens:,} tokens",
             "decode": f"decode, after {self.tokens:,} tokens",
         }[self.phase]
@@ -232,6 +233,22 @@ def activation_ratio(record: Record) -> float | None:
         return None
     ratios = record.cost.ratios
     return ratios.activation_peak if ratios.activation_peak is not None else ratios.allocator_peak
+
+
+def size(record: Record) -> int | None:
+    """Parameters of what was timed: of the whole model, or of its attention layers where one was timed alone."""
+    if record.cost is None:
+        return None
+    side = record.cost.candidate
+    return side.attention_parameters if record.scope == "layer" else side.parameters
+
+
+def size_ratio(record: Record) -> float | None:
+    """Parameters of what was timed against the dense baseline's."""
+    if record.cost is None:
+        return None
+    ratios = record.cost.ratios
+    return ratios.attention_parameters if record.scope == "layer" else ratios.parameters
 
 
 def memory_verdict(record: Record) -> Verdict:

@@ -101,16 +101,19 @@ class OwnLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int = 0, *args: Any) -> None:
-        """Refuse to take tokens back: what they pushed out is gone."""
+        """Refuse to take tokens back: nothing of the time before them was kept."""
         if tokens_to_remove != 0:
             raise UnsupportedError(
-                "a bounded cache cannot be cropped: what the tokens to remove pushed out is gone. Assisted and "
-                "prompt-lookup decoding need cropping; decode without them, or keep a copy() of the cache to go back to"
+                f"a cache bounded by {self.maker} cannot be cropped: what it held before the tokens to remove came is "
+                "gone. Assisted and prompt-lookup decoding need cropping; decode without them, or keep a copy() of the "
+                "cache to go back to"
             )
 
     def offload(self) -> None:
         """Refuse."""
-        raise UnsupportedError("a bounded cache is not offloaded: it is small; leave cache_implementation unset")
+        raise UnsupportedError(
+            f"a cache bounded by {self.maker} is not offloaded: it is small; leave cache_implementation unset"
+        )
 
     prefetch = offload
 
@@ -403,8 +406,8 @@ class Intake:
             _make_bounded(cache, model)
         if not isinstance(cache, BoundedCache):
             raise UnsupportedError(
-                f"{type(cache).__name__} cannot be bounded: eviction works with the default cache, DynamicCache "
-                "(leave cache_implementation unset)"
+                f"{type(cache).__name__} cannot be bounded: the swapped attention works with the default cache, "
+                "DynamicCache (leave cache_implementation unset)"
             )
         for index, maker in own_layers(model):
             layer = cache.layers[index] if index < len(cache.layers) else None

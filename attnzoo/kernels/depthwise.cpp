@@ -69,7 +69,7 @@ void load(const Image& im, const Tokens& x, int64_t b, int64_t block, int64_t fi
 // One strip of one block of channels. `taps`: size * size vectors.
 template <int WIDE>
 void convolve(const Image& im, const Lanes* buffer, int64_t row_vectors, const Lanes* taps, Lanes bias, int64_t rows,
-              int64_t lanes, float* out, int64_t token) {
+              int64_t lanes, float* out, int64_t token, bool multiply) {
   for (int64_t x0 = 0; x0 < im.width; x0 += WIDE) {
     const int64_t wide = std::min<int64_t>(WIDE, im.width - x0);
     for (int64_t y = 0; y < rows; ++y) {
@@ -84,12 +84,20 @@ void convolve(const Image& im, const Lanes* buffer, int64_t row_vectors, const L
         }
       }
       float* to = out + (y * im.width + x0) * token;
-      for (int64_t j = 0; j < wide; ++j) std::memcpy(to + j * token, &sum[j], lanes * sizeof(float));
+      for (int64_t j = 0; j < wide; ++j, to += token) {
+        if (multiply) {
+          Lanes there = {};
+          std::memcpy(&there, to, lanes * sizeof(float));
+          sum[j] *= there;
+        }
+        std::memcpy(to, &sum[j], lanes * sizeof(float));
+      }
     }
   }
 }
 
-using Convolve = void (*)(const Image&, const Lanes*, int64_t, const Lanes*, Lanes, int64_t, int64_t, float*, int64_t);
+using Convolve = void (*)(const Image&, const Lanes*, int64_t, const Lanes*, Lanes, int64_t, int64_t, float*, int64_t,
+                          bool);
 
 // The width of a row of registers that leaves the fewest unused, the widest first.
 int64_t best_width(int64_t width) {
@@ -116,11 +124,11 @@ Convolve convolution(int64_t wide) {
 
 extern "C" {
 
-// out = bias + x * weight; weight is (C, size, size), turned by 180 degrees where `flip` (the gradient of x).
-// bias may be null. Gives 0, or 1 if memory ran out.
+// out = bias + x * weight, or, where `multiply`, what stands in out times that. weight is (C, size, size), turned by 180
+// degrees where `flip` (the gradient of x). bias may be null. Gives 0, or 1 if memory ran out.
 int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const float* weight, const float* bias,
                       float* out, int64_t out_image, int64_t out_token, int64_t batch, int64_t height, int64_t width,
-                      int64_t channels, int64_t size, int flip, int threads) {
+                      int64_t channels, int64_t size, int flip, int multiply, int threads) {
   const Image im{batch, height, width, channels, size};
   const Tokens tokens{x, x_image, x_token};
   const int64_t wide = best_width(width), row_vectors = im.padded(wide), strip = im.strip(row_vectors);
@@ -148,7 +156,7 @@ int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const fl
       load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, buffer.data);
       run(im, buffer.data, row_vectors, taps.data + block * area, taps.data[blocks * area + block], rows,
           std::min<int64_t>(LANES, channels - start), out + b * out_image + first * width * out_token + start,
-          out_token);
+          out_token, multiply != 0);
     }
   }
   return failed;

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.kernels.native import library
+
+SYMBOLS = ("attnzoo_depthwise", "attnzoo_depthwise_weight")
 
 
 def depthwise2d(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -39,12 +43,40 @@ def depthwise2d(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
     -------
     Tensor
         ``(B, height * width, C)``.
+
+    Raises
+    ------
+    ShapeError
+        If shapes do not fit together.
     """
-    narrow = x.dtype == weight.dtype == bias.dtype == torch.float32
-    if narrow and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and is_compiled():
+    _check(x, weight, bias, height, width)
+    if _by_compiled(x, weight, bias):
         out: Tensor = _depthwise2d(x, weight, bias, height, width)
         return out
     return reference(x, weight, bias, height, width)
+
+
+def depthwise2d_product(
+    x_a: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    x_b: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Convolve twice and multiply, without gradients in one pass less; arguments as for `depthwise2d`."""
+    tensors = (x_a, weight_a, bias_a, x_b, weight_b, bias_b)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if recorded or not _by_compiled(*tensors):
+        return depthwise2d(x_a, weight_a, bias_a, height, width) * depthwise2d(x_b, weight_b, bias_b, height, width)
+    _check(x_a, weight_a, bias_a, height, width)
+    _check(x_b, weight_b, bias_b, height, width)
+    if x_a.shape != x_b.shape:
+        raise ShapeError(f"factors must have one shape; they have {tuple(x_a.shape)} and {tuple(x_b.shape)}")
+    out: Tensor = _product(x_a, weight_a, bias_a, x_b, weight_b, bias_b, height, width)
+    return out
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
@@ -57,12 +89,41 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) 
 @torch.compiler.assume_constant_result
 def is_compiled() -> bool:
     """Whether the C++ is there."""
-    return library("depthwise") is not None
+    return library("depthwise", SYMBOLS) is not None
+
+
+def _by_compiled(*tensors: Tensor) -> bool:
+    """Whether the C++ is there and can take these tensors.
+
+    An exported program is for other machines too, and torch.func's transforms and forward-mode differentiation go
+    through torch's own operators alone.
+    """
+    fitting = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    if not fitting or torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or _transformed(tensors):
+        return False
+    return is_compiled()
+
+
+def _transformed(tensors: Sequence[Tensor]) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    functions = torch._C._are_functorch_transforms_active()
+    return functions or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:
+    if x.dim() != 3 or x.shape[1] != height * width:
+        raise ShapeError(f"tokens of a grid {(height, width)} are (B, {height * width}, C), not {tuple(x.shape)}")
+    channels, size = x.shape[2], weight.shape[-1]
+    if weight.shape != (channels, 1, size, size) or size % 2 == 0:
+        raise ShapeError(f"weights of {channels} channels are ({channels}, 1, K, K), K odd, not {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (channels,):
+        raise ShapeError(f"the bias of {channels} channels is ({channels},), not {tuple(bias.shape)}")
 
 
 @torch.library.custom_op("attnzoo::depthwise2d", mutates_args=(), device_types="cpu")
 def _depthwise2d(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    return _convolve(x, weight, bias, height, width, turned=False)
+    return _convolve(x, weight, bias, height, width)
 
 
 @_depthwise2d.register_fake
@@ -70,22 +131,63 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tenso
     return x.new_empty(x.shape)
 
 
+@torch.library.custom_op("attnzoo::depthwise2d_product", mutates_args=(), device_types="cpu")
+def _product(
+    x_a: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    x_b: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """For inference: it has no gradient."""
+    return _convolve(x_a, weight_a, bias_a, height, width, into=_convolve(x_b, weight_b, bias_b, height, width))
+
+
+@_product.register_fake
+def _(
+    x_a: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    x_b: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    return x_a.new_empty(x_a.shape)
+
+
 @torch.library.custom_op("attnzoo::depthwise2d_backward", mutates_args=(), device_types="cpu")
 def _depthwise2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad, x = _side_by_side(grad), _side_by_side(x)
-    failed = _library().attnzoo_depthwise_weight(
-        *_tokens(x), *_tokens(grad), _address(grad_weight), *_sizes(x, weight, height, width), torch.get_num_threads()
-    )
-    _check(failed)
-    return _convolve(grad, weight, None, height, width, turned=True), grad_weight, grad.sum((0, 1))
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]
+) -> list[Tensor]:
+    """Gradients of x, weight and bias, as far as `wanted`."""
+    for tensor in (grad, x):
+        _check(tensor, weight, None, height, width)
+    grad, x, grads = _side_by_side(grad), _side_by_side(x), []
+    if wanted[0]:
+        grads.append(_convolve(grad, weight, None, height, width, flip=True))
+    if wanted[1]:
+        _check_kinds(grad, x, weight)
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        sizes, threads = _sizes(x, weight, height, width), torch.get_num_threads()
+        failed = _library().attnzoo_depthwise_weight(
+            *_tokens(x), *_tokens(grad), _address(grad_weight), *sizes, threads
+        )
+        _raise_if(failed)
+        grads.append(grad_weight)
+    if wanted[2]:
+        grads.append(grad.sum((0, 1)))
+    return grads
 
 
 @_depthwise2d_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
+def _(grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]) -> list[Tensor]:
+    all_of_them = (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1]))
+    return [t for t, asked in zip(all_of_them, wanted, strict=True) if asked]
 
 
 @register_flop_formula(torch.ops.attnzoo.depthwise2d)
@@ -94,10 +196,19 @@ def _flops(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: An
     return 2 * math.prod(x) * weight[-1] ** 2
 
 
+@register_flop_formula(torch.ops.attnzoo.depthwise2d_product)
+def _flops_product(x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+    """Two convolutions; products of elements are not counted anywhere."""
+    return 2 * _flops(x, weight)
+
+
 @register_flop_formula(torch.ops.attnzoo.depthwise2d_backward)
-def _flops_backward(grad: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], *args: Any, **kw: Any) -> int:
+def _flops_backward(
+    grad: tuple[int, ...], x: tuple[int, ...], weight: tuple[int, ...], h: int, w: int, wanted: list[bool],
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     """As much again for the input's gradient, and as much for the weight's."""
-    return 4 * math.prod(x) * weight[-1] ** 2
+    return sum(wanted[:2]) * _flops(x, weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -107,44 +218,65 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
     backward = _backward_by_torch if torch.is_grad_enabled() else _depthwise2d_backward
-    return (*backward(grad, x, weight, ctx.height, ctx.width), None, None)
+    grads = iter(backward(grad, x, weight, ctx.height, ctx.width, wanted))
+    return (*(next(grads) if asked else None for asked in wanted), None, None)
 
 
 def _backward_by_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]
+) -> list[Tensor]:
     """The gradients, in a way that can be differentiated again."""
     images = [t.unflatten(1, (height, width)).permute(0, 3, 1, 2) for t in (grad, x)]
     channels, half = weight.shape[0], weight.shape[-1] // 2
-    shape = ([channels], [1, 1], [half, half], [1, 1], False, [0, 0], channels, [True, True, True])
-    image, grad_weight, grad_bias = torch.ops.aten.convolution_backward(*images, weight, *shape)
-    return image.permute(0, 2, 3, 1).flatten(1, 2), grad_weight, grad_bias
+    shape = ([channels], [1, 1], [half, half], [1, 1], False, [0, 0], channels, wanted)
+    image, *rest = torch.ops.aten.convolution_backward(*images, weight, *shape)
+    grads = [None if image is None else image.permute(0, 2, 3, 1).flatten(1, 2), *rest]
+    return [g for g, asked in zip(grads, wanted, strict=True) if asked]
 
 
 _depthwise2d.register_autograd(_backward, setup_context=_save)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, turned: bool) -> Tensor:
-    """The convolution, by kernels turned by 180 degrees if `turned` (the gradient of the input)."""
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    *,
+    flip: bool = False,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The convolution, by kernels turned by 180 degrees if `flip` (the input's gradient); times `into`, in place."""
+    _check(x, weight, bias, height, width)
+    _check_kinds(x, weight, *(() if bias is None else (bias,)))
     x, weight = _side_by_side(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if into is None else into
     failed = _library().attnzoo_depthwise(
         *_tokens(x),
         _address(weight),
         None if bias is None else _address(bias),
         *_tokens(out),
         *_sizes(x, weight, height, width),
-        ctypes.c_int(turned),
+        ctypes.c_int(flip),
+        ctypes.c_int(into is not None),
         torch.get_num_threads(),
     )
-    _check(failed)
+    _raise_if(failed)
     return out
 
 
+def _check_kinds(*tensors: Tensor) -> None:
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        kinds = [f"{t.dtype} on {t.device}" for t in tensors]
+        raise UnsupportedError(f"the compiled convolution is for float32 on CPUs, not {kinds}; call depthwise2d(...)")
+
+
 def _library() -> ctypes.CDLL:
-    found = library("depthwise")
+    found = library("depthwise", SYMBOLS)
     if found is None:
         raise UnsupportedError("attnzoo::depthwise2d needs its C++, which could not be compiled; call depthwise2d(...)")
     return found
@@ -167,6 +299,6 @@ def _sizes(x: Tensor, weight: Tensor, height: int, width: int) -> tuple[ctypes.c
     return tuple(map(ctypes.c_int64, (x.shape[0], height, width, x.shape[2], weight.shape[-1])))
 
 
-def _check(failed: int) -> None:
+def _raise_if(failed: int) -> None:
     if failed:
         raise MemoryError("a depthwise convolution ran out of memory")

@@ -33,43 +33,64 @@ log = logging.getLogger("attnzoo")
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
-    """Give the library compiled from ``attnzoo/kernels/<name>.cpp``; None where it cannot be had (the log says why)."""
+def library(name: str, symbols: tuple[str, ...]) -> ctypes.CDLL | None:
+    """Give the library compiled from ``attnzoo/kernels/<name>.cpp``; None where it cannot be had (the log says why).
+
+    One in the cache that is damaged, that is cannot be loaded or lacks one of `symbols`, is compiled anew.
+    """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         log.info("no C++ compiler (%s): %s is computed by plain PyTorch, slower", ", ".join(COMPILERS), name)
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
-        return ctypes.CDLL(str(_compiled(source, compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+        target = _target(source, compiler)
+        if target.exists():
+            try:
+                return _loaded(target, symbols)
+            except (OSError, AttributeError) as error:
+                log.warning("%s is damaged (%s) and is compiled anew", target, error)
+        _compile(source, compiler, target)
+        return _loaded(target, symbols)
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or ""
         log.warning("%s could not be compiled and is computed by plain PyTorch, slower: %s\n%s", name, error, said)
         return None
 
 
-def _compiled(source: Path, compiler: str) -> Path:
-    """The shared library of `source` for this processor, compiled if it is not in the cache."""
+def _loaded(path: Path, symbols: tuple[str, ...]) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    for symbol in symbols:
+        getattr(found, symbol)
+    return found
+
+
+def _target(source: Path, compiler: str) -> Path:
+    """Where in the cache the library of `source` for this processor and compiler is."""
     from attnzoo.assets import cache_folder
 
     key = hashlib.sha256(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
     for part in (compiler, version.stdout, *FLAGS, _processor()):
         key.update(part.encode() + b"\0")
-    target = cache_folder() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    return cache_folder() / "kernels" / f"{source.stem}-{key.hexdigest()[:16]}.so"
+
+
+def _compile(source: Path, compiler: str, target: Path) -> None:
+    """Compile `source` to `target`, whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, part_name = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}.", suffix=".so")
     os.close(handle)
-    part_path = Path(part_name)
+    part = Path(part_name)
     try:
         command = [compiler, *FLAGS, str(source), "-o", part_name]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
-        os.replace(part_path, target)
+        part.chmod(0o755)  # a cache may be shared
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
     finally:
-        part_path.unlink(missing_ok=True)
-    return target
+        part.unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -38,9 +38,12 @@ def dense(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 def as_matrix(mixing: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Write a map of tokens `like` ``(N, C)`` out as a matrix ``(copies * C, C)`` and a bias: for references only."""
-    basis = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-    bias = mixing(torch.zeros_like(basis[None, :1]))[0, 0]
-    return (mixing(basis[None])[0] - bias).mT, bias
+    if isinstance(mixing, Copies):
+        return torch.eye(like.shape[1]).to(like).repeat(mixing.copies, 1), like.new_zeros(mixing.copies * like.shape[1])
+    assert isinstance(mixing, nn.Linear | GroupedLinear)
+    if isinstance(mixing, nn.Linear):
+        return mixing.weight, mixing.bias
+    return torch.cat([torch.block_diag(*blocks) for blocks in mixing.weight]), mixing.bias
 
 
 class GroupedLinear(nn.Module):

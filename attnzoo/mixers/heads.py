@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnzoo.checks import check_int
 from attnzoo.errors import OptionError
@@ -26,3 +28,8 @@ def split_heads(qkv: Tensor, num_heads: int, mask: Tensor | None) -> tuple[Tenso
 def join_heads(x: Tensor) -> Tensor:
     """Join ``(B, H, N, D)`` to ``(B, N, H * D)``."""
     return x.transpose(1, 2).flatten(2)
+
+
+def unit(x: Tensor, p: float, dim: int) -> Tensor:
+    """Divide by the lp norm over `dim`; 0 stays 0. In float32 at least: half precision has no room for the sums."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), p=p, dim=dim).to(x.dtype)

@@ -18,11 +18,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_odd, check_tokens
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
-from attnzoo.mixers.heads import check_heads, join_heads, split_heads
+from attnzoo.mixers.heads import check_heads, join_heads, split_heads, unit
 
 THRESHOLD = 0.02
 
@@ -70,10 +69,10 @@ class LinearAngular(nn.Module):
         line = Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
         head, x = line.lay(x)
         q, k, v = split_heads(self.qkv(x), self.num_heads, line.patch_mask)
-        y = angular(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+        y = angular(unit(q, 2.0, -1), unit(k, 2.0, -1), v)
         if self.auxiliary and self.training:
             y = y + above_threshold(q, k, line.patch_mask) @ v
-        out = F.normalize(y, dim=-1) + self.dconv(v)
+        out = unit(y, 2.0, -1) + self.dconv(v)
         return line.take(head, self.proj(join_heads(out)))
 
     def extra_repr(self) -> str:

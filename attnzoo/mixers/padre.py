@@ -100,7 +100,9 @@ class Padre(nn.Module):
 
         def mixing(copies: int) -> tuple[nn.Module, TokenMixing]:
             over_channels = make_channel_mixing(channel_mixing, dim, copies, num_heads)
-            return over_channels, kind(copies * dim, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+            return over_channels, kind(
+                copies * dim, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies
+            )
 
         # all Y_i come from X, so their maps over channels are one matrix and their convolutions one convolution
         self.y_channels, self.y_tokens = mixing(degree)
@@ -169,13 +171,14 @@ class Padre(nn.Module):
         UnsupportedError
             If this module is not causal, or has weights for each token.
         ShapeError
-            If x and mask do not fit together.
+            If x and mask do not fit together, or the state is not of this module and as many rows.
         """
         if not isinstance(self.y_tokens, CausalConv1d) or self.output == "element_sum":
             raise UnsupportedError(
                 "only a padre with token_mixing='causal_conv1d' and no weights for each token goes on from a state"
             )
         check_tokens(x, self.dim, mask)
+        self._check_state(state, len(x))
         canvas = self.y_tokens.layout(x, None, 0, mask)
         head, patches = canvas.lay(x)
         count = None if mask is None else mask.sum(1)
@@ -245,6 +248,12 @@ class Padre(nn.Module):
                 f"output='element_sum' has weights for {len(self.term_bias)} tokens, prefix included, on one grid "
                 f"(h, w); it cannot take {x.shape[1]}{' on a grid an image' if isinstance(grid, Tensor) else ''}"
             )
+
+    def _check_state(self, state: Sequence[Tensor] | None, rows: int) -> None:
+        length = self.y_tokens.kernel_size - 1
+        wanted = [(rows, length, self.degree * self.dim), *[(rows, length, self.dim)] * (self.degree - 1)]
+        if state is not None and [tuple(part.shape) for part in state] != wanted:
+            raise ShapeError(f"the state must be {wanted}, not {[tuple(part.shape) for part in state]}")
 
     def extra_repr(self) -> str:
         """Name the options."""

@@ -14,11 +14,10 @@ Differs from the paper: the local interaction block that its models add belongs 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_tokens
 from attnzoo.mixers.canvas import Canvas, real_tokens
-from attnzoo.mixers.heads import check_heads, join_heads, split_heads
+from attnzoo.mixers.heads import check_heads, join_heads, split_heads, unit
 
 
 class Sima(nn.Module):
@@ -55,7 +54,7 @@ class Sima(nn.Module):
         line = Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
         head, x = line.lay(x)
         q, k, v = split_heads(self.qkv(x), self.num_heads, line.patch_mask)
-        q, k = (F.normalize(part, p=1.0, dim=-2) for part in (q, k))
+        q, k = (unit(part, 1.0, -2) for part in (q, k))
         return line.take(head, self.proj(join_heads(product(q, k, v))))
 
 

@@ -36,14 +36,18 @@ class TokenMixing(nn.Module, ABC):
         Number of tokens, prefix included, where the kind has weights for each.
     mix_prefix
         Have weights for prefix tokens, where the kind has such.
+    copies
+        Number of maps, each of as many of the channels: of weights that channels share each map has its own.
     """
 
     needs_grid: ClassVar[bool] = False
     causal: ClassVar[bool] = False
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
         super().__init__()
-        self.channels, self.kernel_size, self.tokens = channels, kernel_size, tokens
+        self.channels, self.kernel_size, self.tokens, self.copies = channels, kernel_size, tokens, copies
 
     def check_prefix(self, prefix: int) -> None:
         """Raise `ShapeError` if there are prefix tokens and no weights for them."""
@@ -73,8 +77,10 @@ class TokenMixing(nn.Module, ABC):
 class PrefixMixing(TokenMixing):
     """Base of the kinds that have weights for prefix tokens, and a bias; see the head of this file."""
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
         self.bias = nn.Parameter(torch.zeros(channels))
         if check_bool("mix_prefix", mix_prefix):
             # A patch takes the mean of the prefix as one tap more; were it as strong as the whole kernel, a lone class
@@ -128,8 +134,10 @@ class DepthwiseConv2d(PrefixMixing):
 
     needs_grid = True
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
         # the variance of a sum over all taps is that of the input
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size, kernel_size) / kernel_size)
 
@@ -152,8 +160,10 @@ class DepthwiseConv2d(PrefixMixing):
 class DepthwiseConv1d(PrefixMixing):
     """Depthwise convolution along the sequence of patches, with zeros beyond the ends."""
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size) * kernel_size**-0.5)
 
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
@@ -176,8 +186,10 @@ class CausalConv1d(TokenMixing):
 
     causal = True
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size) * kernel_size**-0.5)
 
@@ -206,15 +218,17 @@ class CausalConv1d(TokenMixing):
 
 
 class DenseTokens(TokenMixing):
-    """A full matrix over `tokens` tokens, prefix included, the same for every channel: for one fixed grid."""
+    """A full matrix over `tokens` tokens, prefix included, the same for all channels of a map: for one fixed grid."""
 
-    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
+    def __init__(
+        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
+    ) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
         if tokens is None:
             raise OptionError("token_mixing='dense' has weights for each token: say tokens=, prefix tokens included")
         check_int("tokens", tokens, minimum=1)
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.weight = nn.Parameter(torch.randn(tokens, tokens) * tokens**-0.5)
+        self.weight = nn.Parameter(torch.randn(copies, tokens, tokens) * tokens**-0.5)
 
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
         """As the tokens come."""
@@ -222,12 +236,13 @@ class DenseTokens(TokenMixing):
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
         """Multiply."""
-        return head, self.weight @ hide(patches, canvas.patch_mask) + self.bias
+        maps = hide(patches, canvas.patch_mask).unflatten(-1, (self.copies, -1))
+        return head, torch.einsum("knm,bmkc->bnkc", self.weight, maps).flatten(2) + self.bias
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
         kept = torch.tensor(places, device=self.weight.device)
-        return self.weight[kept][:, kept].expand(self.channels, -1, -1)
+        return self.weight[:, kept][:, :, kept].repeat_interleave(self.channels // self.copies, 0)
 
 
 class NoTokenMixing(TokenMixing):

@@ -40,11 +40,24 @@ def test_forward_and_backward_are_timed_together():
 
 def test_wrong_gradients_are_not_timed(monkeypatch):
     right = depthwise._backward_by_torch
-    monkeypatch.setattr(depthwise, "_depthwise2d_backward", lambda *a: tuple(1.01 * t for t in right(*a)))
+    monkeypatch.setattr(depthwise, "_depthwise2d_backward", lambda *a: [1.01 * t for t in right(*a)])
     assert outcome(PADRE).status == "ok"
     wrong = outcome(PADRE, gradient=True)
     assert (wrong.status, wrong.cost) == ("failed", None)
     assert "gradients" in wrong.gate.oracle
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_one_wrong_gradient_among_larger_ones_is_found(name, monkeypatch):
+    right, wrong_one = depthwise._backward_by_torch, {"weight": 1, "bias": 2}[name]
+
+    def backward(*args):
+        return [t * (1.001 if i == wrong_one else 1) for i, t in enumerate(right(*args))]
+
+    monkeypatch.setattr(depthwise, "_depthwise2d_backward", backward)
+    found = outcome(PADRE, gradient=True)
+    assert (found.status, found.cost) == ("failed", None)
+    assert name in found.gate.at
 
 
 def test_a_row_may_have_another_baseline():

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.kernels import depthwise, native
 
 
@@ -134,6 +135,75 @@ def test_the_operator_keeps_torchs_rules():
     torch.library.opcheck(torch.ops.attnzoo.depthwise2d.default, (*inputs, 4, 3))
 
 
+def test_what_does_not_fit_is_refused_before_memory_is_touched():
+    x, weight, bias = problem(2, 3, 4, 5, 3)
+    wrong = [
+        ((x, weight, bias, 30, 40), r"\(B, 1200, C\), not \(2, 12, 5\)"),
+        ((x, weight[:4], bias, 3, 4), r"weights of 5 channels.*\(4, 1, 3, 3\)"),
+        ((x, weight[..., :2, :2], bias, 3, 4), "K odd"),
+        ((x, weight, bias[:3], 3, 4), "bias of 5 channels"),
+    ]
+    for args, said in wrong:
+        for function in (depthwise.depthwise2d, torch.ops.attnzoo.depthwise2d):
+            with pytest.raises(ShapeError, match=said):
+                function(*args)
+    with pytest.raises(ShapeError, match="factors must have one shape"):
+        depthwise.depthwise2d_product(x, weight, bias, x[:1], weight, bias, 3, 4)
+    with pytest.raises(UnsupportedError, match="float64"):
+        torch.ops.attnzoo.depthwise2d(x.double(), weight, bias, 3, 4)
+    with pytest.raises(UnsupportedError, match="float64"):
+        torch.ops.attnzoo.depthwise2d_backward(x, x, weight.double(), 3, 4, [True] * 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 17), st.integers(1, 17), st.integers(1, 20), st.sampled_from([1, 3, 7]))
+def test_a_product_of_two_equals_two_and_their_product(batch, height, width, channels, size):
+    a, b = (problem(batch, height, width, channels, size, seed) for seed in (0, 1))
+    expected = depthwise.reference(*(t.double() for t in a), height, width) * depthwise.reference(
+        *(t.double() for t in b), height, width
+    )
+    with torch.no_grad():
+        got = depthwise.depthwise2d_product(*a, *b, height, width)
+    assert (got.double() - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-5
+    a[0].requires_grad_()
+    torch.testing.assert_close(depthwise.depthwise2d_product(*a, *b, height, width), got, atol=1e-4, rtol=1e-4)
+
+
+def test_a_product_runs_as_one_operator_where_nothing_is_recorded():
+    from attnzoo.bench.trace import trace
+
+    a, b = problem(2, 4, 3, 5, 3), problem(2, 4, 3, 5, 3, seed=1)
+    with torch.no_grad():
+        seen = trace(lambda: depthwise.depthwise2d_product(*a, *b, 4, 3))
+    assert any("depthwise2d_product" in op for op in seen.backends)
+    assert seen.flops == 2 * 2 * a[0].numel() * 9
+    torch.library.opcheck(torch.ops.attnzoo.depthwise2d_product.default, (*a, *b, 4, 3))
+
+
+def test_only_gradients_that_are_wanted_are_computed():
+    x, weight, bias = problem(1, 4, 4, 8, 3)
+    for wanted in ([True, False, False], [False, True, False], [False, False, True], [True, False, True]):
+        inputs = [t.clone().requires_grad_(asked) for t, asked in zip((x, weight, bias), wanted, strict=True)]
+        whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        depthwise.depthwise2d(*inputs, 4, 4).square().sum().backward()
+        depthwise.reference(*whole, 4, 4).square().sum().backward()
+        for got, expected, asked in zip(inputs, whole, wanted, strict=True):
+            assert (got.grad is not None) == asked
+            if asked:
+                torch.testing.assert_close(got.grad, expected.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_program_is_for_every_machine():
+    weight, bias = problem(1, 4, 4, 8, 3)[1:]
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return depthwise.depthwise2d(x, weight, bias, 4, 4)
+
+    program = torch.export.export(Model(), (torch.randn(1, 16, 8),))
+    assert not any("attnzoo" in str(node.target) for node in program.graph.nodes)
+
+
 def test_compiles_without_a_break():
     inputs = problem(2, 4, 3, 5, 3)
     compiled = torch.compile(depthwise.depthwise2d, fullgraph=True, backend="aot_eager")
@@ -174,6 +244,26 @@ def test_a_compiler_that_fails_is_told_and_leaves_nothing_behind(fresh, monkeypa
     assert "could not be compiled" in caplog.text
     assert "no-such-flag" in caplog.text
     assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x7fELF and no more"])
+def test_a_damaged_library_is_compiled_anew(damage, fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DAGAIN"))  # a name that this process has not loaded
+    source = native.Path(depthwise.__file__).with_name("depthwise.cpp")
+    target = native._target(source, native.shutil.which("g++"))
+    target.parent.mkdir()
+    target.write_bytes(damage)
+    assert depthwise.is_compiled()
+    assert "is compiled anew" in caplog.text
+    assert target.stat().st_size > 1000
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_library_without_its_functions_is_told(fresh, monkeypatch, caplog, tmp_path):
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
+    assert native.library("depthwise", ("no_such_function",)) is None
+    assert "no_such_function" in caplog.text
 
 
 def test_compiled_once_for_one_processor(fresh, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
+from attnzoo.mixers.channel_mixing import make_channel_mixing
 from attnzoo.mixers.padre import Padre
 from tests.mixers.zoo import ARGS, CASES, Case, finite_difference_degree, tokens
 
@@ -282,6 +283,47 @@ def test_going_on_from_a_state_equals_the_whole(cuts, degree, kernel, output, se
         out, state = mixer.extend(part, state)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, dim=1), mixer(x), atol=1e-10, rtol=1e-9)
+
+
+def test_a_state_that_is_not_its_own_is_refused():
+    mixer = padre(2, token_mixing="causal_conv1d")
+    x = torch.zeros(1, 3, 5, dtype=torch.float64)
+    _, state = mixer.extend(x)
+    for wrong in (state[:1], [*state, state[0]], [part.repeat(2, 1, 1) for part in state], [p[:, 1:] for p in state]):
+        with pytest.raises(ShapeError, match="the state must be"):
+            mixer.extend(x, wrong)
+
+
+def test_each_dense_map_over_tokens_is_its_own():
+    """A_2 changes what Z_2 is made of, and leaves Z_1 as it was."""
+    mixer = padre(2, token_mixing="dense", tokens=7, output="sum")
+    assert mixer.y_tokens.weight.shape == (2, 7, 7)
+    x = torch.randn(1, 7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.term_weights[1] = 0  # Z_1 alone
+        before = mixer(x)
+        mixer.y_tokens.weight[1] += 1
+        assert torch.equal(mixer(x), before)
+        mixer.y_tokens.weight[0] += 1
+        assert not torch.allclose(mixer(x), before)
+
+
+@pytest.mark.parametrize("kind", ["dense", "grouped"])
+def test_channel_mixing_is_the_matrix_it_says(kind):
+    """Each output channel reads the inputs of its own group, with the weights that stand in its row."""
+    torch.manual_seed(0)
+    mixing = make_channel_mixing(kind, 6, 2, 3)
+    with torch.no_grad():
+        mixing.bias.normal_()
+    x = torch.randn(1, 4, 6)
+    out = mixing(x)
+    for copy, channel in itertools.product(range(2), range(6)):
+        if kind == "dense":
+            expected = x[0] @ mixing.weight[copy * 6 + channel]
+        else:
+            group, row = divmod(channel, 2)
+            expected = x[0, :, 2 * group : 2 * group + 2] @ mixing.weight[copy, group, row]
+        torch.testing.assert_close(out[0, :, copy * 6 + channel], expected + mixing.bias[copy * 6 + channel])
 
 
 def test_only_a_causal_one_goes_on_from_a_state():
