@@ -76,11 +76,13 @@ class CostConfig(Section):
     """What is timed, on what inputs, for how long.
 
     `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
-    `gradient` a call is a forward and a backward.
+    `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
+    timed, as with a caching allocator; otherwise CPUs have glibc's own ways.
     """
 
     of: Literal["model", "layer"] = "model"
     gradient: bool = False
+    keep_freed_memory: bool = False
 
     tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (196, 784, 3136)
     batch: dict[int, PositiveInt] = Field(default_factory=dict, description="images per forward, for each token count")
@@ -255,7 +257,7 @@ class BenchConfig(Section):
         """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
         left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
         content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(left_out))}
-        _drop_defaults(content["cost"], {"of": "model", "gradient": False})
+        _drop_defaults(content["cost"], {"of": "model", "gradient": False, "keep_freed_memory": False})
         if content["quality"] is not None:
             _drop_defaults(content["quality"], {"equal_parameters": False})
         for attention in content["attentions"]:

@@ -20,9 +20,11 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): sets the peak resident set ("high water mark") to the present value
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 OWN_MAPPING_BYTES = 128 * 1024  # glibc's threshold at start
 LARGEST_THRESHOLD_BYTES = 32 * 2**20  # what glibc's own adjustment goes up to on 64-bit systems
+MOST_MAPPINGS = 65536  # glibc's own
+NEVER = -1
 RESIDENT = "resident set: VmHWM after a reset, less VmRSS before"
 
 
@@ -45,6 +47,7 @@ def map_buffers() -> None:
     """
     libc = _glibc()
     if libc is not None:
+        libc.mallopt(M_MMAP_MAX, MOST_MAPPINGS)
         libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING_BYTES)
 
@@ -55,6 +58,18 @@ def keep_buffers() -> None:
     if libc is not None:
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
+
+
+def keep_all_buffers() -> None:
+    """Undo `map_buffers` before timing, and have glibc keep all that is freed, as caching allocators do.
+
+    glibc maps a buffer of more than 32 MiB anew at each call, and the kernel clears it page by page; jemalloc, tcmalloc
+    and CUDA's allocator in PyTorch do not.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False, exact: bool = True) -> list[Peak]:

@@ -119,6 +119,8 @@ def _what_was_run(summary: Summary) -> str:
         "Config": one.config_hash,
         "Again": one.command,
     }
+    if words.keeps_freed_memory(summary):
+        facts["Memory"] = "while timed, the process keeps what is freed, as with a caching allocator"
     warning = ""
     if len(words.versions(summary)) > 1:
         warning = '<p class="worse">These records were made by more than one version of the code or its libraries.</p>'

@@ -124,6 +124,7 @@ class Cost(Entry):
     baseline: Side
     ratios: Ratios
     uncounted_ops: tuple[str, ...]
+    freed_memory_kept: bool = False
 
 
 class Training(Entry):

@@ -36,32 +36,35 @@ def markdown_table(records: Iterable[Record]) -> str:
     """Give the compact table for a README: an attention a line, under a line for its host.
 
     A host's line says what its speed-ups are of: of a vision model at each token count, of a language model in prefill
-    and decoding. Memory, FLOPs and size are those at the largest token count, or of the prefill; the cache is that
-    after the last token.
+    and decoding. Memory, FLOPs and size are those at the largest token count at which half of the attentions or more
+    were measured, or of the prefill; the cache is that after the last token.
     """
     summary = summarise(records)
     speeds = max((len(summary.of(part)) for part in summary.parts), default=0)
     caches = ["cache held", "cache allocated"] if "language" in summary.parts else []
     head = ["attention", *["speed-up"] * speeds, "peak memory", "FLOPs", "parameters", *caches]
-    head += ["quality (95% interval)", "quality kept (95% interval)"]
+    qualities = any(row.quality is not None for row in summary.records)
+    head += ["quality (95% interval)", "quality kept (95% interval)"] if qualities else []
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for part in summary.parts:
         vision, groups = part == "vision", summary.of(part)
-        needs = groups[-1].title.replace(", ", " at ").removesuffix(" tokens") if vision else "prefill"
+        needs = _needs_group(summary, part).title.replace(", ", " at ").removesuffix(" tokens") if vision else "prefill"
         title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
         title += ["" if vision else "after decoding"] * len(caches)
-        lines.append([*title, "top-1 %" if vision else "perplexity", ""])
-        lines += [_markdown_line(summary, part, label, speeds, bool(caches)) for label in summary.labels[part]]
+        lines.append(title + (["top-1 %" if vision else "perplexity", ""] if qualities else []))
+        for label in summary.labels[part]:
+            quality = summary.quality_of(part, label)
+            kept = [words.absolute(quality).removeprefix("ppl "), words.kept(quality)] if qualities else []
+            lines.append(_markdown_line(summary, part, label, speeds, bool(caches)) + kept)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _markdown_line(summary: Summary, part: Part, label: str, speeds: int, caches: bool) -> list[str]:
     groups = summary.of(part)
     rows = [next((row for row in group.rows if row.label == label), None) for group in groups]
-    needs = rows[0] if part == "language" else rows[-1]
+    needs = rows[groups.index(_needs_group(summary, part))]
     held = rows[-1].cost.ratios if rows[-1] is not None and rows[-1].cost is not None else None
     ratios = needs.cost.ratios if needs is not None and needs.cost is not None else None
-    quality = summary.quality_of(part, label)
     line = [
         f"`{label}`",
         *_padded([_speed_cell(row) for row in rows], speeds),
@@ -71,7 +74,16 @@ def _markdown_line(summary: Summary, part: Part, label: str, speeds: int, caches
     ]
     if caches:
         line += [words.ratio(held.cache_held if held else None), words.ratio(held.cache_allocated if held else None)]
-    return [*line, words.absolute(quality).removeprefix("ppl "), words.kept(quality)]
+    return line
+
+
+def _needs_group(summary: Summary, part: Part) -> words.Group:
+    """The group of which memory, FLOPs and size are told."""
+    groups = summary.of(part)
+    if part == "language":
+        return groups[0]
+    whole = [g for g in groups if 2 * sum(row.cost is not None for row in g.rows) >= len(summary.labels[part])]
+    return (whole or groups)[-1]
 
 
 def _padded(cells: list[str], count: int) -> list[str]:
@@ -82,14 +94,18 @@ def markdown_section(records: Iterable[Record]) -> str:
     """Give the table with what a reader must know to read it, and the command that makes it."""
     records = list(records)
     summary = summarise(records)
+    measured = any(row.quality is not None for row in summary.records)
+    kept = "; quality kept is above 1x where it is better than dense" if measured else ""
     text = [
         markdown_table(records),
         "",
         f"On {words.machine(summary)}. Ratios are to the same host's own dense attention, timed in turn in the same "
         "process; in brackets the 20th to 80th percentile. Above 1x is faster; for memory, cache, FLOPs and "
-        "parameters, below 1x is less; quality kept is above 1x where it is better than dense. A dense row is dense "
+        f"parameters, below 1x is less{kept}. A dense row is dense "
         "against a second copy of itself: the noise of the machine.",
     ]
+    if words.keeps_freed_memory(summary):
+        text[-1] += " While timed, the process keeps memory that is freed, as caching allocators do."
     for part in summary.parts:
         text += ["", f"{_host_words(summary, part)}."]
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)

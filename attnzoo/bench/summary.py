@@ -130,6 +130,11 @@ def machine(summary: Summary) -> str:
     return "; ".join(f"{device}, {count} thread{'s' if count != 1 else ''}" for device, count in threads)
 
 
+def keeps_freed_memory(summary: Summary) -> bool:
+    """Whether the processes kept what was freed while they were timed."""
+    return any(row.cost is not None and row.cost.freed_memory_kept for row in summary.records)
+
+
 def versions(summary: Summary) -> list[str]:
     """Software versions, one line for each set of them that measured something."""
     lines: dict[str, None] = {}

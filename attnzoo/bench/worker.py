@@ -28,7 +28,7 @@ from attnzoo.bench.jobs import (
     side_of,
 )
 from attnzoo.bench.measure import clock_for, interleave, quantiles
-from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
+from attnzoo.bench.memory import keep_all_buffers, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Gate, Shapes, Training
 from attnzoo.bench.trace import Trace, missing_op, trace
 from attnzoo.errors import AttnZooError, UnsupportedError
@@ -92,7 +92,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
             traced, traced_dense = trace(timed), trace(timed_dense)
         say("memory")
         peak, peak_dense = peak_memory([timed, timed_dense], device)
-        keep_buffers()
+        (keep_all_buffers if config.cost.keep_freed_memory else keep_buffers)()
         say("time")
         times = interleave(
             timed,
@@ -106,7 +106,13 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     side_dense = side_of(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
     uncounted = tuple(sorted({*traced.uncounted, *traced_dense.uncounted}))
     ratios = ratios_of(side, side_dense, quantiles(times.ratios))
-    cost = Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
+    cost = Cost(
+        candidate=side,
+        baseline=side_dense,
+        ratios=ratios,
+        uncounted_ops=uncounted,
+        freed_memory_kept=config.cost.keep_freed_memory,
+    )
     return outcome.model_copy(update={"cost": cost})
 
 

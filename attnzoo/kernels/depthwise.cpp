@@ -125,22 +125,23 @@ Convolve convolution(int64_t wide) {
 extern "C" {
 
 // out = bias + x * weight, or, where `multiply`, what stands in out times that. weight is (C, size, size), turned by 180
-// degrees where `flip` (the gradient of x). bias may be null. Gives 0, or 1 if memory ran out.
+// degrees where `flip` (the gradient of x). bias may be null; that of image b is (C,) from bias + b * bias_image. Gives
+// 0, or 1 if memory ran out.
 int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const float* weight, const float* bias,
-                      float* out, int64_t out_image, int64_t out_token, int64_t batch, int64_t height, int64_t width,
-                      int64_t channels, int64_t size, int flip, int multiply, int threads) {
+                      int64_t bias_image, float* out, int64_t out_image, int64_t out_token, int64_t batch,
+                      int64_t height, int64_t width, int64_t channels, int64_t size, int flip, int multiply,
+                      int threads) {
   const Image im{batch, height, width, channels, size};
   const Tokens tokens{x, x_image, x_token};
   const int64_t wide = best_width(width), row_vectors = im.padded(wide), strip = im.strip(row_vectors);
   const int64_t strips = (height + strip - 1) / strip, blocks = im.blocks(), area = size * size;
   const Convolve run = convolution(wide);
-  Buffer taps(blocks * area + blocks);  // weights, then biases, channels side by side
+  Buffer taps(blocks * area);  // weights, channels side by side
   if (!taps.data) return 1;
-  std::memset(static_cast<void*>(taps.data), 0, (blocks * area + blocks) * sizeof(Lanes));
+  std::memset(static_cast<void*>(taps.data), 0, blocks * area * sizeof(Lanes));
   for (int64_t c = 0; c < channels; ++c) {
     float* to = reinterpret_cast<float*>(taps.data + c / LANES * area) + c % LANES;
     for (int64_t k = 0; k < area; ++k) to[k * LANES] = weight[c * area + (flip ? area - 1 - k : k)];
-    if (bias) reinterpret_cast<float*>(taps.data + blocks * area)[c] = bias[c];
   }
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
@@ -153,10 +154,12 @@ int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const fl
       // blocks of the same strip in a row: their channels share lines of the cache
       const int64_t b = task / (blocks * strips), block = task % blocks, first = task / blocks % strips * strip;
       const int64_t rows = std::min(strip, height - first), start = block * LANES;
+      const int64_t lanes = std::min<int64_t>(LANES, channels - start);
       load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, buffer.data);
-      run(im, buffer.data, row_vectors, taps.data + block * area, taps.data[blocks * area + block], rows,
-          std::min<int64_t>(LANES, channels - start), out + b * out_image + first * width * out_token + start,
-          out_token, multiply != 0);
+      Lanes start_at = {};
+      if (bias) std::memcpy(&start_at, bias + b * bias_image + start, lanes * sizeof(float));
+      run(im, buffer.data, row_vectors, taps.data + block * area, start_at, rows, lanes,
+          out + b * out_image + first * width * out_token + start, out_token, multiply != 0);
     }
   }
   return failed;

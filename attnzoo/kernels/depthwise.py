@@ -35,7 +35,7 @@ def depthwise2d(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
     weight
         ``(C, 1, K, K)``, K odd.
     bias
-        ``(C,)``.
+        ``(C,)``, or ``(B, C)``: one an image.
     height, width
         Size of the grid.
 
@@ -82,8 +82,10 @@ def depthwise2d_product(
 def reference(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """Convolve by torch; see `depthwise2d`."""
     image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # channels-last in memory
-    image = F.conv2d(image, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    return image.permute(0, 2, 3, 1).flatten(1, 2)
+    own = bias if bias.dim() == 1 else None
+    image = F.conv2d(image, weight, own, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    out = image.permute(0, 2, 3, 1).flatten(1, 2)
+    return out if own is not None else out + bias.unsqueeze(1)
 
 
 @torch.compiler.assume_constant_result
@@ -117,8 +119,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: i
     channels, size = x.shape[2], weight.shape[-1]
     if weight.shape != (channels, 1, size, size) or size % 2 == 0:
         raise ShapeError(f"weights of {channels} channels are ({channels}, 1, K, K), K odd, not {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (channels,):
-        raise ShapeError(f"the bias of {channels} channels is ({channels},), not {tuple(bias.shape)}")
+    if bias is not None and tuple(bias.shape) not in ((channels,), (len(x), channels)):
+        wanted = f"({channels},) or {(len(x), channels)}"
+        raise ShapeError(f"the bias of {len(x)} images and {channels} channels is {wanted}, not {tuple(bias.shape)}")
 
 
 @torch.library.custom_op("attnzoo::depthwise2d", mutates_args=(), device_types="cpu")
@@ -162,9 +165,9 @@ def _(
 
 @torch.library.custom_op("attnzoo::depthwise2d_backward", mutates_args=(), device_types="cpu")
 def _depthwise2d_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool], an_image: bool
 ) -> list[Tensor]:
-    """Gradients of x, weight and bias, as far as `wanted`."""
+    """Gradients of x, weight and bias (one `an_image`, or one for all), as far as `wanted`."""
     for tensor in (grad, x):
         _check(tensor, weight, None, height, width)
     grad, x, grads = _side_by_side(grad), _side_by_side(x), []
@@ -180,13 +183,16 @@ def _depthwise2d_backward(
         _raise_if(failed)
         grads.append(grad_weight)
     if wanted[2]:
-        grads.append(grad.sum((0, 1)))
+        grads.append(grad.sum(1) if an_image else grad.sum((0, 1)))
     return grads
 
 
 @_depthwise2d_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]) -> list[Tensor]:
-    all_of_them = (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1]))
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool], an_image: bool
+) -> list[Tensor]:
+    bias = weight.shape[:1] if not an_image else (x.shape[0], weight.shape[0])
+    all_of_them = (x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(bias))
     return [t for t, asked in zip(all_of_them, wanted, strict=True) if asked]
 
 
@@ -212,7 +218,8 @@ def _flops_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.height, ctx.width = inputs
+    x, weight, bias, ctx.height, ctx.width = inputs
+    ctx.an_image = bias.dim() == 2
     ctx.save_for_backward(x, weight)
 
 
@@ -220,19 +227,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
     backward = _backward_by_torch if torch.is_grad_enabled() else _depthwise2d_backward
-    grads = iter(backward(grad, x, weight, ctx.height, ctx.width, wanted))
+    grads = iter(backward(grad, x, weight, ctx.height, ctx.width, wanted, ctx.an_image))
     return (*(next(grads) if asked else None for asked in wanted), None, None)
 
 
 def _backward_by_torch(
-    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool]
+    grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool], an_image: bool
 ) -> list[Tensor]:
     """The gradients, in a way that can be differentiated again."""
     images = [t.unflatten(1, (height, width)).permute(0, 3, 1, 2) for t in (grad, x)]
     channels, half = weight.shape[0], weight.shape[-1] // 2
-    shape = ([channels], [1, 1], [half, half], [1, 1], False, [0, 0], channels, wanted)
-    image, *rest = torch.ops.aten.convolution_backward(*images, weight, *shape)
-    grads = [None if image is None else image.permute(0, 2, 3, 1).flatten(1, 2), *rest]
+    shape = ([channels], [1, 1], [half, half], [1, 1], False, [0, 0], channels, [*wanted[:2], False])
+    image, taps, _ = torch.ops.aten.convolution_backward(*images, weight, *shape)
+    grads = [None if image is None else image.permute(0, 2, 3, 1).flatten(1, 2), taps]
+    grads.append(grad.sum(1) if an_image else grad.sum((0, 1)))
     return [g for g, asked in zip(grads, wanted, strict=True) if asked]
 
 
@@ -259,6 +267,7 @@ def _convolve(
         *_tokens(x),
         _address(weight),
         None if bias is None else _address(bias),
+        ctypes.c_int64(0 if bias is None or bias.dim() == 1 else bias.stride(0)),
         *_tokens(out),
         *_sizes(x, weight, height, width),
         ctypes.c_int(flip),

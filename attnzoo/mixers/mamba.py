@@ -29,6 +29,7 @@ from attnzoo.checks import Grid, check_bool, check_int, check_tokens
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 
 SMALLEST_STEP, LARGEST_STEP = 0.001, 0.1
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that mamba_ssm takes
 
 
 class Mamba(nn.Module):
@@ -161,7 +162,7 @@ def selective_scan(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: 
     Tensor
         ``(B, N, C)``.
     """
-    fast = _kernel() if _on_cuda(u) else None
+    fast = _kernel() if _on_cuda(u) and u.dtype in KERNEL_DTYPES else None
     if fast is not None:
         wide = {"D": d.float(), "delta_bias": step_bias.float(), "delta_softplus": True}
         y: Tensor = fast(u.mT.contiguous(), step.mT.contiguous(), a, b.mT.contiguous(), c.mT.contiguous(), **wide)

@@ -28,9 +28,16 @@ from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_odd, check_tokens
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
-from attnzoo.mixers.canvas import hide, real_tokens
+from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
-from attnzoo.mixers.token_mixing import TOKEN_MIXINGS, CausalConv1d, DepthwiseConv1d, PrefixMixing, TokenMixing
+from attnzoo.mixers.token_mixing import (
+    TOKEN_MIXINGS,
+    CausalConv1d,
+    DepthwiseConv1d,
+    Parts,
+    PrefixMixing,
+    TokenMixing,
+)
 
 OUTPUTS = ("last", "sum", "element_sum")
 
@@ -98,17 +105,18 @@ class Padre(nn.Module):
             check_int("tokens", tokens, minimum=1)
         check_int("num_heads", num_heads, minimum=1)
 
-        def mixing(copies: int) -> tuple[nn.Module, TokenMixing]:
-            over_channels = make_channel_mixing(channel_mixing, dim, copies, num_heads)
-            return over_channels, kind(
-                copies * dim, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies
+        def over_channels(copies: int) -> nn.Module:
+            return make_channel_mixing(channel_mixing, dim, copies, num_heads)
+
+        def over_tokens(count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                kind(dim, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix) for _ in range(count)
             )
 
-        # all Y_i come from X, so their maps over channels are one matrix and their convolutions one convolution
-        self.y_channels, self.y_tokens = mixing(degree)
-        z = [mixing(1) for _ in range(degree - 1)]
-        self.z_channels = nn.ModuleList(over_channels for over_channels, _ in z)
-        self.z_tokens = nn.ModuleList(over_tokens for _, over_tokens in z)
+        # all Y_i come from X, so their maps over channels are one matrix
+        self.y_channels, self.y_tokens = over_channels(degree), over_tokens(degree)
+        self.z_channels = nn.ModuleList(over_channels(1) for _ in range(degree - 1))
+        self.z_tokens = over_tokens(degree - 1)
         if output == "element_sum" and tokens is None:
             raise OptionError("output='element_sum' has weights for each token: say tokens=, prefix tokens included")
         if output != "last":
@@ -131,20 +139,11 @@ class Padre(nn.Module):
             If x, grid, prefix and mask do not fit together, or not this module.
         """
         check_tokens(x, self.dim, mask)
-        self.y_tokens.check_prefix(prefix)
+        self._mixing.check_prefix(prefix)
         self._check_count(x, grid)
-        canvas = self.y_tokens.layout(x, grid, prefix, mask)
-        head, patches = canvas.lay(x)
-        heads, ys = self.y_tokens(self.y_channels(head), self.y_channels(patches), canvas)
-        terms = [(heads[..., : self.dim], ys[..., : self.dim])]
-        for i, (over_channels, over_tokens) in enumerate(zip(self.z_channels, self.z_tokens, strict=True), start=1):
-            part = slice(i * self.dim, (i + 1) * self.dim)
-            head, patches = terms[-1]
-            head, patches = over_tokens(over_channels(head), over_channels(patches), canvas)
-            terms.append((head * heads[..., part], patches * ys[..., part]))
-        if self.output == "last":
-            return canvas.take(*terms[-1])
-        return self._sum([canvas.take(*term) for term in terms], real_tokens(x, grid, prefix, mask))
+        canvas = self._mixing.layout(x, grid, prefix, mask)
+        terms = self._terms(canvas.lay(x), _AtOnce(canvas))
+        return self._output(terms, canvas, real_tokens(x, grid, prefix, mask))
 
     def extend(
         self, x: Tensor, state: Sequence[Tensor] | None = None, mask: Tensor | None = None
@@ -173,37 +172,40 @@ class Padre(nn.Module):
         ShapeError
             If x and mask do not fit together, or the state is not of this module and as many rows.
         """
-        if not isinstance(self.y_tokens, CausalConv1d) or self.output == "element_sum":
+        if not isinstance(self._mixing, CausalConv1d) or self.output == "element_sum":
             raise UnsupportedError(
                 "only a padre with token_mixing='causal_conv1d' and no weights for each token goes on from a state"
             )
         check_tokens(x, self.dim, mask)
         self._check_state(state, len(x))
-        canvas = self.y_tokens.layout(x, None, 0, mask)
-        head, patches = canvas.lay(x)
-        count = None if mask is None else mask.sum(1)
-        before = iter(state) if state is not None else None
-        after: list[Tensor] = []
+        canvas = self._mixing.layout(x, None, 0, mask)
+        ahead = _FromState(canvas, state, None if mask is None else mask.sum(1))
+        terms = self._terms(canvas.lay(x), ahead)
+        return self._output(terms, canvas, mask), tuple(ahead.state)
 
-        def convolve(over_tokens: CausalConv1d, inputs: Tensor) -> Tensor:
-            inputs = hide(inputs, canvas.patch_mask)
-            length = over_tokens.kernel_size - 1
-            line = F.pad(inputs, (0, 0, length, 0)) if before is None else torch.cat([next(before), inputs], dim=1)
-            after.append(_last(line, length, count))
-            return over_tokens.along(line)
+    def _terms(self, x: Parts, way: _AtOnce | _FromState) -> list[Parts]:
+        """Z_d, or Z_1 to Z_d where the output needs them, by one `way` of mixing tokens."""
+        ys = list(zip(*(self.y_channels(part).chunk(self.degree, dim=-1) for part in x), strict=True))
+        y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
+        terms = [way.mix(y_tokens[0], ys[0])]
+        for i, (over_channels, over_tokens) in enumerate(zip(self.z_channels, self.z_tokens, strict=True), start=1):
+            head, patches = terms[-1]
+            inputs = over_channels(head), over_channels(patches)
+            term = way.product(cast(TokenMixing, over_tokens), inputs, y_tokens[i], ys[i])
+            terms = [term] if self.output == "last" else [*terms, term]
+        return terms
 
-        ys = convolve(self.y_tokens, self.y_channels(patches)).chunk(self.degree, dim=-1)
-        terms = [ys[0]]
-        for over_channels, over_tokens, y in zip(self.z_channels, self.z_tokens, ys[1:], strict=True):
-            terms.append(convolve(cast(CausalConv1d, over_tokens), over_channels(terms[-1])) * y)
+    def _output(self, terms: list[Parts], canvas: Canvas, real: Tensor | None) -> Tensor:
         if self.output == "last":
-            return canvas.take(head, terms[-1]), tuple(after)
-        return self._sum([canvas.take(head, term) for term in terms], mask), tuple(after)
+            return canvas.take(*terms[-1])
+        weighted = (w * canvas.take(*z) for w, z in zip(self.term_weights, terms, strict=True))
+        out = sum(weighted, self.term_bias)
+        return hide(cast(Tensor, out), None if real is None else real.unsqueeze(-1))
 
     def reference(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Compute the same by the paper's equation, with every A_i and C_i as a dense matrix, image by image. Slow."""
         check_tokens(x, self.dim, mask)
-        self.y_tokens.check_prefix(prefix)
+        self._mixing.check_prefix(prefix)
         self._check_count(x, grid)
         real = real_tokens(x, grid, prefix, mask)
         out = torch.zeros_like(x)
@@ -222,8 +224,10 @@ class Padre(nn.Module):
     def _reference_terms(self, x: Tensor, places: list[int], width: int) -> list[Tensor]:
         """Z_1 to Z_d of one image, whose real tokens are `x`."""
         b, b_bias = (part.chunk(self.degree) for part in as_matrix(self.y_channels, x))
-        a, a_bias = (part.chunk(self.degree) for part in _matrices(self.y_tokens, places, width, x))
-        y = [torch.einsum("cnm,mc->nc", a[i], x @ b[i].T + b_bias[i]) + a_bias[i] for i in range(self.degree)]
+        y = []
+        for i in range(self.degree):
+            a, a_bias = _matrices(cast(TokenMixing, self.y_tokens[i]), places, width, x)
+            y.append(torch.einsum("cnm,mc->nc", a, x @ b[i].T + b_bias[i]) + a_bias)
         z = [y[0]]
         for i in range(self.degree - 1):
             d, d_bias = as_matrix(self.z_channels[i], x)
@@ -233,14 +237,15 @@ class Padre(nn.Module):
 
     def _places(self, kept: list[int], prefix: int) -> list[int]:
         """Where tokens lie for the token mixing: on the grid, in the sequence of real ones, or as they come."""
-        if isinstance(self.y_tokens, DepthwiseConv1d):
+        if isinstance(self._mixing, DepthwiseConv1d):
             head = [k - prefix for k in kept if k < prefix]
             return [*head, *range(len(kept) - len(head))]
-        return [k - prefix for k in kept] if isinstance(self.y_tokens, PrefixMixing) else kept
+        return [k - prefix for k in kept] if isinstance(self._mixing, PrefixMixing) else kept
 
-    def _sum(self, terms: list[Tensor], real: Tensor | None) -> Tensor:
-        out = sum((w * z for w, z in zip(self.term_weights, terms, strict=True)), self.term_bias)
-        return hide(cast(Tensor, out), None if real is None else real.unsqueeze(-1))
+    @property
+    def _mixing(self) -> TokenMixing:
+        """One of the token mixings, which are all of a kind."""
+        return cast(TokenMixing, self.y_tokens[0])
 
     def _check_count(self, x: Tensor, grid: Grid | None) -> None:
         if self.output == "element_sum" and (isinstance(grid, Tensor) or x.shape[1] != len(self.term_bias)):
@@ -250,17 +255,53 @@ class Padre(nn.Module):
             )
 
     def _check_state(self, state: Sequence[Tensor] | None, rows: int) -> None:
-        length = self.y_tokens.kernel_size - 1
-        wanted = [(rows, length, self.degree * self.dim), *[(rows, length, self.dim)] * (self.degree - 1)]
+        wanted = [(rows, self._mixing.kernel_size - 1, self.dim)] * (2 * self.degree - 1)
         if state is not None and [tuple(part.shape) for part in state] != wanted:
             raise ShapeError(f"the state must be {wanted}, not {[tuple(part.shape) for part in state]}")
 
     def extra_repr(self) -> str:
         """Name the options."""
         return (
-            f"dim={self.dim}, degree={self.degree}, kernel_size={self.y_tokens.kernel_size}, "
-            f"mixing=({type(self.y_tokens).__name__}, {type(self.y_channels).__name__}), output={self.output!r}"
+            f"dim={self.dim}, degree={self.degree}, kernel_size={self._mixing.kernel_size}, "
+            f"mixing=({type(self._mixing).__name__}, {type(self.y_channels).__name__}), output={self.output!r}"
         )
+
+
+class _AtOnce:
+    """Token mixing of a whole sequence."""
+
+    def __init__(self, canvas: Canvas) -> None:
+        self.canvas = canvas
+
+    def mix(self, mixing: TokenMixing, parts: Parts) -> Parts:
+        return cast(Parts, mixing(*parts, self.canvas))
+
+    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing, others: Parts) -> Parts:
+        return mixing.product(parts, other, others, self.canvas)
+
+
+class _FromState:
+    """Causal token mixing of the tokens that come next.
+
+    `state` fills up with the last ``kernel_size - 1`` inputs of each convolution, in the order of their calls; so must
+    stand what is given `before`. Of row b the first ``count[b]`` tokens are real, all where it is None.
+    """
+
+    def __init__(self, canvas: Canvas, before: Sequence[Tensor] | None, count: Tensor | None) -> None:
+        self.canvas, self.count, self.state = canvas, count, list[Tensor]()
+        self._before = None if before is None else iter(before)
+
+    def mix(self, mixing: TokenMixing, parts: Parts) -> Parts:
+        assert isinstance(mixing, CausalConv1d)
+        head, inputs = parts[0], hide(parts[1], self.canvas.patch_mask)
+        length = mixing.kernel_size - 1
+        line = F.pad(inputs, (0, 0, length, 0)) if self._before is None else torch.cat([next(self._before), inputs], 1)
+        self.state.append(_last(line, length, self.count))
+        return head, mixing.along(line)
+
+    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing, others: Parts) -> Parts:
+        (head, patches), (other_head, other_patches) = self.mix(mixing, parts), self.mix(other, others)
+        return head * other_head, patches * other_patches
 
 
 def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:

@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_int
 from attnzoo.errors import OptionError, ShapeError
-from attnzoo.kernels.depthwise import depthwise2d
+from attnzoo.kernels.depthwise import depthwise2d, depthwise2d_product
 from attnzoo.mixers.canvas import Canvas, fixed, hide, real_tokens
+
+Parts = tuple[Tensor, Tensor]  # prefix tokens (B, P, C), and patches (B, height * width, C)
 
 
 class TokenMixing(nn.Module, ABC):
@@ -36,18 +38,14 @@ class TokenMixing(nn.Module, ABC):
         Number of tokens, prefix included, where the kind has weights for each.
     mix_prefix
         Have weights for prefix tokens, where the kind has such.
-    copies
-        Number of maps, each of as many of the channels: of weights that channels share each map has its own.
     """
 
     needs_grid: ClassVar[bool] = False
     causal: ClassVar[bool] = False
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
         super().__init__()
-        self.channels, self.kernel_size, self.tokens, self.copies = channels, kernel_size, tokens, copies
+        self.channels, self.kernel_size, self.tokens = channels, kernel_size, tokens
 
     def check_prefix(self, prefix: int) -> None:
         """Raise `ShapeError` if there are prefix tokens and no weights for them."""
@@ -63,8 +61,13 @@ class TokenMixing(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Mix prefix ``(B, P, C)`` and patches ``(B, height * width, C)``; what stands at padding means nothing."""
+
+    def product(self, parts: Parts, other: TokenMixing, others: Parts, canvas: Canvas) -> Parts:
+        """Mix `parts`, and `others` by a mixing of the same kind, and multiply what comes out."""
+        (head, patches), (other_head, other_patches) = self(*parts, canvas), other(*others, canvas)
+        return head * other_head, patches * other_patches
 
     @abstractmethod
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
@@ -77,10 +80,8 @@ class TokenMixing(nn.Module, ABC):
 class PrefixMixing(TokenMixing):
     """Base of the kinds that have weights for prefix tokens, and a bias; see the head of this file."""
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
         self.bias = nn.Parameter(torch.zeros(channels))
         if check_bool("mix_prefix", mix_prefix):
             # A patch takes the mean of the prefix as one tap more; were it as strong as the whole kernel, a lone class
@@ -95,24 +96,28 @@ class PrefixMixing(TokenMixing):
             raise ShapeError(f"this mixer was built with mix_prefix=False and cannot take {prefix} prefix tokens")
 
     @abstractmethod
-    def mix(self, patches: Tensor, canvas: Canvas) -> Tensor:
-        """Mix patches, whose padding is zero, among themselves, and add the bias."""
+    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
+        """Mix patches, whose padding is zero, among themselves, and add a bias ``(C,)`` or ``(B, C)``."""
 
     @abstractmethod
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight ``(channels,)`` with which place `source` reaches place `to`; None for 0."""
 
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Mix prefix and patches."""
+        head, patches, bias = self.prepare(head, patches, canvas)
+        return head, self.mix(patches, bias, canvas)
+
+    def prepare(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the mixed prefix, the patches with zeros for padding, and the bias that the prefix makes for them."""
         head, patches = hide(head, canvas.prefix_mask), hide(patches, canvas.patch_mask)
-        mixed = self.mix(patches, canvas)
         if not canvas.prefix:
-            return head, mixed
+            return head, patches, self.bias
         head_sum, head_count = token_sum(head, canvas.prefix_mask)
         patch_sum, patch_count = token_sum(patches, canvas.patch_mask)
-        head_mean = (head_sum / head_count.clamp(min=1)).to(mixed.dtype)
-        mean = ((head_sum + patch_sum) / (head_count + patch_count).clamp(min=1)).to(mixed.dtype)
-        return self.own * head + self.to_prefix * mean + self.bias, mixed + self.to_patches * head_mean
+        head_mean = (head_sum / head_count.clamp(min=1)).to(head.dtype).squeeze(1)
+        mean = ((head_sum + patch_sum) / (head_count + patch_count).clamp(min=1)).to(head.dtype)
+        return self.own * head + self.to_prefix * mean + self.bias, patches, self.bias + self.to_patches * head_mean
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
@@ -134,10 +139,8 @@ class DepthwiseConv2d(PrefixMixing):
 
     needs_grid = True
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
         # the variance of a sum over all taps is that of the input
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size, kernel_size) / kernel_size)
 
@@ -145,9 +148,17 @@ class DepthwiseConv2d(PrefixMixing):
         """On the grid."""
         return Canvas.of(x, grid, prefix, mask)
 
-    def mix(self, patches: Tensor, canvas: Canvas) -> Tensor:
+    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
         """Convolve."""
-        return depthwise2d(patches, self.weight, self.bias, canvas.height, canvas.width)
+        return depthwise2d(patches, self.weight, bias, canvas.height, canvas.width)
+
+    def product(self, parts: Parts, other: TokenMixing, others: Parts, canvas: Canvas) -> Parts:
+        """Convolve both and multiply, in one pass less where no gradient is wanted."""
+        assert isinstance(other, DepthwiseConv2d)
+        head, patches, bias = self.prepare(*parts, canvas)
+        other_head, other_patches, other_bias = other.prepare(*others, canvas)
+        factors = (patches, self.weight, bias), (other_patches, other.weight, other_bias)
+        return head * other_head, depthwise2d_product(*factors[0], *factors[1], canvas.height, canvas.width)
 
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight of one place for another."""
@@ -160,20 +171,18 @@ class DepthwiseConv2d(PrefixMixing):
 class DepthwiseConv1d(PrefixMixing):
     """Depthwise convolution along the sequence of patches, with zeros beyond the ends."""
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size) * kernel_size**-0.5)
 
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
         """In a line."""
         return Canvas.line(x, grid, prefix, mask)
 
-    def mix(self, patches: Tensor, canvas: Canvas) -> Tensor:
+    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
         """Convolve."""
-        line = F.conv1d(patches.mT, self.weight, self.bias, padding=self.kernel_size // 2, groups=self.channels)
-        return line.mT
+        line = F.conv1d(patches.mT, self.weight, padding=self.kernel_size // 2, groups=self.channels)
+        return line.mT + (bias if bias.dim() == 1 else bias.unsqueeze(1))
 
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight of one place for another."""
@@ -186,10 +195,8 @@ class CausalConv1d(TokenMixing):
 
     causal = True
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
         self.bias = nn.Parameter(torch.zeros(channels))
         self.weight = nn.Parameter(torch.randn(channels, 1, kernel_size) * kernel_size**-0.5)
 
@@ -197,7 +204,7 @@ class CausalConv1d(TokenMixing):
         """In a line, prefix and all."""
         return Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
 
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Convolve."""
         return head, self.along(F.pad(hide(patches, canvas.patch_mask), (0, 0, self.kernel_size - 1, 0)))
 
@@ -218,31 +225,28 @@ class CausalConv1d(TokenMixing):
 
 
 class DenseTokens(TokenMixing):
-    """A full matrix over `tokens` tokens, prefix included, the same for all channels of a map: for one fixed grid."""
+    """A full matrix over `tokens` tokens, prefix included, the same for all channels: for one fixed grid."""
 
-    def __init__(
-        self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool, copies: int = 1
-    ) -> None:
-        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix, copies=copies)
+    def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
+        super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
         if tokens is None:
             raise OptionError("token_mixing='dense' has weights for each token: say tokens=, prefix tokens included")
         check_int("tokens", tokens, minimum=1)
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.weight = nn.Parameter(torch.randn(copies, tokens, tokens) * tokens**-0.5)
+        self.weight = nn.Parameter(torch.randn(tokens, tokens) * tokens**-0.5)
 
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
         """As the tokens come."""
         return fixed(x, grid, prefix, mask, self.tokens)
 
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Multiply."""
-        maps = hide(patches, canvas.patch_mask).unflatten(-1, (self.copies, -1))
-        return head, torch.einsum("knm,bmkc->bnkc", self.weight, maps).flatten(2) + self.bias
+        return head, self.weight @ hide(patches, canvas.patch_mask) + self.bias
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
         kept = torch.tensor(places, device=self.weight.device)
-        return self.weight[:, kept][:, :, kept].repeat_interleave(self.channels // self.copies, 0)
+        return self.weight[kept][:, kept].expand(self.channels, -1, -1)
 
 
 class NoTokenMixing(TokenMixing):
@@ -252,7 +256,7 @@ class NoTokenMixing(TokenMixing):
         """As the tokens come."""
         return Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
 
-    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+    def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Give them back."""
         return head, patches
 

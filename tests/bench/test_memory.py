@@ -1,4 +1,7 @@
 import json
+import platform
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +63,28 @@ def test_known_buffers_are_seen_as_what_they_are(run, megabytes):
         assert note
     else:
         assert resident == pytest.approx(megabytes * MB, rel=0.05)
+
+
+def faults(which, say):
+    """Pages that the kernel hands out for one buffer after another, before timing is set up and after."""
+    map_buffers()
+    getattr(memory, which)()
+    one_buffer()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    one_buffer()
+    return str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_all_that_is_freed_is_kept_where_that_is_asked_for():
+    given = {}
+    for which in ("keep_buffers", "keep_all_buffers"):
+        result = Nursery(["torch"]).run(faults, which, 120)
+        assert result.end == "done", result.message
+        given[which] = int(result.answer) * 4096
+    assert given["keep_all_buffers"] < 1 * MB
+    if Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().find("[always]") < 0:
+        assert given["keep_buffers"] > 60 * MB
 
 
 def test_where_the_peak_cannot_be_reset_there_is_no_figure_but_a_reason(monkeypatch, tmp_path):

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from attnzoo.bench.page import html_page
 from attnzoo.bench.record import Quantiles
-from attnzoo.bench.report import BEGIN, END, markdown_table, print_report, rewrite_readme
+from attnzoo.bench.report import BEGIN, END, markdown_section, markdown_table, print_report, rewrite_readme
 from attnzoo.bench.summary import need_verdict, speed_verdict, spread, summarise
 from attnzoo.errors import AttnZooError
+from tests.bench.data import cost
 
 
 class Balance(HTMLParser):
@@ -88,6 +89,28 @@ def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_record
     assert lines[2].startswith("| **vit** | forward, 16 tokens | forward, 64 tokens |")
     assert lines[3].startswith("| `dense` | 1.00x")
     assert "oom" in lines[-1]
+
+
+def test_without_quality_the_markdown_has_no_columns_for_it(make_record):
+    records = [make_record(kind="cost", tokens=tokens, quality=None) for tokens in (16, 64)]
+    assert "quality" not in markdown_section(records)
+    assert len({line.count("|") for line in markdown_table(records).splitlines()}) == 1
+
+
+def test_needs_are_told_of_the_largest_count_that_half_of_the_attentions_have(make_record):
+    def at(tokens, label):
+        return make_record(tokens=tokens, label=label, is_baseline=label == "dense")
+
+    records = [at(16, "dense"), at(16, "a"), at(16, "b"), at(64, "dense"), at(64, "a"), at(256, "dense")]
+    assert "forward at 64" in markdown_table(records)
+    assert "forward at 256" in markdown_table([*records, at(256, "a")])
+
+
+def test_kept_memory_is_told(make_record, run_records):
+    kept = make_record(cost={**cost(), "freed_memory_kept": True})
+    for report in (markdown_section, html_page):
+        assert "keeps" in report([kept])
+        assert "keeps" not in report(run_records)
 
 
 def test_rewriting_a_readme_changes_only_what_is_between_the_markers(tmp_path, run_records):

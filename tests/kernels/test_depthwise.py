@@ -18,9 +18,10 @@ def fresh():
     native.library.cache_clear()
 
 
-def problem(batch, height, width, channels, size, seed=0, dtype=torch.float32):
+def problem(batch, height, width, channels, size, seed=0, dtype=torch.float32, an_image=False):
     g = torch.Generator().manual_seed(seed)
-    shapes = ((batch, height * width, channels), (channels, 1, size, size), (channels,))
+    bias = (batch, channels) if an_image else (channels,)
+    shapes = ((batch, height * width, channels), (channels, 1, size, size), bias)
     return tuple(torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
@@ -28,7 +29,7 @@ def by_loops(x, weight, bias, height, width):
     """The equation, one tap after the other."""
     size, half = weight.shape[-1], weight.shape[-1] // 2
     image = x.unflatten(1, (height, width))
-    out = bias.expand_as(image).clone()
+    out = bias.reshape(-1, 1, 1, bias.shape[-1]).expand_as(image).clone()
     for i in range(size):
         for j in range(size):
             for y in range(height):
@@ -49,8 +50,9 @@ def test_the_compiled_path_is_the_one_tested():
     assert depthwise.is_compiled(), "a C++ compiler is needed for these tests"
 
 
-def test_reference_is_the_equation():
-    inputs = problem(2, 3, 4, 5, 5, dtype=torch.float64)
+@pytest.mark.parametrize("an_image", [False, True])
+def test_reference_is_the_equation(an_image):
+    inputs = problem(2, 3, 4, 5, 5, dtype=torch.float64, an_image=an_image)
     torch.testing.assert_close(depthwise.reference(*inputs, 3, 4), by_loops(*inputs, 3, 4), atol=1e-12, rtol=1e-12)
 
 
@@ -62,9 +64,10 @@ def test_reference_is_the_equation():
     channels=st.integers(1, 40),
     size=st.sampled_from([1, 3, 5, 7, 11, 13, 27]),
     seed=st.integers(0, 1000),
+    an_image=st.booleans(),
 )
-def test_equals_the_reference_in_float64(batch, height, width, channels, size, seed):
-    inputs = problem(batch, height, width, channels, size, seed)
+def test_equals_the_reference_in_float64(batch, height, width, channels, size, seed, an_image):
+    inputs = problem(batch, height, width, channels, size, seed, an_image=an_image)
     fast = gradients(depthwise.depthwise2d, inputs, height, width)
     slow = gradients(depthwise.reference, [t.double() for t in inputs], height, width)
     for a, b in zip(fast, slow, strict=True):
@@ -117,8 +120,9 @@ def test_results_do_not_depend_on_threads(threads):
         assert torch.equal(a, b)
 
 
-def test_second_gradients():
-    inputs = [t.requires_grad_() for t in problem(1, 3, 3, 2, 3)]
+@pytest.mark.parametrize("an_image", [False, True])
+def test_second_gradients(an_image):
+    inputs = [t.requires_grad_() for t in problem(2, 3, 3, 2, 3, an_image=an_image)]
     double = [t.detach().double().requires_grad_() for t in inputs]
 
     def second(function, given):
@@ -130,8 +134,9 @@ def test_second_gradients():
         torch.testing.assert_close(a.double(), b, atol=1e-3, rtol=1e-4)
 
 
-def test_the_operator_keeps_torchs_rules():
-    inputs = [t.requires_grad_() for t in problem(2, 4, 3, 5, 3)]
+@pytest.mark.parametrize("an_image", [False, True])
+def test_the_operator_keeps_torchs_rules(an_image):
+    inputs = [t.requires_grad_() for t in problem(2, 4, 3, 5, 3, an_image=an_image)]
     torch.library.opcheck(torch.ops.attnzoo.depthwise2d.default, (*inputs, 4, 3))
 
 
@@ -139,9 +144,10 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
     x, weight, bias = problem(2, 3, 4, 5, 3)
     wrong = [
         ((x, weight, bias, 30, 40), r"\(B, 1200, C\), not \(2, 12, 5\)"),
+        ((x, weight, bias.expand(3, -1), 3, 4), "bias of 2 images and 5 channels"),
         ((x, weight[:4], bias, 3, 4), r"weights of 5 channels.*\(4, 1, 3, 3\)"),
         ((x, weight[..., :2, :2], bias, 3, 4), "K odd"),
-        ((x, weight, bias[:3], 3, 4), "bias of 5 channels"),
+        ((x, weight, bias[:3], 3, 4), "bias of 2 images and 5 channels"),
     ]
     for args, said in wrong:
         for function in (depthwise.depthwise2d, torch.ops.attnzoo.depthwise2d):
@@ -152,13 +158,21 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
     with pytest.raises(UnsupportedError, match="float64"):
         torch.ops.attnzoo.depthwise2d(x.double(), weight, bias, 3, 4)
     with pytest.raises(UnsupportedError, match="float64"):
-        torch.ops.attnzoo.depthwise2d_backward(x, x, weight.double(), 3, 4, [True] * 3)
+        torch.ops.attnzoo.depthwise2d_backward(x, x, weight.double(), 3, 4, [True] * 3, False)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 17), st.integers(1, 17), st.integers(1, 20), st.sampled_from([1, 3, 7]))
-def test_a_product_of_two_equals_two_and_their_product(batch, height, width, channels, size):
-    a, b = (problem(batch, height, width, channels, size, seed) for seed in (0, 1))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 17),
+    st.integers(1, 17),
+    st.integers(1, 20),
+    st.sampled_from([1, 3, 7]),
+    st.booleans(),
+)
+def test_a_product_of_two_equals_two_and_their_product(batch, height, width, channels, size, an_image):
+    a = problem(batch, height, width, channels, size)
+    b = problem(batch, height, width, channels, size, seed=1, an_image=an_image)
     expected = depthwise.reference(*(t.double() for t in a), height, width) * depthwise.reference(
         *(t.double() for t in b), height, width
     )

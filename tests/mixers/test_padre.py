@@ -6,6 +6,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnzoo.bench.trace import trace
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.mixers.channel_mixing import make_channel_mixing
 from attnzoo.mixers.padre import Padre
@@ -176,11 +177,19 @@ def test_half_precision_holds_many_tokens_with_an_offset():
     assert (half - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_without_gradients_a_step_is_one_product_of_convolutions():
+    mixer, x = Padre(8, degree=3, kernel_size=3), torch.randn(2, 21, 8)
+    with torch.no_grad():
+        seen = trace(lambda: mixer(x, grid=(4, 5), prefix=1))
+    assert any("depthwise2d_product" in op for op in seen.backends)
+    torch.testing.assert_close(mixer(x, grid=(4, 5), prefix=1), mixer.reference(x, grid=(4, 5), prefix=1))
+
+
 def test_degree_one_is_one_convolution():
     mixer = Padre(8, degree=1, kernel_size=3, mix_prefix=False)
     x = torch.randn(1, 20, 8)
     image = rearrange(mixer.y_channels(x), "b (h w) c -> b c h w", h=4)
-    plain = torch.nn.functional.conv2d(image, mixer.y_tokens.weight, mixer.y_tokens.bias, padding=1, groups=8)
+    plain = torch.nn.functional.conv2d(image, mixer.y_tokens[0].weight, mixer.y_tokens[0].bias, padding=1, groups=8)
     torch.testing.assert_close(mixer(x, grid=(4, 5)), rearrange(plain, "b c h w -> b (h w) c"))
 
 
@@ -297,14 +306,14 @@ def test_a_state_that_is_not_its_own_is_refused():
 def test_each_dense_map_over_tokens_is_its_own():
     """A_2 changes what Z_2 is made of, and leaves Z_1 as it was."""
     mixer = padre(2, token_mixing="dense", tokens=7, output="sum")
-    assert mixer.y_tokens.weight.shape == (2, 7, 7)
+    assert [tuple(mixing.weight.shape) for mixing in mixer.y_tokens] == [(7, 7), (7, 7)]
     x = torch.randn(1, 7, 5, dtype=torch.float64)
     with torch.no_grad():
         mixer.term_weights[1] = 0  # Z_1 alone
         before = mixer(x)
-        mixer.y_tokens.weight[1] += 1
+        mixer.y_tokens[1].weight += 1
         assert torch.equal(mixer(x), before)
-        mixer.y_tokens.weight[0] += 1
+        mixer.y_tokens[0].weight += 1
         assert not torch.allclose(mixer(x), before)
 
 

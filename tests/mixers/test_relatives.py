@@ -291,6 +291,8 @@ def test_the_fast_kernel_of_mamba_is_called_as_its_authors_call_it():
         patch.setattr(mamba, "_kernel", lambda: selective_scan_fn)
         patch.setattr(mamba, "_on_cuda", lambda u: True)
         torch.testing.assert_close(m(x), expected)
+        patch.setattr(mamba, "_kernel", lambda: pytest.fail("the authors' kernel takes no float64"))
+        m.double()(x.double())
     assert called == {"u": (2, 2 * DIM, N), "B": (2, 3, N), "wide": {torch.float32}}
 
 
