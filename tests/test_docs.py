@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from attnzoo import list_attentions
 from attnzoo.__main__ import capability_table, main
 from attnzoo.bench import train_bytes
 from attnzoo.bench.config import load_config
+from attnzoo.bench.decode import record as decode_record
+from attnzoo.bench.decode import report as decode_report
 from attnzoo.bench.decode.config import load_config as load_decode_config
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
@@ -113,6 +116,19 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
     peak = [cost[memory]["activation_peak_bytes"] / 1e6 for memory in ("memory_dense", "memory")]
     assert f"| {peak[0]:.0f} MB | {peak[1]:.0f} MB | {peak[1] / peak[0]:.2f}x |" in text
     assert spread(dense["cost"]["batches"][0]["first_token_speedup"]) in text
+
+
+def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
+    records = decode_record.read_records(ROOT / "docs/records/prose.jsonl")
+    assert between(ROOT / "docs/eviction.md", "prose") == decode_report.markdown_table(records)
+    (single,) = records[0].retrieval
+    assert (records[0].nll.windows, single.samples, single.tokens) == (20, 50, 2000)
+    assert {r.attention for r in records if r.attention} == set(list_attentions("eviction"))
+    by_depth = {record.label: record.retrieval[0].by_depth for record in records}
+    for line in between(ROOT / "docs/eviction.md", "depth").splitlines()[2:]:
+        label, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        quarters = [[hit for depth, hit in by_depth[label] if min(int(4 * depth), 3) == q] for q in range(4)]
+        assert cells == [f"{sum(hits)} of {len(hits)}" for hits in quarters]
 
 
 @pytest.mark.parametrize("name", ["mixers-cpu", "mixers-cpu-gradient"])
