@@ -1,7 +1,11 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels then run in NumPy
 
 import attnzoo
 from attnzoo.registry import unregister_attention

@@ -123,6 +123,8 @@ def reference(
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, int], causal: bool) -> Tensor:
     if weight.dim() == PIXELS + 2:
         return depthwise2d(x, weight, weight.new_zeros(len(weight)) if bias is None else bias, *grid)
+    if not x.numel():
+        return x
     size, an_image = weight.shape[-1], bias is not None and bias.dim() == 2
     rows = x.unflatten(1, grid).flatten(0, 1).mT
     rows = F.pad(rows, (size - 1, 0) if causal else (size // 2, size // 2))
@@ -286,9 +288,9 @@ def _finish(
 @triton.jit
 def _of_image(pointer, offset):
     """`pointer` moved on by `offset`, or None."""
-    if pointer is None:
-        return None
-    return pointer + offset
+    if pointer is not None:
+        pointer += offset
+    return pointer
 
 
 def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> list[Any]:
@@ -409,7 +411,7 @@ def _all(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> 
 
 WEIGHT_CONFIGS = [
     triton.Config({"COLUMNS": columns, "CHANNELS": channels}, num_warps=4, num_stages=2)
-    for columns, channels in ((16, 64), (32, 64), (64, 32))
+    for columns, channels in ((32, 64), (64, 32))
 ]
 TAPS = 4  # of a row, whose gradients a program sums
 

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -22,12 +23,34 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.kernels.language import AVAILABLE, interpreting, tl, triton
 
 log = logging.getLogger("attnzoo")
+OPTIONS = {"enable_fp_fusion": True}  # of the compiler: a multiply and an add are one instruction
+
 _recorders: list[Counter[tuple[str, str]]] = []
+_captures: list[list[Launch]] = []
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what it was called with."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def configs(self) -> list[Any]:
+        """Give the configurations that may be chosen; [None] where there is no choice."""
+        if not hasattr(self.kernel, "configs"):
+            return [None]
+        named = dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.constants
+        found: list[Any] = self.kernel.early_config_prune(self.kernel.configs, named)
+        return found
 
 
 @torch.compiler.assume_constant_result
 def triton_works(device: torch.device) -> bool:
     """Whether Triton's kernels run on `device`."""
+    if _captures:
+        return True
     return device.type == "cuda" and AVAILABLE and not interpreting() and _probe(device.index or 0)
 
 
@@ -53,6 +76,20 @@ def record_paths() -> Iterator[Counter[tuple[str, str]]]:
         _recorders.remove(taken)
 
 
+@contextmanager
+def capture_launches() -> Iterator[list[Launch]]:
+    """Have ops take their kernels, on any device, and gather the launches instead of running them.
+
+    What the ops give is memory that nobody wrote: this is for compiling kernels where they cannot run.
+    """
+    captured: list[Launch] = []
+    _captures.append(captured)
+    try:
+        yield captured
+    finally:
+        _captures.remove(captured)
+
+
 def note(op: str, path: str) -> None:
     """Tell whoever records that `op` takes `path`."""
     if torch.compiler.is_compiling():
@@ -67,14 +104,16 @@ def launch(kernel: Any, grid: Grid, device: torch.device, *args: Any, **constant
     Where it has a choice of configurations the fastest is found at the first call of each kind and kept on disk.
     Triton's interpreter, which has no clock worth the name, takes the first that may be taken.
     """
+    if _captures:
+        _captures[-1].append(Launch(kernel, args, constants))
+        return
     where = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with where:
         if interpreting() and hasattr(kernel, "configs"):
-            named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-            config = kernel.early_config_prune(kernel.configs, named)[0]
+            config = Launch(kernel, args, constants).configs()[0]
             kernel.fn[grid](*args, **constants, **config.kwargs)
         else:
-            kernel[grid](*args, **constants)
+            kernel[grid](*args, **constants, **OPTIONS)
 
 
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]

@@ -26,7 +26,7 @@ from attnzoo.errors import ShapeError
 from attnzoo.kernels.dispatch import launch, need_triton, note, side_by_side, sums_dtype, triton_works, wide
 from attnzoo.kernels.language import tl, triton
 
-BLOCK = 2048  # elements of a program's tile
+BLOCK = 1024  # elements of a program's tile
 
 
 def hadamard_chain(

@@ -72,8 +72,8 @@ class Conv2Former(nn.Module):
         self.tokens.check_prefix(prefix)
         canvas = self.tokens.layout(x, grid, prefix, mask)
         (a_head, v_head), (a, v) = (self.channels(part).chunk(2, dim=-1) for part in canvas.lay(x))
-        a_head, a = self.tokens(self._act(a_head), self._act(a), canvas)
-        return canvas.take(self.proj(a_head * v_head), self.proj(a * v))
+        head, patches = self.tokens.product((self._act(a_head), self._act(a)), None, (v_head, v), canvas)
+        return canvas.take(self.proj(head), self.proj(patches))
 
     def _act(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.activation == "gelu" else x

@@ -18,13 +18,16 @@ rounding: about 1e-7 of the largest value of the sequence in float32.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_int, check_odd, check_tokens
-from attnzoo.mixers.canvas import Canvas, hide, real_tokens
+from attnzoo.kernels.depthwise_pair import depthwise_pair
+from attnzoo.mixers.canvas import Canvas, real_tokens
+from attnzoo.mixers.token_mixing import where
 
 SHORT = 3  # length of the short filters
 FAST_DECAY, SLOW_DECAY, FLOOR = 0.3, 1.5, 0.01  # filters fall to FLOOR within these shares of `length`
@@ -93,16 +96,17 @@ class Hyena(nn.Module):
         check_tokens(x, self.dim, mask)
         line = Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
         head, x = line.lay(x)
-        sides = (SHORT // 2, SHORT // 2) if self.bidirectional else (SHORT - 1, 0)
-        streams = self.short_filter(F.pad(hide(self.in_proj(x), line.patch_mask).mT, sides))
-        real = None if line.patch_mask is None else line.patch_mask.mT
-        *gates, v = streams.chunk(self.order + 1, dim=1)
+        streams = self.in_proj(x).chunk(self.order + 1, dim=-1)
+        short = self.short_filter.weight, cast(Tensor, self.short_filter.bias)
+        *gates, last, v = zip(streams, *(t.chunk(self.order + 1) for t in short), strict=True)
+        place = {**where(line), "causal": not self.bidirectional}
+        product = depthwise_pair(*v, *last, **place).mT  # padding is 0 here and after each product below
         taps = self.filters(x.shape[1]).unflatten(1, (self.order - 1, self.dim)).unbind(1)
         skips = self.filters.bias.chunk(self.order - 1)
-        for gate, h, skip in zip(reversed(gates[1:]), taps, skips, strict=True):
-            v = hide(v * gate, real)
-            v = long_convolution(v, h) + skip.unsqueeze(-1) * v
-        return line.take(head, self.out_proj((v * gates[0]).mT))
+        for gate, h, skip in zip(reversed(gates), taps, skips, strict=True):
+            convolved = long_convolution(product, h) + skip.unsqueeze(-1) * product
+            product = convolved * depthwise_pair(*gate, **place).mT
+        return line.take(head, self.out_proj(product.mT))
 
     def extra_repr(self) -> str:
         """Name the options."""

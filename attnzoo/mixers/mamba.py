@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_int, check_tokens
-from attnzoo.mixers.canvas import Canvas, hide, real_tokens
+from attnzoo.kernels.depthwise_pair import depthwise_pair
+from attnzoo.mixers.canvas import Canvas, real_tokens
 
 SMALLEST_STEP, LARGEST_STEP = 0.001, 0.1
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that mamba_ssm takes
@@ -132,8 +133,9 @@ class Selective(nn.Module):
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scan ``(B, N, inner)``; where `mask` ``(B, N, 1)`` is False nothing goes into the state."""
-        u = F.silu(self.conv1d(F.pad(u.mT, (self.conv1d.kernel_size[0] - 1, 0))))
-        u = hide(u.mT, mask)
+        real = None if mask is None else mask.squeeze(-1)
+        u = depthwise_pair(u, self.conv1d.weight, self.conv1d.bias, grid=(1, u.shape[1]), causal=True, mask=real)
+        u = F.silu(u)  # padding stays 0
         step, b, c = self.x_proj(u).split([self.rank, self.state_size, self.state_size], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)
         a = -self.A_log.to(wide).exp()

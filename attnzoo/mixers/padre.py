@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_odd, check_tokens
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
+from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
 from attnzoo.mixers.token_mixing import (
@@ -198,9 +199,8 @@ class Padre(nn.Module):
     def _output(self, terms: list[Parts], canvas: Canvas, real: Tensor | None) -> Tensor:
         if self.output == "last":
             return canvas.take(*terms[-1])
-        weighted = (w * canvas.take(*z) for w, z in zip(self.term_weights, terms, strict=True))
-        out = sum(weighted, self.term_bias)
-        return hide(cast(Tensor, out), None if real is None else real.unsqueeze(-1))
+        out = hadamard_chain([canvas.take(*z) for z in terms], weights=self.term_weights, bias=self.term_bias)
+        return hide(out, None if real is None else real.unsqueeze(-1))
 
     def reference(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Compute the same by the paper's equation, with every A_i and C_i as a dense matrix, image by image. Slow."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_int
 from attnzoo.errors import OptionError, ShapeError
-from attnzoo.kernels.depthwise import depthwise2d, depthwise2d_product
+from attnzoo.kernels.depthwise_pair import depthwise_pair
+from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.mixers.canvas import Canvas, fixed, hide, real_tokens
 
 Parts = tuple[Tensor, Tensor]  # prefix tokens (B, P, C), and patches (B, height * width, C)
@@ -64,10 +65,11 @@ class TokenMixing(nn.Module, ABC):
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Mix prefix ``(B, P, C)`` and patches ``(B, height * width, C)``; what stands at padding means nothing."""
 
-    def product(self, parts: Parts, other: TokenMixing, others: Parts, canvas: Canvas) -> Parts:
-        """Mix `parts`, and `others` by a mixing of the same kind, and multiply what comes out."""
-        (head, patches), (other_head, other_patches) = self(*parts, canvas), other(*others, canvas)
-        return head * other_head, patches * other_patches
+    def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
+        """Mix `parts`, and `others` by a mixing of the same kind (None: as they are), and multiply what comes out."""
+        head, patches = self(*parts, canvas)
+        other_head, other_patches = others if other is None else other(*others, canvas)
+        return head * other_head, hadamard_chain(products=[(patches, other_patches)])
 
     @abstractmethod
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
@@ -78,7 +80,9 @@ class TokenMixing(nn.Module, ABC):
 
 
 class PrefixMixing(TokenMixing):
-    """Base of the kinds that have weights for prefix tokens, and a bias; see the head of this file."""
+    """Base of the convolutions that have weights for prefix tokens, and a bias; see the head of this file."""
+
+    weight: nn.Parameter
 
     def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
         super().__init__(channels, kernel_size=kernel_size, tokens=tokens, mix_prefix=mix_prefix)
@@ -96,28 +100,35 @@ class PrefixMixing(TokenMixing):
             raise ShapeError(f"this mixer was built with mix_prefix=False and cannot take {prefix} prefix tokens")
 
     @abstractmethod
-    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
-        """Mix patches, whose padding is zero, among themselves, and add a bias ``(C,)`` or ``(B, C)``."""
-
-    @abstractmethod
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight ``(channels,)`` with which place `source` reaches place `to`; None for 0."""
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
-        """Mix prefix and patches."""
-        head, patches, bias = self.prepare(head, patches, canvas)
-        return head, self.mix(patches, bias, canvas)
+        """Mix the prefix, convolve the patches."""
+        head, bias = self.prefix_parts(head, patches, canvas)
+        return head, depthwise_pair(patches, self.weight, bias, **where(canvas))
 
-    def prepare(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor, Tensor]:
-        """Give the mixed prefix, the patches with zeros for padding, and the bias that the prefix makes for them."""
-        head, patches = hide(head, canvas.prefix_mask), hide(patches, canvas.patch_mask)
+    def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
+        """Convolve and multiply in one operation."""
+        head, bias = self.prefix_parts(*parts, canvas)
+        factors = (parts[1], self.weight, bias)
+        if other is None:
+            return head * others[0], depthwise_pair(*factors, others[1], **where(canvas))
+        assert isinstance(other, PrefixMixing)
+        other_head, other_bias = other.prefix_parts(*others, canvas)
+        patches = depthwise_pair(*factors, others[1], other.weight, other_bias, **where(canvas))
+        return head * other_head, patches
+
+    def prefix_parts(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
+        """Give the prefix, mixed, and a bias ``(C,)`` or ``(B, C)`` for the patches, which the prefix takes part in."""
+        head = hide(head, canvas.prefix_mask)
         if not canvas.prefix:
-            return head, patches, self.bias
+            return head, self.bias
         head_sum, head_count = token_sum(head, canvas.prefix_mask)
-        patch_sum, patch_count = token_sum(patches, canvas.patch_mask)
+        patch_sum, patch_count = token_sum(hide(patches, canvas.patch_mask), canvas.patch_mask)
         head_mean = (head_sum / head_count.clamp(min=1)).to(head.dtype).squeeze(1)
         mean = ((head_sum + patch_sum) / (head_count + patch_count).clamp(min=1)).to(head.dtype)
-        return self.own * head + self.to_prefix * mean + self.bias, patches, self.bias + self.to_patches * head_mean
+        return self.own * head + self.to_prefix * mean + self.bias, self.bias + self.to_patches * head_mean
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
@@ -148,18 +159,6 @@ class DepthwiseConv2d(PrefixMixing):
         """On the grid."""
         return Canvas.of(x, grid, prefix, mask)
 
-    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
-        """Convolve."""
-        return depthwise2d(patches, self.weight, bias, canvas.height, canvas.width)
-
-    def product(self, parts: Parts, other: TokenMixing, others: Parts, canvas: Canvas) -> Parts:
-        """Convolve both and multiply, in one pass less where no gradient is wanted."""
-        assert isinstance(other, DepthwiseConv2d)
-        head, patches, bias = self.prepare(*parts, canvas)
-        other_head, other_patches, other_bias = other.prepare(*others, canvas)
-        factors = (patches, self.weight, bias), (other_patches, other.weight, other_bias)
-        return head * other_head, depthwise2d_product(*factors[0], *factors[1], canvas.height, canvas.width)
-
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight of one place for another."""
         half = self.kernel_size // 2
@@ -178,11 +177,6 @@ class DepthwiseConv1d(PrefixMixing):
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
         """In a line."""
         return Canvas.line(x, grid, prefix, mask)
-
-    def mix(self, patches: Tensor, bias: Tensor, canvas: Canvas) -> Tensor:
-        """Convolve."""
-        line = F.conv1d(patches.mT, self.weight, padding=self.kernel_size // 2, groups=self.channels)
-        return line.mT + (bias if bias.dim() == 1 else bias.unsqueeze(1))
 
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
         """Weight of one place for another."""
@@ -206,7 +200,13 @@ class CausalConv1d(TokenMixing):
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Convolve."""
-        return head, self.along(F.pad(hide(patches, canvas.patch_mask), (0, 0, self.kernel_size - 1, 0)))
+        return head, depthwise_pair(patches, self.weight, self.bias, causal=True, **where(canvas))
+
+    def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
+        """Convolve and multiply in one operation."""
+        assert isinstance(other, CausalConv1d)
+        factors = (parts[1], self.weight, self.bias, others[1], other.weight, other.bias)
+        return parts[0] * others[0], depthwise_pair(*factors, causal=True, **where(canvas))
 
     def along(self, line: Tensor) -> Tensor:
         """Convolve all but the first ``kernel_size - 1`` tokens of ``(B, kernel_size - 1 + N, C)``."""
@@ -272,6 +272,12 @@ TOKEN_MIXINGS: dict[str, type[TokenMixing]] = {
     "dense": DenseTokens,
     "identity": NoTokenMixing,
 }
+
+
+def where(canvas: Canvas) -> dict[str, Any]:
+    """Where patches lie, as `depthwise_pair` wants it."""
+    mask = None if canvas.patch_mask is None else canvas.patch_mask.squeeze(-1)
+    return {"grid": (canvas.height, canvas.width), "mask": mask}
 
 
 def token_sum(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,170 @@
+"""Compile every configuration of every Triton kernel for GPUs that need not be here, and say what each takes.
+
+python eval/kernels.py [--output FILE] [--cases NAME ...] [--capabilities 80 90]
+
+Each op is called, forward and backward, in the cases below, in half precision and float32; instead of being launched,
+its kernels are compiled for each compute capability in every configuration that autotuning may choose. It fails if one
+spills registers to memory, or if one that is to multiply matrices has no tensor-core instruction. Two processes; about
+five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+BATCH, SIDE, DIM = 2, 56, 384
+TOKENS = SIDE * SIDE
+
+
+def pair(size: int, *, kind: str = "2d", factors: int = 2) -> Callable[[torch.dtype], Tensor]:
+    """A fused pair of convolutions of kernel `size`."""
+    from attnzoo.kernels.depthwise_pair import depthwise_pair
+
+    def call(dtype: torch.dtype) -> Tensor:
+        taps = (DIM, 1, size, size) if kind == "2d" else (DIM, 1, size)
+        x_a, x_b = (leaf(dtype, BATCH, TOKENS, DIM) for _ in range(2))
+        second = (x_b, leaf(dtype, *taps), leaf(dtype, DIM)) if factors == 2 else ()
+        grid = (SIDE, SIDE) if kind == "2d" else (1, TOKENS)
+        first = (x_a, leaf(dtype, *taps), leaf(dtype, DIM))
+        return depthwise_pair(*first, *second, grid=grid, causal=kind == "causal")
+
+    return call
+
+
+def chain(plain: int, products: int, *, weighted: bool) -> Callable[[torch.dtype], Tensor]:
+    """A Hadamard chain."""
+    from attnzoo.kernels.hadamard import hadamard_chain
+
+    def call(dtype: torch.dtype) -> Tensor:
+        terms = [leaf(dtype, BATCH, TOKENS, DIM) for _ in range(plain + 2 * products)]
+        factors = zip(terms[plain : plain + products], terms[plain + products :], strict=True)
+        extras = (leaf(dtype, plain + products, DIM), leaf(dtype, DIM)) if weighted else (None, None)
+        return hadamard_chain(terms[:plain], list(factors), *extras)
+
+    return call
+
+
+def leaf(dtype: torch.dtype, *shape: int) -> Tensor:
+    """A tensor without values, of which a gradient is wanted."""
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+CASES: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "pair 3x3": pair(3),
+    "pair 11x11": pair(11),
+    "pair 31x31": pair(31),
+    "one 11x11": pair(11, factors=1),
+    "pair of length 11": pair(11, kind="1d"),
+    "causal pair of length 4": pair(4, kind="causal"),
+    "product": chain(0, 1, weighted=False),
+    "weighted sum of 3": chain(2, 1, weighted=True),
+}
+
+
+def compiled(task: tuple[str, int]) -> list[dict[str, Any]]:
+    """Compile all kernels of a case for a compute capability."""
+    from attnzoo.kernels.dispatch import capture_launches
+    from attnzoo.kernels.resources import compile_for
+
+    case, capability = task
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        with capture_launches() as launches:
+            CASES[case](dtype).sum().backward()
+        seen = set()
+        for launch in launches:
+            function = getattr(launch.kernel, "fn", launch.kernel)
+            for config in launch.configs():
+                found = compile_for(launch, config, capability)
+                row = {
+                    "kernel": f"{function.__module__.rpartition('.')[2]}.{function.__name__.strip('_')}",
+                    "case": case,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "capability": capability,
+                    "configuration": described(config),
+                    **vars(found),
+                }
+                if (key := json.dumps(row)) not in seen:  # the two inputs' gradients are one kernel
+                    seen.add(key)
+                    rows.append(row)
+    return rows
+
+
+def described(config: Any) -> dict[str, int]:
+    """A configuration, as plain data."""
+    return (
+        {"warps": 4} if config is None else {**{k: int(v) for k, v in config.kwargs.items()}, "warps": config.num_warps}
+    )
+
+
+def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """What must not be."""
+    found = []
+    for row in rows:
+        if row["spilled_bytes"]:
+            found.append(f"spills {row['spilled_bytes']} bytes: {row}")
+        if row["configuration"].get("BANDED") and not row["matrix_products"]:
+            found.append(f"no tensor-core instruction: {row}")
+    return found
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each kernel and configuration, the largest figure of all its cases."""
+    lines = ["| kernel | configuration | most registers | most shared bytes | spilled | tensor cores |"]
+    lines.append("|---|---|---:|---:|---:|---|")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        shape = ", ".join(f"{name.lower()} {value}" for name, value in row["configuration"].items())
+        groups.setdefault((row["kernel"], shape), []).append(row)
+    for (kernel, shape), group in groups.items():
+        most = {key: max(row[key] for row in group) for key in ("registers", "shared_bytes", "spilled_bytes")}
+        cores = "yes" if all(row["matrix_products"] for row in group) else "no"
+        cells = (f"`{kernel}`", shape, most["registers"], f"{most['shared_bytes']:,}", most["spilled_bytes"], cores)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="file of JSON lines to write")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="by default all")
+    parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], help="compute capability, times ten")
+    parsed = parser.parse_args(arguments)
+    console = Console()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        console.print("[red]unset TRITON_INTERPRET: under the interpreter nothing is compiled[/red]")
+        return 2
+    import triton
+
+    tasks = [(case, capability) for case in parsed.cases for capability in parsed.capabilities]
+    with ProcessPoolExecutor(2) as pool:
+        parts = track(pool.map(compiled, tasks), "compiling", len(tasks), console=console)
+        rows = [{**row, "triton": triton.__version__} for part in parts for row in part]
+    if parsed.output is not None:
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        part = parsed.output.with_name(f".{parsed.output.name}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(part, parsed.output)
+    print(markdown(rows))
+    found = problems(rows)
+    for problem in found:
+        console.print(f"[red]{problem}[/red]")
+    console.print(f"{len(rows)} kernels compiled, {len(found)} problems")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

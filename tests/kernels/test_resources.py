@@ -1,0 +1,60 @@
+"""Every configuration compiles for GPUs that are not here, spills nothing, and multiplies matrices where it says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnzoo.kernels import depthwise_pair, hadamard  # noqa: F401  their kernels
+from eval import kernels
+
+ROOT = Path(__file__).parents[2]
+RECORD = ROOT / "docs/records/kernels.jsonl"
+
+
+@pytest.mark.timeout(600)
+def test_kernels_compile_without_a_gpu(tmp_path):
+    """In a process of its own, for here kernels are for the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "eval/kernels.py", "--output", tmp_path / "rows.jsonl", "--cases", "pair 11x11"]
+    command += ["pair of length 11", "weighted sum of 3"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_whole([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()])
+
+
+def test_the_committed_table_is_whole():
+    rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
+    assert_whole(rows)
+    assert {row["case"] for row in rows} == set(kernels.CASES)
+
+
+def assert_whole(rows):
+    """Each configuration that may be chosen, for both generations, without a problem."""
+    assert kernels.problems(rows) == []
+    wanted = {
+        "depthwise_pair.forward_kernel": depthwise_pair.CONFIGS,
+        "depthwise_pair.weight_kernel": depthwise_pair.WEIGHT_CONFIGS,
+    }
+    for capability in (80, 90):
+        own = [row for row in rows if row["capability"] == capability]
+        for kernel, configs in wanted.items():
+            seen = [row["configuration"] for row in own if row["kernel"] == kernel]
+            assert all(kernels.described(config) in seen for config in configs)
+        assert {row["kernel"] for row in own} == {*wanted, "hadamard.forward_kernel", "hadamard.backward_kernel"}
+
+
+def test_a_spill_and_a_missing_matrix_product_are_problems():
+    fine = {"spilled_bytes": 0, "matrix_products": 0, "configuration": {"BANDED": 0}}
+    assert kernels.problems([fine]) == []
+    assert "spills" in kernels.problems([{**fine, "spilled_bytes": 8}])[0]
+    assert "tensor-core" in kernels.problems([{**fine, "configuration": {"BANDED": 1}}])[0]
+
+
+def test_under_the_interpreter_it_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.main([]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().out
