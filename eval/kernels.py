@@ -136,13 +136,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--output", type=Path, help="file of JSON lines to write")
+    made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="by default all")
+    made.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], help="compute capability, times ten")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="file of JSON lines to write")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="by default all")
-    parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], help="compute capability, times ten")
-    parsed = parser.parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     console = Console()
     if os.environ.get("TRITON_INTERPRET") == "1":
         console.print("[red]unset TRITON_INTERPRET: under the interpreter nothing is compiled[/red]")

@@ -20,6 +20,7 @@ from attnzoo.bench.decode.config import load_config as load_decode_config
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.registry import _table, unregister_attention
+from eval import kernels
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -85,6 +86,9 @@ def test_shell_commands_are_real(page):
                 "train/decode.py": train_bytes.load_config,
             }
             assert command[0] == "python", line
+            if command[1] == "eval/kernels.py":
+                assert kernels.parser().parse_args(command[2:]), line
+                continue
             assert command[1] in load, line
             if command[2] == "--report":
                 assert (ROOT / command[3]).is_file(), line
@@ -129,6 +133,11 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
         label, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
         quarters = [[hit for depth, hit in by_depth[label] if min(int(4 * depth), 3) == q] for q in range(4)]
         assert cells == [f"{sum(hits)} of {len(hits)}" for hits in quarters]
+
+
+def test_the_table_of_kernels_is_that_of_the_committed_record():
+    rows = [json.loads(line) for line in (ROOT / "docs/records/kernels.jsonl").read_text().splitlines()]
+    assert between(ROOT / "docs/kernels.md", "kernels") == kernels.markdown(rows)
 
 
 @pytest.mark.parametrize("name", ["mixers-cpu", "mixers-cpu-gradient"])
