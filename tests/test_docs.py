@@ -145,6 +145,9 @@ def test_the_tables_of_mixers_are_those_of_the_committed_records(name):
     records = read_records(ROOT / "docs/records" / f"{name.replace('-', '_')}.jsonl")
     assert all(record.status == "ok" for record in records)
     assert all(record.gate.passed for record in records if record.kind == "cost")
+    if records[0].phase == "training":
+        assert all("gradients" in record.gate.oracle for record in records)
+        assert not any(record.environment.dirty for record in records)
     assert between(ROOT / "docs/padre.md", name) == markdown_section(records).strip()
 
 

@@ -211,7 +211,7 @@ def _all_plots(summary: Summary) -> str:
         ]
     if summary.cost:
         drawn += [
-            ("Latency of a forward against token count", plots.latency_plot(summary)),
+            ("Latency of a call against token count", plots.latency_plot(summary)),
             ("Peak memory of activations against token count", plots.memory_plot(summary)),
         ]
     drawn.append(("Training loss, first seed", plots.training_plot(summary)))

@@ -77,9 +77,12 @@ def speed_trade_plot(summary: Summary) -> str:
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
 
-    forward = f"mixers and cores: forward, {tokens:,} tokens"
-    names = {"forward": forward, "prefill": "policies: prefill", "decode": "policies: decode"}
-    shapes = {SHAPES[group.phase]: names[group.phase] for group in summary.groups}
+    def name(group: Group) -> str:
+        if group.part == "language":
+            return f"policies: {group.phase}"
+        return f"mixers and cores: {group.title.partition(',')[0]}, {tokens:,} tokens"
+
+    shapes = {SHAPES[group.phase]: name(group) for group in summary.groups}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
 
 

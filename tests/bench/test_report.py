@@ -113,6 +113,12 @@ def test_kept_memory_is_told(make_record, run_records):
         assert "keeps" not in report(run_records)
 
 
+def test_forward_and_backward_are_reported_as_such(make_record, run_records):
+    both = [record.model_copy(update={"phase": "training"}) for record in run_records]
+    for report in (markdown_table, html_page):
+        assert "forward and backward, 64 tokens" in report(both)
+
+
 def test_rewriting_a_readme_changes_only_what_is_between_the_markers(tmp_path, run_records):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
