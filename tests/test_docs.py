@@ -129,6 +129,10 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
     assert (records[0].nll.windows, single.samples, single.tokens) == (20, 50, 2000)
     assert {r.attention for r in records if r.attention} == set(list_attentions("eviction"))
     by_depth = {record.label: record.retrieval[0].by_depth for record in records}
+    for budget in (1024, 512):
+        assert all(
+            by_depth[f"{name} {budget}"] == by_depth[f"h2o {budget}"] for name in ("vatp", "caote", "caote fast")
+        )
     for line in between(ROOT / "docs/eviction.md", "depth").splitlines()[2:]:
         label, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
         quarters = [[hit for depth, hit in by_depth[label] if min(int(4 * depth), 3) == q] for q in range(4)]

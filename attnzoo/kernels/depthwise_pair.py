@@ -405,10 +405,6 @@ def _meeting(
     return grad * value.to(WIDE)
 
 
-def _all(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> list[Any]:
-    return list(configs)
-
-
 WEIGHT_CONFIGS = [
     triton.Config({"COLUMNS": columns, "CHANNELS": channels}, num_warps=4, num_stages=2)
     for columns, channels in ((32, 64), (64, 32))
@@ -416,7 +412,7 @@ WEIGHT_CONFIGS = [
 TAPS = 4  # of a row, whose gradients a program sums
 
 
-@triton.autotune(WEIGHT_CONFIGS, ["AREA", "KH", "KW", "channels"], {"early_config_prune": _all}, cache_results=True)
+@triton.autotune(WEIGHT_CONFIGS, ["AREA", "KH", "KW", "channels"], cache_results=True)
 @triton.jit
 def _weight_kernel(
     parts, grad, x, grad_image, grad_token, x_image, x_token, mask, images, height, width, channels, count,

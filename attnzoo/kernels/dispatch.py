@@ -41,9 +41,9 @@ class Launch:
         """Give the configurations that may be chosen; [None] where there is no choice."""
         if not hasattr(self.kernel, "configs"):
             return [None]
+        prune, configs = self.kernel.early_config_prune, list(self.kernel.configs)
         named = dict(zip(self.kernel.arg_names, self.args, strict=False)) | self.constants
-        found: list[Any] = self.kernel.early_config_prune(self.kernel.configs, named)
-        return found
+        return list(prune(configs, named)) if prune else configs
 
 
 @torch.compiler.assume_constant_result

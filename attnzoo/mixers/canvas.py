@@ -7,6 +7,7 @@ here once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,12 @@ class Canvas:
         on_line = torch.arange(patches, device=x.device) < real.sum(1, keepdim=True)
         prefix_mask = head.unsqueeze(-1) if prefix else None
         return cls(1, patches, prefix, x.shape[1], on_line.unsqueeze(-1), prefix_mask, slots.unsqueeze(-1))
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where patches lie, as `depthwise_pair` wants it: the grid, and a mask ``(B, height * width)`` or None."""
+        mask = None if self.patch_mask is None else self.patch_mask.squeeze(-1)
+        return {"grid": (self.height, self.width), "mask": mask}
 
     def lay(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Split ``(B, N, C)`` into prefix ``(B, prefix, C)`` and patches ``(B, height * width, C)``; padding is 0."""

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from attnzoo.checks import Grid, check_bool, check_int, check_odd, check_tokens
 from attnzoo.kernels.depthwise_pair import depthwise_pair
 from attnzoo.mixers.canvas import Canvas, real_tokens
-from attnzoo.mixers.token_mixing import where
 
 SHORT = 3  # length of the short filters
 FAST_DECAY, SLOW_DECAY, FLOOR = 0.3, 1.5, 0.01  # filters fall to FLOOR within these shares of `length`
@@ -99,7 +98,7 @@ class Hyena(nn.Module):
         streams = self.in_proj(x).chunk(self.order + 1, dim=-1)
         short = self.short_filter.weight, cast(Tensor, self.short_filter.bias)
         *gates, last, v = zip(streams, *(t.chunk(self.order + 1) for t in short), strict=True)
-        place = {**where(line), "causal": not self.bidirectional}
+        place = {**line.place, "causal": not self.bidirectional}
         product = depthwise_pair(*v, *last, **place).mT  # padding is 0 here and after each product below
         taps = self.filters(x.shape[1]).unflatten(1, (self.order - 1, self.dim)).unbind(1)
         skips = self.filters.bias.chunk(self.order - 1)

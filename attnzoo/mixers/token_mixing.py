@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +106,17 @@ class PrefixMixing(TokenMixing):
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Mix the prefix, convolve the patches."""
         head, bias = self.prefix_parts(head, patches, canvas)
-        return head, depthwise_pair(patches, self.weight, bias, **where(canvas))
+        return head, depthwise_pair(patches, self.weight, bias, **canvas.place)
 
     def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
         """Convolve and multiply in one operation."""
         head, bias = self.prefix_parts(*parts, canvas)
         factors = (parts[1], self.weight, bias)
         if other is None:
-            return head * others[0], depthwise_pair(*factors, others[1], **where(canvas))
+            return head * others[0], depthwise_pair(*factors, others[1], **canvas.place)
         assert isinstance(other, PrefixMixing)
         other_head, other_bias = other.prefix_parts(*others, canvas)
-        patches = depthwise_pair(*factors, others[1], other.weight, other_bias, **where(canvas))
+        patches = depthwise_pair(*factors, others[1], other.weight, other_bias, **canvas.place)
         return head * other_head, patches
 
     def prefix_parts(self, head: Tensor, patches: Tensor, canvas: Canvas) -> tuple[Tensor, Tensor]:
@@ -200,13 +200,13 @@ class CausalConv1d(TokenMixing):
 
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Convolve."""
-        return head, depthwise_pair(patches, self.weight, self.bias, causal=True, **where(canvas))
+        return head, depthwise_pair(patches, self.weight, self.bias, causal=True, **canvas.place)
 
     def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
         """Convolve and multiply in one operation."""
         assert isinstance(other, CausalConv1d)
         factors = (parts[1], self.weight, self.bias, others[1], other.weight, other.bias)
-        return parts[0] * others[0], depthwise_pair(*factors, causal=True, **where(canvas))
+        return parts[0] * others[0], depthwise_pair(*factors, causal=True, **canvas.place)
 
     def along(self, line: Tensor) -> Tensor:
         """Convolve all but the first ``kernel_size - 1`` tokens of ``(B, kernel_size - 1 + N, C)``."""
@@ -272,12 +272,6 @@ TOKEN_MIXINGS: dict[str, type[TokenMixing]] = {
     "dense": DenseTokens,
     "identity": NoTokenMixing,
 }
-
-
-def where(canvas: Canvas) -> dict[str, Any]:
-    """Where patches lie, as `depthwise_pair` wants it."""
-    mask = None if canvas.patch_mask is None else canvas.patch_mask.squeeze(-1)
-    return {"grid": (canvas.height, canvas.width), "mask": mask}
 
 
 def token_sum(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.kernels import depthwise_pair, hadamard  # noqa: F401  their kernels
+from attnzoo.kernels import depthwise_pair
 from eval import kernels
 
 ROOT = Path(__file__).parents[2]
