@@ -188,6 +188,14 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         Capabilities(**_EVERYTHING),
     ),
     AttentionInfo(
+        "flash_scored",
+        "core",
+        "attnzoo.cores.flash_scored:FlashScored",
+        "sdpa that also tells what attention each key got: for eviction policies",
+        "FlashAttention-2, https://arxiv.org/abs/2307.08691",
+        Capabilities(**_EVERYTHING, dropout=True),
+    ),
+    AttentionInfo(
         "padre",
         "mixer",
         "attnzoo.mixers.padre:Padre",

@@ -8,5 +8,6 @@ A core is an object called ``core(q, k, v, *, mask=None, causal=False, scale=Non
 - `causal` lines up the ends: query i sees keys up to ``i + S - N``. It combines with `mask`.
 - `scale` defaults to ``D ** -0.5``; `dropout` is the probability with which a weight is dropped.
 
-A core that can also return its weights has ``with_weights(...) -> (output, weights)``.
+A core that can also return its weights has ``with_weights(...) -> (output, weights)``; one that can tell how much
+attention each key got has ``scored(...) -> Scored``, which eviction policies use (see `attnzoo.kernels`).
 """

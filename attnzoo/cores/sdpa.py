@@ -45,7 +45,7 @@ class Sdpa:
         """
         check_qkv(q, k, v)
         if softcap is not None:
-            raise UnsupportedError("sdpa cannot cap scores (softcap): torch has no such option; use 'softmax'")
+            raise UnsupportedError("torch's attention cannot cap scores (softcap); use 'softmax'")
         return torch_sdpa(q, k, v, mask, causal, scale, dropout)
 
 

@@ -32,6 +32,8 @@ class Live:
     queries, query_positions
         ``(B, H, w, D)`` and ``(B, w)``: the last `w` queries and their positions (-1 where there was none yet), for
         policies with a window.
+    window_sums
+        ``(B, H, S)``: attention that each entry got from those `w` queries together, if the core has told it.
     scale, softcap
         Those of the layer's attention.
     """
@@ -44,6 +46,7 @@ class Live:
     sums: Tensor | None = None
     queries: Tensor | None = None
     query_positions: Tensor | None = None
+    window_sums: Tensor | None = None
     scale: float | None = None
     softcap: float | None = None
 
@@ -67,6 +70,10 @@ class Live:
         blind = blind.repeat_interleave(groups, 1)
         weights = attention_weights(self.queries, self.keys, self.scale, self.softcap, visible | blind)
         return weights.masked_fill(blind | ~asked[:, None, :, None], 0.0)
+
+    def attention_of_window(self) -> Tensor:
+        """Attention that each entry got from the last `w` queries together, ``(B, H, S)``."""
+        return self.window_attention().sum(2) if self.window_sums is None else self.window_sums
 
 
 @dataclass(frozen=True, kw_only=True)

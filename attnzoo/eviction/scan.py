@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,7 @@ class BoundedAttention:
 
     name: str
     policy: Policy
-    core: Callable[..., Tensor]
+    core: Any
 
     def __call__(
         self,
@@ -108,10 +107,8 @@ class BoundedAttention:
         while start < q.shape[2]:
             t = min(store.until_eviction(0), q.shape[2] - start)
             part, taken = slice(start, start + t), [t] * store.batch
-            last = torch.arange(store.held[0], store.held[0] + t, device=q.device)[None]
             store.append(k[:, :, part], v[:, :, part], taken)
-            parts.append(self._attend(q[:, :, part], store, None, options))
-            self._finish(store, q[:, :, part], taken, last)
+            parts.append(self._step(store, q[:, :, part], taken, None, options))
             start += t
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -129,36 +126,54 @@ class BoundedAttention:
             new = torch.arange(max(taken), device=device)
             columns = order.gather(1, (torch.tensor(done, device=device)[:, None] + new).clamp(max=tokens - 1))
             before = torch.tensor(store.held, device=device)[:, None]
-            qs = _take(q, columns)
             store.append(_take(k, columns), _take(v, columns), taken)
-            held = torch.tensor(store.held, device=device)[:, None]
-            last = torch.minimum(before + new, held - 1).clamp(min=0)  # what stands at columns not taken means nothing
+            last = (before + new).clamp(max=max(store.held) - 1)  # what stands at columns not taken means nothing
             slots = torch.arange(max(store.held), device=device)
-            part = self._attend(qs, store, (slots <= last[..., None])[:, None], options)
+            part = self._step(store, _take(q, columns), taken, (slots <= last[..., None])[:, None], options)
             row, j = pairs(taken, device)
             if out is None:
                 out = part.new_zeros(*q.shape[:3], v.shape[3])  # of the core's dtype, which autocast may choose
             out[row, :, columns[row, j]] = part[row, :, j]
-            self._finish(store, qs, taken, last)
             done = [d + n for d, n in zip(done, taken, strict=True)]
             left = [d - n for d, n in zip(left, taken, strict=True)]
         return q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
 
+    def _step(
+        self, store: Store, q: Tensor, taken: list[int], visible: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """Attend for entries just put in, let the policy see it, and evict the rows that came to a block's end."""
+        due = [row for row, n in enumerate(taken) if n and store.counts[row] % self.policy.block_size == 0]
+        asked = self._asked(store, taken, due, options)
+        if asked is None:
+            out, sums = self._attend(q, store, visible, options), None
+        else:
+            lengths = None if visible is None else store.lengths(taken, q.device)
+            keys, values = store.attended()
+            out, sums, _ = self.core.scored(
+                q, keys, values, window=asked, causal=True, lengths=lengths, scale=options["scale"]
+            )
+        store.observe(q, taken, sums if self.policy.accumulates else None)
+        store.evict(due, None if self.policy.accumulates else sums)
+        return out
+
+    def _asked(self, store: Store, taken: list[int], due: list[int], options: dict[str, Any]) -> int | None:
+        """Over how many of the last queries the core is to sum what each key got; None if that is not asked of it."""
+        if not hasattr(self.core, "scored") or options["dropout"] > 0:
+            return None
+        if self.policy.accumulates:
+            return max(taken)
+        window = self.policy.queries_kept
+        over = [row for row in due if store.held[row] > self.policy.budget]
+        return window if window and over and all(taken[row] >= window for row in over) else None
+
     def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:
         """Attend over what is held: what `visible` ``(B, 1, t, held)`` shows, or with the ends lined up."""
-        keys, values = store.keys, store.values
-        assert keys is not None
-        assert values is not None
+        keys, values = store.attended()
         if q.shape[2] > 1:
             return self.core(q, keys, values, mask=visible, causal=visible is None, **options)
         # one query a head: those that share keys become queries of one head, so that no core repeats the keys
         out = self.core(q.squeeze(2).unflatten(1, (keys.shape[1], -1)), keys, values, mask=visible, **options)
         return out.flatten(1, 2).unsqueeze(2)
-
-    def _finish(self, store: Store, q: Tensor, taken: list[int], last: Tensor) -> None:
-        """Let the policy see the queries, then evict the rows that came to the end of a block."""
-        store.observe(q, taken, last)
-        store.evict([row for row, n in enumerate(taken) if n and store.counts[row] % self.policy.block_size == 0])
 
 
 def _take(x: Tensor, columns: Tensor) -> Tensor:

@@ -51,9 +51,9 @@ class Scissorhands(AttentionPolicy):
 
     def attention_scores(self, live: Live) -> Tensor:
         """Counts or means over the window's queries."""
-        weights = live.window_attention()
         if self.importance == "mean":
-            return weights.mean(2)
+            return live.attention_of_window() / self.window
+        weights = live.window_attention()
         assert live.query_positions is not None
         groups = weights.shape[1] // live.kv_heads
         seen = (live.positions[:, :, None, :] <= live.query_positions[:, None, :, None]).sum(-1, keepdim=True)

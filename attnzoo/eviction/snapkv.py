@@ -59,7 +59,7 @@ class SnapKV(AttentionPolicy):
 
     def attention_scores(self, live: Live) -> Tensor:
         """Sums over the window's queries, pooled before the window and plain inside it."""
-        sums = live.window_attention().sum(2)
+        sums = live.attention_of_window()
         groups = sums.shape[1] // live.kv_heads
         before = live.positions < (live.counts - self.window)[:, None, None]
         before = before.repeat_interleave(groups, 1)

@@ -84,6 +84,16 @@ class Store:
         """``(B, Hkv, held)``, int32: which real token of its row each entry is; -1 for an empty slot."""
         return None if self._positions is None else self._positions[:, :, : max(self.held)]
 
+    def attended(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of a store that has begun."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def lengths(self, taken: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Queries taken and entries held, ``(B,)`` each."""
+        return torch.tensor(taken, device=device), torch.tensor(self.held, device=device)
+
     def start(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
         """Make empty buffers for rows and heads like those of a first call's queries, keys and values."""
         rows, heads, window = len(q), q.shape[1], self.policy.queries_kept
@@ -125,20 +135,19 @@ class Store:
         self.counts = [c + n for c, n in zip(self.counts, taken, strict=True)]
 
     @torch.no_grad()
-    def observe(self, q: Tensor, taken: Sequence[int], last: Tensor) -> None:
+    def observe(self, q: Tensor, taken: Sequence[int], sums: Tensor | None = None) -> None:
         """Let the policy's records see the queries ``(B, H, t, D)`` of the entries that were just put in.
 
-        `last` ``(B or 1, t)`` is the last entry that each of them sees.
+        `sums` ``(B, H, held)`` is the attention that they gave to each entry, if the core has told it.
         """
         t = q.shape[2]
         whole = all(n == t for n in taken)
         new = torch.arange(t, device=q.device)
-        real = None if whole else new < torch.tensor(taken, device=q.device)[:, None]
         if self.policy.accumulates:
-            assert self._keys is not None
-            sums, held = self._writable("_sums"), max(self.held)
-            got = attention_sums(q, self._keys[:, :, :held], last, self.scale, self.softcap, real)
-            sums[:, :, :held] += got
+            if sums is None:
+                lengths = None if self.uniform and whole else self.lengths(taken, q.device)
+                sums = attention_sums(q, self.attended()[0], lengths, self.scale, self.softcap)
+            self._writable("_sums")[:, :, : max(self.held)] += sums
         window = self.policy.queries_kept
         if window:
             assert self._queries is not None
@@ -154,13 +163,13 @@ class Store:
                 self._queries = queries.gather(2, last[:, None, :, None].expand_as(self._queries))
                 self._query_positions = positions.gather(1, last)
 
-    def evict(self, rows: Sequence[int]) -> None:
-        """Cut `rows` down to the budget."""
+    def evict(self, rows: Sequence[int], window_sums: Tensor | None = None) -> None:
+        """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `Live`."""
         over = [row for row in rows if self.held[row] > self.policy.budget]
         for held in sorted({self.held[row] for row in over}):
-            self._evict([row for row in over if self.held[row] == held], held)
+            self._evict([row for row in over if self.held[row] == held], held, window_sums)
 
-    def _evict(self, rows: list[int], held: int) -> None:
+    def _evict(self, rows: list[int], held: int, window_sums: Tensor | None) -> None:
         """Cut rows that all hold `held` entries."""
         assert self._keys is not None
         assert self._values is not None
@@ -177,6 +186,7 @@ class Store:
                 sums=None if self._sums is None else self._sums[index, :, :held],
                 queries=None if self._queries is None else self._queries[index],
                 query_positions=None if self._query_positions is None else self._query_positions[index],
+                window_sums=None if window_sums is None else window_sums[index, :, :held],
                 scale=self.scale,
                 softcap=self.softcap,
             )

@@ -28,7 +28,7 @@ class Tova(AttentionPolicy):
 
     def attention_scores(self, live: Live) -> Tensor:
         """The last row of attention, a distribution over the entries."""
-        return live.window_attention().squeeze(2)
+        return live.attention_of_window()
 
     def score(self, live: Live) -> Tensor:
         """Mean over all heads, the same for each key/value head."""

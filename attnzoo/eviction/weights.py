@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 128  # queries whose weights are in memory at a time
+from attnzoo.kernels.scored_attention import scored_attention
 
 
 def attention_weights(
@@ -42,26 +42,7 @@ def attention_weights(
 
 
 def attention_sums(
-    q: Tensor,
-    k: Tensor,
-    last: Tensor,
-    scale: float | None,
-    softcap: float | None = None,
-    counted: Tensor | None = None,
+    q: Tensor, k: Tensor, lengths: tuple[Tensor, Tensor] | None, scale: float | None, softcap: float | None = None
 ) -> Tensor:
-    """Sum of the attention that each key gets from all queries, ``(B, H, S)``, a few queries at a time.
-
-    `last` ``(B or 1, N)`` is the last key that each query sees, and `counted` ``(B, N)`` says which queries count; all
-    do where it is None.
-    """
-    total: Tensor | None = None
-    keys = torch.arange(k.shape[2], device=k.device)
-    for start in range(0, q.shape[2], CHUNK):
-        part = slice(start, start + CHUNK)
-        visible = (keys <= last[:, part, None])[:, None]
-        weights = attention_weights(q[:, :, part], k, scale, softcap, visible)
-        if counted is not None:
-            weights = weights * counted[:, None, part, None]
-        total = weights.sum(2) if total is None else total + weights.sum(2)
-    assert total is not None
-    return total
+    """Sum of the attention that each key gets from all queries, causal, ``(B, H, S)``; see `scored_attention`."""
+    return scored_attention(q, k, k[..., :0], causal=True, lengths=lengths, scale=scale, softcap=softcap).sums

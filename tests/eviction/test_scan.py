@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
@@ -13,7 +15,8 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
 
 def attention_of(name: str, **options) -> BoundedAttention:
-    return BoundedAttention(name, build_policy(describe(name), options), build_core(describe("sdpa"), {}))
+    policy = build_policy(describe(name), options)
+    return BoundedAttention(name, policy, build_core(describe(policy.core), {}))
 
 
 def qkv(tokens: int, rows: int = 1, seed: int = 0, dtype=torch.float64):
@@ -101,11 +104,12 @@ def slowly(name, q, k, v, budget, block, recent):
     ],
 )
 @pytest.mark.parametrize("block", [1, 5, 16])
-def test_scores_over_many_evictions(name, options, block):
+@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+def test_scores_over_many_evictions(name, options, block, core):
     """What was kept from eviction to eviction belongs to the entries that stayed, in calls of any length."""
     budget = 12
     q, k, v = qkv(70)
-    attention = attention_of(name, budget=budget, block_size=block, **options)
+    attention = attention_of(name, budget=budget, block_size=block, core=core, **options)
     out, kept = slowly(name, q, k, v, budget, block, options["recent"])
     store, parts = Store(attention.policy), []
     for start, end in itertools.pairwise((0, 1, 23, 24, 61, 70)):
@@ -115,9 +119,10 @@ def test_scores_over_many_evictions(name, options, block):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
-def test_gradients_of_some_inputs_only(wanted):
+@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+def test_gradients_of_some_inputs_only(wanted, core):
     """Frozen weights (LoRA on queries, say): gradients are those of the same choice computed whole."""
-    attention = attention_of("caote", budget=12, block_size=4)
+    attention = attention_of("caote", budget=12, block_size=4, core=core)
     inputs = qkv(50)
     for which in wanted:
         inputs[which].requires_grad_()
@@ -141,7 +146,7 @@ def test_the_bound_while_a_block_is_closed(monkeypatch):
     """At the moment of an eviction a layer holds budget and block together, never more."""
     most = []
     evict = Store.evict
-    monkeypatch.setattr(Store, "evict", lambda self, rows: (most.append(max(self.held)), evict(self, rows))[1])
+    monkeypatch.setattr(Store, "evict", lambda self, *args: (most.append(max(self.held)), evict(self, *args))[1])
     attention = attention_of("keydiff", budget=20, block_size=8)
     store = Store(attention.policy)
     attention(store, *qkv(100, 2), Padding.of(torch.rand(2, 100) > 0.2))
@@ -169,3 +174,53 @@ def test_infinite_scores_do_not_push_protected_entries_out():
     store = Store(attention.policy)
     attention(store, q, k, v)
     assert store.positions[0].tolist() == [[0, 1, 2, 3]] * 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    policy=st.sampled_from(
+        [
+            ("h2o", {}),
+            ("tova", {}),
+            ("snapkv", {"window": 5}),
+            ("scissorhands", {"window": 7}),
+            ("scissorhands", {"window": 4, "importance": "mean"}),
+            ("vatp", {}),
+            ("vatp", {"base": "tova"}),
+            ("caote", {}),
+            ("caote", {"fast": True, "base": "snapkv", "base_options": {"window": 3}}),
+        ]
+    ),
+    budget=st.integers(4, 24),
+    block=st.integers(1, 12),
+    cuts=st.lists(st.integers(1, 79), max_size=4, unique=True),
+    rows=st.integers(1, 3),
+    padded=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_core_that_sums_keeps_what_a_second_look_keeps(policy, budget, block, cuts, rows, padded, seed):
+    name, options = policy
+    q, k, v = qkv(80, rows, seed)
+    real = torch.rand(rows, 80, generator=torch.Generator().manual_seed(seed)) > 0.3 if padded else None
+    found = []
+    for core in ("sdpa", "flash_scored"):
+        attention = attention_of(name, budget=budget, block_size=block, core=core, **options)
+        store, parts = Store(attention.policy), []
+        for start, end in itertools.pairwise((0, *sorted(cuts), 80)):
+            padding = None if real is None else Padding.of(real[:, start:end])
+            parts.append(attention(store, *(x[:, :, start:end] for x in (q, k, v)), padding))
+        found.append((store.positions.tolist(), torch.cat(parts, 2)))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_core_is_asked_for_sums_where_the_policy_wants_them():
+    """At every step for accumulated attention, at evictions only for a window, never where nothing goes."""
+    from attnzoo.kernels.dispatch import record_paths
+
+    cases = (("h2o", 8, 9), ("tova", 8, 9), ("h2o", 100, 1), ("tova", 100, 0), ("keydiff", 8, 0))
+    for name, budget, steps in cases:
+        attention = attention_of(name, budget=budget, block_size=4, core="flash_scored")
+        with record_paths() as paths:
+            attention(Store(attention.policy), *qkv(44))
+        assert paths["scored_attention", "chunks"] == steps, name

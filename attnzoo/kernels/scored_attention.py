@@ -1,0 +1,515 @@
+"""Scored attention: the output of softmax attention, and how much attention each key got, without an N x S matrix.
+
+    A = softmax(scale * Q K^T)             a query sees all keys, or those up to its own place (causal, ends lined up)
+    O = A V
+    sums_j = sum of A_ij over the last `window` queries i        last_j = A_nj, n the last query
+
+What policies of KV-cache eviction score entries by (H2O, https://arxiv.org/abs/2306.14048; SnapKV,
+https://arxiv.org/abs/2404.14469; TOVA, https://arxiv.org/abs/2401.06104). Memory is linear in queries and keys; query
+heads that share a key head read it where it stands.
+
+Three ways, by device and shape alone. *Chunks*: a few queries at a time in plain PyTorch, on CPUs and for what the
+others do not take; queries before the window, of which nobody asks a weight, go to PyTorch's own attention. *Flash*:
+on GPUs, in half precision, FlashAttention gives O and each query's log-sum-exp L_i; a second pass over tiles computes
+A_ij = exp(S_ij - L_i) again and sums it, each program having keys of its own. *Decode*: on GPUs, for one query, keys
+and values are read once; the scores, S numbers a head, are kept and scaled at the end. Sums are in float32 (float64 for
+float64). The backward goes by chunks, with softmax computed again; `sums` and `last` have no gradient.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from attnzoo.checks import check_int, check_qkv
+from attnzoo.cores.sdpa import torch_sdpa
+from attnzoo.errors import ShapeError
+from attnzoo.kernels.dispatch import launch, note, side_by_side, sums_dtype, triton_works
+from attnzoo.kernels.language import tl, triton
+
+CHUNK = 64  # queries whose weights are in memory at a time
+WIDEST = 256  # head that FlashAttention takes
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+
+
+class Scored(NamedTuple):
+    """What scored attention gives.
+
+    Attributes
+    ----------
+    output
+        ``(B, H, N, Dv)``, in the dtype of the queries.
+    sums
+        ``(B, H, S)``: attention that each key got from the queries of the window; float32, or float64.
+    last
+        ``(B, H, S)``: attention that each key got from the last query, of the same dtype.
+    """
+
+    output: Tensor
+    sums: Tensor
+    last: Tensor
+
+
+def scored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    causal: bool = False,
+    lengths: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Scored:
+    """Attend, and tell what each key got.
+
+    Parameters
+    ----------
+    q, k, v
+        ``(B, H, N, D)``, ``(B, Hkv, S, D)`` and ``(B, Hkv, S, Dv)``, Hkv dividing H.
+    window
+        How many of the last queries count for the sums; None for all.
+    causal
+        Let query i see keys up to ``i + S - N``. A query that sees no key gets zeros.
+    lengths
+        Numbers of real queries and of real keys of each row, ``(B,)`` each, where rows differ. The real ones come
+        first; the last query, the window and `causal` go by them. What stands behind is not read (NaN included), and
+        gets zeros.
+    scale
+        Of the scores; ``D ** -0.5`` where None.
+    softcap
+        Scores s become ``softcap * tanh(s / softcap)``.
+
+    Raises
+    ------
+    ShapeError
+        If shapes do not fit together.
+    OptionError
+        If the window is not a whole number of at least 0.
+    """
+    check_qkv(q, k, v)
+    if window is not None:
+        check_int("window", window, minimum=0)
+    if lengths is not None and any(n.shape != (len(q),) for n in lengths):
+        raise ShapeError(
+            f"lengths are two of shape ({len(q)},), one number a row, not {[tuple(n.shape) for n in lengths]}"
+        )
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    window = q.shape[2] if window is None else min(window, q.shape[2])
+    with torch.autocast(q.device.type, enabled=False):
+        output, sums, last = _scored(q, k, v, *(lengths or (None, None)), window, causal, scale, softcap)
+    return Scored(output, sums.detach(), last.detach())
+
+
+# ----------------------------------------------------------------------------------------------------------- chunks
+
+
+def weights(
+    q: Tensor, k: Tensor, first: int, queries: int, causal: bool, lengths: tuple[Tensor, Tensor] | None,
+    scale: float, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    """Attention of the queries `first` and on, of `queries` in all, over the keys that any of them sees.
+
+    Queries are ``(B, Hkv, G, n, D)``, weights ``(B, Hkv, G, n, seen)``.
+    """
+    count, keys = q.shape[3], k.shape[2]
+    seen = keys
+    if causal and lengths is None:
+        seen = min(max(first + count + keys - queries, 0), keys)
+    scores = (q * scale).flatten(2, 3) @ k[:, :, :seen].mT
+    scores = scores.unflatten(2, q.shape[2:4])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    row = torch.arange(first, first + count, device=q.device)[:, None]
+    key = torch.arange(seen, device=q.device)
+    if lengths is not None:
+        asked, held = (n.to(q.device)[:, None, None] for n in lengths)
+        visible = (row < asked) & (key < held)
+        if causal:
+            visible = visible & (key <= row + held - asked)
+        visible = visible[:, None, None]
+        blind = ~visible.any(-1, keepdim=True)
+        return scores.masked_fill_(~(visible | blind), float("-inf")).softmax(-1).masked_fill(blind, 0.0)
+    if not causal:
+        return scores.softmax(-1)
+    own = max(first + keys - queries + 1, 0)  # every query sees the keys before this one
+    scores[..., own:].masked_fill_(key[own:] > row + keys - queries, float("-inf"))
+    found = scores.softmax(-1)
+    return found if first + keys - queries >= 0 else torch.where(row + keys - queries >= 0, found, 0.0)
+
+
+def _by_group(x: Tensor, kv_heads: int) -> Tensor:
+    """``(B, H, N, D)`` as ``(B, Hkv, G, N, D)``."""
+    return x.unflatten(1, (kv_heads, -1))
+
+
+def _real(x: Tensor, length: Tensor | None) -> Tensor:
+    """Zeros for what stands behind the real entries of each row."""
+    if length is None:
+        return x
+    return torch.where(
+        (torch.arange(x.shape[2], device=x.device) < length.to(x.device)[:, None])[:, None, :, None], x, 0
+    )
+
+
+def _chunks(start: int, stop: int) -> Iterator[slice]:
+    for first in range(start, stop, CHUNK):
+        yield slice(first, min(first + CHUNK, stop))
+
+
+def _by_chunks(
+    q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, window: int, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The definition, a few queries at a time."""
+    queries, keys, dtype = q.shape[2], k.shape[2], sums_dtype(q.dtype)
+    lengths = None if asked is None or held is None else (asked, held)
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    picked = q.new_zeros(*q.shape[:2], 2, keys, dtype=dtype)
+    first = _unasked(queries, keys, window, causal, lengths, softcap)
+    if first:
+        earlier = slice(0, first if causal else keys)
+        out[:, :, :first] = torch_sdpa(q[:, :, :first], k[:, :, earlier], v[:, :, earlier], None, causal, scale, 0.0)
+    q, k, v = (_real(x.to(dtype), n) for x, n in ((q, asked), (k, held), (v, held)))
+    grouped, of_group, out_of_group = (_by_group(x, k.shape[1]) for x in (q, picked, out))
+    last = queries - 1 if asked is None else asked.to(q.device)[:, None] - 1
+    row = torch.arange(queries, device=q.device)
+    which = torch.stack([(row > last - window) & (row <= last), row == last], -2).to(dtype)  # (B or none, 2, N)
+    which = which if which.dim() == 2 else which[:, None, None]
+    for part in _chunks(first, queries):
+        w = weights(grouped[..., part, :], k, part.start, queries, causal, lengths, scale, softcap)
+        seen = w.shape[-1]
+        out_of_group[..., part, :] = (w.flatten(2, 3) @ v[:, :, :seen]).unflatten(2, w.shape[2:4]).to(out.dtype)
+        if lengths is not None or part.stop > queries - max(window, 1):
+            of_group[..., :seen] += which[..., part] @ w
+    return out, picked[:, :, 0].clone(), picked[:, :, 1].clone()  # which share no memory
+
+
+def _unasked(queries: int, keys: int, window: int, causal: bool, lengths: object | None, softcap: float | None) -> int:
+    """How many of the first queries PyTorch's attention can serve, since of them no weight is asked."""
+    able = lengths is None and softcap is None and (not causal or queries == keys)
+    return (queries - max(window, 1)) // CHUNK * CHUNK if able and keys else 0
+
+
+def _backward_by_chunks(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of queries, keys and values, from which further ones can be had."""
+    dtype, queries = sums_dtype(q.dtype), q.shape[2]
+    lengths = None if asked is None or held is None else (asked, held)
+    given = q, k, v
+    q, k, v = (_real(x.to(dtype), n) for x, n in ((q, asked), (k, held), (v, held)))
+    grouped, of_out = _by_group(q, k.shape[1]), _by_group(_real(grad.to(dtype), asked), k.shape[1])
+    grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    for part in _chunks(0, queries):
+        rows, g = grouped[..., part, :], of_out[..., part, :]
+        w = weights(rows, k, part.start, queries, causal, lengths, scale, softcap)
+        seen = w.shape[-1]
+        behind = (0, 0, 0, k.shape[2] - seen)
+        grad_v = grad_v + F.pad(w.flatten(2, 3).mT @ g.flatten(2, 3), behind)
+        of_w = (g.flatten(2, 3) @ v[:, :, :seen].mT).unflatten(2, w.shape[2:4])
+        of_scores = w * (of_w - (w * of_w).sum(-1, keepdim=True))
+        if softcap is not None:
+            scores = ((rows * scale).flatten(2, 3) @ k[:, :, :seen].mT).unflatten(2, w.shape[2:4])
+            of_scores = of_scores * (1 - torch.tanh(scores / softcap).square())
+        of_scores = of_scores.flatten(2, 3) * scale
+        grad_q.append((of_scores @ k[:, :, :seen]).unflatten(2, w.shape[2:4]))
+        grad_k = grad_k + F.pad(of_scores.mT @ rows.flatten(2, 3), behind)
+    whole = torch.cat(grad_q, 3).flatten(1, 2) if grad_q else torch.zeros_like(q)
+    return whole.to(given[0].dtype), grad_k.to(given[1].dtype), grad_v.to(given[2].dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _capped(scores, softcap):
+    """Squash scores; tanh by way of exp, in a form that cannot overflow."""
+    if softcap is not None:
+        shrunk = tl.exp(-2 * tl.abs(scores) / softcap)
+        size = softcap * (1 - shrunk) / (1 + shrunk)
+        scores = tl.where(scores < 0, -size, size)
+    return scores
+
+
+def _sums_config(rows: int, columns: int, warps: int, stages: int) -> Any:
+    return triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
+
+
+@triton.autotune(
+    [_sums_config(64, 64, 4, 3), _sums_config(64, 128, 4, 3), _sums_config(64, 128, 8, 3), _sums_config(128, 64, 4, 2)],
+    ["WINDOW", "WIDTH", "CAUSAL"],
+    cache_results=True,
+)
+@triton.jit
+def _sums_kernel(
+    q, k, lse, sums, last, q_image, q_head, q_token, k_image, k_head, k_token, queries, keys, kv_heads, first, scale,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sum the attention of a block of keys over the queries from `first` on, for all heads that share the keys."""
+    image = tl.program_id(1).to(tl.int64) // kv_heads
+    kv_head = tl.program_id(1).to(tl.int64) % kv_heads
+    key = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    deep = tl.arange(0, DEPTH)
+    at = key.to(tl.int64)[None, :] * k_token + deep[:, None]
+    known = (key < keys)[None, :] & (deep < WIDTH)[:, None]
+    block = tl.load(k + image * k_image + kv_head * k_head + at, mask=known, other=0.0)
+    start = first
+    if CAUSAL:
+        start = tl.maximum(first, tl.program_id(0) * COLUMNS - keys + queries)
+    for group in range(GROUPS):
+        head = kv_head * GROUPS + group
+        line = (image * kv_heads * GROUPS + head) * queries
+        total = tl.zeros((COLUMNS,), tl.float32)
+        final = tl.zeros((COLUMNS,), tl.float32)
+        for row in range(start, queries, ROWS):
+            rows = row + tl.arange(0, ROWS)
+            asked = rows < queries
+            place = rows.to(tl.int64)[:, None] * q_token + deep[None, :]
+            there = asked[:, None] & (deep < WIDTH)[None, :]
+            tile = tl.load(q + image * q_image + head * q_head + place, mask=there, other=0.0)
+            norm = tl.load(lse + line + rows, mask=asked, other=float("inf"))
+            weight = tl.exp2((tl.dot(tile, block) * scale - norm[:, None]) * 1.4426950408889634)
+            if CAUSAL:
+                weight = tl.where(key[None, :] <= rows[:, None] + (keys - queries), weight, 0.0)
+            total += tl.sum(weight, 0)
+            if row + ROWS >= queries:
+                final = tl.sum(tl.where((rows == queries - 1)[:, None], weight, 0.0), 0)
+        own = (image * kv_heads * GROUPS + head) * keys + key
+        tl.store(sums + own, total, mask=key < keys)
+        tl.store(last + own, final, mask=key < keys)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, held, scores, out, most, norm, q_image, q_head, k_image, k_head, k_token, v_image, v_head, v_token,
+    keys, kv_heads, share, scale, softcap,
+    GROUPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    V_DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One query a head over a share of the keys: scores, and an output that is still to be scaled."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    image = tl.program_id(1).to(tl.int64) // kv_heads
+    kv_head = tl.program_id(1).to(tl.int64) % kv_heads
+    group, deep, across = tl.arange(0, HEADS), tl.arange(0, DEPTH), tl.arange(0, V_DEPTH)
+    head = kv_head * GROUPS + group
+    place = image * q_image + head[:, None] * q_head + deep[None, :]
+    tile = tl.load(q + place, mask=(group < GROUPS)[:, None] & (deep < WIDTH)[None, :], other=0.0)
+    real = keys
+    if held is not None:
+        real = tl.load(held + image).to(tl.int32)
+    line = image * kv_heads * GROUPS + head
+    top = tl.full((HEADS,), -1e30, tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    mixed = tl.zeros((HEADS, V_DEPTH), tl.float32)
+    for start in range(split * share, tl.minimum(split * share + share, keys), COLUMNS):
+        key = start + tl.arange(0, COLUMNS)
+        at = key.to(tl.int64)
+        k_at = image * k_image + kv_head * k_head + at[None, :] * k_token + deep[:, None]
+        block = tl.load(k + k_at, mask=(key < real)[None, :] & (deep < WIDTH)[:, None], other=0.0)
+        score = _capped(tl.dot(tile, block, input_precision="ieee") * scale, softcap)
+        score = tl.where((key < real)[None, :], score, float("-inf"))
+        tl.store(
+            scores + line[:, None] * keys + at[None, :], score, mask=(group < GROUPS)[:, None] & (key < keys)[None, :]
+        )
+        higher = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp(score - higher[:, None])
+        kept = tl.exp(top - higher)
+        v_at = image * v_image + kv_head * v_head + at[:, None] * v_token + across[None, :]
+        value = tl.load(v + v_at, mask=(key < real)[:, None] & (across < V_WIDTH)[None, :], other=0.0)
+        total = total * kept + tl.sum(weight, 1)
+        mixed = tl.dot(weight.to(value.dtype), value, mixed * kept[:, None], input_precision="ieee")
+        top = higher
+    part = line * splits + split
+    tl.store(most + part, top, mask=group < GROUPS)
+    tl.store(norm + part, total, mask=group < GROUPS)
+    own = part[:, None] * V_WIDTH + across[None, :]
+    tl.store(out + own, mixed, mask=(group < GROUPS)[:, None] & (across < V_WIDTH)[None, :])
+
+
+@triton.jit
+def _combine_kernel(
+    scores, parts, most, norm, out, weights, keys, splits,
+    V_WIDTH: tl.constexpr, V_DEPTH: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Scale the scores of some keys to weights; the program of the first ones also puts the output together."""
+    line = tl.program_id(1).to(tl.int64)
+    split = tl.arange(0, SPLITS)
+    tops = tl.load(most + line * splits + split, mask=split < splits, other=float("-inf"))
+    top = tl.max(tops, 0)
+    share = tl.exp(tops - top)
+    total = tl.sum(tl.load(norm + line * splits + split, mask=split < splits, other=0.0) * share, 0)
+    total = tl.where(total > 0, total, 1.0)  # no key: zeros
+    key = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    score = tl.load(scores + line * keys + key, mask=key < keys, other=float("-inf"))
+    tl.store(weights + line * keys + key, tl.exp(score - top) / total, mask=key < keys)
+    if tl.program_id(0) == 0:
+        across = tl.arange(0, V_DEPTH)
+        at = (line * splits + split)[:, None] * V_WIDTH + across[None, :]
+        inside = (split < splits)[:, None] & (across < V_WIDTH)[None, :]
+        mixed = tl.sum(tl.load(parts + at, mask=inside, other=0.0) * share[:, None], 0) / total
+        tl.store(out + line * V_WIDTH + across, mixed.to(out.dtype.element_ty), mask=across < V_WIDTH)
+
+
+DECODE_COLUMNS = 64  # keys that a program reads at a time
+PROGRAMS = 256  # among which keys are shared out when decoding
+SPLITS = 64  # shares at most
+
+
+def _by_flash(
+    q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention, then the weights again by tiles from its log-sum-exp."""
+    width = q.shape[3]
+    padded = (F.pad(x, (0, -width % 8)) for x in (q, k, v))  # the kernel takes multiples of 8
+    # with fewer queries than keys this operator lines up the ends: see torch.nn.attention.bias
+    out, lse = _FLASH(*padded, 0.0, causal, False, scale=scale)[:2]
+    return out[..., :width].contiguous(), *sums_from_lse(q, k, lse, window, causal, scale)
+
+
+def sums_from_lse(q: Tensor, k: Tensor, lse: Tensor, window: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Sums over the window, and the last row, of attention whose log-sum-exp ``(B, H, N)`` is known."""
+    batch, heads, queries, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    sums, last = (q.new_empty(batch, heads, keys, dtype=torch.float32) for _ in range(2))
+    q, k = side_by_side(q), side_by_side(k)
+    launch(
+        _sums_kernel, lambda c: (triton.cdiv(keys, c["COLUMNS"]), batch * kv_heads), q.device,
+        q, k, lse.contiguous(), sums, last, *q.stride()[:3], *k.stride()[:3],
+        queries, keys, kv_heads, min(queries - window, queries - 1), scale,
+        GROUPS=heads // kv_heads, WIDTH=width, DEPTH=_power(width), CAUSAL=causal,
+        WINDOW=triton.next_power_of_2(max(window, 1)),
+    )  # fmt: skip
+    return (sums if window else torch.zeros_like(sums)), last
+
+
+def _by_decoding(
+    q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, window: int, scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One query: keys and values are read once, shared out among programs."""
+    (batch, heads, _, width), (_, kv_heads, keys, _), v_width = q.shape, k.shape, v.shape[3]
+    q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)
+    if asked is not None and held is not None:
+        held = (held * (asked > 0)).to(q.device, torch.int32).contiguous()  # no query sees no key
+    splits = max(min(triton.cdiv(keys, DECODE_COLUMNS), triton.cdiv(PROGRAMS, batch * kv_heads), SPLITS), 1)
+    share = triton.cdiv(triton.cdiv(keys, splits), DECODE_COLUMNS) * DECODE_COLUMNS
+    splits = triton.cdiv(keys, share)
+    scores, row = (q.new_empty(batch, heads, keys, dtype=torch.float32) for _ in range(2))
+    parts = q.new_empty(batch, heads, splits, v_width, dtype=torch.float32)
+    most, norm = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
+    out = q.new_empty(batch, heads, 1, v_width)
+    groups = heads // kv_heads
+    launch(
+        _decode_kernel, (splits, batch * kv_heads), q.device,
+        q, k, v, held, scores, parts, most, norm, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+        keys, kv_heads, share, scale, softcap,
+        GROUPS=groups, HEADS=max(triton.next_power_of_2(groups), 16), WIDTH=width, DEPTH=_power(width),
+        V_WIDTH=v_width, V_DEPTH=_power(v_width), COLUMNS=DECODE_COLUMNS,
+    )  # fmt: skip
+    launch(
+        _combine_kernel, (triton.cdiv(keys, 1024), batch * heads), q.device,
+        scores, parts, most, norm, out, row, keys, splits,
+        V_WIDTH=v_width, V_DEPTH=_power(v_width), SPLITS=triton.next_power_of_2(splits), COLUMNS=1024,
+    )  # fmt: skip
+    return out, (row.clone() if window else torch.zeros_like(row)), row
+
+
+def _power(width: int) -> int:
+    """The power of 2, at least 16, that holds a head's width: what matrix products are made of."""
+    return max(triton.next_power_of_2(width), 16)
+
+
+def _way(q: Tensor, k: Tensor, v: Tensor, lengths: bool, causal: bool, softcap: float | None) -> str:
+    """Which of the three ways is taken; see the head of this file."""
+    if not triton_works(q.device) or not q.numel() or not v.numel() or q.dtype == torch.float64:
+        return "chunks"
+    if q.shape[2] == 1 and max(q.shape[3], v.shape[3]) <= WIDEST:
+        return "decode"
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    widths = q.shape[3] == v.shape[3] <= WIDEST
+    fits = not lengths and softcap is None and (not causal or q.shape[2] <= k.shape[2])
+    return "flash" if half and widths and fits else "chunks"
+
+
+# ----------------------------------------------------------------------------------------------------- registration
+
+
+@torch.library.custom_op("attnzoo::scored_attention", mutates_args=())
+def _scored(
+    q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, window: int, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    way = _way(q, k, v, asked is not None, causal, softcap)
+    note("scored_attention", way)
+    if way == "decode":
+        return _by_decoding(q, k, v, asked, held, window, scale, softcap)
+    if way == "flash":
+        return _by_flash(q, k, v, window, causal, scale)
+    return _by_chunks(q, k, v, asked, held, window, causal, scale, softcap)
+
+
+@torch.library.custom_op("attnzoo::scored_attention_backward", mutates_args=())
+def _scored_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward_by_chunks(grad, q, k, v, asked, held, causal, scale, softcap)
+
+
+@_scored.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, window: int, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores = q.new_empty(*q.shape[:2], k.shape[2], dtype=sums_dtype(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[3]), scores, torch.empty_like(scores)
+
+
+@_scored_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _, causal, scale, softcap = inputs
+    ctx.options = causal, scale, softcap
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    run = _backward_by_chunks if torch.is_grad_enabled() else _scored_backward
+    q, k, v, asked, held = ctx.saved_tensors
+    return (*run(grad, q, k, v, asked, held, *ctx.options), *[None] * 6)
+
+
+_scored.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.attnzoo.scored_attention)
+def _flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *a: Any, **options: Any) -> int:
+    """Two products of matrices, counted whole as torch counts those of its attention; the second pass is not."""
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (width + v[3])
+
+
+@register_flop_formula(torch.ops.attnzoo.scored_attention_backward)
+def _flops_backward(
+    grad: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *a: Any, **options: Any
+) -> int:
+    """Five products: the scores again, and the gradients of weights, values, queries and keys."""
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (3 * width + 2 * v[3])
