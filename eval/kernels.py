@@ -4,14 +4,15 @@ python eval/kernels.py [--output FILE] [--cases NAME ...] [--capabilities 80 90]
 
 Each op is called, forward and backward, in the cases below, in half precision and float32; instead of being launched,
 its kernels are compiled for each compute capability in every configuration that autotuning may choose. It fails if one
-spills registers to memory, or if one that is to multiply matrices has no tensor-core instruction. Two processes; about
-five minutes on two cores.
+spills registers to memory, wants more shared memory than there is, or is to multiply matrices of half precision and has
+no tensor-core instruction. Two processes; about eight minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -24,34 +25,58 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-BATCH, SIDE, DIM = 2, 56, 384
+BATCH, SIDE, DIM, LENGTH = 2, 56, 384, 32768
 TOKENS = SIDE * SIDE
 
 
-def pair(size: int, *, kind: str = "2d", factors: int = 2) -> Callable[[torch.dtype], Tensor]:
+def pair(size: int, *, kind: str = "2d", factors: int = 2) -> Callable[[torch.dtype], None]:
     """A fused pair of convolutions of kernel `size`."""
     from attnzoo.kernels.depthwise_pair import depthwise_pair
 
-    def call(dtype: torch.dtype) -> Tensor:
+    def call(dtype: torch.dtype) -> None:
         taps = (DIM, 1, size, size) if kind == "2d" else (DIM, 1, size)
         x_a, x_b = (leaf(dtype, BATCH, TOKENS, DIM) for _ in range(2))
         second = (x_b, leaf(dtype, *taps), leaf(dtype, DIM)) if factors == 2 else ()
         grid = (SIDE, SIDE) if kind == "2d" else (1, TOKENS)
         first = (x_a, leaf(dtype, *taps), leaf(dtype, DIM))
-        return depthwise_pair(*first, *second, grid=grid, causal=kind == "causal")
+        depthwise_pair(*first, *second, grid=grid, causal=kind == "causal").sum().backward()
 
     return call
 
 
-def chain(plain: int, products: int, *, weighted: bool) -> Callable[[torch.dtype], Tensor]:
+def chain(plain: int, products: int, *, weighted: bool) -> Callable[[torch.dtype], None]:
     """A Hadamard chain."""
     from attnzoo.kernels.hadamard import hadamard_chain
 
-    def call(dtype: torch.dtype) -> Tensor:
+    def call(dtype: torch.dtype) -> None:
         terms = [leaf(dtype, BATCH, TOKENS, DIM) for _ in range(plain + 2 * products)]
         factors = zip(terms[plain : plain + products], terms[plain + products :], strict=True)
         extras = (leaf(dtype, plain + products, DIM), leaf(dtype, DIM)) if weighted else (None, None)
-        return hadamard_chain(terms[:plain], list(factors), *extras)
+        hadamard_chain(terms[:plain], list(factors), *extras).sum().backward()
+
+    return call
+
+
+def second_pass(width: int, *, causal: bool, window: int) -> Callable[[torch.dtype], None]:
+    """Sums of attention from its log-sum-exp, in half precision alone."""
+    from attnzoo.kernels.scored_attention import sums_from_lse
+
+    def call(dtype: torch.dtype) -> None:
+        if dtype != torch.float32:
+            q, k = torch.empty(1, 6, LENGTH, width, dtype=dtype), torch.empty(1, 2, LENGTH, width, dtype=dtype)
+            sums_from_lse(q, k, torch.empty(1, 6, LENGTH), window, causal, width**-0.5)
+
+    return call
+
+
+def one_query(width: int, *, ragged: bool, softcap: float | None = None) -> Callable[[torch.dtype], None]:
+    """Scored attention of one query, as in decoding."""
+    from attnzoo.kernels.scored_attention import scored_attention
+
+    def call(dtype: torch.dtype) -> None:
+        q, k = torch.empty(2, 6, 1, width, dtype=dtype), torch.empty(2, 2, LENGTH, width, dtype=dtype)
+        lengths = (torch.ones(2, dtype=torch.int32), torch.full((2,), LENGTH, dtype=torch.int32)) if ragged else None
+        scored_attention(q, k, k, lengths=lengths, softcap=softcap)
 
     return call
 
@@ -61,7 +86,9 @@ def leaf(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=True)
 
 
-CASES: dict[str, Callable[[torch.dtype], Tensor]] = {
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have
+OF_MATRICES = ("scored_attention.sums_kernel", "scored_attention.decode_kernel")
+CASES: dict[str, Callable[[torch.dtype], None]] = {
     "pair 3x3": pair(3),
     "pair 11x11": pair(11),
     "pair 31x31": pair(31),
@@ -70,6 +97,13 @@ CASES: dict[str, Callable[[torch.dtype], Tensor]] = {
     "causal pair of length 4": pair(4, kind="causal"),
     "product": chain(0, 1, weighted=False),
     "weighted sum of 3": chain(2, 1, weighted=True),
+    "second pass": second_pass(64, causal=False, window=LENGTH),
+    "second pass, causal": second_pass(64, causal=True, window=LENGTH),
+    "second pass, last 128, head 128": second_pass(128, causal=True, window=128),
+    "second pass, head 256": second_pass(256, causal=True, window=LENGTH),
+    "one query": one_query(64, ragged=False),
+    "one query, ragged, head 128, soft cap": one_query(128, ragged=True, softcap=50.0),
+    "one query, head 256": one_query(256, ragged=False),
 }
 
 
@@ -82,7 +116,7 @@ def compiled(task: tuple[str, int]) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         with capture_launches() as launches:
-            CASES[case](dtype).sum().backward()
+            CASES[case](dtype)
         seen = set()
         for launch in launches:
             function = getattr(launch.kernel, "fn", launch.kernel)
@@ -115,14 +149,19 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
     for row in rows:
         if row["spilled_bytes"]:
             found.append(f"spills {row['spilled_bytes']} bytes: {row}")
-        if row["configuration"].get("BANDED") and not row["matrix_products"]:
+        if row["shared_bytes"] > SHARED_BYTES.get(row["capability"], math.inf):
+            found.append(f"more shared memory than there is: {row}")
+        of_matrices = row["configuration"].get("BANDED") or row["kernel"] in OF_MATRICES
+        if of_matrices and row["dtype"] != "float32" and not row["matrix_products"]:
             found.append(f"no tensor-core instruction: {row}")
     return found
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each kernel and configuration, the largest figure of all its cases."""
-    lines = ["| kernel | configuration | most registers | most shared bytes | spilled | tensor cores |"]
+    lines = [
+        "| kernel | configuration | most registers | most shared bytes | spilled | tensor cores in half precision |"
+    ]
     lines.append("|---|---|---:|---:|---:|---|")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
@@ -130,7 +169,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         groups.setdefault((row["kernel"], shape), []).append(row)
     for (kernel, shape), group in groups.items():
         most = {key: max(row[key] for row in group) for key in ("registers", "shared_bytes", "spilled_bytes")}
-        cores = "yes" if all(row["matrix_products"] for row in group) else "no"
+        halves = [row["matrix_products"] for row in group if row["dtype"] != "float32"]
+        cores = "yes" if halves and all(halves) else "no"
         cells = (f"`{kernel}`", shape, most["registers"], f"{most['shared_bytes']:,}", most["spilled_bytes"], cores)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.kernels.scored_attention import scored_attention
-
 
 def attention_weights(
     q: Tensor, k: Tensor, scale: float | None, softcap: float | None = None, visible: Tensor | None = None
@@ -45,4 +43,6 @@ def attention_sums(
     q: Tensor, k: Tensor, lengths: tuple[Tensor, Tensor] | None, scale: float | None, softcap: float | None = None
 ) -> Tensor:
     """Sum of the attention that each key gets from all queries, causal, ``(B, H, S)``; see `scored_attention`."""
+    from attnzoo.kernels.scored_attention import scored_attention  # Triton takes long to import
+
     return scored_attention(q, k, k[..., :0], causal=True, lengths=lengths, scale=scale, softcap=softcap).sums

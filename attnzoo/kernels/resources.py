@@ -16,7 +16,14 @@ from torch import Tensor
 from attnzoo.kernels.dispatch import OPTIONS, Launch
 from attnzoo.kernels.language import triton
 
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 MATRIX_PRODUCTS = ("HMMA", "HGMMA", "WGMMA")  # instructions of tensor cores, half precision
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -93,13 +100,17 @@ def compile_for(launch: Launch, config: Any, capability: int) -> Resources:
 def _type(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_type(part) for part in value)
-    return f"*{TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def _alignments(at: tuple[int, ...], value: Any) -> dict[tuple[int, ...], Any]:
     """As Triton finds them: pointers and numbers that 16 divides."""
     if isinstance(value, tuple):
         return {k: v for i, part in enumerate(value) for k, v in _alignments((*at, i), part).items()}
+    if isinstance(value, float):
+        return {}
     return {at: ALIGNED} if isinstance(value, Tensor) or value % 16 == 0 else {}
 
 

@@ -19,7 +19,7 @@ float64). The backward goes by chunks, with softmax computed again; `sums` and `
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -241,13 +241,21 @@ def _capped(scores, softcap):
     return scores
 
 
-def _sums_config(rows: int, columns: int, warps: int, stages: int) -> Any:
+def _config(rows: int, columns: int, warps: int, stages: int) -> Any:
     return triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
 
 
+def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> list[Any]:
+    """Configurations whose tiles find room in the registers: of wide heads the small ones, and those of many warps."""
+    wide = {**named, **constants}["DEPTH"] > 128
+    tiles = [(c, c.kwargs["ROWS"] * c.kwargs["COLUMNS"] // c.num_warps) for c in configs]
+    return [c for c, tile in tiles if not wide or tile <= 1024]
+
+
 @triton.autotune(
-    [_sums_config(64, 64, 4, 3), _sums_config(64, 128, 4, 3), _sums_config(64, 128, 8, 3), _sums_config(128, 64, 4, 2)],
+    [_config(32, 64, 4, 2), _config(64, 64, 4, 3), _config(64, 128, 4, 3), _config(64, 128, 8, 3)],
     ["WINDOW", "WIDTH", "CAUSAL"],
+    {"early_config_prune": _fitting},
     cache_results=True,
 )
 @triton.jit
@@ -361,7 +369,7 @@ def _combine_kernel(
         tl.store(out + line * V_WIDTH + across, mixed.to(out.dtype.element_ty), mask=across < V_WIDTH)
 
 
-DECODE_COLUMNS = 64  # keys that a program reads at a time
+TILE = 8192  # bytes of keys, and of values, that a program of the decode kernel reads at a time, but 16 keys at least
 PROGRAMS = 256  # among which keys are shared out when decoding
 SPLITS = 64  # shares at most
 
@@ -402,8 +410,9 @@ def _by_decoding(
     q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)
     if asked is not None and held is not None:
         held = (held * (asked > 0)).to(q.device, torch.int32).contiguous()  # no query sees no key
-    splits = max(min(triton.cdiv(keys, DECODE_COLUMNS), triton.cdiv(PROGRAMS, batch * kv_heads), SPLITS), 1)
-    share = triton.cdiv(triton.cdiv(keys, splits), DECODE_COLUMNS) * DECODE_COLUMNS
+    columns = min(max(TILE // (max(_power(width), _power(v_width)) * q.element_size()), 16), 64)
+    splits = max(min(triton.cdiv(keys, columns), triton.cdiv(PROGRAMS, batch * kv_heads), SPLITS), 1)
+    share = triton.cdiv(triton.cdiv(keys, splits), columns) * columns
     splits = triton.cdiv(keys, share)
     scores, row = (q.new_empty(batch, heads, keys, dtype=torch.float32) for _ in range(2))
     parts = q.new_empty(batch, heads, splits, v_width, dtype=torch.float32)
@@ -415,7 +424,7 @@ def _by_decoding(
         q, k, v, held, scores, parts, most, norm, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         keys, kv_heads, share, scale, softcap,
         GROUPS=groups, HEADS=max(triton.next_power_of_2(groups), 16), WIDTH=width, DEPTH=_power(width),
-        V_WIDTH=v_width, V_DEPTH=_power(v_width), COLUMNS=DECODE_COLUMNS,
+        V_WIDTH=v_width, V_DEPTH=_power(v_width), COLUMNS=columns,
     )  # fmt: skip
     launch(
         _combine_kernel, (triton.cdiv(keys, 1024), batch * heads), q.device,
