@@ -2,6 +2,8 @@
 
 python eval/bench.py configs/bench/quickstart.yaml [key=value ...]   measure; a broken run goes on where it stopped
 python eval/bench.py --report RECORDS.jsonl [--readme README.md]     report again from records, without measuring
+
+A config that lists `operations` is one of single operations beside PyTorch's, as in configs/bench/gpu_kernels.yaml.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import AttnZooError, ConfigError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give either a config or --report RECORDS")
     try:
         if parsed.report is not None:
-            report(parsed.report, parsed.readme)
+            (report_operations if _of_operations(parsed.report) else report)(parsed.report, parsed.readme)
         else:
             lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
             again = shlex.join(["python", "eval/bench.py", *lasting])
@@ -48,7 +50,11 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.report import read_marked
     from attnzoo.bench.run import run
+    from attnzoo.bench.strict import read_yaml
 
+    if "operations" in read_yaml(config_path, overrides):
+        measure_operations(config_path, overrides, command, readme)
+        return
     config = load_config(config_path, overrides)
     if readme is not None:
         read_marked(readme)  # rather now than after an hour
@@ -56,21 +62,69 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
     report(config.folder / RECORDS_FILE, readme)
 
 
+def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> None:
+    """Measure single operations, then report."""
+    from attnzoo.bench.operations.config import load_config
+    from attnzoo.bench.operations.run import run
+
+    config = load_config(config_path, overrides)
+    _no_readme(readme)
+    report_operations(run(config, command), None)
+
+
+def report_operations(records_path: Path, readme: Path | None) -> None:
+    """Print the table and write the page of a records file of operations."""
+    from rich.console import Console
+
+    from attnzoo.bench.operations.record import read_records
+    from attnzoo.bench.operations.report import html_page, print_report
+
+    _no_readme(readme)
+    records = read_records(records_path)
+    page = _write_page(records_path, lambda config: html_page(records, config))
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    print_report(records, console)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+
+
+def _no_readme(readme: Path | None) -> None:
+    if readme is not None:
+        raise ConfigError("--readme is for benchmarks of attentions; one of operations has its own table")
+
+
+def _of_operations(records_path: Path) -> bool:
+    """Whether a records file is one of single operations."""
+    import json
+
+    try:
+        with records_path.open(encoding="utf-8") as lines:
+            return "rivals" in json.loads(next(lines, "{}"))
+    except (OSError, ValueError):
+        return False  # reading it in earnest will tell what is wrong
+
+
+def _write_page(records_path: Path, html: Callable[[str | None], str]) -> Path:
+    """Write ``report.html`` in a run's folder, else a page of the records' name beside them."""
+    from attnzoo.bench.record import RECORDS_FILE
+
+    config = records_path.with_suffix(".yaml")
+    page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
+    part = page.with_name(f".{page.name}.part")
+    part.write_text(html(config.read_text(encoding="utf-8") if config.is_file() else None), encoding="utf-8")
+    os.replace(part, page)
+    return page
+
+
 def report(records_path: Path, readme: Path | None) -> None:
-    """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
+    """Print the table and write the page of a records file."""
     from rich.console import Console
 
     from attnzoo.bench.page import html_page
-    from attnzoo.bench.record import RECORDS_FILE, read_records
+    from attnzoo.bench.record import read_records
     from attnzoo.bench.report import print_report, rewrite_readme
 
     records = read_records(records_path)
-    config = records_path.with_suffix(".yaml")
-    page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
-    html = html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None)
-    part = page.with_name(f".{page.name}.part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, page)
+    page = _write_page(records_path, lambda config: html_page(records, config))
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     print_report(records, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)

@@ -1,0 +1,161 @@
+"""The config of a benchmark of operations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from attnzoo.bench.config import NOT_HASHED, Dtype
+from attnzoo.bench.strict import Section, read_yaml, validated
+
+CONFIG_VERSION = 1
+
+
+class PairCase(Section):
+    """Two depthwise convolutions and their product, on a square grid of side `grid`; `tokens` of the batch in all."""
+
+    op: Literal["pair"]
+    grid: PositiveInt
+    kernel: PositiveInt = 11
+    backward: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"pair {self.kernel}x{self.kernel}, {self.grid}x{self.grid}{_both(self.backward)}"
+
+
+class ChainCase(Section):
+    """Sums of products of two, with a weight a channel and a bias: PADRe's products."""
+
+    op: Literal["chain"]
+    products: PositiveInt = 1
+    plain: Annotated[int, Field(ge=0)] = 0
+    weighted: bool = False
+    backward: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        terms = self.plain + self.products
+        return f"chain of {terms} term{'s' if terms > 1 else ''}{_both(self.backward)}"
+
+
+class ModuleCase(Section):
+    """One attention layer with PADRe beside timm's, with each fused backend of PyTorch or with none."""
+
+    op: Literal["module"]
+    tokens: PositiveInt
+    degree: PositiveInt = 2
+    beside: Literal["fused", "unfused"] = "fused"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"padre degree={self.degree}, {self.tokens:,} tokens, to {self.beside}"
+
+    @model_validator(mode="after")
+    def _square(self) -> ModuleCase:
+        if math.isqrt(self.tokens) ** 2 != self.tokens:
+            raise ValueError(f"tokens {self.tokens} is not a square, and images are square")
+        return self
+
+
+class ScoredCase(Section):
+    """Scored attention, causal, beside attention alone: of all queries, or of one, as in decoding.
+
+    `window` is how many of the last queries the sums are of; None for all.
+    """
+
+    op: Literal["scored"]
+    keys: PositiveInt
+    decode: bool = False
+    window: PositiveInt | None = None
+
+    @property
+    def queries(self) -> int:
+        """How many there are."""
+        return 1 if self.decode else self.keys
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        if self.decode:
+            return f"scored, one query of {self.keys:,} keys"
+        return f"scored, {self.keys:,} keys, sums of {'all' if self.window is None else f'the last {self.window}'}"
+
+
+Case = Annotated[PairCase | ChainCase | ModuleCase | ScoredCase, Field(discriminator="op")]
+
+
+class OperationsConfig(Section):
+    """A whole benchmark of operations.
+
+    `tokens` are those of a batch in all, of `width` channels and `heads` heads. Inputs go round among as many sets as
+    make up `spread_bytes`, so that no call finds its own in a cache. With `compiled` torch.compile is among the
+    baselines of the operations.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    threads: PositiveInt | None = None
+    dtype: Dtype = "bfloat16"
+    width: PositiveInt = 384
+    heads: PositiveInt = 6
+    tokens: PositiveInt = 32768
+    operations: Annotated[tuple[Case, ...], Field(min_length=1)]
+    compiled: bool = True
+    spread_bytes: PositiveInt = 2**28
+    repeats: Annotated[int, Field(ge=3)] = 20
+    min_seconds: NonNegativeFloat = 1.0
+    output: Path | None = None
+    fresh: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> OperationsConfig:
+        labels = [case.label for case in self.operations]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"operations: {twice} are there more than once")
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where records and the page go."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def hash(self) -> str:
+        """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
+        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults and overrides included."""
+        content = self.model_dump(mode="json", exclude=set(NOT_HASHED))
+        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OperationsConfig:
+    """Read a YAML config, apply ``key=value`` overrides and check it.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one a line.
+    """
+    return validated(OperationsConfig, read_yaml(path, overrides), [], str(path))
+
+
+def _both(backward: bool) -> str:
+    return ", forward and backward" if backward else ""

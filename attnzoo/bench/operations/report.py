@@ -1,0 +1,122 @@
+"""The table and the page of a benchmark of operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from rich.console import Console
+from rich.table import Table
+
+from attnzoo.bench.operations.record import OperationRecord
+from attnzoo.bench.page import STYLE
+from attnzoo.bench.plots import INK, new_figure, to_svg
+from attnzoo.bench.summary import milliseconds, one_line, times
+
+HEADS = ("operation", "ms", "fastest rival", "its ms", "speed-up", "of bandwidth", "of arithmetic", "path", "error")
+HOW = (
+    "Speed-up is the rival's time over the operation's, round by round: p50 (p20-p80); above 1x the operation is "
+    "faster. Shares are of the ceilings above, by the fewest bytes and operations that the work takes. The error is "
+    "the largest one from the definition in float64, as a part of its largest value; nothing was timed that did not "
+    "pass."
+)
+
+
+def print_report(records: Sequence[OperationRecord], console: Console) -> None:
+    """Print the table."""
+    table = Table(title=f"{records[0].benchmark} on {records[0].environment.device}, {records[0].dtype}")
+    for head in HEADS:
+        table.add_column(head, justify="left" if head in ("operation", "fastest rival", "path") else "right")
+    for record in records:
+        table.add_row(*cells(record))
+    console.print(table)
+
+
+def markdown_table(records: Sequence[OperationRecord]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells(record)) + " |" for record in records)])
+
+
+def cells(record: OperationRecord) -> list[str]:
+    """One line of the table."""
+    path = ", ".join(record.paths) or "-"
+    gate = record.gate
+    error = "-" if gate is None or gate.max_abs_error is None else f"{gate.max_abs_error / (gate.scale or 1):.1e}"
+    if record.status != "ok" or record.latency_ms is None:
+        return [record.label, record.status, one_line(record.message, 80), "", "", "", "", path, error]
+    rival = next((r for r in record.rivals if r.name == record.fastest), None)
+    shares = ["-" if x is None else f"{x:.0%}" for x in (record.share_of_bandwidth, record.share_of_arithmetic)]
+    return [
+        record.label,
+        milliseconds(record.latency_ms),
+        rival.name if rival else "; ".join(f"{r.name}: {one_line(r.message, 40)}" for r in record.rivals),
+        milliseconds(rival.latency_ms) if rival and rival.latency_ms else "-",
+        times(record.speedup) if record.speedup else "-",
+        *shares,
+        path,
+        error,
+    ]
+
+
+def html_page(records: Sequence[OperationRecord], config: str | None = None) -> str:
+    """The page: what was run, the table, the plot, every rival."""
+    one = records[0]
+    ceilings = one.ceilings
+    facts = {
+        "Machine": one.environment.device,
+        "Versions": f"attnzoo {one.environment.attnzoo}, torch {one.environment.torch}, commit {one.environment.commit}"
+        + (" with changes" if one.environment.dirty else ""),
+        "Measured": one.utc,
+        "Numbers": one.dtype,
+        "Again": one.command,
+    }
+    if ceilings is not None:
+        facts["Ceilings"] = (
+            f"{ceilings.bytes_per_second / 1e9:,.0f} GB/s of a large copy, {ceilings.flops_per_second / 1e12:,.1f} "
+            "TFLOP/s of a large product of matrices"
+        )
+    told = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells(record)) + "</tr>" for record in records)
+    rivals = "".join(
+        f"<tr><td>{escape(record.label)}</td><td>{escape(rival.name)}</td><td>"
+        + (milliseconds(rival.latency_ms) if rival.latency_ms else escape(one_line(rival.message)))
+        + "</td></tr>"
+        for record in records
+        for rival in record.rivals
+    )
+    title = f"attnzoo operations: {one.benchmark}"
+    head = "".join(f"<th>{name}</th>" for name in HEADS)
+    parts = [
+        f"<h1>{escape(title)}</h1><dl>{told}</dl>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p>{HOW}</p>',
+        f"<h2>Speed-up over the fastest rival</h2>{speed_plot(records)}",
+        "<h2>Every rival</h2><table><thead><tr><th>operation</th><th>rival</th><th>ms</th></tr></thead>"
+        f"<tbody>{rivals}</tbody></table>",
+        "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def speed_plot(records: Sequence[OperationRecord]) -> str:
+    """Speed-ups with their spread, an operation a line; empty where nothing was measured."""
+    shown = [record for record in reversed(records) if record.speedup is not None]
+    if not shown:
+        return "<p>Nothing was measured.</p>"
+    figure, axes = new_figure(height=0.6 + 0.32 * len(shown))
+    figure.subplots_adjust(left=0.5, bottom=0.12)
+    for y, record in enumerate(shown):
+        assert record.speedup is not None
+        axes.plot([record.speedup.p20, record.speedup.p80], [y, y], lw=3, color=INK, alpha=0.35)
+        axes.plot([record.speedup.p50], [y], "o", color=INK)
+    axes.axvline(1, color=INK, lw=0.8, ls=":")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(shown)), [record.label for record in shown], fontsize=7)
+    axes.set_xlabel("times as fast")
+    return to_svg(figure, "operations")

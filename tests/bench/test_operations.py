@@ -1,0 +1,143 @@
+"""The benchmark of single operations, small and on the CPU; and the config that is meant for a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.bench.operations import cases, run
+from attnzoo.bench.operations.config import OperationsConfig, load_config
+from attnzoo.bench.operations.record import read_records
+from attnzoo.bench.operations.report import html_page, markdown_table, speed_plot
+from attnzoo.errors import ConfigError
+from eval import bench
+
+GPU = Path(__file__).parents[2] / "configs/bench/gpu_kernels.yaml"
+SMALL = {
+    "name": "small",
+    "threads": 1,
+    "dtype": "float32",
+    "width": 8,
+    "heads": 2,
+    "tokens": 32,
+    "operations": [
+        {"op": "pair", "grid": 4, "kernel": 3},
+        {"op": "pair", "grid": 4, "kernel": 3, "backward": True},
+        {"op": "chain"},
+        {"op": "chain", "plain": 1, "weighted": True, "backward": True},
+        {"op": "module", "tokens": 16},
+        {"op": "module", "tokens": 16, "beside": "unfused"},
+        {"op": "scored", "keys": 16},
+        {"op": "scored", "keys": 16, "window": 3},
+        {"op": "scored", "keys": 16, "decode": True},
+    ],
+    "compiled": False,
+    "spread_bytes": 5000,
+    "repeats": 3,
+    "min_seconds": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch):
+    monkeypatch.setattr(run, "COPIED_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(run, "MULTIPLIED", {"cpu": 64})
+
+
+def written(tmp_path, **changes):
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps({**SMALL, "output": str(tmp_path / "out"), **changes}))
+    return path
+
+
+def test_a_run_from_config_to_page(tmp_path, capsys):
+    path = written(tmp_path)
+    assert bench.main([str(path)]) == 0
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert [r.status for r in records] == ["ok"] * 9, [r.message for r in records]
+    for record in records:
+        assert record.gate.passed
+        assert record.sets > 1
+        assert record.latency_ms.n >= 3
+        assert record.fastest in {rival.name for rival in record.rivals if rival.latency_ms}
+        both = record.case.get("backward", False)
+        assert (record.share_of_bandwidth is None) == both
+    assert records[0].paths == {"depthwise_pair: torch": 1}
+    assert records[6].paths == {"scored_attention: chunks": 1}
+    assert {r.name: bool(r.latency_ms) for r in records[4].rivals} == {
+        "timm, flash": True,
+        "timm, cudnn": False,
+        "timm, efficient": False,
+    }
+    assert "p20" not in capsys.readouterr().out
+    page = (tmp_path / "out/report.html").read_text()
+    assert all(record.label in page for record in records)
+    assert "<svg" in page
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    assert bench.main([str(path)]) == 0  # all is kept
+    assert bench.main(["--report", str(tmp_path / "out/records.jsonl")]) == 0
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+    assert markdown_table(records).count("\n") == 10
+    assert bench.main([str(path), "repeats=4"]) == 2  # records of another config
+    assert "fresh=true" in capsys.readouterr().err
+    assert bench.main(["--report", str(tmp_path / "out/records.jsonl"), "--readme", "README.md"]) == 2
+
+
+def test_counts_of_bytes_and_operations():
+    config = OperationsConfig.model_validate(SMALL)
+    pair, chain, scored = (cases.work(config, config.operations[i]) for i in (0, 2, 6))
+    tokens = 2 * 16 * 8  # two images of 16 tokens of width 8
+    assert pair.bytes == 4 * (3 * tokens + 2 * (8 * 9 + 8))
+    assert pair.flops == tokens * (2 * 9 * 2 + 1)
+    assert chain.bytes == 4 * 3 * 32 * 8
+    assert chain.flops == 32 * 8
+    assert scored.bytes == 4 * 4 * tokens + 2 * 4 * 2 * 2 * 16
+    assert scored.flops == (4 + 2) * (16 * 17 // 2) * tokens // 16  # scores and outputs, and the scores again
+
+
+def test_a_wrong_operation_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "depthwise_pair", lambda x, *rest, grid: x)
+    assert bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))]) == 0
+    (record,) = read_records(tmp_path / "out/records.jsonl")
+    assert record.status == "failed"
+    assert not record.gate.passed
+    assert record.latency_ms is None
+    assert "Nothing was measured" in html_page([record])
+
+
+def test_what_runs_out_of_memory_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(run, "_times", full)
+    bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))])
+    (record,) = read_records(tmp_path / "out/records.jsonl")
+    assert (record.status, record.latency_ms) == ("oom", None)
+    assert "Nothing was measured" in speed_plot([record])
+
+
+def test_the_config_for_a_gpu():
+    config = load_config(GPU)
+    assert config.device == "cuda"
+    assert {case.op for case in config.operations} == {"pair", "chain", "module", "scored"}
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="sees no CUDA device"):
+            run.run(config, "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"operations": []}, "operations"),
+        ({"operations": [{"op": "pear", "grid": 4}]}, "operations"),
+        ({"operations": [{"op": "chain"}, {"op": "chain"}]}, "more than once"),
+        ({"operations": [{"op": "module", "tokens": 15}]}, "not a square"),
+        ({"heads": 3}, "do not divide"),
+        ({"repeats": 1}, "repeats"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, capsys, changes, said):
+    assert bench.main([str(written(tmp_path, **changes))]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
