@@ -157,7 +157,7 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
             arrowprops={"arrowstyle": "-", "color": trade.colour, "lw": 0.8, "alpha": 0.6},
             annotation_clip=False,
         )
-    _plain_ticks(axes.xaxis, [x for t in trades for spot in t.spots for x in (spot.low, spot.high)] + [0.9, 1.0])
+    plain_ticks(axes.xaxis, [x for t in trades for spot in t.spots for x in (spot.low, spot.high)] + [0.9, 1.0])
     axes.set_xlabel(title)
     axes.set_ylabel("quality kept, part of dense")
     for marker, name in shapes.items():
@@ -198,7 +198,7 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     axes.set_yscale("log")
     axes.set_xticks(list(summary.cost), [f"{tokens:,}" for tokens in summary.cost])
     axes.minorticks_off()
-    _plain_ticks(axes.yaxis, drawn)
+    plain_ticks(axes.yaxis, drawn)
     axes.set_xlabel("tokens")
     axes.set_ylabel(title)
     add_legend(axes)
@@ -231,7 +231,7 @@ def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+def plain_ticks(axis: Any, values: Sequence[float]) -> None:
     """Ticks of a logarithmic axis at 1, 2, 5, 10 ..., written out, as many as the values span."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     steps = (1, 2, 5) if high - low <= 3 else (1,)

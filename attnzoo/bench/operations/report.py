@@ -10,7 +10,7 @@ from rich.table import Table
 
 from attnzoo.bench.operations.record import OperationRecord
 from attnzoo.bench.page import STYLE
-from attnzoo.bench.plots import INK, new_figure, to_svg
+from attnzoo.bench.plots import INK, new_figure, plain_ticks, to_svg
 from attnzoo.bench.summary import milliseconds, one_line, times
 
 HEADS = ("operation", "ms", "fastest rival", "its ms", "speed-up", "of bandwidth", "of arithmetic", "path", "error")
@@ -80,19 +80,20 @@ def html_page(records: Sequence[OperationRecord], config: str | None = None) -> 
     rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells(record)) + "</tr>" for record in records)
     rivals = "".join(
         f"<tr><td>{escape(record.label)}</td><td>{escape(rival.name)}</td><td>"
-        + (milliseconds(rival.latency_ms) if rival.latency_ms else escape(one_line(rival.message)))
+        + (milliseconds(rival.latency_ms) if rival.latency_ms else escape(one_line(rival.message, 100)))
         + "</td></tr>"
         for record in records
         for rival in record.rivals
     )
     title = f"attnzoo operations: {one.benchmark}"
     head = "".join(f"<th>{name}</th>" for name in HEADS)
+    three = "".join(f"<th>{name}</th>" for name in ("operation", "rival", "ms"))
     parts = [
         f"<h1>{escape(title)}</h1><dl>{told}</dl>",
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p>{HOW}</p>',
         f"<h2>Speed-up over the fastest rival</h2>{speed_plot(records)}",
-        "<h2>Every rival</h2><table><thead><tr><th>operation</th><th>rival</th><th>ms</th></tr></thead>"
-        f"<tbody>{rivals}</tbody></table>",
+        "<h2>Every rival</h2>",
+        f'<div class="wide"><table><thead><tr>{three}</tr></thead><tbody>{rivals}</tbody></table></div>',
         "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
     ]
     return (
@@ -109,14 +110,17 @@ def speed_plot(records: Sequence[OperationRecord]) -> str:
     shown = [record for record in reversed(records) if record.speedup is not None]
     if not shown:
         return "<p>Nothing was measured.</p>"
-    figure, axes = new_figure(height=0.6 + 0.32 * len(shown))
-    figure.subplots_adjust(left=0.5, bottom=0.12)
+    height = 0.9 + 0.3 * len(shown)  # inches
+    figure, axes = new_figure(height=height)
+    figure.subplots_adjust(left=0.45, bottom=0.65 / height)
     for y, record in enumerate(shown):
         assert record.speedup is not None
         axes.plot([record.speedup.p20, record.speedup.p80], [y, y], lw=3, color=INK, alpha=0.35)
         axes.plot([record.speedup.p50], [y], "o", color=INK)
     axes.axvline(1, color=INK, lw=0.8, ls=":")
     axes.set_xscale("log")
+    spreads = [record.speedup for record in shown if record.speedup is not None]
+    plain_ticks(axes.xaxis, [1.0, *(s.p20 for s in spreads), *(s.p80 for s in spreads)])
     axes.set_yticks(range(len(shown)), [record.label for record in shown], fontsize=7)
     axes.set_xlabel("times as fast")
     return to_svg(figure, "operations")
