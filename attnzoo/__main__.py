@@ -23,6 +23,9 @@ def capability_table() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table, or the entries named; give the exit status."""
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
     try:
         print("\n\n".join(str(describe(name)) for name in arguments) or capability_table())
     except AttnZooError as error:

@@ -465,7 +465,9 @@ def _listed(options: Mapping[str, Any]) -> str:
 
 
 def _nearest(word: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), n=3, cutoff=0.6)
+    words = list(known)
+    close = [w for w in words if w.lower() == str(word).lower()]
+    close = close or difflib.get_close_matches(str(word), words, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else "."
 
 

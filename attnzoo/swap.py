@@ -94,7 +94,8 @@ class SwapReport:
             own = f"(its own; {layer.note})" if layer.note else "(its own)"
             now = own if layer.attention is None else layer.attention + (f"({options})" if options else "")
             change = f"{layer.parameters_before:,} -> {layer.parameters_after:,}"
-            rows.append((layer.path, layer.host_class, now, change, f"{layer.reused:,}", f"{layer.added:,}"))
+            counts = ("-", "-") if layer.attention is None else (f"{layer.reused:,}", f"{layer.added:,}")
+            rows.append((layer.path, layer.host_class, now, change, *counts))
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -343,13 +344,23 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
     if problems:
-        lines = "\n".join(f"  {path}: {problem}" for path, problem in problems.items())
+        lines = "\n".join(_lines(problems))
         able = [site.path for site in sites if site.path not in problems]
         hint = f" Choose layers with where=, for example where={_pattern(able)!r}." if able else ""
         raise UnsupportedError(
             f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
             f"Nothing was swapped.{hint}"
         )
+
+
+def _lines(problems: dict[str, str]) -> list[str]:
+    """A line a problem: the first layer that has it, and how many more do."""
+    paths: dict[str, list[str]] = {}
+    for path, problem in problems.items():
+        paths.setdefault(problem, []).append(path)
+    return [
+        f"  {first}{f' and {len(rest)} more' if rest else ''}: {problem}" for problem, (first, *rest) in paths.items()
+    ]
 
 
 def _pattern(paths: list[str]) -> str:

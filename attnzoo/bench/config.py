@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.strict import Section, parse_override, read_yaml, validated
 from attnzoo.errors import AttnZooError, OptionError
 
 CONFIG_VERSION = 1
@@ -65,6 +65,34 @@ class AttentionConfig(Section):
         return data
 
 
+def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Leave out the labels of attentions whose name or options were overridden, unless the label was, too.
+
+    A row must not be called by what it was before.
+    """
+    paths = [parse_override(override)[0] for override in overrides]
+    for path in paths:
+        if "attentions" not in path:
+            continue
+        at = path.index("attentions") + 2  # after the index
+        if path[at : at + 1] not in (["name"], ["options"]) or [*path[:at], "label"] in paths:
+            continue
+        entry: Any = data
+        for key in path[:at]:
+            entry = entry[int(key)] if isinstance(entry, list) else entry[key]
+        if isinstance(entry, dict):
+            entry.pop("label", None)
+    return data
+
+
+def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
+    for index, attention in enumerate(attentions):
+        for key in ("fused", "tokens"):
+            if getattr(attention, key) is not None:
+                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+
+
 class BaselineConfig(Section):
     """The dense baseline: the host's own attention, untouched, with or without its fused kernel."""
 
@@ -99,8 +127,9 @@ class CostConfig(Section):
             return data
         tokens = data.get("tokens", cls.model_fields["tokens"].default)
         batch = data.get("batch", 1)
-        if isinstance(batch, int) and not isinstance(batch, bool) and isinstance(tokens, (list, tuple)):
-            data = {**data, "batch": {n: batch for n in tokens if isinstance(n, int)}}
+        if isinstance(batch, int) and not isinstance(batch, bool):
+            counts = tokens if isinstance(tokens, (list, tuple)) else [tokens]  # the schema says what is wrong with it
+            data = {**data, "batch": {n: batch for n in counts if isinstance(n, int)}}
         return data
 
     @model_validator(mode="after")
@@ -217,6 +246,7 @@ class LanguageConfig(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> LanguageConfig:
+        refuse_vision_keys(self.attentions)
         _refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
         return self
 
@@ -285,7 +315,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
     ConfigError
         With every problem of file and overrides that could be found, one a line.
     """
-    return validate_config(read_yaml(path, overrides), source=str(path))
+    return validate_config(without_stale_labels(read_yaml(path, overrides), overrides), source=str(path))
 
 
 def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchConfig:

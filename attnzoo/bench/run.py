@@ -19,7 +19,7 @@ from attnzoo.bench import language as llm
 from attnzoo.bench import worker
 from attnzoo.bench.child import ChildResult, Nursery, Say
 from attnzoo.bench.config import BenchConfig, LanguageConfig
-from attnzoo.bench.jobs import Job, Outcome
+from attnzoo.bench.jobs import Job, Outcome, attention_paths
 from attnzoo.bench.kept import accuracy_of, against, perplexity_of
 from attnzoo.bench.plan import Row, baseline_label, plan
 from attnzoo.bench.record import (
@@ -149,6 +149,8 @@ def check(config: BenchConfig) -> None:
             classify.check_model_name(model)
         except ConfigError as error:
             problems.append(f"{key}: {error}")
+    if not problems:
+        problems += _host_problems(config)
     if config.language is not None:
         from attnzoo.tasks.text import check_text_name
 
@@ -161,6 +163,17 @@ def check(config: BenchConfig) -> None:
         problems.append(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     if problems:
         raise ConfigError("\n".join(["this config cannot be run here:", *(f"  {problem}" for problem in problems)]))
+
+
+def _host_problems(config: BenchConfig) -> list[str]:
+    """What shows only when the host is built, at its smallest."""
+    try:
+        model = worker.build_host(config, min(config.cost.tokens))
+    except Exception as error:  # a factory of timm's may raise anything
+        return [f"host: {error if isinstance(error, AttnZooError) else f'{type(error).__name__}: {error}'}"]
+    if not attention_paths(model):
+        return [f"host.model: {config.host.model!r} has no attention layer that attnzoo can swap"]
+    return []
 
 
 class _Runner:

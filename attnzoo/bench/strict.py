@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from attnzoo.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
 
 
 class Section(BaseModel):
@@ -155,6 +156,7 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{where}: {message}"
+    message = PLAIN.get(kind, message)
     shown = repr(detail["input"])
     return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
 

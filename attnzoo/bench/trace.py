@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset(
@@ -28,6 +29,17 @@ MOVES = frozenset(
 """Operators of ATen that only make or move data, beside the views."""
 
 
+def _convolution_backward(
+    grad: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+    output_padding: Any, groups: int, output_mask: Any, **options: Any,
+) -> int:  # fmt: skip
+    """As many operations for each gradient as for the convolution; torch's own formula counts groups as if dense."""
+    return (bool(output_mask[0]) + bool(output_mask[1])) * conv_flop_count(x, weight, grad, transposed=transposed)
+
+
+FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
+
+
 @dataclass(frozen=True)
 class Trace:
     """FLOPs of one call (a multiply and an add are two), the operators that ran, and those that no formula counts."""
@@ -45,7 +57,7 @@ class Trace:
 def trace(run: Callable[[], object]) -> Trace:
     """Call `run` once and give its operators and FLOPs."""
     seen = _Seen()
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with seen, counter:  # the counter, inside, takes composite operators apart; `seen` gets what is left
         run()
     return Trace(counter.get_total_flops(), tuple(sorted(seen.ops)), tuple(sorted(seen.uncounted)))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
-from attnzoo.bench.config import AttentionConfig
+from attnzoo.bench.config import AttentionConfig, without_stale_labels
 from attnzoo.bench.lines import FolderLock, append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.strict import Section, read_yaml, validated
@@ -104,7 +104,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     ConfigError
         With every problem, one a line.
     """
-    config = validated(TrainConfig, read_yaml(path, overrides), [], str(path))
+    config = validated(TrainConfig, without_stale_labels(read_yaml(path, overrides), overrides), [], str(path))
     problems = []
     for index, attention in enumerate(config.attentions):
         try:

@@ -61,9 +61,9 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     say("build")
     x = _inputs(config, job.tokens).to(device, dtype)
     fused = config.baseline.fused if spec is None or spec.fused is None else spec.fused
-    dense = _with_baseline(_host(config, job.tokens), fused).to(device, dtype)
+    dense = _with_baseline(build_host(config, job.tokens), fused).to(device, dtype)
     layers = attention_paths(dense)
-    candidate = _swapped(_host(config, job.tokens), spec, config.seed).to(device, dtype)
+    candidate = _swapped(build_host(config, job.tokens), spec, config.seed).to(device, dtype)
     shapes = _shapes(dense, layers, x, job.tokens)
     with torch.inference_mode():
         say("gate")
@@ -234,7 +234,9 @@ class _Checks:
 
     def _softmax_core(self) -> dict[str, Tensor]:
         """Outputs of the softmax core on the host's weights, image by image, for it needs much memory."""
-        model = _swapped(_host(self.config, self.tokens), AttentionConfig(name=ORACLE), self.config.seed).to(self.x)
+        model = _swapped(build_host(self.config, self.tokens), AttentionConfig(name=ORACLE), self.config.seed).to(
+            self.x
+        )
         parts: list[dict[str, Tensor]] = []
         try:
             for one in self.x.split(1):
@@ -249,13 +251,13 @@ class _Checks:
 
     def _double(self) -> dict[str, Tensor]:
         """Outputs of the host with its own attention, not fused, in float64, on the first image."""
-        model = _with_baseline(_host(self.config, self.tokens), fused=False).to(self.x).double()
+        model = _with_baseline(build_host(self.config, self.tokens), fused=False).to(self.x).double()
         with gates.noted(model, self.layers) as found:
             model(self.x[:1].double())
         return found
 
 
-def _host(config: BenchConfig, tokens: int) -> nn.Module:
+def build_host(config: BenchConfig, tokens: int) -> nn.Module:
     """Build the host as the config says, with its own attention, in evaluation mode; the same weights every time."""
     model = classify.build_model(
         config.host.model,

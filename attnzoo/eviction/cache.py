@@ -104,7 +104,7 @@ class OwnLayer(CacheLayerMixin):
         """Refuse to take tokens back: nothing of the time before them was kept."""
         if tokens_to_remove != 0:
             raise UnsupportedError(
-                f"a cache bounded by {self.maker} cannot be cropped: what it held before the tokens to remove came is "
+                f"a cache of {self.maker.name!r} cannot be cropped: what it held before the tokens to remove came is "
                 "gone. Assisted and prompt-lookup decoding need cropping; decode without them, or keep a copy() of the "
                 "cache to go back to"
             )
@@ -112,7 +112,7 @@ class OwnLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Refuse."""
         raise UnsupportedError(
-            f"a cache bounded by {self.maker} is not offloaded: it is small; leave cache_implementation unset"
+            f"a cache of {self.maker.name!r} is not offloaded: it is small; leave cache_implementation unset"
         )
 
     prefetch = offload
@@ -132,6 +132,10 @@ class OwnLayer(CacheLayerMixin):
 
 class Maker(Protocol):
     """Makes the cache layer of a swapped module, which carries it as ``attnzoo_cache``; compared by what it says."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the method."""
 
     def __call__(self, index: int) -> OwnLayer:
         """Make an empty one."""
@@ -343,7 +347,8 @@ def load_cache(path: str | Path, device: str | torch.device | None = None) -> Bo
             raise ValueError(f"format {content['format']}, expected {FILE_FORMAT}")
         layers = [_layer_from(state, index) for index, state in enumerate(content["layers"])]
     except Exception as error:
-        raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged ({why})") from error
     cache = BoundedCache()
     cache.layers = layers
     return cache
@@ -536,8 +541,8 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
         raise UnsupportedError(
-            f"an attention mask {what} cannot be honoured by a bounded cache, which keeps other entries in each "
-            "head; give a 2-D mask (B, tokens) that tells padding, or none"
+            f"an attention mask {what} cannot be honoured by layers that keep a bounded cache or a state; give a 2-D "
+            "mask (B, tokens) that tells padding, or none"
         )
     if mask.shape != (rows, seen + tokens):
         raise ShapeError(
@@ -601,7 +606,8 @@ def _layer_state(layer: Any) -> dict[str, Any]:
             "keys": None if layer.keys is None else layer.keys.clone(),
             "values": None if layer.values is None else layer.values.clone(),
         }
-    raise UnsupportedError(f"a cache with a {type(layer).__name__} cannot be saved")
+    what = f"state of {layer.maker.name!r}" if isinstance(layer, OwnLayer) else type(layer).__name__
+    raise UnsupportedError(f"a cache with a {what} cannot be saved; copy() keeps one in memory")
 
 
 def _layer_from(state: dict[str, Any], index: int) -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from attnzoo.errors import OptionError
+
 
 @dataclass(frozen=True)
 class CacheBytes:
@@ -38,7 +40,15 @@ def kv_bytes(cache: Any) -> CacheBytes:
     ----------
     cache
         Any cache of transformers, bounded or not; None counts nothing.
+
+    Raises
+    ------
+    OptionError
+        If it is no cache.
     """
+    if cache is not None and not hasattr(cache, "layers"):
+        hint = "; give it the output's past_key_values" if hasattr(cache, "past_key_values") else ""
+        raise OptionError(f"kv_bytes takes a cache of transformers, not {type(cache).__name__}{hint}")
     total = CacheBytes(0, 0, 0)
     for layer in getattr(cache, "layers", ()):
         total += layer.bytes() if hasattr(layer, "bytes") else _plain(layer)

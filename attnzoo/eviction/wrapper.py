@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from attnzoo.errors import OptionError
+from attnzoo.errors import OptionError, UnknownNameError
 from attnzoo.eviction.policy import AttentionPolicy, Policy
 from attnzoo.registry import build_policy, describe, list_attentions
 
@@ -42,8 +42,14 @@ class Wrapper(Policy):
     def inner(self) -> AttentionPolicy:
         """The policy underneath."""
         able = ", ".join(name for name in list_attentions("eviction") if _scores_by_attention(name))
+        if self.base not in list_attentions():
+            raise UnknownNameError(
+                f"base={self.base!r}: there is no such policy; those that score by attention: {able}"
+            )
         if not _scores_by_attention(self.base):
             raise OptionError(f"base={self.base!r} does not score by attention; those that do: {able}")
+        if self.base_options is not None and not isinstance(self.base_options, Mapping):
+            raise OptionError(f"base_options is a mapping of options of {self.base!r}, not {self.base_options!r}")
         options = dict(self.base_options or {})
         for name in _OWN:
             if name in options:

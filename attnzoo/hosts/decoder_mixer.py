@@ -24,6 +24,11 @@ class MakesState:
 
     mixer: str
 
+    @property
+    def name(self) -> str:
+        """The mixer's class."""
+        return self.mixer.partition("(")[0]
+
     def __call__(self, index: int) -> StateLayer:
         """Make an empty one."""
         return StateLayer(self)

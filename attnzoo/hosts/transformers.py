@@ -209,7 +209,7 @@ class TransformersSite(Site):
         if "causal" not in self.needs:
             return "in transformers models that are no decoders only cores can be swapped"
         if not info.capabilities.causal:
-            return "causality: a mixer that is not causal would let a token see those after it"
+            return "causality: a mixer that is not causal would let a token see those after it" + _causal_form(info)
         if not info.capabilities.decode:
             return f"{info.name!r} cannot go on from a state, token by token, as decoding needs"
         return self._decoder_problem("a causal mixer")
@@ -230,6 +230,12 @@ class TransformersSite(Site):
         layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config
         return layer
+
+
+def _causal_form(info: AttentionInfo) -> str:
+    """Name the options under which a mixer is causal, where it has such."""
+    form = getattr(info.load(), "causal_form", "")
+    return f" ({form} makes {info.name!r} causal)" if form else ""
 
 
 def attention(

@@ -104,6 +104,10 @@ class Padre(nn.Module):
             check_odd("kernel_size", kernel_size)
         if tokens is not None:
             check_int("tokens", tokens, minimum=1)
+            if token_mixing != "dense" and output != "element_sum":
+                raise OptionError(
+                    "tokens= is for token_mixing='dense' or output='element_sum', which have weights for each token"
+                )
         check_int("num_heads", num_heads, minimum=1)
 
         def over_channels(copies: int) -> nn.Module:
@@ -124,6 +128,8 @@ class Padre(nn.Module):
             each: tuple[int, ...] = (dim,) if tokens is None or output == "sum" else (tokens, dim)
             self.term_weights = nn.Parameter(torch.full((degree, *each), degree**-0.5))
             self.term_bias = nn.Parameter(torch.zeros(each))
+
+    causal_form = "token_mixing='causal_conv1d'"  # what messages tell where a causal mixer is needed
 
     @staticmethod
     def abilities(*, token_mixing: str = "conv2d", output: str = "last", **options: object) -> dict[str, bool]:

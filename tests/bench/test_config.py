@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnzoo.bench.config import BenchConfig, load_config, validate_config
-from attnzoo.bench.strict import parse_override
+from attnzoo.bench.operations import config as operations
+from attnzoo.bench.strict import parse_override, read_yaml
 from attnzoo.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "bench"
@@ -204,4 +205,32 @@ else:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_of_the_repository_are_sound(path):
-    assert load_config(path).name == path.stem.replace("_", "-")
+    load = operations.load_config if "operations" in read_yaml(path) else load_config
+    assert load(path).name == path.stem.replace("_", "-")
+
+
+def test_a_row_is_not_called_by_options_that_were_overridden(tmp_path):
+    row = {"name": "padre", "options": {"degree": 2}, "label": "padre of degree 2"}
+    (path := tmp_path / "c.yaml").write_text(yaml.safe_dump({"name": "c", "attentions": ["sdpa", row]}))
+
+    def label(*overrides):
+        return load_config(path, overrides).attentions[1].label
+
+    assert label() == label("cost.repeats=5") == "padre of degree 2"
+    assert label("attentions.1.options.degree=3") == "padre degree=3"
+    assert label("attentions.1.options={kernel_size: 5}") == "padre kernel_size=5"
+    assert label("attentions.1.name=conv", "attentions.1.options={}") == "conv"
+    assert label("attentions.1.options.degree=3", "attentions.1.label=mine") == "mine"
+
+
+def test_one_wrong_key_is_one_error():
+    said = problems_of({**SMALL, "cost": {"tokens": 196}})
+    assert "1 error" in said
+    assert "cost.tokens: 196 is not allowed; must be a list" in said
+
+
+def test_keys_of_images_are_refused_for_language():
+    said = problems_of(
+        {**SMALL, "language": {"attentions": [{"name": "tova", "options": {"budget": 9}, "tokens": [9]}]}}
+    )
+    assert "attentions.0.tokens is for vision models alone" in said

@@ -222,6 +222,9 @@ def test_an_attention_that_the_host_refuses_is_unsupported():
     ("changes", "says"),
     [
         ({"host": {"model": "vit_tinny_patch16_224"}}, r"host\.model: .*did you mean .*vit_tiny_patch16_224"),
+        ({"host": {"model": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"host: .*depht"),
+        ({"host": {"model": "resnet18", "patch_size": 4}}, r"host: .*resnet18"),
+        ({"host": {"model": "mixer_s32_224", "patch_size": 4}}, r"has no attention layer that attnzoo can swap"),
         ({"quality": {"host": {"patch_size": 3}}}, r"quality\.host\.patch_size: 3 does not divide the 8 pixels"),
         *([] if torch.cuda.is_available() else [({"device": "cuda"}, "device: 'cuda' asked for")]),
     ],

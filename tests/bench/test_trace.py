@@ -24,6 +24,18 @@ def test_every_backend_that_a_cpu_has_is_counted_in_full(backend, mode):
     assert traced.flops == ATTENTION_FLOPS
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [F.conv1d, F.conv2d, F.conv_transpose1d])
+def test_gradients_of_grouped_convolutions_cost_what_convolutions_cost(kind, groups):
+    """Of two gradients each has as many products as the convolution; torch's own formula forgets the groups."""
+    size = (5,) if kind is F.conv2d else ()
+    x = torch.randn(2, 8, 20, *(20 for _ in size), requires_grad=True)
+    weight = torch.randn(8, 8 // groups, 5, *size, requires_grad=True)
+    forward = trace(lambda: kind(x.detach(), weight.detach(), groups=groups)).flops
+    assert forward > 0
+    assert trace(lambda: kind(x, weight, groups=groups).sum().backward()).flops == 3 * forward
+
+
 def test_every_fused_operator_of_every_device_has_a_formula():
     aten = torch.ops.aten
     for name in (

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, StaticCache
 
 import attnzoo
-from attnzoo.errors import AssetError, ShapeError, UnsupportedError
+from attnzoo.errors import AssetError, OptionError, ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache, BoundedLayer
 from tests.eviction.models import CONFIGS, POLICIES, TEXT, bounded, feed, language_model, token_ids
 from tests.zoo import fingerprint
@@ -322,6 +322,10 @@ def test_bytes():
             assert size.held == 2 * 2 * (20 * (width + extra) + fixed)
             assert size.allocated == 2 * 2 * (24 * (width + extra) + fixed)
     assert attnzoo.kv_bytes(DynamicCache()) == attnzoo.kv_bytes(None) == attnzoo.CacheBytes(0, 0, 0)
+    with torch.no_grad(), pytest.raises(OptionError, match="give it the output's past_key_values"):
+        attnzoo.kv_bytes(language_model()(ids))
+    with pytest.raises(OptionError, match="not str"):
+        attnzoo.kv_bytes("cache")
 
 
 def test_sliding_layers_keep_their_own_cache():

@@ -252,8 +252,14 @@ def test_bad_bases(name):
         attnzoo.replace_attention(model, name, budget=8, base="keydiff")
     with pytest.raises(OptionError, match="base='caote' does not score by attention"):
         attnzoo.replace_attention(model, name, budget=8, base="caote")
-    with pytest.raises(UnknownNameError, match="did you mean 'h2o'"):
-        attnzoo.replace_attention(model, name, budget=8, base="h20")
+    for unknown in ("h20", None):
+        with pytest.raises(
+            UnknownNameError, match=r"base=.* there is no such policy; those that score by attention: h2o"
+        ):
+            attnzoo.replace_attention(model, name, budget=8, base=unknown)
+    for wrong in ("x", [1]):
+        with pytest.raises(OptionError, match="base_options is a mapping"):
+            attnzoo.replace_attention(model, name, budget=8, base_options=wrong)
     with pytest.raises(OptionError, match="budget is an option of the wrapper"):
         attnzoo.replace_attention(model, name, budget=8, base_options={"budget": 9})
     with pytest.raises(OptionError, match="'h2o' has no option 'window'"):

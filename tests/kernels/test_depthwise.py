@@ -224,12 +224,32 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(compiled(*inputs, 4, 3), depthwise.reference(*inputs, 4, 3))
 
 
-def test_half_precision_and_autocast_go_by_torch():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_computed_in_float32(dtype, autocast):
+    """The dtypes are torch's, of the result and of gradients; the C++ is what runs."""
+    from attnzoo.bench.trace import trace
+
+    given_ = problem(2, 4, 5, 8, 3)
+    halves = [t.to(dtype) for t in given_]
+    leaves = [(t if autocast else t.to(dtype)).requires_grad_() for t in given_]
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = depthwise.depthwise2d(*leaves, 4, 5)
+        by_torch = depthwise.reference(*leaves, 4, 5)
+        seen = trace(lambda: depthwise.depthwise2d_product(*(t.detach() for t in (*leaves, *leaves)), 4, 5))
+    assert out.dtype == by_torch.dtype == dtype
+    exact = depthwise.reference(*(t.double() for t in halves), 4, 5)
+    assert (out - exact).abs().max() <= 0.01 * exact.abs().max()
+    found = torch.autograd.grad(out.square().sum(), leaves)
+    assert [g.dtype for g in found] == [t.dtype for t in leaves]
+    if depthwise.is_compiled():
+        assert "attnzoo.depthwise2d_product" in seen.ops
+
+
+def test_dtypes_that_differ_are_torchs_to_refuse():
     x, weight, bias = problem(1, 4, 4, 8, 3)
-    half = depthwise.depthwise2d(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 4, 4)
-    assert half.dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert depthwise.depthwise2d(x, weight, bias, 4, 4).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError):
+        depthwise.depthwise2d(x, weight.bfloat16(), bias, 4, 4)
 
 
 def test_flops_are_counted():

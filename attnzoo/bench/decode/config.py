@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import NOT_HASHED, AttentionConfig, Dtype
+from attnzoo.bench.config import NOT_HASHED, AttentionConfig, Dtype, refuse_vision_keys, without_stale_labels
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks.needles import KINDS, Kind
@@ -96,6 +96,7 @@ class DecodeConfig(Section):
 
     @model_validator(mode="after")
     def _rows_and_windows_fit(self) -> DecodeConfig:
+        refuse_vision_keys((*self.attentions, self.canary.tiny))
         labels = [DENSE, *(attention.label for attention in self.attentions)]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
@@ -131,7 +132,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DecodeConfig
     ConfigError
         With every problem of file and overrides that could be found, one a line.
     """
-    return validate_config(read_yaml(path, overrides), source=str(path))
+    return validate_config(without_stale_labels(read_yaml(path, overrides), overrides), source=str(path))
 
 
 def validate_config(data: Mapping[str, Any], source: str = "config") -> DecodeConfig:
