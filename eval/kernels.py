@@ -59,7 +59,7 @@ def chain(plain: int, products: int, *, weighted: bool) -> Callable[[torch.dtype
 
 def second_pass(width: int, *, causal: bool, window: int) -> Callable[[torch.dtype], None]:
     """Sums of attention from its log-sum-exp, in half precision alone."""
-    from attnzoo.kernels.scored_attention import sums_from_lse
+    from attnzoo.kernels.scored import sums_from_lse
 
     def call(dtype: torch.dtype) -> None:
         if dtype != torch.float32:
@@ -69,12 +69,14 @@ def second_pass(width: int, *, causal: bool, window: int) -> Callable[[torch.dty
     return call
 
 
-def one_query(width: int, *, ragged: bool, softcap: float | None = None) -> Callable[[torch.dtype], None]:
+def one_query(
+    width: int, *, ragged: bool, softcap: float | None = None, groups: int = 3
+) -> Callable[[torch.dtype], None]:
     """Scored attention of one query, as in decoding."""
-    from attnzoo.kernels.scored_attention import scored_attention
+    from attnzoo.kernels.scored import scored_attention
 
     def call(dtype: torch.dtype) -> None:
-        q, k = torch.empty(2, 6, 1, width, dtype=dtype), torch.empty(2, 2, LENGTH, width, dtype=dtype)
+        q, k = torch.empty(2, 2 * groups, 1, width, dtype=dtype), torch.empty(2, 2, LENGTH, width, dtype=dtype)
         lengths = (torch.ones(2, dtype=torch.int32), torch.full((2,), LENGTH, dtype=torch.int32)) if ragged else None
         scored_attention(q, k, k, lengths=lengths, softcap=softcap)
 
@@ -87,7 +89,7 @@ def leaf(dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have
-OF_MATRICES = ("scored_attention.sums_kernel", "scored_attention.decode_kernel")
+OF_MATRICES = ("scored.sums_kernel", "scored.decode_kernel")
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "pair 3x3": pair(3),
     "pair 11x11": pair(11),
@@ -104,6 +106,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "one query": one_query(64, ragged=False),
     "one query, ragged, head 128, soft cap": one_query(128, ragged=True, softcap=50.0),
     "one query, head 256": one_query(256, ragged=False),
+    "one query, 32 heads a key head of 128": one_query(128, ragged=False, groups=32),
 }
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.cores.sdpa import Sdpa
-from attnzoo.kernels.scored_attention import Scored, scored_attention
+from attnzoo.cores.sdpa import Sdpa, refuse_softcap
+from attnzoo.kernels.scored import Scored, scored_attention
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class FlashScored(Sdpa):
         causal: bool = False,
         lengths: tuple[Tensor, Tensor] | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
     ) -> Scored:
-        """Attend and sum; see `attnzoo.kernels.scored_attention`."""
+        """Attend and sum; see `attnzoo.kernels.scored_attention`.
+
+        Raises
+        ------
+        UnsupportedError
+            If a soft cap is asked for, as when no sums are.
+        """
+        refuse_softcap(softcap)
         return scored_attention(q, k, v, window=window, causal=causal, lengths=lengths, scale=scale)

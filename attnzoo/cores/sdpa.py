@@ -44,9 +44,14 @@ class Sdpa:
             If a soft cap is asked for.
         """
         check_qkv(q, k, v)
-        if softcap is not None:
-            raise UnsupportedError("torch's attention cannot cap scores (softcap); use 'softmax'")
+        refuse_softcap(softcap)
         return torch_sdpa(q, k, v, mask, causal, scale, dropout)
+
+
+def refuse_softcap(softcap: float | None) -> None:
+    """Raise `UnsupportedError` where there is one."""
+    if softcap is not None:
+        raise UnsupportedError("torch's attention cannot cap scores (softcap); use 'softmax'")
 
 
 def torch_sdpa(

@@ -126,6 +126,11 @@ class Policy(ABC):
         """How many of the last queries `Live.queries` must hold."""
         return 0
 
+    @property
+    def sums_window(self) -> bool:
+        """Whether of the window the sums of its attention are needed, not the attention of each query."""
+        return self.queries_kept > 0
+
     def default_sink(self) -> int:
         """First tokens protected where the user says nothing, before it is cut to fit."""
         return 0

@@ -149,22 +149,25 @@ class BoundedAttention:
         else:
             lengths = None if visible is None else store.lengths(taken, q.device)
             keys, values = store.attended()
-            out, sums, _ = self.core.scored(
-                q, keys, values, window=asked, causal=True, lengths=lengths, scale=options["scale"]
-            )
+            wanted = {key: value for key, value in options.items() if key != "dropout"}
+            out, sums, _ = self.core.scored(q, keys, values, window=asked, causal=True, lengths=lengths, **wanted)
         store.observe(q, taken, sums if self.policy.accumulates else None)
         store.evict(due, None if self.policy.accumulates else sums)
         return out
 
     def _asked(self, store: Store, taken: list[int], due: list[int], options: dict[str, Any]) -> int | None:
-        """Over how many of the last queries the core is to sum what each key got; None if that is not asked of it."""
-        if not hasattr(self.core, "scored") or options["dropout"] > 0:
+        """Over how many of the last queries the core is to sum what each key got; None if that is not asked of it.
+
+        Under autocast it would sum in the lower precision, and other entries would be kept.
+        """
+        device = store.attended()[0].device.type
+        if not hasattr(self.core, "scored") or options["dropout"] > 0 or torch.is_autocast_enabled(device):
             return None
         if self.policy.accumulates:
             return max(taken)
         window = self.policy.queries_kept
         over = [row for row in due if store.held[row] > self.policy.budget]
-        return window if window and over and all(taken[row] >= window for row in over) else None
+        return window if self.policy.sums_window and over and all(taken[row] >= window for row in over) else None
 
     def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:
         """Attend over what is held: what `visible` ``(B, 1, t, held)`` shows, or with the ends lined up."""

@@ -45,6 +45,11 @@ class Scissorhands(AttentionPolicy):
         """The window."""
         return self.window
 
+    @property
+    def sums_window(self) -> bool:
+        """For means; counts need each weight."""
+        return self.importance == "mean"
+
     def default_recent(self, sink: int) -> int:
         """As in the authors' script."""
         return 10

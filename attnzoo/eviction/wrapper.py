@@ -68,6 +68,11 @@ class Wrapper(Policy):
         """What the base needs."""
         return self.inner.queries_kept
 
+    @property
+    def sums_window(self) -> bool:
+        """What the base needs."""
+        return self.inner.sums_window
+
     def default_sink(self) -> int:
         """The base's."""
         return self.inner.default_sink()

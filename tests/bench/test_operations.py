@@ -1,6 +1,7 @@
 """The benchmark of single operations, small and on the CPU; and the config that is meant for a GPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ SMALL = {
         {"op": "module", "tokens": 16, "beside": "unfused"},
         {"op": "scored", "keys": 16},
         {"op": "scored", "keys": 16, "window": 3},
-        {"op": "scored", "keys": 16, "decode": True},
+        {"op": "scored", "keys": 16, "decode": True, "kv_heads": 1},
     ],
     "compiled": False,
     "spread_bytes": 5000,
@@ -104,6 +105,51 @@ def test_a_wrong_operation_is_not_timed(tmp_path, monkeypatch):
     assert not record.gate.passed
     assert record.latency_ms is None
     assert "Nothing was measured" in html_page([record])
+
+
+def test_an_output_that_is_wrong_only_where_values_are_small_does_not_pass():
+    """Averages over thousands of keys are a hundredth of the first ones."""
+    config = OperationsConfig.model_validate({**SMALL, "heads": 1, "operations": [{"op": "scored", "keys": 4096}]})
+    task = cases.work(config, config.operations[0])
+    inputs = [torch.randn(shape) for shape, _ in task.shapes]
+    assert run._gate(task, inputs)[0].passed
+
+    def cut(q, k, v):
+        out, sums, last = task.run(q, k, v)
+        out[:, :, 3600:] = 0
+        return out, sums, last
+
+    gate, _ = run._gate(replace(task, run=cut), [x.bfloat16() for x in inputs])
+    assert not gate.passed
+    assert "last eighth" in gate.at
+
+
+def test_a_case_that_breaks_does_not_end_the_run(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise AssertionError("no such instruction")
+
+    monkeypatch.setattr(cases, "hadamard_chain", broken)
+    bench.main([str(written(tmp_path, operations=SMALL["operations"][1:4]))])
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert [r.status for r in records] == ["ok", "failed", "failed"]
+    assert records[1].message == "AssertionError: no such instruction"
+
+
+def test_compiled_rivals_are_compiled_for_the_shapes_they_are_timed_on(tmp_path, monkeypatch):
+    made = []
+
+    def compiler(graph, inputs):
+        made.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=compiler, **options))
+    pairs = [{"op": "pair", "grid": grid, "kernel": 3} for grid in (2, 3, 4, 5)]
+    bench.main([str(written(tmp_path, operations=pairs, compiled=True))])
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert all(len([rival for rival in record.rivals if rival.latency_ms]) == 4 for record in records)
+    assert len(made) == 8
+    assert all(isinstance(n, int) for shapes in made for shape in shapes for n in shape)
 
 
 def test_what_runs_out_of_memory_is_told(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
 from attnzoo.registry import build_core, build_policy, describe
@@ -214,11 +215,41 @@ def test_a_core_that_sums_keeps_what_a_second_look_keeps(policy, budget, block, 
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["h2o", "tova", "snapkv"])
+def test_autocast_changes_nothing_of_what_a_core_that_sums_keeps(name):
+    for seed in range(5):
+        q, k, v = qkv(60, 2, seed, torch.float32)
+        kept = []
+        for core in ("sdpa", "flash_scored"):
+            attention = attention_of(name, budget=12, block_size=4, core=core)
+            store = Store(attention.policy)
+            with torch.autocast("cpu", torch.bfloat16):
+                attention(store, q, k, v)
+            kept.append(store.positions.tolist())
+        whole = Store(attention.policy)
+        attention(whole, q, k, v)
+        assert kept[0] == kept[1] == whole.positions.tolist()
+
+
+@pytest.mark.parametrize("name", ["h2o", "tova", "keydiff"])
+def test_a_soft_cap_is_not_dropped_by_a_core_that_has_none(name):
+    attention = attention_of(name, budget=12, block_size=4, core="flash_scored")
+    with pytest.raises(UnsupportedError, match="softcap"):
+        attention(Store(attention.policy), *qkv(20), softcap=1.0)
+
+
 def test_the_core_is_asked_for_sums_where_the_policy_wants_them():
     """At every step for accumulated attention, at evictions only for a window, never where nothing goes."""
     from attnzoo.kernels.dispatch import record_paths
 
-    cases = (("h2o", 8, 9), ("tova", 8, 9), ("h2o", 100, 1), ("tova", 100, 0), ("keydiff", 8, 0))
+    cases = (
+        ("h2o", 8, 9),
+        ("tova", 8, 9),
+        ("h2o", 100, 1),
+        ("tova", 100, 0),
+        ("keydiff", 8, 0),
+        ("scissorhands", 8, 0),
+    )
     for name, budget, steps in cases:
         attention = attention_of(name, budget=budget, block_size=4, core="flash_scored")
         with record_paths() as paths:

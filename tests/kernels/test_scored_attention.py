@@ -1,4 +1,3 @@
-import importlib
 import itertools
 
 import pytest
@@ -8,10 +7,10 @@ from hypothesis import strategies as st
 
 from attnzoo.errors import OptionError, ShapeError
 from attnzoo.kernels import dispatch, scored_attention
+from attnzoo.kernels import scored as module
 from tests.kernels.compare import TOLERANCE, surrounded
 from tests.kernels.conftest import DEVICE
 
-module = importlib.import_module("attnzoo.kernels.scored_attention")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Triton's interpreter multiplies the bits of bfloat16 matrices as integers
 OF_PRODUCTS = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -145,16 +144,17 @@ def test_memory_is_linear_in_the_length():
                 self.most = max(self.most, x.numel() if isinstance(x, torch.Tensor) else 0)
             return out
 
-    found = []
-    for tokens in (1024, 2048):
-        q, k, v = (x.float().requires_grad_() for x in qkv(1, 4, 2, tokens, tokens, 16))
-        with Largest() as seen:
-            grad = torch.ones(1, 4, tokens, 16)
-            module._by_chunks(q.detach(), k.detach(), v.detach(), None, None, tokens, True, 0.25, None)
-            module._backward_by_chunks(grad, q.detach(), k.detach(), v.detach(), None, None, True, 0.25, None)
-        found.append(seen.most)
-    assert found[0] == 4 * module.CHUNK * 1024
-    assert found[1] == 2 * found[0]
+    for window, v_width in ((None, 16), (64, 16), (64, 8)):
+        found = []
+        for tokens in (1024, 2048):
+            q, k, v = (x.float() for x in qkv(1, 4, 2, tokens, tokens, 16, v_width))
+            with Largest() as seen:
+                asked = tokens if window is None else window
+                module._by_chunks(q, k, v, None, None, asked, True, 0.25, None)
+                module._backward_by_chunks(torch.ones(1, 4, tokens, v_width), q, k, v, None, None, True, 0.25, None)
+            found.append(seen.most)
+        assert found[0] == 4 * module.CHUNK * 1024
+        assert found[1] == 2 * found[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
@@ -281,6 +281,10 @@ def test_the_operator_keeps_torchs_rules():
         torch.library.opcheck(op, (*leaves, *rest), test_utils=utils)
     backward = torch.ops.attnzoo.scored_attention_backward.default
     torch.library.opcheck(backward, (torch.ones(2, 4, 5, 8), q, k, v, None, None, True, 0.3, None))
+    # as models hand them over: heads beside one another
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.library.opcheck(op, (q, k, v, None, None, 3, True, 0.3, None))
+    torch.library.opcheck(backward, (q.clone(), q, k, v, None, None, True, 0.3, None))
 
 
 def test_it_compiles_without_a_break():
@@ -303,6 +307,17 @@ def test_autocast():
         found = scored_attention(q, k, v)
     want = written_out(*(x.bfloat16().double() for x in (q, k, v)))
     assert_same(found, want, torch.bfloat16, None)
+
+
+def test_gradients_are_summed_in_float32_under_autocast():
+    leaves = [x.float().requires_grad_() for x in qkv(1, 2, 1, 70, 70, 8)]
+    out = scored_attention(*leaves, causal=True).output
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out, leaves, torch.ones_like(out), retain_graph=True))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_flops_are_those_of_attention():

@@ -19,7 +19,7 @@ from attnzoo.kernels.depthwise_pair import depthwise_pair
 from attnzoo.kernels.depthwise_pair import reference as pair_reference
 from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.kernels.hadamard import reference as chain_reference
-from attnzoo.kernels.scored_attention import scored_attention
+from attnzoo.kernels.scored import scored_attention
 from attnzoo.tasks.classify import build_model
 
 Function = Callable[..., Any]
@@ -81,7 +81,10 @@ def _size(config: OperationsConfig) -> int:
 
 
 def _with_compiled(config: OperationsConfig, rivals: dict[str, Function]) -> dict[str, Function]:
-    return rivals | {f"{name}, compiled": torch.compile(run) for name, run in rivals.items() if config.compiled}
+    if not config.compiled:
+        return rivals
+    compiled = {f"{name}, compiled": torch.compile(run, fullgraph=True, dynamic=False) for name, run in rivals.items()}
+    return rivals | compiled
 
 
 def _pair(config: OperationsConfig, case: PairCase) -> Work:
@@ -203,13 +206,14 @@ def _under(backend: SDPBackend, layer: nn.Module) -> Function:
 
 def _scored(config: OperationsConfig, case: ScoredCase) -> Work:
     queries, width = case.queries, config.width // config.heads
+    kv_heads = config.heads if case.kv_heads is None else case.kv_heads
     batch = max(config.tokens // case.keys, 1)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         return tuple(scored_attention(q, k, v, causal=True, window=case.window))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=not case.decode)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=not case.decode, enable_gqa=kv_heads < config.heads)
 
     def under(backend: SDPBackend) -> Function:
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -218,7 +222,7 @@ def _scored(config: OperationsConfig, case: ScoredCase) -> Work:
 
         return run
 
-    one = (batch, config.heads, case.keys, width)
+    one = (batch, kv_heads, case.keys, width)
     asked = (batch, config.heads, queries, width)
     seen = queries * (2 * case.keys - queries + 1) // 2
     window = queries if case.window is None else min(case.window, queries)

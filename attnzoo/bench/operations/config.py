@@ -71,13 +71,15 @@ class ModuleCase(Section):
 class ScoredCase(Section):
     """Scored attention, causal, beside attention alone: of all queries, or of one, as in decoding.
 
-    `window` is how many of the last queries the sums are of; None for all.
+    `window` is how many of the last queries the sums are of; None for all. `kv_heads` are those of the keys, where
+    several query heads share one.
     """
 
     op: Literal["scored"]
     keys: PositiveInt
     decode: bool = False
     window: PositiveInt | None = None
+    kv_heads: PositiveInt | None = None
 
     @property
     def queries(self) -> int:
@@ -87,9 +89,10 @@ class ScoredCase(Section):
     @property
     def label(self) -> str:
         """What tables call it."""
+        keys = f"{self.keys:,} keys" + ("" if self.kv_heads is None else f" of {self.kv_heads} heads")
         if self.decode:
-            return f"scored, one query of {self.keys:,} keys"
-        return f"scored, {self.keys:,} keys, sums of {'all' if self.window is None else f'the last {self.window}'}"
+            return f"scored, one query of {keys}"
+        return f"scored, {keys}, sums of {'all' if self.window is None else f'the last {self.window}'}"
 
 
 Case = Annotated[PairCase | ChainCase | ModuleCase | ScoredCase, Field(discriminator="op")]
@@ -127,6 +130,9 @@ class OperationsConfig(Section):
             raise ValueError(f"operations: {twice} are there more than once")
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        shared = [case.kv_heads for case in self.operations if isinstance(case, ScoredCase) and case.kv_heads]
+        if any(self.heads % count for count in shared):
+            raise ValueError(f"kv_heads {shared} must divide heads {self.heads}")
         return self
 
     @property

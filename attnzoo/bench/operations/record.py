@@ -26,6 +26,7 @@ class Rival(Entry):
 
     name: str
     latency_ms: Quantiles | None
+    graph: bool = False
     message: str = ""
 
 
@@ -34,7 +35,8 @@ class OperationRecord(Entry):
 
     `speedup` is the time of the fastest rival over the operation's, round by round. `bytes` and `flops` are the fewest
     that the work takes, each input read once and each output written once; the shares are those of the ceilings that
-    the operation reached by them. `graph` says whether calls were replayed by a CUDA graph.
+    the operation reached by them. `graph` says whether calls were replayed by a CUDA graph; where the operation's were
+    and the fastest rival's were not, or the other way round, there is no speed-up.
     """
 
     schema_version: Literal[1] = 1

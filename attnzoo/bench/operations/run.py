@@ -26,7 +26,7 @@ from attnzoo.bench.operations.record import Ceilings, OperationRecord, Rival, re
 from attnzoo.bench.record import CONFIG_FILE, FINAL, RECORDS_FILE, Gate
 from attnzoo.bench.summary import one_line
 from attnzoo.bench.system import environment
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import ConfigError
 from attnzoo.kernels.dispatch import record_paths
 
 COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -66,6 +66,7 @@ def run(config: OperationsConfig, command: str, console: Console | None = None) 
         ceilings = _ceilings(config, device) if todo else None
         for case in track(todo, "operations", console=console):
             start = time.monotonic()
+            torch.compiler.reset()  # or rivals of later cases would run by what was compiled for earlier shapes
             found = _measured(config, work(config, case), device, ceilings)
             append_line(
                 path,
@@ -124,7 +125,7 @@ def _measured(config: OperationsConfig, task: Work, device: torch.device, ceilin
             if not found["gate"].passed:
                 return {**found, "message": gate_message("gate", found["gate"])}
             return {**found, **_times(config, task, sets, device, ceilings)}
-    except (RuntimeError, MemoryError, AttnZooError) as error:
+    except Exception as error:  # of Triton's, of the compiler's: the next case may still run
         status = "oom" if is_out_of_memory(error) else "failed"
         return {**found, "status": status, "message": f"{type(error).__name__}: {error}"}
 
@@ -156,6 +157,7 @@ def _all_of(function: Function, inputs: Sequence[Tensor], backward: bool) -> dic
     out = function(*leaves)
     outputs = list(out) if isinstance(out, tuple) else [out]
     found = {f"output {i}": x for i, x in enumerate(outputs)}
+    found |= {f"{name}, last eighth": _last_eighth(x, -1 if i else -2) for i, (name, x) in enumerate(found.items())}
     if backward:
         cotangent = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(0)).to(outputs[0])
         grads = torch.autograd.grad(outputs[0], leaves, cotangent)
@@ -163,23 +165,34 @@ def _all_of(function: Function, inputs: Sequence[Tensor], backward: bool) -> dic
     return {name: x.detach() for name, x in found.items()}
 
 
+def _last_eighth(x: Tensor, dim: int) -> Tensor:
+    """The last of the tokens: an average over many keys is small beside one over few, and must be right by its size."""
+    count = max(x.shape[dim] // 8, 1)
+    return x.narrow(dim, x.shape[dim] - count, count)
+
+
 def _times(
     config: OperationsConfig, task: Work, sets: list[list[Tensor]], device: torch.device, ceilings: Ceilings | None
 ) -> dict[str, Any]:
     own, graph = _round(task.run, task, sets, device)
-    rounds, rivals, names = [own], [], []
+    rounds, rivals, names, graphs = [own], [], [], []
     for name, function in task.rivals.items():
         try:
-            rounds.append(_round(function, task, sets, device)[0])
+            ready, as_graph = _round(function, task, sets, device)
+            rounds.append(ready)
             names.append(name)
-        except (RuntimeError, MemoryError) as error:
+            graphs.append(as_graph)
+        except Exception as error:  # a backend that is not there, a compiler that fails, too little memory
             rivals.append(Rival(name=name, latency_ms=None, message=one_line(f"{type(error).__name__}: {error}")))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     times = [[t / len(sets) for t in each] for each in _in_turn(rounds, clock_for(device), config)]
     latency = quantiles(times[0], 1e3)
-    measured = [Rival(name=n, latency_ms=quantiles(t, 1e3)) for n, t in zip(names, times[1:], strict=True)]
+    measured = [
+        Rival(name=n, latency_ms=quantiles(t, 1e3), graph=g) for n, t, g in zip(names, times[1:], graphs, strict=True)
+    ]
     best = min(range(len(names)), key=lambda i: quantiles(times[i + 1]).p50, default=None)
+    alike = best is not None and graphs[best] == graph
     seconds = latency.p50 / 1e3
     shares: dict[str, Any] = {}
     if ceilings is not None and not task.backward:
@@ -192,7 +205,9 @@ def _times(
         "latency_ms": latency,
         "rivals": (*measured, *rivals),
         "fastest": None if best is None else names[best],
-        "speedup": None if best is None else quantiles([b / a for a, b in zip(times[0], times[best + 1], strict=True)]),
+        "speedup": None
+        if best is None or not alike
+        else quantiles([b / a for a, b in zip(times[0], times[best + 1], strict=True)]),
         **shares,
     }
 

@@ -9,11 +9,11 @@ https://arxiv.org/abs/2404.14469; TOVA, https://arxiv.org/abs/2401.06104). Memor
 heads that share a key head read it where it stands.
 
 Three ways, by device and shape alone. *Chunks*: a few queries at a time in plain PyTorch, on CPUs and for what the
-others do not take; queries before the window, of which nobody asks a weight, go to PyTorch's own attention. *Flash*:
-on GPUs, in half precision, FlashAttention gives O and each query's log-sum-exp L_i; a second pass over tiles computes
-A_ij = exp(S_ij - L_i) again and sums it, each program having keys of its own. *Decode*: on GPUs, for one query, keys
-and values are read once; the scores, S numbers a head, are kept and scaled at the end. Sums are in float32 (float64 for
-float64). The backward goes by chunks, with softmax computed again; `sums` and `last` have no gradient.
+others do not take; on CPUs queries before the window, of which nobody asks a weight, go to PyTorch's fused kernel.
+*Flash*: on GPUs, in half precision, FlashAttention gives O and each query's log-sum-exp L_i; a second pass over tiles
+computes A_ij = exp(S_ij - L_i) again and sums it, each program having keys of its own. *Decode*: on GPUs, for one
+query, keys and values are read once; the scores, S numbers a head, are kept and scaled at the end. Sums are in float32
+(float64 for float64). The backward goes by chunks, with softmax computed again; `sums` and `last` have no gradient.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -174,7 +174,10 @@ def _by_chunks(
     lengths = None if asked is None or held is None else (asked, held)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     picked = q.new_zeros(*q.shape[:2], 2, keys, dtype=dtype)
-    first = _unasked(queries, keys, window, causal, lengths, softcap)
+    fused = q.device.type == "cpu" and q.shape[3] == v.shape[3] and lengths is None and softcap is None
+    first = 0
+    if fused and keys and (not causal or queries == keys):
+        first = max(queries - max(window, 1), 0) // CHUNK * CHUNK
     if first:
         earlier = slice(0, first if causal else keys)
         out[:, :, :first] = torch_sdpa(q[:, :, :first], k[:, :, earlier], v[:, :, earlier], None, causal, scale, 0.0)
@@ -193,23 +196,25 @@ def _by_chunks(
     return out, picked[:, :, 0].clone(), picked[:, :, 1].clone()  # which share no memory
 
 
-def _unasked(queries: int, keys: int, window: int, causal: bool, lengths: object | None, softcap: float | None) -> int:
-    """How many of the first queries PyTorch's attention can serve, since of them no weight is asked."""
-    able = lengths is None and softcap is None and (not causal or queries == keys)
-    return (queries - max(window, 1)) // CHUNK * CHUNK if able and keys else 0
-
-
 def _backward_by_chunks(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, causal: bool,
     scale: float, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys and values, from which further ones can be had."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _gradients(grad, q, k, v, asked, held, causal, scale, softcap)
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, asked: Tensor | None, held: Tensor | None, causal: bool,
+    scale: float, softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, queries = sums_dtype(q.dtype), q.shape[2]
     lengths = None if asked is None or held is None else (asked, held)
     given = q, k, v
     q, k, v = (_real(x.to(dtype), n) for x, n in ((q, asked), (k, held), (v, held)))
     grouped, of_out = _by_group(q, k.shape[1]), _by_group(_real(grad.to(dtype), asked), k.shape[1])
-    grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    grad_q, grad_k, grad_v = [], k.new_zeros(k.shape), v.new_zeros(v.shape)
     for part in _chunks(0, queries):
         rows, g = grouped[..., part, :], of_out[..., part, :]
         w = weights(rows, k, part.start, queries, causal, lengths, scale, softcap)
@@ -224,7 +229,7 @@ def _backward_by_chunks(
         of_scores = of_scores.flatten(2, 3) * scale
         grad_q.append((of_scores @ k[:, :, :seen]).unflatten(2, w.shape[2:4]))
         grad_k = grad_k + F.pad(of_scores.mT @ rows.flatten(2, 3), behind)
-    whole = torch.cat(grad_q, 3).flatten(1, 2) if grad_q else torch.zeros_like(q)
+    whole = torch.cat(grad_q, 3).flatten(1, 2) if grad_q else q.new_zeros(q.shape)
     return whole.to(given[0].dtype), grad_k.to(given[1].dtype), grad_v.to(given[2].dtype)
 
 
@@ -254,27 +259,33 @@ def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any)
 
 @triton.autotune(
     [_config(32, 64, 4, 2), _config(64, 64, 4, 3), _config(64, 128, 4, 3), _config(64, 128, 8, 3)],
-    ["WINDOW", "WIDTH", "CAUSAL"],
+    ["window_size", "keys_size", "WIDTH", "GROUPS", "CAUSAL"],
     {"early_config_prune": _fitting},
     cache_results=True,
 )
 @triton.jit
 def _sums_kernel(
     q, k, lse, sums, last, q_image, q_head, q_token, k_image, k_head, k_token, queries, keys, kv_heads, first, scale,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    window_size, keys_size,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the attention of a block of keys over the queries from `first` on, for all heads that share the keys."""
-    image = tl.program_id(1).to(tl.int64) // kv_heads
-    kv_head = tl.program_id(1).to(tl.int64) % kv_heads
-    key = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    """Sum the attention of a block of keys over the queries from `first` on, for all heads that share the keys.
+
+    `window_size` and `keys_size` are for the choice of a configuration alone.
+    """
+    blocks = tl.cdiv(keys, COLUMNS)
+    part = tl.program_id(0) % blocks * COLUMNS
+    image = (tl.program_id(0) // blocks).to(tl.int64) // kv_heads
+    kv_head = (tl.program_id(0) // blocks).to(tl.int64) % kv_heads
+    key = part + tl.arange(0, COLUMNS)
     deep = tl.arange(0, DEPTH)
     at = key.to(tl.int64)[None, :] * k_token + deep[:, None]
     known = (key < keys)[None, :] & (deep < WIDTH)[:, None]
     block = tl.load(k + image * k_image + kv_head * k_head + at, mask=known, other=0.0)
     start = first
     if CAUSAL:
-        start = tl.maximum(first, tl.program_id(0) * COLUMNS - keys + queries)
+        start = tl.maximum(first, part - keys + queries)
     for group in range(GROUPS):
         head = kv_head * GROUPS + group
         line = (image * kv_heads * GROUPS + head) * queries
@@ -301,14 +312,14 @@ def _sums_kernel(
 @triton.jit
 def _decode_kernel(
     q, k, v, held, scores, out, most, norm, q_image, q_head, k_image, k_head, k_token, v_image, v_head, v_token,
-    keys, kv_heads, share, scale, softcap,
+    keys, kv_heads, splits, share, scale, softcap,
     GROUPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, V_WIDTH: tl.constexpr,
     V_DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One query a head over a share of the keys: scores, and an output that is still to be scaled."""
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    image = tl.program_id(1).to(tl.int64) // kv_heads
-    kv_head = tl.program_id(1).to(tl.int64) % kv_heads
+    split = tl.program_id(0) % splits
+    image = (tl.program_id(0) // splits).to(tl.int64) // kv_heads
+    kv_head = (tl.program_id(0) // splits).to(tl.int64) % kv_heads
     group, deep, across = tl.arange(0, HEADS), tl.arange(0, DEPTH), tl.arange(0, V_DEPTH)
     head = kv_head * GROUPS + group
     place = image * q_image + head[:, None] * q_head + deep[None, :]
@@ -347,21 +358,29 @@ def _decode_kernel(
 
 @triton.jit
 def _combine_kernel(
-    scores, parts, most, norm, out, weights, keys, splits,
+    scores, parts, most, norm, out, sums, keys, splits,
     V_WIDTH: tl.constexpr, V_DEPTH: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Scale the scores of some keys to weights; the program of the first ones also puts the output together."""
-    line = tl.program_id(1).to(tl.int64)
+    """Scale the scores of some keys to weights, where they stand; the program of the first also combines the output.
+
+    With one query the sums are the weights, or nothing: `sums` is None where they are.
+    """
+    blocks = tl.cdiv(keys, COLUMNS)
+    block = tl.program_id(0) % blocks
+    line = (tl.program_id(0) // blocks).to(tl.int64)
     split = tl.arange(0, SPLITS)
     tops = tl.load(most + line * splits + split, mask=split < splits, other=float("-inf"))
     top = tl.max(tops, 0)
     share = tl.exp(tops - top)
     total = tl.sum(tl.load(norm + line * splits + split, mask=split < splits, other=0.0) * share, 0)
     total = tl.where(total > 0, total, 1.0)  # no key: zeros
-    key = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    key = block * COLUMNS + tl.arange(0, COLUMNS)
     score = tl.load(scores + line * keys + key, mask=key < keys, other=float("-inf"))
-    tl.store(weights + line * keys + key, tl.exp(score - top) / total, mask=key < keys)
-    if tl.program_id(0) == 0:
+    weight = tl.exp(score - top) / total
+    tl.store(scores + line * keys + key, weight, mask=key < keys)
+    if sums is not None:
+        tl.store(sums + line * keys + key, weight, mask=key < keys)
+    if block == 0:
         across = tl.arange(0, V_DEPTH)
         at = (line * splits + split)[:, None] * V_WIDTH + across[None, :]
         inside = (split < splits)[:, None] & (across < V_WIDTH)[None, :]
@@ -372,6 +391,7 @@ def _combine_kernel(
 TILE = 8192  # bytes of keys, and of values, that a program of the decode kernel reads at a time, but 16 keys at least
 PROGRAMS = 256  # among which keys are shared out when decoding
 SPLITS = 64  # shares at most
+GROUPS = 32  # query heads that share a key head, at most, of whom one program has room
 
 
 def _by_flash(
@@ -379,7 +399,9 @@ def _by_flash(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention, then the weights again by tiles from its log-sum-exp."""
     width = q.shape[3]
-    padded = (F.pad(x, (0, -width % 8)) for x in (q, k, v))  # the kernel takes multiples of 8
+    padded = [side_by_side(x) for x in (q, k, v)]
+    if width % 8:  # the kernel takes multiples of 8
+        padded = [F.pad(x, (0, -width % 8)) for x in padded]
     # with fewer queries than keys this operator lines up the ends: see torch.nn.attention.bias
     out, lse = _FLASH(*padded, 0.0, causal, False, scale=scale)[:2]
     return out[..., :width].contiguous(), *sums_from_lse(q, k, lse, window, causal, scale)
@@ -392,11 +414,11 @@ def sums_from_lse(q: Tensor, k: Tensor, lse: Tensor, window: int, causal: bool, 
     sums, last = (q.new_empty(batch, heads, keys, dtype=torch.float32) for _ in range(2))
     q, k = side_by_side(q), side_by_side(k)
     launch(
-        _sums_kernel, lambda c: (triton.cdiv(keys, c["COLUMNS"]), batch * kv_heads), q.device,
+        _sums_kernel, lambda c: (triton.cdiv(keys, c["COLUMNS"]) * batch * kv_heads,), q.device,
         q, k, lse.contiguous(), sums, last, *q.stride()[:3], *k.stride()[:3],
         queries, keys, kv_heads, min(queries - window, queries - 1), scale,
+        triton.next_power_of_2(max(window, 1)), triton.next_power_of_2(keys),
         GROUPS=heads // kv_heads, WIDTH=width, DEPTH=_power(width), CAUSAL=causal,
-        WINDOW=triton.next_power_of_2(max(window, 1)),
     )  # fmt: skip
     return (sums if window else torch.zeros_like(sums)), last
 
@@ -414,24 +436,25 @@ def _by_decoding(
     splits = max(min(triton.cdiv(keys, columns), triton.cdiv(PROGRAMS, batch * kv_heads), SPLITS), 1)
     share = triton.cdiv(triton.cdiv(keys, splits), columns) * columns
     splits = triton.cdiv(keys, share)
-    scores, row = (q.new_empty(batch, heads, keys, dtype=torch.float32) for _ in range(2))
+    scores = q.new_empty(batch, heads, keys, dtype=torch.float32)
+    sums = torch.empty_like(scores) if window else None
     parts = q.new_empty(batch, heads, splits, v_width, dtype=torch.float32)
     most, norm = (q.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     out = q.new_empty(batch, heads, 1, v_width)
     groups = heads // kv_heads
     launch(
-        _decode_kernel, (splits, batch * kv_heads), q.device,
+        _decode_kernel, (splits * batch * kv_heads,), q.device,
         q, k, v, held, scores, parts, most, norm, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-        keys, kv_heads, share, scale, softcap,
+        keys, kv_heads, splits, share, scale, softcap,
         GROUPS=groups, HEADS=max(triton.next_power_of_2(groups), 16), WIDTH=width, DEPTH=_power(width),
         V_WIDTH=v_width, V_DEPTH=_power(v_width), COLUMNS=columns,
     )  # fmt: skip
     launch(
-        _combine_kernel, (triton.cdiv(keys, 1024), batch * heads), q.device,
-        scores, parts, most, norm, out, row, keys, splits,
+        _combine_kernel, (triton.cdiv(keys, 1024) * batch * heads,), q.device,
+        scores, parts, most, norm, out, sums, keys, splits,
         V_WIDTH=v_width, V_DEPTH=_power(v_width), SPLITS=triton.next_power_of_2(splits), COLUMNS=1024,
     )  # fmt: skip
-    return out, (row.clone() if window else torch.zeros_like(row)), row
+    return out, (torch.zeros_like(scores) if sums is None else sums), scores
 
 
 def _power(width: int) -> int:
@@ -439,13 +462,20 @@ def _power(width: int) -> int:
     return max(triton.next_power_of_2(width), 16)
 
 
+def _has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's FlashAttention runs there; where kernels are only interpreted a test puts its own in."""
+    if device.type != "cuda":
+        return True
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _way(q: Tensor, k: Tensor, v: Tensor, lengths: bool, causal: bool, softcap: float | None) -> str:
     """Which of the three ways is taken; see the head of this file."""
     if not triton_works(q.device) or not q.numel() or not v.numel() or q.dtype == torch.float64:
         return "chunks"
-    if q.shape[2] == 1 and max(q.shape[3], v.shape[3]) <= WIDEST:
+    if q.shape[2] == 1 and max(q.shape[3], v.shape[3]) <= WIDEST and q.shape[1] // k.shape[1] <= GROUPS:
         return "decode"
-    half = q.dtype in (torch.float16, torch.bfloat16)
+    half = q.dtype in (torch.float16, torch.bfloat16) and _has_flash(q.device)
     widths = q.shape[3] == v.shape[3] <= WIDEST
     fits = not lengths and softcap is None and (not causal or q.shape[2] <= k.shape[2])
     return "flash" if half and widths and fits else "chunks"
