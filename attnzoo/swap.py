@@ -359,7 +359,7 @@ def _lines(problems: dict[str, str]) -> list[str]:
     for path, problem in problems.items():
         paths.setdefault(problem, []).append(path)
     return [
-        f"  {first}{f' and {len(rest)} more' if rest else ''}: {problem}" for problem, (first, *rest) in paths.items()
+        f"  {first}: {problem}{f' (and {len(rest)} more)' if rest else ''}" for problem, (first, *rest) in paths.items()
     ]
 
 

@@ -160,7 +160,7 @@ def test_sliding_windows_give_way():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(UnsupportedError, match=r"and 1 more: causality: .*token_mixing='causal_conv1d'") as caught:
+    with pytest.raises(UnsupportedError, match=r"causality: .*token_mixing='causal_conv1d'.*and 1 more") as caught:
         attnzoo.replace_attention(language_model(), "padre")
     assert str(caught.value).count("causality") == 1
     for name in set(attnzoo.list_attentions("mixer")) - {"mlp_mixer"}:

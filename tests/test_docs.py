@@ -17,8 +17,12 @@ from attnzoo.bench.config import load_config
 from attnzoo.bench.decode import record as decode_record
 from attnzoo.bench.decode import report as decode_report
 from attnzoo.bench.decode.config import load_config as load_decode_config
+from attnzoo.bench.kvpress import config as kvpress
+from attnzoo.bench.kvpress import table as kvpress_table
+from attnzoo.bench.operations import config as operations
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
+from attnzoo.bench.strict import read_yaml
 from attnzoo.registry import _table, unregister_attention
 from eval import kernels
 
@@ -81,11 +85,15 @@ def test_shell_commands_are_real(page):
             if command[0] == "torchrun":
                 command = ["python", *command[command.index("eval/decode.py") :]]
             load = {
-                "eval/bench.py": load_config,
+                "eval/bench.py": load_bench,
                 "eval/decode.py": load_decode_config,
+                "eval/compare_kvpress.py": kvpress.load_config,
                 "train/decode.py": train_bytes.load_config,
             }
             assert command[0] == "python", line
+            if command[1:3] == ["-m", "pytest"]:
+                assert (ROOT / command[3]).exists(), line
+                continue
             if command[1] == "eval/kernels.py":
                 assert kernels.parser().parse_args(command[2:]), line
                 continue
@@ -94,6 +102,12 @@ def test_shell_commands_are_real(page):
                 assert (ROOT / command[3]).is_file(), line
             else:
                 load[command[1]](ROOT / command[2], command[3:])
+
+
+def load_bench(path, overrides):
+    """A config of attentions, or one of single operations."""
+    load = operations.load_config if "operations" in read_yaml(path) else load_config
+    return load(path, overrides)
 
 
 def test_the_readmes_table_is_that_of_the_committed_record():
@@ -137,6 +151,13 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
         label, *cells = (cell.strip(" `") for cell in line.strip("|").split("|"))
         quarters = [[hit for depth, hit in by_depth[label] if min(int(4 * depth), 3) == q] for q in range(4)]
         assert cells == [f"{sum(hits)} of {len(hits)}" for hits in quarters]
+
+
+def test_the_tables_beside_kvpress_are_those_of_the_committed_records():
+    path = ROOT / "docs/records/kvpress.jsonl"
+    lines = kvpress_table.read_records(path)
+    assert (ROOT / "docs/records/kvpress.md").read_text(encoding="utf-8") == kvpress_table.table(lines, path)
+    assert between(ROOT / "docs/eviction.md", "kvpress") == kvpress_table.found(lines, path)
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():

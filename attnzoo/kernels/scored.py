@@ -257,8 +257,11 @@ def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any)
     return [c for c, tile in tiles if not wide or tile <= 1024]
 
 
+CONFIGS = [_config(32, 64, 4, 2), _config(64, 64, 4, 3), _config(64, 128, 4, 3), _config(64, 128, 8, 3)]
+
+
 @triton.autotune(
-    [_config(32, 64, 4, 2), _config(64, 64, 4, 3), _config(64, 128, 4, 3), _config(64, 128, 8, 3)],
+    CONFIGS,
     ["window_size", "keys_size", "WIDTH", "GROUPS", "CAUSAL"],
     {"early_config_prune": _fitting},
     cache_results=True,

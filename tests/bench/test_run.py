@@ -224,7 +224,6 @@ def test_an_attention_that_the_host_refuses_is_unsupported():
         ({"host": {"model": "vit_tinny_patch16_224"}}, r"host\.model: .*did you mean .*vit_tiny_patch16_224"),
         ({"host": {"model": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"host: .*depht"),
         ({"host": {"model": "resnet18", "patch_size": 4}}, r"host: .*resnet18"),
-        ({"host": {"model": "mixer_s32_224", "patch_size": 4}}, r"has no attention layer that attnzoo can swap"),
         ({"quality": {"host": {"patch_size": 3}}}, r"quality\.host\.patch_size: 3 does not divide the 8 pixels"),
         *([] if torch.cuda.is_available() else [({"device": "cuda"}, "device: 'cuda' asked for")]),
     ],
@@ -232,6 +231,12 @@ def test_an_attention_that_the_host_refuses_is_unsupported():
 def test_what_is_not_here_is_told_before_any_work(tmp_path, changes, says):
     with pytest.raises(ConfigError, match=says):
         check(validate_config(tiny(tmp_path, **changes)))
+
+
+def test_a_host_without_attention_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("attnzoo.bench.run.attention_paths", lambda model: [])
+    with pytest.raises(ConfigError, match="has no attention layer that attnzoo can swap"):
+        check(validate_config(tiny(tmp_path)))
 
 
 def test_the_plan_measures_quality_first_and_the_baseline_first_of_all(tmp_path):

@@ -71,7 +71,8 @@ def test_equals_the_reference_in_float64(batch, height, width, channels, size, s
     fast = gradients(depthwise.depthwise2d, inputs, height, width)
     slow = gradients(depthwise.reference, [t.double() for t in inputs], height, width)
     for a, b in zip(fast, slow, strict=True):
-        assert (a.double() - b).abs().max() <= 2e-6 * b.abs().max() + 1e-6 * size
+        # a tap's gradient is a sum over all tokens, whose terms may cancel
+        assert (a.double() - b).abs().max() <= 2e-6 * b.abs().max() + 1e-6 * max(size, (batch * height * width) ** 0.5)
 
 
 @pytest.mark.parametrize("side", [14, 28, 56, 112])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.kernels import depthwise_pair
+from attnzoo.kernels import depthwise_pair, scored
 from eval import kernels
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     """In a process of its own, for here kernels are for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "eval/kernels.py", "--output", tmp_path / "rows.jsonl", "--cases", "pair 11x11"]
-    command += ["pair of length 11", "weighted sum of 3"]
+    command += ["pair of length 11", "weighted sum of 3", "second pass, causal", "one query"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_whole([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()])
@@ -38,18 +38,36 @@ def assert_whole(rows):
     wanted = {
         "depthwise_pair.forward_kernel": depthwise_pair.CONFIGS,
         "depthwise_pair.weight_kernel": depthwise_pair.WEIGHT_CONFIGS,
+        "scored.sums_kernel": scored.CONFIGS,
     }
     for capability in (80, 90):
         own = [row for row in rows if row["capability"] == capability]
         for kernel, configs in wanted.items():
             seen = [row["configuration"] for row in own if row["kernel"] == kernel]
             assert all(kernels.described(config) in seen for config in configs)
-        assert {row["kernel"] for row in own} == {*wanted, "hadamard.forward_kernel", "hadamard.backward_kernel"}
+        single = (
+            "hadamard.forward_kernel",
+            "hadamard.backward_kernel",
+            "scored.decode_kernel",
+            "scored.combine_kernel",
+        )
+        assert {row["kernel"] for row in own} == {*wanted, *single}
 
 
 def test_a_spill_and_a_missing_matrix_product_are_problems():
-    fine = {"spilled_bytes": 0, "matrix_products": 0, "configuration": {"BANDED": 0}}
+    fine = {
+        "kernel": "depthwise_pair.forward_kernel",
+        "dtype": "bfloat16",
+        "capability": 80,
+        "shared_bytes": 166912,
+        "spilled_bytes": 0,
+        "matrix_products": 0,
+        "configuration": {"BANDED": 0},
+    }
     assert kernels.problems([fine]) == []
+    assert "shared memory" in kernels.problems([{**fine, "shared_bytes": 166913}])[0]
+    assert "tensor-core" in kernels.problems([{**fine, "kernel": "scored.decode_kernel"}])[0]
+    assert kernels.problems([{**fine, "kernel": "scored.decode_kernel", "dtype": "float32"}]) == []
     assert "spills" in kernels.problems([{**fine, "spilled_bytes": 8}])[0]
     assert "tensor-core" in kernels.problems([{**fine, "configuration": {"BANDED": 1}}])[0]
 

@@ -53,6 +53,22 @@ def table(lines: Sequence[AnyLine], path: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def found(lines: Sequence[AnyLine], path: Path) -> str:
+    """Pass keys found by each method, in Markdown: a line a policy and method, a column a setting."""
+    config = first_line(lines, path).config
+    results = {line.key: line for line in lines if isinstance(line, ResultLine)}
+    heads = [setting.replace("_", " ") for setting in config.settings]
+    rows = ["| policy | method | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
+    for group in rows_of(config):
+        for row in group:
+            cells = []
+            for setting in config.settings:
+                these = _results_of(row, setting, results, config.samples)
+                cells.append(f"{sum(all(line.hits) for line in these.values())} of {len(these)}")
+            rows.append(f"| {row.policy} | {row.side} `{row.method}` | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 READING = (
     "- Each prompt went through the rows of a policy in turn, one process a row, one at work at a time. Prompts, "
     "weights, precision, threads and the rule that ends an answer are the same.",
