@@ -106,7 +106,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "one query": one_query(64, ragged=False),
     "one query, ragged, head 128, soft cap": one_query(128, ragged=True, softcap=50.0),
     "one query, head 256": one_query(256, ragged=False),
-    "one query, 32 heads a key head of 128": one_query(128, ragged=False, groups=32),
+    "one query, 16 heads a key head of 128": one_query(128, ragged=False, groups=16),
 }
 
 

@@ -394,7 +394,7 @@ def _combine_kernel(
 TILE = 8192  # bytes of keys, and of values, that a program of the decode kernel reads at a time, but 16 keys at least
 PROGRAMS = 256  # among which keys are shared out when decoding
 SPLITS = 64  # shares at most
-GROUPS = 32  # query heads that share a key head, at most, of whom one program has room
+GROUPS = 16  # query heads that share a key head, at most, of whom one program has room
 
 
 def _by_flash(
