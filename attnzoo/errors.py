@@ -35,3 +35,7 @@ class AssetError(AttnZooError):
 
 class ConfigError(AttnZooError):
     """A config that does not fit its schema."""
+
+
+class TrainingError(AttnZooError):
+    """A training that cannot go on, or a checkpoint that cannot be used: the message says where and what is left."""

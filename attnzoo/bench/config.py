@@ -247,7 +247,7 @@ class LanguageConfig(Section):
     @model_validator(mode="after")
     def _labels_differ(self) -> LanguageConfig:
         refuse_vision_keys(self.attentions)
-        _refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
+        refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
         return self
 
     @property
@@ -274,7 +274,7 @@ class BenchConfig(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> BenchConfig:
-        _refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
+        refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
         return self
 
     @property
@@ -326,13 +326,13 @@ def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchCon
     ConfigError
         With every problem, one a line.
     """
-    problems = _attention_problems(data.get("attentions"), "attentions", _vision_problems)
+    problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
     language = data.get("language")
     if isinstance(language, Mapping):
-        problems += _attention_problems(language.get("attentions"), "language.attentions", _language_problems)
+        problems += attention_problems(language.get("attentions"), "language.attentions", _language_problems)
         quality = language.get("quality")
         if isinstance(quality, Mapping) and "canary" in quality:
-            problems += _attention_problems([quality["canary"]], "language.quality.canary", _language_problems)
+            problems += attention_problems([quality["canary"]], "language.quality.canary", _language_problems)
         if not problems:
             problems += _block_problems(language)
     return validated(BenchConfig, data, problems, source)
@@ -345,7 +345,8 @@ def _drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
             del content[key]
 
 
-def _refuse_twins(labels: list[str]) -> None:
+def refuse_twins(labels: list[str]) -> None:
+    """Raise `ValueError` where two rows have the same label."""
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
@@ -354,7 +355,7 @@ def _refuse_twins(labels: list[str]) -> None:
 _Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
 
 
-def _attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
+def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
     """Ask the registry for every attention named, even where the rest of the config is wrong."""
     import attnzoo
 
@@ -374,12 +375,12 @@ def _attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
     return problems
 
 
-def _vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
     """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
     if info.kind == "eviction":
         return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, not for this host; name it under "
-            "language.attentions"
+            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
+            "under language.attentions of a benchmark"
         ]
     unknown: list[str] = []
     for option in options:

@@ -37,7 +37,6 @@ from attnzoo.tasks import classify
 
 ORACLE = "softmax"
 MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
-NEARLY_EQUAL = 0.03  # parameters of two models
 CLASSES = 1000
 CHANNELS = 3
 
@@ -141,7 +140,12 @@ def measure_quality(job: Job, say: Say) -> Outcome:
             )
             return _swapped(_with_baseline(model, config.baseline.fused), spec, seed)
 
-        model = build(spec, _equal_parameters(build, spec) if quality.equal_parameters else {})
+        found: dict[str, Any] = {}
+        if quality.equal_parameters and spec is not None:
+            found = classify.equal_parameters(
+                lambda more: build(None, more), lambda more: build(spec, more), spec.label
+            )
+        model = build(spec, found)
 
         def tell(epoch: int, loss: float, seed: int = seed) -> None:
             say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")
@@ -162,24 +166,6 @@ def measure_quality(job: Job, say: Say) -> Outcome:
             )
         )
     return Outcome(status="ok", trainings=tuple(trainings))
-
-
-def _equal_parameters(
-    build: Callable[[AttentionConfig | None, Mapping[str, Any]], nn.Module], spec: AttentionConfig | None
-) -> dict[str, Any]:
-    """The width of the perceptrons, as a multiple of the model's, that gives `spec` the dense model's parameters."""
-    dense: Any = build(None, {})
-    wanted, width = sum(p.numel() for p in dense.parameters()), dense.embed_dim
-    counts = [sum(p.numel() for p in build(spec, {"mlp_ratio": n / width}).parameters()) for n in (width, 2 * width)]
-    hidden = round(width * (1 + (wanted - counts[0]) / (counts[1] - counts[0])))
-    ratio = (hidden + 0.5) / width  # timm cuts the product to a whole number
-    found = sum(p.numel() for p in build(spec, {"mlp_ratio": ratio}).parameters()) if hidden > 0 else 0
-    if abs(found / wanted - 1) > NEARLY_EQUAL:
-        raise UnsupportedError(
-            f"no width of the perceptrons gives {'the dense model' if spec is None else spec.label} {wanted:,} "
-            f"parameters: the attention alone has too many (nearest: {found:,})"
-        )
-    return {"mlp_ratio": ratio}
 
 
 class _Checks:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, UnsupportedError
 from attnzoo.extras import require
 
 IMAGE_SIDE = {"digits": 8, "fashion_mnist": 28}
 SPLIT_SEED = 0
+NEARLY_EQUAL = 0.03  # parameters of two models
 DIGITS_TEST_IMAGES = 597
 Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
 
@@ -154,6 +155,42 @@ def check_model_name(model: str) -> None:
     if not timm.is_model(model):
         close = difflib.get_close_matches(model, timm.list_models(), n=3)
         raise ConfigError(f"timm has no model {model!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+def equal_parameters(
+    dense: Callable[[Mapping[str, Any]], nn.Module], swapped: Callable[[Mapping[str, Any]], nn.Module], label: str
+) -> dict[str, Any]:
+    """Find the width of the perceptrons with which a swapped timm model has the parameters of the dense one, to 3%.
+
+    Parameters
+    ----------
+    dense, swapped
+        Build either model with further options.
+    label
+        What to call the swapped one in a message.
+
+    Returns
+    -------
+    dict
+        The option, ``mlp_ratio``: the width as a multiple of the model's.
+
+    Raises
+    ------
+    UnsupportedError
+        If the attention alone has too many parameters.
+    """
+    model: Any = dense({})
+    wanted, width = sum(p.numel() for p in model.parameters()), model.embed_dim
+    counts = [sum(p.numel() for p in swapped({"mlp_ratio": n / width}).parameters()) for n in (width, 2 * width)]
+    hidden = round(width * (1 + (wanted - counts[0]) / (counts[1] - counts[0])))
+    ratio = (hidden + 0.5) / width  # timm cuts the product to a whole number
+    found = sum(p.numel() for p in swapped({"mlp_ratio": ratio}).parameters()) if hidden > 0 else 0
+    if abs(found / wanted - 1) > NEARLY_EQUAL:
+        raise UnsupportedError(
+            f"no width of the perceptrons gives {label} {wanted:,} parameters, those of the dense model: the attention "
+            f"alone has too many (nearest: {found:,})"
+        )
+    return {"mlp_ratio": ratio}
 
 
 def train(

@@ -6,7 +6,7 @@ from attnzoo import list_attentions
 from attnzoo.bench.config import validate_config
 from attnzoo.bench.jobs import Job
 from attnzoo.bench.plan import plan
-from attnzoo.bench.worker import _equal_parameters, _swapped, measure_cost
+from attnzoo.bench.worker import _swapped, measure_cost
 from attnzoo.errors import UnsupportedError
 from attnzoo.kernels import depthwise
 from attnzoo.tasks import classify
@@ -102,7 +102,8 @@ def test_equal_parameters(name):
     def count(model):
         return sum(p.numel() for p in model.parameters())
 
-    options = _equal_parameters(build, config.attentions[0])
+    spec = config.attentions[0]
+    options = classify.equal_parameters(lambda o: build(None, o), lambda o: build(spec, o), name)
     assert abs(count(build(config.attentions[0], options)) / count(build(None, {})) - 1) < 0.03
 
 
@@ -122,4 +123,4 @@ def test_parameters_that_cannot_be_equal_are_refused():
         return _swapped(model, attention, 0)
 
     with pytest.raises(UnsupportedError, match="the attention alone has too many"):
-        _equal_parameters(build, config.attentions[0])
+        classify.equal_parameters(lambda o: build(None, o), lambda o: build(config.attentions[0], o), "padre")

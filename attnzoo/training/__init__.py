@@ -1,0 +1,1 @@
+"""Training image classifiers with any attention: configs, data, checkpoints and the loop."""

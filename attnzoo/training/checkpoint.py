@@ -1,0 +1,132 @@
+"""Checkpoints: a folder each, written beside and renamed, with the hash of every file in it.
+
+A checkpoint holds what Accelerate saves (weights, optimizer, gradient scaler, random states and what was registered:
+progress and averaged weights) and ``model.json``. ``manifest.json`` is written last and names every other file with its
+size and SHA-256, so that one that was cut short or altered is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attnzoo.assets import sha256_of
+from attnzoo.errors import TrainingError
+
+MANIFEST = "manifest.json"
+PART = ".part-"
+PREFIX = "step-"
+
+
+def step_of(folder: Path) -> int:
+    """The number of steps done at a checkpoint."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def all_checkpoints(parent: Path) -> list[Path]:
+    """Checkpoints by their steps, good or not."""
+    found = [path for path in parent.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """Give a folder to write into, which becomes `folder`, whole, when all is written.
+
+    Parameters
+    ----------
+    folder
+        What it will be called; one that is there is replaced.
+    kept
+        What is left if it fails, for the message.
+    main, wait
+        Whether this is the process that makes and renames the folder, and how processes wait for one another.
+
+    Raises
+    ------
+    TrainingError
+        If it cannot be written, because the disk is full or another reason; nothing of it is left.
+    """
+    part = folder.with_name(PART + folder.name)
+    try:
+        if main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        wait()
+        yield part
+        wait()
+        if main:
+            _seal(part)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(part, folder)
+            _sync(folder.parent)
+        wait()
+    except Exception as error:  # safetensors and torch.save have errors of their own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(f"{folder} could not be written: {error}. {kept}") from error
+
+
+def problem(folder: Path) -> str | None:
+    """Say what is wrong with a folder that was written here, or give None."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} cannot be read ({error})"
+    for name, (size, sha256) in listed.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes where {size} were written"
+        if sha256_of(path) != sha256:
+            return f"{name} was altered: its SHA-256 is not the one written"
+    return None
+
+
+def newest_good(parent: Path) -> Path | None:
+    """The newest checkpoint that is whole; those after it are refused with a warning that names them."""
+    for folder in reversed(all_checkpoints(parent)):
+        wrong = problem(folder)
+        if wrong is None:
+            return folder
+        warnings.warn(f"checkpoint {folder} is refused: {wrong}; an earlier one is used", stacklevel=2)
+    return None
+
+
+def prune(parent: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what a killed run was writing."""
+    for folder in [*all_checkpoints(parent)[:-keep], *parent.glob(f"{PART}*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    part = path.with_name(PART + path.name)
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
+    write_json(folder / MANIFEST, {"files": listed})
+    _sync(folder / MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,414 @@
+"""Images to train and test with: where they come from, in what order, and what becomes of unreadable ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from attnzoo import assets
+from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.extras import require
+from attnzoo.training.config import AugmentConfig, DataConfig
+from attnzoo.training.randomness import reseed, seed_of
+
+UNREADABLE_SHARE = 0.01  # more than that of a data set stops a run
+MOST_TRIES = 100
+NO_CLASS = -1
+ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
+ORDER, AUGMENT, SUBSET = 1, 2, 3  # keys that keep the random numbers of different purposes apart
+_ASSETS = {
+    "fashion_mnist": ("torch/fashion_mnist", "train", "validation"),
+    "cifar10": ("torch/cifar10", "train", "validation"),
+}
+
+
+class Draw(NamedTuple):
+    """One image of one epoch; `copy` counts repeated augmentation."""
+
+    epoch: int
+    image: int
+    copy: int = 0
+
+
+class Source(Protocol):
+    """Images by index."""
+
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Give an image and its class."""
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+
+
+@dataclass
+class Splits:
+    """What a config's data are: `test` is counted whole; `train` is a source, or a stream that has its own order."""
+
+    train: Source | IterableDataset[Any]
+    test: Source
+    classes: int
+    train_images: int
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the training images come in an order that is not ours to choose."""
+        return isinstance(self.train, IterableDataset)
+
+
+def open_splits(data: DataConfig) -> Splits:
+    """Open both splits of a config's data, and fetch them first where they are an asset.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder or data set, the splits' classes differ, or the number of classes is not known.
+    AssetError
+        If an asset cannot be had.
+    """
+    train, test = _open(data, data.train, training=True), _open(data, data.test, training=False)
+    if isinstance(test, IterableDataset):
+        raise ConfigError(
+            f"data.test: a stream ({data.name}) cannot be counted image by image; use a reader with an index"
+        )
+    known = (getattr(train, "classes", None), test.classes)
+    if all(known) and known[0] != known[1]:
+        odd = sorted(set(known[0] or ()) ^ set(known[1] or ()))
+        raise ConfigError(f"data: the classes of {data.train!r} and {data.test!r} differ: {', '.join(odd[:10])}")
+    counts = {len(names) for names in known if names}
+    if data.classes is not None:
+        counts.add(data.classes)
+    if len(counts) > 1:
+        raise ConfigError(f"data.classes: {data.classes} asked for, but the data have {len(known[1] or ())}")
+    if not counts:
+        raise ConfigError("data.classes: must be given, for this reader does not tell how many there are")
+    images = len(cast(Any, train))
+    if data.train_images is not None:
+        if isinstance(train, IterableDataset):
+            raise ConfigError("data.train_images: a stream cannot be cut; leave it out")
+        if data.train_images > images:
+            raise ConfigError(f"data.train_images: {data.train_images} asked for, but there are {images}")
+        chosen = np.random.default_rng(seed_of(SUBSET)).permutation(images)[: data.train_images]
+        train, images = _Subset(train, np.sort(chosen)), data.train_images
+    return Splits(train, test, counts.pop(), images)
+
+
+def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:
+    if data.asset == "digits":
+        return _Digits(assets.get("digits", data.path), training)
+    name, root = data.name, data.root
+    if data.asset is not None:
+        root = assets.get(data.asset, data.path)
+        name, train, test = _ASSETS[data.asset]
+        split = train if training else test
+        if (root / "train").is_dir():  # an archive of folders, one a class
+            name, split = "", "train" if training else "test"
+    elif not name and root is not None and not root.exists():
+        raise ConfigError(f"data.root: there is no folder {str(root)!r}")
+    if not name and root is not None and root.is_dir():
+        root = _split_folder(root, split)
+    return _from_timm(name, root, split, training, data)
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """A split's own folder; timm would take the whole of `root` for a split that is not there."""
+    same = {"train": ("train",), "validation": ("validation", "val", "valid", "eval", "test")}.get(split, (split,))
+    for name in same:
+        if (root / name).is_dir():
+            return root / name
+    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    raise ConfigError(
+        f"data: {str(root)!r} has no folder {' or '.join(map(repr, same))}; it has {there[:10] or 'none'}"
+    )
+
+
+def _from_timm(
+    name: str, root: Path | None, split: str, training: bool, data: DataConfig
+) -> Source | IterableDataset[Any]:
+    require("timm", extra="train")
+    from timm.data import create_dataset
+
+    mode = "L" if data.channels == 1 else "RGB"
+    options = dict(data.options)
+    if not name.startswith("torch/"):
+        options["input_img_mode"] = mode
+    try:
+        found: Any = create_dataset(
+            name,
+            root=None if root is None else str(root),
+            split=split,
+            is_training=training,
+            search_split=False,
+            **options,
+        )
+    except Exception as error:  # readers of many libraries
+        where = f" in {str(root)!r}" if root is not None else ""
+        raise ConfigError(
+            f"data: {name or 'folder'!r}{where}, split {split!r}: {type(error).__name__}: {error}"
+        ) from error
+    if isinstance(found, IterableDataset):
+        return found
+    return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
+
+
+class _FromReader:
+    """A folder, an archive or a Hugging Face data set, through a reader of timm's."""
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.reader, self.mode = dataset.reader, mode
+        by_index = getattr(self.reader, "class_to_idx", None)
+        self.classes = tuple(sorted(by_index, key=by_index.__getitem__)) if by_index else None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        handle, target, *_ = self.reader[index]
+        with handle:
+            return Image.open(handle).convert(self.mode), int(target)
+
+    def name(self, index: int) -> str:
+        return str(self.reader.filename(index))
+
+
+class _FromTorchvision:
+    """A data set of torchvision's."""
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.dataset, self.mode = dataset, mode
+        self.classes = tuple(getattr(dataset, "classes", None) or ()) or None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.dataset[index]
+        return image.convert(self.mode), int(target)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class _Digits:
+    """scikit-learn's digits: 1,200 to train with and 597 to test, a fixed stratified split."""
+
+    classes: tuple[str, ...] | None = tuple("0123456789")
+
+    def __init__(self, folder: Path, training: bool) -> None:
+        from attnzoo.tasks.classify import load_images
+
+        images = load_images("digits", folder)
+        x, y = (images.train_x, images.train_y) if training else (images.test_x, images.test_y)
+        low, high = x.min(), x.max()
+        self.pixels = ((x[:, 0] - low) / (high - low) * 255).round().byte().numpy()
+        self.targets = y.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), self.targets[index]
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+class _Subset:
+    """Some images of a source."""
+
+    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+        self.source, self.chosen, self.classes = source, chosen, source.classes
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(int(self.chosen[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.chosen[index]))
+
+
+def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, Any]:
+    """Give timm's transforms for training and for testing."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+
+    grey = data.channels == 1
+    mean = data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if grey else IMAGENET_DEFAULT_MEAN)
+    std = data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if grey else IMAGENET_DEFAULT_STD)
+    shared = {"input_size": (data.channels, data.image_size, data.image_size), "mean": mean, "std": std}
+    interpolation = "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation
+    test = create_transform(**shared, crop_pct=data.crop_pct, interpolation=interpolation)
+    if augment is None:
+        return create_transform(**shared, is_training=True, no_aug=True, interpolation=interpolation), test
+    train = create_transform(
+        **shared,
+        is_training=True,
+        train_crop_mode=augment.crop,
+        scale=augment.scale,
+        ratio=augment.ratio,
+        hflip=augment.hflip,
+        vflip=augment.vflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+        re_count=augment.re_count,
+    )
+    return train, test
+
+
+class TrainImages(Dataset[tuple[Tensor, int, int]]):
+    """Augmented images: ``images[draw]`` is image, class, and the index of an image that could not be read, or -1.
+
+    The next image that can be read stands in for such a one, so that batches keep their size.
+    """
+
+    def __init__(self, source: Source, transform: Any, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        reseed(self.seed, AUGMENT, *draw)
+        unreadable = -1
+        for ahead in range(min(MOST_TRIES, len(self.source))):
+            index = (draw.image + ahead) % len(self.source)
+            try:
+                image, target = self.source.read(index)
+            except ERRORS:
+                unreadable = draw.image if unreadable < 0 else unreadable
+                continue
+            return self.transform(image), target, unreadable
+        raise TrainingError(f"{self.source.name(draw.image)} and those after it cannot be read")
+
+
+class TestImages(Dataset[tuple[Tensor, int, int]]):
+    """Images as they are tested: image, class, index. Class -1, of index -1 and what cannot be read, does not count."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, source: Source, transform: Any, shape: tuple[int, int, int]) -> None:
+        self.source, self.transform, self.shape = source, transform, shape
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        if index >= 0:
+            try:
+                image, target = self.source.read(index)
+                return self.transform(image), target, index
+            except ERRORS:
+                pass
+        return torch.zeros(self.shape), NO_CLASS, index
+
+
+class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
+    """A stream of timm's, augmented by keys that count its images."""
+
+    def __init__(self, stream: Any, transform: Any, seed: int, rank: int) -> None:
+        self.stream, self.transform, self.seed, self.rank, self.epoch = stream, transform, seed, rank, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        worker = torch.utils.data.get_worker_info()
+        number = 0 if worker is None else worker.id
+        for count, (image, target) in enumerate(self.stream):
+            reseed(self.seed, AUGMENT, self.epoch, self.rank, number, count)
+            yield self.transform(image), int(target), -1
+
+
+def order(images: int, epoch: int, seed: int, repeats: int = 1) -> list[Draw]:
+    """The draws of an epoch: as many as there are images; with `repeats`, fewer images that many times each."""
+    shuffled = np.random.default_rng(seed_of(seed, ORDER, epoch)).permutation(images)[: -(-images // repeats)]
+    return [Draw(epoch, int(index), copy) for index in shuffled for copy in range(repeats)][:images]
+
+
+class Batches(Sampler[list[Draw]]):
+    """Each step's draws for one process, from step `first` to the end of training, across epochs.
+
+    Every process takes every `world`-th draw of a batch, so that a batch is the same whatever the number of processes.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        batch: int,
+        epochs: int,
+        seed: int,
+        repeats: int = 1,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.images, self.batch, self.epochs, self.seed, self.repeats = images, batch, epochs, seed, repeats
+        self.first, self.rank, self.world = first, rank, world
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch; images that fill no whole batch are left out of it."""
+        return self.images // self.batch
+
+    def __len__(self) -> int:
+        return self.steps * self.epochs - self.first
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for epoch in range(self.first // self.steps, self.epochs):
+            draws = order(self.images, epoch, self.seed, self.repeats)
+            for step in range(self.steps):
+                if epoch * self.steps + step >= self.first:
+                    yield draws[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]
+
+
+def share_of(images: TestImages, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader[Any]:
+    """One process's share of the test images; shares are filled up with images that do not count, to equal length."""
+    count = len(images.source)
+    share = list(range(rank, count, world))
+    share += [-1] * (-(-count // world) - len(share))
+    return DataLoader(images, batch_size=batch, sampler=cast(Any, share), num_workers=workers)
+
+
+class Unreadable:
+    """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run."""
+
+    def __init__(self, source: Source | None, images: int) -> None:
+        self.source, self.images, self.found = source, images, set[int]()
+
+    def note(self, indices: Tensor) -> None:
+        """Take note of a batch's.
+
+        Raises
+        ------
+        TrainingError
+            If they are too many.
+        """
+        new = {int(i) for i in indices.tolist() if i >= 0} - self.found
+        for index in sorted(new):
+            self.found.add(index)
+            warnings.warn(f"image {self.name(index)} cannot be read; the next one stands in", stacklevel=2)
+        if len(self.found) > UNREADABLE_SHARE * self.images:
+            names = [self.name(index) for index in sorted(self.found)[:20]]
+            raise TrainingError(
+                f"{len(self.found)} of {self.images} images cannot be read, more than {UNREADABLE_SHARE:.0%}: "
+                f"{', '.join(names)}. Mend or remove them."
+            )
+
+    def name(self, index: int) -> str:
+        """What to call one."""
+        return self.source.name(index) if self.source is not None else str(index)
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """As plain values."""
+        return {"found": sorted(self.found)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the values of `state_dict`."""
+        self.found = set(state["found"])

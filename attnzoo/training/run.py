@@ -1,0 +1,208 @@
+"""All trainings of a config, one after another: what is done is kept, what was broken off goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from attnzoo.bench.lines import FolderLock
+from attnzoo.errors import ConfigError
+from attnzoo.extras import require
+from attnzoo.tasks.classify import wilson_interval
+from attnzoo.training import checkpoint
+from attnzoo.training.config import ClassifyConfig, Run
+from attnzoo.training.images import Splits, open_splits
+from attnzoo.training.loop import FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
+from attnzoo.training.model import check_all
+
+RUN, CONFIG = "run.json", "config.yaml"
+Decision = Literal["train", "done", "busy"]
+
+
+def train_all(config: ClassifyConfig, console: Console | None = None) -> list[dict[str, Any]]:
+    """Train every run of `config` that is not done yet, and give the results of all that are.
+
+    A run that another process is training is left to it, so that the same command, started twice, shares the work.
+
+    Raises
+    ------
+    ConfigError
+        If the data or a model are not as the config says, or a folder holds a run of another config.
+    AssetError
+        If an asset cannot be had.
+    TrainingError
+        If a training cannot go on.
+    """
+    require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
+    from accelerate import PartialState
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    state = PartialState(cpu=config.device == "cpu")
+    console = console or Console(stderr=True)
+    console.quiet = console.quiet or not state.is_main_process
+    with state.main_process_first():
+        splits = open_splits(config.data)
+    steps_an_epoch(config, splits)
+    local_batch(config, state.num_processes)
+    check_all(config, splits.classes)
+    results = []
+    for run in config.runs():
+        with _claimed(run, state.is_main_process) as claim:
+            decision = _agreed(claim, state.num_processes)
+            if decision == "busy":
+                console.print(f"{run.name}: another process is training it", highlight=False)
+                continue
+            if decision == "train":
+                with _bar(console, run.name) as tell:
+                    _train(run, splits, tell)
+                if state.is_main_process:
+                    console.print(f"{run.name}: {said(_result(run))}", highlight=False)
+            results.append(_result(run))
+    return results
+
+
+def said(result: dict[str, Any]) -> str:
+    """One line about a result."""
+    test = result["test"]
+    top1 = test["top1"] / test["images"]
+    return f"top-1 {top1:.2%} of {test['images']:,} images, {result['seconds']:,.0f} s of training"
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """What was trained: accuracy with its 95% interval over the test images, loss, time and memory."""
+    shown = Table()
+    for heading in (
+        "attention",
+        "seed",
+        "top-1 (95%)",
+        "top-5",
+        "test loss",
+        "parameters",
+        "ms a step, p50",
+        "peak memory",
+    ):
+        shown.add_column(heading, justify="left" if heading == "attention" else "right")
+    for result in results:
+        test = result["test"]
+        low, high = wilson_interval(test["top1"], test["images"])
+        step = result.get("step_ms")
+        shown.add_row(
+            result["label"],
+            str(result["seed"]),
+            f"{test['top1'] / test['images']:.2%} ({low:.2%} to {high:.2%})",
+            f"{test['top5'] / test['images']:.2%}",
+            f"{test['loss']:.3f}",
+            f"{result['parameters']:,}",
+            "-" if step is None else f"{step['p50']:.1f}",
+            "-" if result["peak_memory_bytes"] is None else f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+        )
+    return shown
+
+
+def _train(run: Run, splits: Splits, tell: Tell) -> None:
+    from accelerate import Accelerator
+
+    config = run.config
+    accelerator = Accelerator(
+        cpu=config.device == "cpu",
+        mixed_precision=config.precision,
+        log_with=list(config.trackers) or None,
+        project_dir=str(run.folder),
+    )
+    try:
+        accelerator.init_trackers(run.name)
+        training = Training(run, splits, accelerator)
+        if str(accelerator.distributed_type).endswith("FSDP") and config.recipe.ema_decay is not None:
+            raise ConfigError("recipe.ema_decay: averaged weights are not kept under FSDP; leave it out, or use DDP")
+        training.fit(tell)
+    finally:
+        accelerator.end_training()
+        accelerator.free_memory()
+
+
+@contextmanager
+def _claimed(run: Run, main: bool) -> Iterator[Decision | ConfigError | None]:
+    """Hold a run's folder, in the main process, and say what to do with the run."""
+    if not main:
+        yield None
+        return
+    lock = FolderLock(run.folder)
+    try:
+        lock.__enter__()
+    except ConfigError:
+        yield "busy"
+        return
+    try:
+        yield _decision(run)
+    finally:
+        lock.__exit__()
+
+
+def _decision(run: Run) -> Decision | ConfigError:
+    if run.config.resume == "never" and any(path.name != ".lock" for path in run.folder.iterdir()):
+        old = run.folder.with_name(run.folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        old.mkdir()
+        for path in run.folder.iterdir():
+            if path.name != ".lock":
+                os.replace(path, old / path.name)
+    about = run.folder / RUN
+    if about.exists():
+        found = json.loads(about.read_text(encoding="utf-8"))["run_hash"]
+        if found != run.hash:
+            return ConfigError(
+                f"{run.folder} holds a run of another config ({found}, this one is {run.hash}). Give another folder "
+                "with output=PATH, or set it aside with resume=never."
+            )
+    checkpoint.write_json(about, {"run_hash": run.hash, "label": run.label, "seed": run.seed})
+    (run.folder / CONFIG).write_text(run.config.to_yaml(), encoding="utf-8")
+    final = run.folder / FINAL
+    return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
+
+
+def _agreed(claim: Decision | ConfigError | None, processes: int) -> Decision:
+    """The main process's decision, in all processes."""
+    shared: list[Any] = [claim]
+    if processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(shared)
+    if isinstance(shared[0], ConfigError):
+        raise shared[0]
+    decision: Decision = shared[0]
+    return decision
+
+
+def _result(run: Run) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run.folder / FINAL / RESULT).read_text(encoding="utf-8"))
+    return found
+
+
+@contextmanager
+def _bar(console: Console, name: str) -> Iterator[Tell]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[stage]}", markup=False),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=120, disable=not console.is_terminal) as bars:
+        task = bars.add_task(name, total=None, stage="")
+
+        def tell(done: int, total: int, stage: str) -> None:
+            bars.update(task, completed=done, total=total, stage=stage)
+
+        yield tell

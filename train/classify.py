@@ -1,0 +1,48 @@
+"""Train image classifiers with any attention, each beside the model's own; a broken run goes on where it stopped.
+
+python train/classify.py configs/classify/digits.yaml [key=value ...]             one process
+accelerate launch train/classify.py configs/classify/digits.yaml [key=value ...]  many processes, on one machine or more
+
+Started twice at a time, the two share the runs: each takes those that the other has not begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnzoo.errors import AttnZooError
+
+PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, 2 where something was refused, 130 where it was interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parsed = parser.parse_intermixed_args(arguments)
+    try:
+        from rich.console import Console
+
+        from attnzoo.training.config import load_config
+        from attnzoo.training.run import table, train_all
+
+        results = train_all(load_config(parsed.config, parsed.overrides))
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
