@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.bench.strict import read_yaml
 from attnzoo.registry import _table, unregister_attention
+from attnzoo.training import config as classify
 from eval import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -79,16 +81,22 @@ def test_shell_commands_are_real(page):
         command = line.partition("#")[0].split()
         if not command:
             continue
-        if command[0] == "make":
+        if command[:2] == ["pip", "install"]:
+            extras = re.search(r"attnzoo\[(.+?)\]", line)[1].split(",")
+            declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+            assert set(extras) <= set(declared["project"]["optional-dependencies"]), line
+        elif command[0] == "make":
             subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
-            if command[0] == "torchrun":
-                command = ["python", *command[command.index("eval/decode.py") :]]
+            if command[0] in ("torchrun", "accelerate"):
+                script = next(word for word in command if word.endswith(".py"))
+                command = ["python", *command[command.index(script) :]]
             load = {
                 "eval/bench.py": load_bench,
                 "eval/decode.py": load_decode_config,
                 "eval/compare_kvpress.py": kvpress.load_config,
                 "train/decode.py": train_bytes.load_config,
+                "train/classify.py": classify.load_config,
             }
             assert command[0] == "python", line
             if command[1:3] == ["-m", "pytest"]:
@@ -102,6 +110,18 @@ def test_shell_commands_are_real(page):
                 assert (ROOT / command[3]).is_file(), line
             else:
                 load[command[1]](ROOT / command[2], command[3:])
+
+
+def test_the_first_command_of_the_page_on_training_runs(tmp_path):
+    command = blocks(ROOT / "docs/classify.md", "sh")[0].splitlines()[1].split()
+    run = [sys.executable, *command[1:], f"output={tmp_path}", "recipe.epochs=3"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "padre degree=2" in done.stdout
+    assert {path.name for path in (tmp_path / "padre-degree-2-seed0/final").iterdir()} == {
+        *("manifest.json", "model.json", "model.safetensors", "result.json"),
+    }
+    assert list((tmp_path / "dense-seed0").rglob("events.out.tfevents.*"))
 
 
 def load_bench(path, overrides):

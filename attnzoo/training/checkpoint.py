@@ -69,10 +69,11 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
             _sync(folder.parent)
         wait()
     except Exception as error:  # safetensors and torch.save have errors of their own for a full disk
+        free = shutil.disk_usage(folder.parent).free // 2**20 if folder.parent.is_dir() else 0
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, TrainingError):
             raise
-        raise TrainingError(f"{folder} could not be written: {error}. {kept}") from error
+        raise TrainingError(f"{folder} could not be written: {error} ({free:,} MiB were free there). {kept}") from error
 
 
 def problem(folder: Path) -> str | None:

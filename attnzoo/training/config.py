@@ -64,7 +64,8 @@ class DataConfig(Section):
 
     Give either the `asset` of this package, or what timm's ``create_dataset`` takes: `name` (empty for a folder with
     a folder a class; ``torch/cifar100``, ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`. `path` is where an asset
-    is that was fetched by hand. `mean` and `std` standardise pixels; timm's for ImageNet by default.
+    is that was fetched by hand. `options` go to timm's factory; for the test images, `test_options` where given. `mean`
+    and `std` standardise pixels; timm's for ImageNet by default.
     """
 
     asset: Literal["digits", "fashion_mnist", "cifar10"] | None = None
@@ -74,6 +75,7 @@ class DataConfig(Section):
     train: Annotated[str, Field(min_length=1)] = "train"
     test: Annotated[str, Field(min_length=1)] = "validation"
     options: dict[str, Any] = Field(default_factory=dict)
+    test_options: dict[str, Any] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
     image_size: PositiveInt = 224
     channels: Literal[1, 3] = 3

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.training.images import NO_CLASS, TestImages, share_of
+from attnzoo.training.images import NO_CLASS, TestImages, TestStream, share_of
 from attnzoo.training.model import logits
 
 
@@ -27,7 +27,7 @@ class Counted:
     unreadable: int
 
 
-def evaluate(model: nn.Module, images: TestImages, batch: int, workers: int, accelerator: Any) -> Counted:
+def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Counted:
     """Test `model` on `images`; its mode is as before afterwards.
 
     Parameters

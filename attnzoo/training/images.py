@@ -55,10 +55,10 @@ class Source(Protocol):
 
 @dataclass
 class Splits:
-    """What a config's data are: `test` is counted whole; `train` is a source, or a stream that has its own order."""
+    """What a config's data are: sources, or streams, which have an order of their own."""
 
     train: Source | IterableDataset[Any]
-    test: Source
+    test: Source | IterableDataset[Any]
     classes: int
     train_images: int
 
@@ -68,8 +68,15 @@ class Splits:
         return isinstance(self.train, IterableDataset)
 
 
-def open_splits(data: DataConfig) -> Splits:
+def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     """Open both splits of a config's data, and fetch them first where they are an asset.
+
+    Parameters
+    ----------
+    data
+        What to open.
+    processes
+        That will share the images.
 
     Raises
     ------
@@ -79,11 +86,12 @@ def open_splits(data: DataConfig) -> Splits:
         If an asset cannot be had.
     """
     train, test = _open(data, data.train, training=True), _open(data, data.test, training=False)
-    if isinstance(test, IterableDataset):
+    if isinstance(test, IterableDataset) and processes > 1:
         raise ConfigError(
-            f"data.test: a stream ({data.name}) cannot be counted image by image; use a reader with an index"
+            f"data.test: {processes} processes would not count a stream's images once each ({data.name}); test with a "
+            "reader that has an index, or in one process"
         )
-    known = (getattr(train, "classes", None), test.classes)
+    known = (getattr(train, "classes", None), getattr(test, "classes", None))
     if all(known) and known[0] != known[1]:
         odd = sorted(set(known[0] or ()) ^ set(known[1] or ()))
         raise ConfigError(f"data: the classes of {data.train!r} and {data.test!r} differ: {', '.join(odd[:10])}")
@@ -141,7 +149,7 @@ def _from_timm(
     from timm.data import create_dataset
 
     mode = "L" if data.channels == 1 else "RGB"
-    options = dict(data.options)
+    options = dict(data.options if training or data.test_options is None else data.test_options)
     if not name.startswith("torch/"):
         options["input_img_mode"] = mode
     try:
@@ -312,6 +320,19 @@ class TestImages(Dataset[tuple[Tensor, int, int]]):
         return torch.zeros(self.shape), NO_CLASS, index
 
 
+class TestStream(IterableDataset[tuple[Tensor, int, int]]):
+    """Images of a stream as they are tested, in its order: image, class, number."""
+
+    __test__ = False
+
+    def __init__(self, stream: Any, transform: Any) -> None:
+        self.stream, self.transform = stream, transform
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        for number, (image, target) in enumerate(self.stream):
+            yield self.transform(image), int(target), number
+
+
 class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
     """A stream of timm's, augmented by keys that count its images."""
 
@@ -368,8 +389,15 @@ class Batches(Sampler[list[Draw]]):
                     yield draws[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]
 
 
-def share_of(images: TestImages, batch: int, workers: int, rank: int = 0, world: int = 1) -> DataLoader[Any]:
-    """One process's share of the test images; shares are filled up with images that do not count, to equal length."""
+def share_of(
+    images: TestImages | TestStream, batch: int, workers: int, rank: int = 0, world: int = 1
+) -> DataLoader[Any]:
+    """One process's share of the test images; shares are filled up with images that do not count, to equal length.
+
+    A stream has one share, and one reader: many would not agree on who reads what.
+    """
+    if isinstance(images, TestStream):
+        return DataLoader(images, batch_size=batch)
     count = len(images.source)
     share = list(range(rank, count, world))
     share += [-1] * (-(-count // world) - len(share))

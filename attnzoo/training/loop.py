@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.system import environment
@@ -26,14 +26,15 @@ from attnzoo.training.images import (
     Splits,
     StreamImages,
     TestImages,
+    TestStream,
     TrainImages,
     Unreadable,
     transforms,
 )
-from attnzoo.training.model import ABOUT, WEIGHTS, build, logits
+from attnzoo.training.model import ABOUT, AVERAGED, WEIGHTS, build, logits
 from attnzoo.training.randomness import reseed
 
-FINAL, LOG, RESULT, CHECKPOINTS, AVERAGED = "final", "log.jsonl", "result.json", "checkpoints", "averaged.safetensors"
+FINAL, LOG, RESULT, CHECKPOINTS = "final", "log.jsonl", "result.json", "checkpoints"
 STEP = 4  # the key of a step's random numbers, beside those of `images`
 Tell = Callable[[int, int, str], None]  # steps done, steps in all, what to say
 
@@ -109,7 +110,10 @@ class Training:
             self.loss_of = SoftTargetCrossEntropy()
         self.train_transform, test_transform = transforms(config.data, augment)
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        self.test = TestImages(splits.test, test_transform, shape)
+        if isinstance(splits.test, IterableDataset):
+            self.test: TestImages | TestStream = TestStream(splits.test, test_transform)
+        else:
+            self.test = TestImages(splits.test, test_transform, shape)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.progress = Progress()

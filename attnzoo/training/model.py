@@ -16,7 +16,7 @@ from attnzoo.extras import require
 from attnzoo.tasks import classify
 from attnzoo.training.config import ClassifyConfig, ModelConfig, Run, TrainedAttention
 
-WEIGHTS, ABOUT = "model.safetensors", "model.json"
+WEIGHTS, AVERAGED, ABOUT = "model.safetensors", "averaged.safetensors", "model.json"
 
 
 def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -65,13 +65,15 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return out if isinstance(out, Tensor) else out.logits
 
 
-def load_trained(folder: str | Path) -> nn.Module:
+def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
     """Build the model that training wrote into `folder`, its attention swapped as it was, with the trained weights.
 
     Parameters
     ----------
     folder
         A run's ``final`` folder, or one of its checkpoints: it holds ``model.json`` and ``model.safetensors``.
+    averaged
+        Take the weights averaged over the steps, of a ``final`` folder whose recipe had `ema_decay`.
 
     Raises
     ------
@@ -84,7 +86,7 @@ def load_trained(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        state = load_file(folder / WEIGHTS)
+        state = load_file(folder / (AVERAGED if averaged else WEIGHTS))
     except Exception as error:  # safetensors has errors of its own
         raise TrainingError(f"{folder} holds no trained model that can be read: {error}") from error
     config = ModelConfig(library=about["library"], name=about["name"], options=about["options"])
@@ -223,7 +225,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], config: ModelConfig, cl
 
 
 def check_all(config: ClassifyConfig, classes: int) -> None:
-    """Build every model of a config once, so that what cannot stand is told before anything is trained.
+    """Build every model of a config once, and show it an image, so that what cannot stand is told before any training.
 
     Raises
     ------
@@ -236,7 +238,11 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
             continue
         seen.add(run.label)
         try:
-            build(run, classes)
+            model, _ = build(run, classes)
+            with torch.inference_mode():
+                logits(
+                    model.eval(), torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
+                )
         except AttnZooError as error:
             problems.append(f"{run.label}: {error}")
     if problems:

@@ -51,7 +51,7 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     console = console or Console(stderr=True)
     console.quiet = console.quiet or not state.is_main_process
     with state.main_process_first():
-        splits = open_splits(config.data)
+        splits = open_splits(config.data, state.num_processes)
     steps_an_epoch(config, splits)
     local_batch(config, state.num_processes)
     check_all(config, splits.classes)

@@ -1,16 +1,21 @@
 """Trainings that are broken off: killed, on a full disk, with altered checkpoints, by a NaN."""
 
 import json
+import math
 import multiprocessing
 import random
+import re
+import resource
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from attnzoo.bench.lines import FolderLock
 from attnzoo.errors import ConfigError, TrainingError
-from attnzoo.training import checkpoint
+from attnzoo.training import checkpoint, nonfinite
 from attnzoo.training.config import validate_config
 from attnzoo.training.run import train_all
 
@@ -79,3 +84,123 @@ def logged(folder):
 def steps_done(parent):
     found = checkpoint.all_checkpoints(parent) if parent.is_dir() else []
     return checkpoint.step_of(found[-1]) if found else 0
+
+
+def broken_off(images, tmp_path, **changes):
+    """Train for some steps, and be killed; give the config and the checkpoints that are left."""
+    config = tiny(images, tmp_path / "runs", only=["padre"], checkpoint_steps=1, keep_checkpoints=4, **changes)
+    parent = tmp_path / "runs/padre-seed0/checkpoints"
+    process = SERVER.Process(target=train_here, args=(config,))
+    process.start()
+    while process.is_alive() and steps_done(parent) < 6:
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    return config, checkpoint.all_checkpoints(parent)
+
+
+def cut_short(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "model.safetensors has"
+
+
+def altered(folder):
+    path = folder / "optimizer.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return "optimizer.bin was altered"
+
+
+def without_a_file(folder):
+    (folder / "custom_checkpoint_0.pkl").unlink()
+    return "custom_checkpoint_0.pkl is missing"
+
+
+def without_its_list(folder):
+    (folder / checkpoint.MANIFEST).write_text("{")
+    return "its manifest.json cannot be read"
+
+
+@pytest.mark.parametrize("harm", [cut_short, altered, without_a_file, without_its_list])
+def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path, harm):
+    config, checkpoints = broken_off(images, tmp_path)
+    reason = harm(checkpoints[-1])
+    with pytest.warns(UserWarning, match=re.escape(f"checkpoint {checkpoints[-1]} is refused: {reason}")):
+        assert checkpoint.newest_good(checkpoints[-1].parent) == checkpoints[-2]
+    with pytest.warns(UserWarning, match="is refused"):
+        train_all(validate_config(config))
+    (tmp_path / "whole").mkdir()
+    whole = tiny(images, tmp_path / "whole", only=["padre"])
+    train_all(validate_config(whole))
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "runs"))
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp_path):
+    """Files of more than 4 KiB cannot be written: a full disk as any system and any user has it."""
+    config, checkpoints = broken_off(images, tmp_path)
+    before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in checkpoints]
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))}
+    status, _, said = finish(launch(config, tmp_path, **limit))
+    assert status == 2
+    assert re.search(r"error: \S+/step-\d+ could not be written: .+ \([\d,]+ MiB were free there\)\. Earlier", said)
+    assert f"Earlier checkpoints are as they were: {checkpoints[-1]}" in said
+    assert checkpoint.all_checkpoints(checkpoints[0].parent) == checkpoints
+    assert not list(checkpoints[0].parent.glob(f"{checkpoint.PART}*"))
+    assert before == [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in checkpoints]
+    train_all(validate_config(config))
+
+
+def test_nothing_stands_in_the_place_of_a_folder_that_could_not_be_written(tmp_path):
+    def write_half():
+        with checkpoint.writing(tmp_path / "step-1", "Nothing else was touched") as part:
+            (part / "a").write_text("half")
+            raise OSError("no room")
+
+    with pytest.raises(TrainingError, match=r"step-1 could not be written: no room \(.+\). Nothing else"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_nan_stops_with_step_and_layer(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", recipe__lr=1e30, recipe__warmup_lr=1e30, recipe__ema_decay=None)
+    where = r"dense-seed0: the loss became nan at step 2 \(epoch 1\): blocks.0.attn.qkv \(Linear\) made values that are"
+    with pytest.raises(TrainingError, match=where):
+        train_all(validate_config(config))
+
+
+def test_the_first_layer_that_is_not_finite_is_named():
+    class Breaks(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    model = nn.Sequential(nn.Linear(2, 2), Breaks(), nn.ReLU())
+    x = torch.ones(1, 2)
+    assert nonfinite.first_layer(model, lambda: model(x)) == "1 (Breaks) made values that are not finite"
+    assert nonfinite.first_layer(model, lambda: model(x * math.nan)).startswith("0 (Linear) was given values")
+    with torch.no_grad():
+        model[0].bias[0] = math.inf
+    assert nonfinite.first_layer(model, lambda: model(x)) == "0 (Linear) has parameters that are not finite (bias)"
+    model[0].weight.grad = torch.full((2, 2), math.nan)
+    assert nonfinite.gradients(model) == "the gradient of 0.weight"
+
+
+def test_a_run_that_is_done_is_kept_and_one_of_another_config_refused(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", only=["dense"])
+    first = train_all(validate_config(config))
+    at = (tmp_path / "runs/dense-seed0/final/model.safetensors").stat().st_mtime_ns
+    assert train_all(validate_config({**config, "keep_checkpoints": 3})) == first
+    assert (tmp_path / "runs/dense-seed0/final/model.safetensors").stat().st_mtime_ns == at
+    other = tiny(images, tmp_path / "runs", only=["dense"], recipe__lr=0.001)
+    with pytest.raises(ConfigError, match="holds a run of another config"):
+        train_all(validate_config(other))
+    train_all(validate_config({**other, "resume": "never"}))
+    assert (tmp_path / "runs/dense-seed0.old/final/model.safetensors").stat().st_mtime_ns == at
+
+
+def test_a_run_that_another_process_has_is_left_to_it(images, tmp_path):
+    config = validate_config(tiny(images, tmp_path / "runs"))
+    with FolderLock(tmp_path / "runs/dense-seed0"):
+        assert [result["label"] for result in train_all(config)] == ["padre"]
+    assert [result["label"] for result in train_all(config)] == ["dense", "padre"]

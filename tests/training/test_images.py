@@ -1,0 +1,211 @@
+"""Where images come from, in what order, how they are shared between processes, and what becomes of broken ones."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.training.config import DataConfig, validate_config
+from attnzoo.training.images import (
+    NO_CLASS,
+    Batches,
+    Draw,
+    TestImages,
+    TrainImages,
+    Unreadable,
+    open_splits,
+    order,
+    share_of,
+    transforms,
+)
+from attnzoo.training.run import train_all
+
+from .conftest import tiny, write_images
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(8, 60),
+    batch=st.sampled_from([4, 8]),
+    world=st.sampled_from([1, 2, 4]),
+    repeats=st.integers(1, 3),
+    first=st.integers(0, 10),
+    seed=st.integers(0, 99),
+)
+def test_a_batch_is_the_same_whatever_the_processes_and_the_first_step(images, batch, world, repeats, first, seed):
+    epochs = 3
+    whole = list(Batches(images, batch, epochs, seed, repeats))
+    first = min(first, len(whole))
+    shares = [list(Batches(images, batch, epochs, seed, repeats, first, rank, world)) for rank in range(world)]
+    assert [sorted(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == [
+        sorted(b) for b in whole[first:]
+    ]
+    assert all(len(part) == batch // world for share in shares for part in share)
+    assert len(whole) == images // batch * epochs
+    for epoch in range(epochs):
+        draws = order(images, epoch, seed, repeats)
+        assert len(draws) == len(set(draws)) == images
+        assert len({draw.image for draw in draws}) == -(-images // repeats)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [tuple(d.image for d in order(50, epoch, seed)) for epoch in range(3) for seed in range(3)]
+    assert len(set(orders)) == 9
+
+
+@settings(max_examples=40, deadline=None)
+@given(images=st.integers(1, 40), world=st.integers(1, 5), batch=st.integers(1, 7))
+def test_every_test_image_is_counted_once(images, world, batch):
+    source = Numbers(images)
+    loaders = [share_of(TestImages(source, torch.as_tensor, (1,)), batch, 0, rank, world) for rank in range(world)]
+    assert len({len(loader) for loader in loaders}) == 1
+    counted = [int(i) for loader in loaders for _, y, index in loader for i in index[y != NO_CLASS]]
+    assert sorted(counted) == list(range(images))
+
+
+class Numbers:
+    """Images that are their index."""
+
+    classes = None
+
+    def __init__(self, images, broken=()):
+        self.images, self.broken = images, set(broken)
+
+    def __len__(self):
+        return self.images
+
+    def read(self, index):
+        if index in self.broken:
+            raise OSError("truncated")
+        return np.array([index], dtype=np.float32), index % 3
+
+    def name(self, index):
+        return f"{index}.png"
+
+
+def test_the_next_image_stands_in_for_one_that_cannot_be_read():
+    images = TrainImages(Numbers(5, broken=[3, 4]), torch.as_tensor, seed=0)
+    assert [(float(x), y, bad) for x, y, bad in map(images.__getitem__, (Draw(0, 2), Draw(0, 3), Draw(1, 4)))] == [
+        (2.0, 2, -1),
+        (0.0, 0, 3),
+        (0.0, 0, 4),
+    ]
+    with pytest.raises(TrainingError, match=r"2\.png and those after it cannot be read"):
+        TrainImages(Numbers(3, broken=[0, 1, 2]), torch.as_tensor, seed=0)[Draw(0, 2)]
+
+
+def test_unreadable_images_are_counted_once_and_stop_at_more_than_one_in_a_hundred():
+    found = Unreadable(Numbers(200), 200)
+    with pytest.warns(UserWarning, match="image 7.png cannot be read"):
+        found.note(torch.tensor([-1, 7, 7]))
+    found.note(torch.tensor([7, -1]))
+    with pytest.warns(UserWarning, match="image 8.png"):
+        found.note(torch.tensor([8]))
+    again = Unreadable(Numbers(200), 200)
+    again.load_state_dict(found.state_dict())
+    with pytest.warns(UserWarning, match="9.png"), pytest.raises(TrainingError, match=r"3 of 200 .* 7\.png, 8\.png, 9"):
+        again.note(torch.tensor([9]))
+
+
+def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
+    write_images(tmp_path / "images/train", 72)  # nine whole batches
+    write_images(tmp_path / "images/val", 10, seed=1)
+    train, test = tmp_path / "images/train/dark/003.png", tmp_path / "images/val/left/001.png"
+    for path in (train, test):
+        path.write_bytes(path.read_bytes()[:40])
+    config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    with pytest.warns(UserWarning, match="003.png cannot be read"):
+        (result,) = train_all(validate_config(config))
+    assert result["unreadable"] == ["dark/003.png"]
+    assert (result["test"]["images"], result["test"]["unreadable"]) == (29, 1)
+    for path in sorted((tmp_path / "images/train").rglob("*.png"))[:3]:
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(TrainingError, match="of 216 images cannot be read, more than 1%"),
+    ):
+        train_all(validate_config({**config, "output": str(tmp_path / "others")}))
+
+
+def test_augmentation_hangs_on_the_image_and_the_epoch_alone(images):
+    config = validate_config(tiny(images, "unused"))
+    splits = open_splits(config.data)
+    train, _ = transforms(config.data, config.augment)
+
+    def look(draws, seed=0):
+        loaded = TrainImages(splits.train, train, seed)
+        return torch.stack([loaded[draw][0] for draw in draws])
+
+    draws = [Draw(0, 1), Draw(0, 2), Draw(1, 1), Draw(0, 1, 1)]
+    seen = look(draws)
+    assert torch.equal(seen, look(draws[::-1]).flip(0))
+    assert len({tuple(image.flatten().tolist()) for image in (*seen, *look(draws[:1], seed=1))}) == 5
+
+
+def data(**keys):
+    return DataConfig(**{"image_size": 8, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"root": "nowhere"}, "data.root: there is no folder 'nowhere'"),
+        ({"root": "images", "test": "held_out"}, "has no folder 'held_out'; it has \\['train', 'val'\\]"),
+        ({"root": "images", "classes": 4}, "data.classes: 4 asked for, but the data have 3"),
+        ({"root": "images", "train_images": 97}, "data.train_images: 97 asked for, but there are 96"),
+        ({"root": "odd"}, "the classes of 'train' and 'validation' differ: dark, left, other"),
+        ({"root": "empty"}, "Found 0 images"),
+        ({"name": "torch/cifar11", "root": "images"}, "Unknown torchvision dataset cifar11"),
+        ({"name": "torch/cifar10", "root": "images"}, "Dataset not found"),
+    ],
+)
+def test_data_that_are_not_there_are_a_clear_error(images, tmp_path, monkeypatch, keys, said):
+    write_images(tmp_path / "odd/train", 2)
+    write_images(tmp_path / "odd/val", 2, classes=("bright", "other"))
+    for split in ("train", "val"):
+        (tmp_path / "empty" / split).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        open_splits(data(**keys))
+
+
+def test_a_hugging_face_data_set_is_read(images, tmp_path):
+    splits = open_splits(data(name=f"hfds/{images}", root=tmp_path / "cache"))
+    assert (splits.train_images, splits.classes, len(splits.test)) == (96, 3, 30)
+    image, target = splits.train.read(0)
+    assert (image.size, image.mode, target) == ((8, 8), "RGB", 0)
+
+
+def test_a_stream_is_trained_on_and_goes_on(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", only=["dense"], checkpoint_steps=3, keep_checkpoints=9)
+    config["data"] = {
+        **config["data"],
+        **{"name": f"hfids/{images}", "root": str(tmp_path / "cache"), "classes": 3},
+        **{"options": {"num_samples": 96}, "test_options": {"num_samples": 30}},
+    }
+    (whole,) = train_all(validate_config(config))
+    assert (whole["steps"], whole["test"]["images"]) == (12, 30)
+    folder = tmp_path / "runs/dense-seed0"
+    first = load_file(folder / "final/model.safetensors")
+    for name in ("final", *(f"checkpoints/step-{step:08d}" for step in (4, 6, 8, 9, 12))):
+        shutil.rmtree(folder / name)  # so that it goes on from step 3, within an epoch
+    train_all(validate_config(config))
+    again = load_file(folder / "final/model.safetensors")
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    with pytest.raises(ConfigError, match="2 processes would not count a stream's images once each"):
+        open_splits(validate_config(config).data, processes=2)
+
+
+def test_digits_are_grey_images_of_ten_classes():
+    splits = open_splits(data(asset="digits", channels=1))
+    assert (splits.train_images, len(splits.test), splits.classes) == (1200, 597, 10)
+    image, _ = splits.test.read(0)
+    assert isinstance(image, Image.Image)
+    assert (image.size, image.mode) == ((8, 8), "L")

@@ -1,0 +1,42 @@
+"""Several processes, by torchrun and gloo, against one."""
+
+import json
+
+import pytest
+
+from .conftest import finish, launch, tiny, write_images
+
+
+def run(config, folder, processes):
+    folder.mkdir()
+    status, out, said = finish(launch({**config, "output": str(folder / "runs")}, folder, processes=processes))
+    assert status == 0, said
+    assert out.count("top-1 (95%)") == 1, "one process prints the table"
+    rows = [json.loads(line) for line in (folder / "runs/padre-seed0/log.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "runs/padre-seed0/final/result.json").read_text())
+
+
+def test_two_processes_train_as_one_does_and_count_every_image_once(tmp_path):
+    """Losses to 1e-5: what differs is the order of sums. Two does not divide 31 test images, nor 20 the 96 to train."""
+    write_images(tmp_path / "images/train", 32)
+    write_images(tmp_path / "images/val", 10, seed=1)
+    write_images(tmp_path / "more", 1, classes=("left",), seed=2)
+    (tmp_path / "more/left/000.png").rename(tmp_path / "images/val/left/999.png")
+    config = tiny(tmp_path / "images", "unused", only=["padre"], recipe__batch=20)
+    config["model"]["options"]["drop_path_rate"] = 0.0  # its random numbers are each process's own
+    one, result = run(config, tmp_path / "one", 1)
+    two, result_of_two = run(config, tmp_path / "two", 2)
+    cut, result_of_parts = run({**config, "recipe": {**config["recipe"], "accumulate": 2}}, tmp_path / "parts", 1)
+    assert (result["processes"], result_of_two["processes"]) == (1, 2)
+    for found, found_result in ((two, result_of_two), (cut, result_of_parts)):
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in one], abs=1e-5)
+        assert found_result["test"]["images"] == result["test"]["images"] == 31
+        assert found_result["test"]["loss"] == pytest.approx(result["test"]["loss"], abs=1e-4)
+        assert (found_result["test"]["top1"], found_result["steps"]) == (result["test"]["top1"], 12)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", recipe__batch=25)
+    status, _, said = finish(launch(config, tmp_path, processes=2))
+    assert status != 0
+    assert "recipe.batch: 25 images cannot be cut into 2 processes and 1 parts each" in said
