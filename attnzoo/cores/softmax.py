@@ -42,7 +42,9 @@ class Softmax:
         check_qkv(q, k, v)
         if causal:
             mask = with_causal(mask, q.shape[2], k.shape[2], q.device)
-        rows = max(1, SCORES // max(q.shape[0] * q.shape[1] * k.shape[2], 1))
+        rows = max(q.shape[2], 1)
+        if not torch.compiler.is_exporting():  # a program for any batch cannot be cut by the batch
+            rows = max(1, SCORES // max(q.shape[0] * q.shape[1] * k.shape[2], 1))
         out = []
         with torch.autocast(q.device.type, enabled=False):
             for start in range(0, max(q.shape[2], 1), rows):

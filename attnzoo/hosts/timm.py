@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
+from timm.models import register_notrace_module
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,7 +120,10 @@ class GridOfCall:
         self.size = size
 
     def __call__(self, patch_embed: Any, inputs: tuple[Any, ...]) -> None:
-        """Read the grid from the image ``(B, C, H, W)`` that goes in."""
+        """Read the grid from the image ``(B, C, H, W)`` that goes in; torch.fx traces for the model's own size."""
+        if isinstance(inputs[0], torch.fx.Proxy):
+            self.size = tuple(patch_embed.grid_size)
+            return
         height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.size = (height, width)
 
@@ -180,6 +184,7 @@ class TimmSite(Site):
                 del hooks[key]
 
 
+@register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
 class TimmCore(CoreLayer):
     """timm's self-attention with another core."""
 
@@ -220,6 +225,7 @@ class TimmCore(CoreLayer):
         return torch.cat([head, apply_rot_embed_cat(patches, rope, half=half)], dim=2)
 
 
+@register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
 class TimmPoolCore(CoreLayer):
     """timm's attention pooling (`AttentionPoolLatent`) with another core."""
 
@@ -227,7 +233,7 @@ class TimmPoolCore(CoreLayer):
         """Pool tokens ``(B, N, C)`` into ``(B, C)``, or ``(B, latents, C)`` where the layer keeps them."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
-        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         refuse_unable(self, mask=attn_mask is not None)
         out = self.core(self.q_norm(q), self.k_norm(k), v, mask=attn_mask)
@@ -239,6 +245,7 @@ class TimmPoolCore(CoreLayer):
         return out.mean(1) if self.pool == "avg" else out
 
 
+@register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
 class TimmMixer(MixerLayer):
     """A mixer where timm had self-attention."""
 

@@ -126,9 +126,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: i
     channels, size = x.shape[2], weight.shape[-1]
     if weight.shape != (channels, 1, size, size) or size % 2 == 0:
         raise ShapeError(f"weights of {channels} channels are ({channels}, 1, K, K), K odd, not {tuple(weight.shape)}")
-    if bias is not None and tuple(bias.shape) not in ((channels,), (len(x), channels)):
-        wanted = f"({channels},) or {(len(x), channels)}"
-        raise ShapeError(f"the bias of {len(x)} images and {channels} channels is {wanted}, not {tuple(bias.shape)}")
+    batch = x.shape[0]
+    if bias is not None and tuple(bias.shape) != ((channels,) if bias.dim() == 1 else (batch, channels)):
+        wanted = f"({channels},) or {(batch, channels)}"
+        raise ShapeError(f"the bias of {batch} images and {channels} channels is {wanted}, not {tuple(bias.shape)}")
 
 
 @torch.library.custom_op("attnzoo::depthwise2d", mutates_args=(), device_types="cpu")

@@ -129,7 +129,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, i
     rows = x.unflatten(1, grid).flatten(0, 1).mT
     rows = F.pad(rows, (size - 1, 0) if causal else (size // 2, size // 2))
     out = F.conv1d(rows, weight, None if an_image else bias, groups=len(weight)).mT
-    out = out.unflatten(0, (len(x), grid[0])).flatten(1, 2)
+    out = out.unflatten(0, (x.shape[0], grid[0])).flatten(1, 2)
     return out + bias.unsqueeze(1) if bias is not None and an_image else out
 
 
@@ -166,7 +166,9 @@ def _check(
         ("mask", mask, ((batch, tokens),)),
         ("add", add, (tuple(x_a.shape),)),
     ):
-        if given is not None and tuple(given.shape) not in wanted:
+        # by the number of dimensions first: a batch is not to be compared with channels while a program is exported
+        fits = [shape for shape in wanted if given is not None and len(shape) == given.dim()]
+        if given is not None and (not fits or tuple(given.shape) != fits[0]):
             raise ShapeError(f"{name} must be {' or '.join(map(str, wanted))}, not {tuple(given.shape)}")
 
 

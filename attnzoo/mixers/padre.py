@@ -184,7 +184,7 @@ class Padre(nn.Module):
                 "only a padre with token_mixing='causal_conv1d' and no weights for each token goes on from a state"
             )
         check_tokens(x, self.dim, mask)
-        self._check_state(state, len(x))
+        self._check_state(state, x.shape[0])
         canvas = self._mixing.layout(x, None, 0, mask)
         ahead = _FromState(canvas, state, None if mask is None else mask.sum(1))
         terms = self._terms(canvas.lay(x), ahead)
