@@ -97,6 +97,7 @@ def test_shell_commands_are_real(page):
                 "eval/compare_kvpress.py": kvpress.load_config,
                 "train/decode.py": train_bytes.load_config,
                 "train/classify.py": classify.load_config,
+                "eval/classify.py": classify.load_config,
             }
             assert command[0] == "python", line
             if command[1:3] == ["-m", "pytest"]:
@@ -112,12 +113,14 @@ def test_shell_commands_are_real(page):
                 load[command[1]](ROOT / command[2], command[3:])
 
 
-def test_the_first_command_of_the_page_on_training_runs(tmp_path):
-    command = blocks(ROOT / "docs/classify.md", "sh")[0].splitlines()[1].split()
-    run = [sys.executable, *command[1:], f"output={tmp_path}", "recipe.epochs=3"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "padre degree=2" in done.stdout
+def test_the_first_commands_of_the_page_on_training_run(tmp_path):
+    install, evaluation = (block.splitlines() for block in blocks(ROOT / "docs/classify.md", "sh")[:2])
+    for command in (install[1], evaluation[0]):
+        run = [sys.executable, *command.split()[1:], f"output={tmp_path}", "recipe.epochs=3"]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "padre degree=2" in done.stdout
+    assert (tmp_path / "eval/report.html").exists()
     assert {path.name for path in (tmp_path / "padre-degree-2-seed0/final").iterdir()} == {
         *("manifest.json", "model.json", "model.safetensors", "result.json"),
     }

@@ -24,11 +24,16 @@ Tokens = Annotated[int, Field(ge=2)]
 
 
 class HostConfig(Section):
-    """A model of a library, given by what its own factory takes; the image size is the benchmark's to choose."""
+    """A model of a library, given by what its own factory takes; the image size is the benchmark's to choose.
+
+    `channels` and `classes` are those of the images whose cost is measured; a data set has its own.
+    """
 
     library: Literal["timm"] = "timm"
     model: str = "vit_tiny_patch16_224"
     patch_size: PositiveInt = 16
+    channels: PositiveInt = 3
+    classes: PositiveInt = 1000
     options: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -105,12 +110,14 @@ class CostConfig(Section):
 
     `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
     `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
-    timed, as with a caching allocator; otherwise CPUs have glibc's own ways.
+    timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the perceptrons
+    of each row's model are made wider or narrower until it has as many parameters as the dense one.
     """
 
     of: Literal["model", "layer"] = "model"
     gradient: bool = False
     keep_freed_memory: bool = False
+    equal_parameters: bool = False
 
     tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (196, 784, 3136)
     batch: dict[int, PositiveInt] = Field(default_factory=dict, description="images per forward, for each token count")
@@ -287,9 +294,12 @@ class BenchConfig(Section):
         """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
         left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
         content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(left_out))}
-        _drop_defaults(content["cost"], {"of": "model", "gradient": False, "keep_freed_memory": False})
+        later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
+        _drop_defaults(content["cost"], later)
+        _drop_defaults(content["host"], {"channels": 3, "classes": 1000})
         if content["quality"] is not None:
             _drop_defaults(content["quality"], {"equal_parameters": False})
+            _drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
         for attention in content["attentions"]:
             _drop_defaults(attention, {"fused": None, "tokens": None})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

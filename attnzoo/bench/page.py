@@ -57,7 +57,10 @@ HEAD = (
     "quality<br><small>95% interval</small>",
     "quality kept<br><small>95% interval</small>",
 )
-TRAINED = ("top-1 % (95% Wilson)", "kept (95%)", "right", "last epoch's loss", "training, s")
+TRAINED = (
+    *("top-1 % (95% Wilson)", "kept (95%)", "right", "top-5 %", "calibration error"),
+    *("last epoch's loss", "training, s"),
+)
 SCORED = ("perplexity", "kept (95%)", "NLL, nats a token", "above dense (95%)", "windows of tokens")
 A_CALL = {
     "forward": "ms a forward",
@@ -248,7 +251,10 @@ def _trained_cells(q: Quality | Perplexity) -> list[str]:
         return []
     right = f"{sum(t.correct for t in q.trainings)} of {q.images}"
     losses = ", ".join(f"{t.final_loss:.3f}" for t in q.trainings)
-    return [words.absolute(q), words.kept(q), right, losses, ", ".join(f"{t.seconds:.0f}" for t in q.trainings)]
+    top5 = "-" if q.top5 is None else f"{q.top5:.1%}"[:-1]
+    calibration = "-" if q.calibration_error is None else f"{q.calibration_error:.3f}"
+    seconds = ", ".join(f"{t.seconds:.0f}" for t in q.trainings)
+    return [words.absolute(q), words.kept(q), right, top5, calibration, losses, seconds]
 
 
 def _scored_cells(q: Quality | Perplexity) -> list[str]:

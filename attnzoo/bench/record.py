@@ -143,7 +143,8 @@ class Quality(Entry):
     """Top-1 accuracy on held-out images, all seeds together, with its 95% Wilson interval.
 
     With several seeds `images` counts each image once a seed. `ratio` is accuracy over the dense baseline's, with its
-    95% interval, which is null for the baseline itself.
+    95% interval, which is null for the baseline itself. `top5` and the expected `calibration_error` are those of all
+    seeds together, null where they were not looked at.
     """
 
     accuracy: Annotated[float, Field(ge=0, le=1)]
@@ -155,6 +156,8 @@ class Quality(Entry):
     ratio_high: NonNegative | None = None
     trainings: tuple[Training, ...]
     note: str
+    top5: Annotated[float, Field(ge=0, le=1)] | None = None
+    calibration_error: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Interval(Entry):

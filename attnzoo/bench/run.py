@@ -262,6 +262,8 @@ class _Runner:
     def refresh_quality(self) -> None:
         """Bring rows up to date whose quality, or whose baseline's quality, came after them."""
         for record in list(self.store.records.values()):
+            if record.part == "vision" and self.config.quality is None:
+                continue  # whoever trained the models elsewhere may have written it
             quality, note = self._quality_of(record.part, record.label)
             if (quality, note) != (record.quality, record.quality_note):
                 self.store.append(record.model_copy(update={"quality": quality, "quality_note": note}))

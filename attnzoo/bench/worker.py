@@ -37,8 +37,6 @@ from attnzoo.tasks import classify
 
 ORACLE = "softmax"
 MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
-CLASSES = 1000
-CHANNELS = 3
 
 
 def cost_main(job: str, say: Say) -> str:
@@ -62,7 +60,14 @@ def measure_cost(job: Job, say: Say) -> Outcome:
     fused = config.baseline.fused if spec is None or spec.fused is None else spec.fused
     dense = _with_baseline(build_host(config, job.tokens), fused).to(device, dtype)
     layers = attention_paths(dense)
-    candidate = _swapped(build_host(config, job.tokens), spec, config.seed).to(device, dtype)
+    more: dict[str, Any] = {}
+    if config.cost.equal_parameters and spec is not None:
+        more = classify.equal_parameters(
+            lambda more: build_host(config, job.tokens, more),
+            lambda more: _swapped(build_host(config, job.tokens, more), spec, config.seed),
+            spec.label,
+        )
+    candidate = _swapped(build_host(config, job.tokens, more), spec, config.seed).to(device, dtype)
     shapes = _shapes(dense, layers, x, job.tokens)
     with torch.inference_mode():
         say("gate")
@@ -243,15 +248,18 @@ class _Checks:
         return found
 
 
-def build_host(config: BenchConfig, tokens: int) -> nn.Module:
-    """Build the host as the config says, with its own attention, in evaluation mode; the same weights every time."""
+def build_host(config: BenchConfig, tokens: int, more: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build the host as the config says, with its own attention, in evaluation mode; the same weights every time.
+
+    `more` are further options of the host.
+    """
     model = classify.build_model(
         config.host.model,
         image_size=math.isqrt(tokens) * config.host.patch_size,
         patch_size=config.host.patch_size,
-        channels=CHANNELS,
-        classes=CLASSES,
-        options=config.host.options,
+        channels=config.host.channels,
+        classes=config.host.classes,
+        options={**config.host.options, **(more or {})},
         seed=config.seed,
     )
     return _with_baseline(model, config.baseline.fused).eval()
@@ -260,7 +268,7 @@ def build_host(config: BenchConfig, tokens: int) -> nn.Module:
 def _inputs(config: BenchConfig, tokens: int) -> Tensor:
     side = math.isqrt(tokens) * config.host.patch_size
     generator = torch.Generator().manual_seed(config.seed)
-    return torch.randn(config.cost.batch[tokens], CHANNELS, side, side, generator=generator)
+    return torch.randn(config.cost.batch[tokens], config.host.channels, side, side, generator=generator)
 
 
 def _timed(config: BenchConfig, model: nn.Module, path: str, x: Tensor) -> Callable[[], object]:

@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import (
     AttentionConfig,
+    Dtype,
     attention_problems,
     refuse_twins,
     refuse_vision_keys,
@@ -165,6 +166,27 @@ class TrainedAttention(AttentionConfig):
     seeds: Seeds | None = None
 
 
+class CostConfig(Section):
+    """What is timed of the models, beside the dense one: batches of `batch` images of each size.
+
+    With `gradient` a call is a forward and a backward. The rest is as in a benchmark's `cost`.
+    """
+
+    batch: PositiveInt = 1
+    image_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    gradient: bool = False
+    dtype: Dtype = "float32"
+    repeats: Annotated[int, Field(ge=3)] = 7
+    min_seconds: Annotated[float, Field(ge=0)] = 2.0
+    warmup: Annotated[int, Field(ge=1)] = 2
+    timeout_seconds: PositiveFloat = 300.0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{'training' if self.gradient else 'forward'}-batch{self.batch}"
+
+
 class ClassifyConfig(Section):
     """A whole comparison. Where and how it is run is no part of its identity: see `Run.hash`."""
 
@@ -178,6 +200,7 @@ class ClassifyConfig(Section):
     baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense"
     attentions: tuple[TrainedAttention, ...] = ()
     seeds: Seeds = (0,)
+    costs: tuple[CostConfig, ...] = ()
 
     only: tuple[str, ...] | None = None
     device: Literal["auto", "cpu"] = "auto"
@@ -204,6 +227,11 @@ class ClassifyConfig(Section):
             raise ValueError(
                 "equal_parameters changes the perceptrons' width: for timm models from random weights alone"
             )
+        names = [cost.name for cost in self.costs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"costs: {names} names one twice; give all sizes of a batch in one")
+        if self.costs and self.model.library != "timm":
+            raise ValueError("costs are measured of timm models alone; leave them out")
         augment = self.augment
         if augment is not None and augment.auto_augment and self.data.channels == 1:
             raise ValueError("augment.auto_augment is for images of 3 channels")

@@ -1,10 +1,11 @@
-"""Counting right answers on test images, over any number of processes, each image once."""
+"""What a classifier answers on test images, over any number of processes, each image once; and what to make of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,22 +13,65 @@ from torch.nn import functional as F
 from attnzoo.training.images import NO_CLASS, TestImages, TestStream, share_of
 from attnzoo.training.model import logits
 
+BINS = 15  # of the calibration error
+
 
 @dataclass(frozen=True)
-class Counted:
-    """What a model got right: of `images` images, how many had their class first, and among the first five.
+class Answers:
+    """A classifier's answers, image by image, in the order of the images.
 
-    `loss` is the mean cross-entropy in nats; `unreadable` images were not counted.
+    Attributes
+    ----------
+    index, target, answer
+        ``(N,)``: an image's place in the data set, its class, and the class given to it.
+    confidence
+        ``(N,)``: the probability that was given to the answer.
+    loss
+        ``(N,)``: cross-entropy in nats.
+    among_five
+        ``(N,)``: whether the class is among the first five answers.
+    unreadable
+        How many further images could not be read, and are not in these.
     """
 
-    images: int
-    top1: int
-    top5: int
-    loss: float
+    index: np.ndarray
+    target: np.ndarray
+    answer: np.ndarray
+    confidence: np.ndarray
+    loss: np.ndarray
+    among_five: np.ndarray
     unreadable: int
 
+    def counted(self) -> dict[str, Any]:
+        """Sum up: how many images, how many right at first and among five, mean loss, calibration error."""
+        images = len(self.index)
+        return {
+            "images": images,
+            "top1": int((self.answer == self.target).sum()),
+            "top5": int(self.among_five.sum()),
+            "loss": float(self.loss.mean()) if images else 0.0,
+            "calibration_error": self.calibration_error(),
+            "unreadable": self.unreadable,
+        }
 
-def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Counted:
+    def calibration_error(self) -> float:
+        """Expected calibration error: of confidence and accuracy in 15 bins of equal width, weighted by their images.
+
+        Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 5.
+        """
+        if not len(self.index):
+            return 0.0
+        bins = np.clip(np.ceil(self.confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        gap = np.bincount(bins, weights=(self.answer == self.target) - self.confidence, minlength=BINS)
+        return float(np.abs(gap).sum() / len(self.index))
+
+    def most_confidently_wrong(self, count: int) -> np.ndarray:
+        """Places in these arrays of the images with a wrong answer, the most confident first."""
+        wrong = np.flatnonzero(self.answer != self.target)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
+
+
+def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Answers:
     """Test `model` on `images`; its mode is as before afterwards.
 
     Parameters
@@ -39,24 +83,25 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     batch, workers
         Images at a time in one process, and its processes that read them.
     accelerator
-        Accelerate's, for the device and the sum over processes.
+        Accelerate's, for the device and to gather what the processes found.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     training = model.training
     model.eval()
-    total = torch.zeros(5, dtype=torch.float64)
+    rows = []
     with torch.inference_mode():
         for x, y, index in loader:
             scores = logits(model, x.to(accelerator.device, non_blocking=True)).float()
-            y = y.to(scores.device)
-            real = y != NO_CLASS
-            ranked = scores[real].topk(min(5, scores.shape[1])).indices
-            right = ranked == y[real, None]
-            loss = F.cross_entropy(scores[real], y[real], reduction="sum") if real.any() else scores.new_zeros(())
-            lost = int((~real).sum()) - int((index < 0).sum())
-            found = [int(real.sum()), int(right[:, :1].sum()), int(right.sum()), float(loss), lost]
-            total += torch.tensor(found, dtype=torch.float64)
+            y, index = y.to(scores.device), index.to(scores.device)
+            confidence, answer = scores.softmax(-1).max(-1)
+            among = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).any(-1)
+            loss = F.cross_entropy(scores, y.clamp(min=0), reduction="none")
+            found = torch.stack([t.float() for t in (index, y, answer, confidence, loss, among)], dim=1)
+            rows.append(accelerator.gather(found).cpu())
     model.train(training)
-    total = accelerator.reduce(total.float() if accelerator.device.type == "mps" else total.to(accelerator.device))
-    count, top1, top5, loss, lost = total.tolist()
-    return Counted(int(count), int(top1), int(top5), loss / max(count, 1), int(lost))
+    table = torch.cat(rows).double().numpy() if rows else np.zeros((0, 6))
+    table = table[table[:, 0] >= 0]  # without those that only fill a share up
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    read = table[table[:, 1] != NO_CLASS]
+    index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
+    return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, len(table) - len(read))

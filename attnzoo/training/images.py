@@ -60,6 +60,7 @@ class Splits:
     train: Source | IterableDataset[Any]
     test: Source | IterableDataset[Any]
     classes: int
+    names: tuple[str, ...] | None
     train_images: int
 
     @property
@@ -110,7 +111,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
             raise ConfigError(f"data.train_images: {data.train_images} asked for, but there are {images}")
         chosen = np.random.default_rng(seed_of(SUBSET)).permutation(images)[: data.train_images]
         train, images = _Subset(train, np.sort(chosen)), data.train_images
-    return Splits(train, test, counts.pop(), images)
+    return Splits(train, test, counts.pop(), next(filter(None, known), None), images)
 
 
 def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:

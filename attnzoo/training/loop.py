@@ -20,7 +20,7 @@ from attnzoo.bench.system import environment
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.training import checkpoint, nonfinite
 from attnzoo.training.config import ClassifyConfig, Run
-from attnzoo.training.evaluate import Counted, evaluate
+from attnzoo.training.evaluate import evaluate
 from attnzoo.training.images import (
     Batches,
     Splits,
@@ -135,7 +135,7 @@ class Training:
         self._resume()
         progress, recipe = self.progress, self.config.recipe
         self.model.train()
-        found: Counted | None = None
+        found: dict[str, Any] | None = None
         batches = self._batches()
         while progress.step < self.total:
             start = time.perf_counter()
@@ -231,7 +231,7 @@ class Training:
                 if number >= skip:
                     yield batch
 
-    def _end_of_epoch(self) -> Counted:
+    def _end_of_epoch(self) -> dict[str, Any]:
         progress, accelerator = self.progress, self.accelerator
         loss = self._mean(progress.loss) / self.steps
         progress.loss = 0.0
@@ -241,20 +241,20 @@ class Training:
             "step": progress.step,
             "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "test": asdict(found),
+            "test": found,
             "seconds": round(progress.seconds, 3),
         }
         if self.average is not None:
-            row["test_averaged"] = asdict(self._count(self.average.module))
+            row["test_averaged"] = self._count(self.average.module)
         if accelerator.is_main_process:
             with open(self.run.folder / LOG, "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(row) + "\n")
-        top1 = found.top1 / max(found.images, 1)
-        accelerator.log({"loss": loss, "lr": row["lr"], "top1": top1, "test_loss": found.loss}, step=progress.step)
+        top1 = found["top1"] / max(found["images"], 1)
+        accelerator.log({"loss": loss, "lr": row["lr"], "top1": top1, "test_loss": found["loss"]}, step=progress.step)
         return found
 
-    def _count(self, model: nn.Module) -> Counted:
-        return evaluate(model, self.test, self.local, self.config.data.workers, self.accelerator)
+    def _count(self, model: nn.Module) -> dict[str, Any]:
+        return evaluate(model, self.test, self.local, self.config.data.workers, self.accelerator).counted()
 
     def _mean(self, value: float) -> float:
         there = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
@@ -294,7 +294,7 @@ class Training:
             part.write_text("".join(kept), encoding="utf-8")
             part.replace(folder / LOG)
 
-    def _finish(self, found: Counted, epochs: int) -> dict[str, Any]:
+    def _finish(self, found: dict[str, Any], epochs: int) -> dict[str, Any]:
         from safetensors.torch import save_file
 
         accelerator, progress = self.accelerator, self.progress
@@ -307,7 +307,7 @@ class Training:
             "epochs": epochs,
             "steps": progress.step,
             "epoch_losses": [row["loss"] for row in rows],
-            "test": asdict(found),
+            "test": found,
             "parameters": self.parameters,
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,

@@ -1,0 +1,76 @@
+"""Evaluate what train/classify.py trained: accuracy, calibration, cost beside the dense model, the worst mistakes.
+
+python eval/classify.py configs/classify/digits.yaml [key=value ...]             what was evaluated before is kept
+accelerate launch eval/classify.py configs/classify/digits.yaml [key=value ...]  processes share the test images
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnzoo.errors import AttnZooError
+
+PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("--batch", type=int, default=256, help="test images at a time (256)")
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.batch < 1:
+        parser.error("--batch must be at least 1")
+    try:
+        evaluate(parsed.config, parsed.overrides, parsed.batch, shlex.join(["python", "eval/classify.py", *arguments]))
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> None:
+    """Score all runs, measure what they cost, and report."""
+    from rich.console import Console
+
+    from attnzoo.bench.page import html_page
+    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
+    from attnzoo.bench.report import print_report
+    from attnzoo.training import report
+    from attnzoo.training.config import load_config
+    from attnzoo.training.score import FOLDER, record_all, score_all
+
+    config = load_config(path, overrides)
+    progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    scored, splits = score_all(config, batch, progress)
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    folders = record_all(config, scored, splits.classes, command, progress)
+    for folder in folders:
+        records = read_records(folder / RECORDS_FILE)
+        _write(folder / "report.html", html_page(records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        print_report(records, out)
+    page = config.folder / FOLDER / "report.html"
+    _write(page, report.html_page(scored, splits, folders, config.to_yaml()))
+    out.print(report.console_table(scored))
+    out.print(report.how_to_read(scored), highlight=False)
+    out.print(f"page: {page}", highlight=False, soft_wrap=True)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

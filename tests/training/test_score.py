@@ -1,0 +1,127 @@
+"""Evaluation: calibration, mistakes, and records that the benchmark's own reports take."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import yaml
+
+from attnzoo.bench.record import read_records
+from attnzoo.errors import ConfigError
+from attnzoo.training.config import validate_config
+from attnzoo.training.evaluate import BINS, Answers
+from attnzoo.training.run import train_all
+from attnzoo.training.score import benchmark_of, quality_of, score_all
+
+from .conftest import ROOT, tiny
+
+COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("eval_classify", ROOT / "eval/classify.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def answers(confidence, right):
+    count = len(confidence)
+    index = np.arange(count)
+    answer = np.where(right, index % 3, (index + 1) % 3)
+    return Answers(index, index % 3, answer, np.array(confidence), np.ones(count), np.array(right), 0)
+
+
+def test_the_calibration_error_is_that_of_the_definition():
+    random = np.random.default_rng(0)
+    confidence = random.uniform(0.3, 1, 500)
+    right = random.uniform(size=500) < confidence**2
+    expected = 0.0
+    for low in np.arange(BINS) / BINS:
+        inside = (confidence > low) & (confidence <= low + 1 / BINS)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert answers(confidence, right).calibration_error() == pytest.approx(expected, abs=1e-12)
+    assert answers([1.0, 1.0], [True, True]).calibration_error() == 0
+    assert answers([0.9] * 10, [True] * 5 + [False] * 5).calibration_error() == pytest.approx(0.4)
+
+
+def test_the_worst_mistakes_come_first():
+    found = answers([0.5, 0.9, 0.7, 0.99], [False, False, True, False])
+    assert found.most_confidently_wrong(2).tolist() == [3, 1]
+    assert found.counted()["top1"] == 1
+
+
+def test_trained_models_are_evaluated_recorded_and_shown(images, tmp_path, capsys):
+    config = tiny(images, tmp_path / "runs", seeds=[0, 1], recipe__epochs=2, costs=[COST, {**COST, "gradient": True}])
+    config["attentions"][0]["seeds"] = [0]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main = script().main
+    assert main([str(path)]) == 2
+    assert "not trained yet: dense-seed0, dense-seed1, padre-seed0. Train first" in capsys.readouterr().err
+    results = train_all(validate_config(config))
+    assert main([str(path)]) == 0
+    folder = tmp_path / "runs/eval"
+    for name, phase in (("forward-batch2", "forward"), ("training-batch2", "training")):
+        records = read_records(folder / name / "records.jsonl")
+        assert [(r.kind, r.label, r.status) for r in records] == [
+            *[("cost", "dense", "ok"), ("cost", "padre", "ok"), ("quality", "dense", "ok"), ("quality", "padre", "ok")],
+        ]
+        assert {r.phase for r in records if r.kind == "cost"} == {phase}
+        dense, padre = (r.quality for r in records if r.kind == "cost")
+        assert [t.correct for t in dense.trainings] == [r["test"]["top1"] for r in results[:2]]
+        assert (dense.images, padre.images, dense.ratio) == (60, 30, 1.0)
+        assert padre.ratio == pytest.approx(padre.accuracy / dense.accuracy)
+        assert padre.calibration_error == pytest.approx(results[2]["test"]["calibration_error"], abs=1e-6)
+        assert "top-5" in (folder / name / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    wrong = sum(r["test"]["images"] - r["test"]["top1"] for r in (results[0], results[2]))
+    assert page.count("data:image/png;base64") == min(wrong, 48)
+    assert "±" in page
+    assert all(f'href="{name}/report.html"' in page for name in ("forward-batch2", "training-batch2"))
+    before = (folder / "forward-batch2/records.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([str(path)]) == 0, "what was evaluated is kept"
+    assert (folder / "forward-batch2/records.jsonl").read_bytes() == before
+    assert "padre-seed0: top-1" not in capsys.readouterr().err
+
+
+def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_path):
+    from rich.console import Console
+
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    (result,) = train_all(validate_config(config))
+    (scored,), _ = score_all(validate_config(config), 7, Console(quiet=True))
+    for key in ("images", "top1", "top5", "unreadable"):
+        assert scored.counted[key] == result["test"][key]
+    assert scored.counted["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
+    assert quality_of([scored], None).accuracy == result["test"]["top1"] / 30
+    with pytest.raises(ConfigError, match="is of another config"):
+        score_all(validate_config({**config, "recipe": {**config["recipe"], "lr": 1.0}}), 7, Console(quiet=True))
+    weights = tmp_path / "runs/dense-seed0/final/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"cannot be used: model\.safetensors has .* resume=never"):
+        score_all(validate_config(config), 7, Console(quiet=True))
+
+
+def test_the_cost_is_of_the_models_that_were_trained(images):
+    config = tiny(images, "runs", equal_parameters=True, costs=[{**COST, "image_sizes": [8, 16]}])
+    config["attentions"].append({"name": "mlp_mixer", "options": {"tokens": 17}, "label": "mlp_mixer"})
+    config = validate_config(config)
+    measured = benchmark_of(config, config.costs[0], 3)
+    assert (measured.cost.tokens, measured.cost.batch) == ((16, 64), {16: 2, 64: 2})
+    assert (measured.host.patch_size, measured.host.channels, measured.host.classes) == (2, 3, 3)
+    assert measured.cost.equal_parameters
+    assert [a.tokens for a in measured.attentions] == [None, (16,)]
+    odd = validate_config(tiny(images, "runs", costs=[{**COST, "image_sizes": [9]}]))
+    with pytest.raises(ConfigError, match=r"images of \[9\] pixels are not divided by patches of 2"):
+        benchmark_of(odd, odd.costs[0], 3)
+
+
+def test_the_command_line_says_what_it_takes(capsys):
+    with pytest.raises(SystemExit):
+        script().main(["config.yaml", "--batch", "0"])
+    assert "--batch must be at least 1" in capsys.readouterr().err
+    assert script().main(["nowhere.yaml"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
