@@ -30,6 +30,7 @@ from attnzoo.kernels.depthwise_pair import depthwise_pair
 from attnzoo.mixers.canvas import Canvas, real_tokens
 
 SMALLEST_STEP, LARGEST_STEP = 0.001, 0.1
+PART = 64  # tokens whose decays and inputs are made at a time: many at once for speed, not all for memory
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that mamba_ssm takes
 
 
@@ -173,10 +174,17 @@ def selective_scan(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: 
     inputs = dt * u.to(a.dtype)
     h = u.new_zeros(u.shape[0], *a.shape, dtype=a.dtype)
     out = []
-    for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * a) * h + inputs[:, t, :, None] * b[:, t, None].to(a.dtype)
-        out.append((h @ c[:, t, :, None].to(a.dtype)).squeeze(-1))
-    return (torch.stack(out, dim=1) + d * u).to(u.dtype)
+    for dt_part, in_part, b_part, c_part in zip(
+        *(x.to(a.dtype).split(PART, 1) for x in (dt, inputs, b, c)), strict=True
+    ):
+        decay = torch.exp(dt_part.unsqueeze(-1) * a)
+        given = in_part.unsqueeze(-1) * b_part.unsqueeze(2)
+        states = []
+        for decay_t, given_t in zip(decay.unbind(1), given.unbind(1), strict=True):
+            h = torch.addcmul(given_t, decay_t, h)
+            states.append(h)
+        out.append((torch.stack(states, dim=1) @ c_part.unsqueeze(-1)).squeeze(-1))
+    return (torch.cat(out, dim=1) + d * u).to(u.dtype)
 
 
 def _on_cuda(u: Tensor) -> bool:
