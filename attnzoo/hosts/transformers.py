@@ -10,8 +10,8 @@ A caller who asks for attention weights (``output_attentions=True``) gets them f
 and None from every other.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
-`attnzoo.eviction.cache`. A causal mixer stands in the place of a decoder's whole attention module: see
-`attnzoo.hosts.decoder_mixer`.
+`attnzoo.eviction.cache`. A mixer stands in the place of a whole attention module: a causal one of a decoder's
+(`attnzoo.hosts.decoder_mixer`), any other of an image encoder's (`attnzoo.hosts.vision_mixer`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
+from attnzoo.hosts import vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
@@ -65,6 +66,9 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
+            if "causal" not in site.needs:
+                site.patches = vision_mixer.patches_of(site.path, layers)
+                site.prefix = vision_mixer.prefix_of(site.module)
             if site.owner is not None and "causal" in site.needs:
                 if id(site.owner) not in caches:
                     caches[id(site.owner)] = DynamicCache(config=site.owner.config).layers
@@ -154,6 +158,7 @@ class TransformersSite(Site):
     between: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
+    patches: vision_mixer.Patches | None = None
 
     def eviction_problem(self) -> str | None:
         """Only the causal self-attention of a decoder has a cache to bound."""
@@ -194,7 +199,9 @@ class TransformersSite(Site):
 
     def installed(self, layer: nn.Module) -> None:
         """Have the model look at its calls as long as any of its layers is bounded."""
-        if "attnzoo_cache" in vars(layer):
+        if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
+            self.patches.attach(layer)
+        elif "attnzoo_cache" in vars(layer):
             cache.add_hook(self.owner)
         else:
             self.removed()
@@ -203,11 +210,13 @@ class TransformersSite(Site):
         """Take the hook off a model none of whose layers is bounded."""
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
+        if self.patches is not None:
+            self.patches.detach()
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
-        """Mixers that decode stand in decoders, and no others."""
+        """Mixers that decode stand in decoders, and any in image encoders."""
         if "causal" not in self.needs:
-            return "in transformers models that are no decoders only cores can be swapped"
+            return vision_mixer.problem(self.module, self.patches)
         if not info.capabilities.causal:
             return "causality: a mixer that is not causal would let a token see those after it" + _causal_form(info)
         if not info.capabilities.decode:
@@ -215,7 +224,9 @@ class TransformersSite(Site):
         return self._decoder_problem("a causal mixer")
 
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
-        """Run `mixer` on the tokens, from the state that the cache holds."""
+        """Run `mixer` on the tokens: from the state that the cache holds, or with the grid of the image."""
+        if "causal" not in self.needs:
+            return vision_mixer.VisionMixer(mixer, vision_mixer.GridOfCall(), self.prefix)
         return DecoderMixer(mixer, self.module)
 
     def put_core(self, core: Core) -> nn.Module:

@@ -1,0 +1,122 @@
+"""A mixer in the place of an image encoder's attention, in transformers: vision transformers on patches of one size.
+
+The convolution that cuts the image into patches tells the grid of each call; the tokens before the patches are known
+for each kind of model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.site import MixerLayer, ancestors
+
+PREFIX: dict[str, Callable[[Any], int]] = {  # tokens before the patches, by the type of model
+    "vit": lambda config: 1,
+    "vit_msn": lambda config: 1,
+    "deit": lambda config: 2,
+    "dinov2": lambda config: 1,
+    "dinov2_with_registers": lambda config: 1 + config.num_register_tokens,
+    "clip_vision_model": lambda config: 1,
+    "siglip_vision_model": lambda config: 0,
+    "ijepa": lambda config: 0,
+}
+_OUTPUTS = ("o_proj", "out_proj")
+
+
+class GridOfCall:
+    """The patch grid of the call under way: a hook on the patch convolution writes it, mixers read it."""
+
+    def __init__(self) -> None:
+        self.size = (0, 0)
+
+    def __call__(self, convolution: Any, inputs: tuple[Any, ...]) -> None:
+        """Read the grid from the image ``(B, C, H, W)`` that goes in."""
+        (height, width), (rows, columns) = inputs[0].shape[-2:], convolution.stride
+        self.size = (height // rows, width // columns)
+
+
+class VisionMixer(MixerLayer):
+    """A mixer, called as an image encoder of transformers calls its attention."""
+
+    def __init__(self, mixer: nn.Module, grid: GridOfCall, prefix: int) -> None:
+        super().__init__(mixer)
+        self.grid, self.prefix = grid, prefix
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Mix tokens ``(B, N, C)``.
+
+        Raises
+        ------
+        UnsupportedError
+            If the caller gives an attention mask.
+        ShapeError
+            If the tokens are not those of the image that the patch convolution saw last.
+        """
+        if attention_mask is not None:
+            raise UnsupportedError("a mixer in an image encoder cannot honour attention_mask")
+        height, width = self.grid.size
+        if self.prefix + height * width != hidden_states.shape[1]:
+            raise ShapeError(
+                f"{hidden_states.shape[1]} tokens are not {self.prefix} prefix tokens and the {height} x {width} "
+                "patches of the last image; a mixer takes the grid from the model's patches, so call the whole model"
+            )
+        return self.mixer(hidden_states, grid=self.grid.size, prefix=self.prefix), None
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The convolution that cuts an encoder's images into patches, and the nearest module that holds both."""
+
+    convolution: nn.Conv2d
+    encoder: nn.Module
+
+    def attach(self, layer: VisionMixer) -> None:
+        """Have the convolution tell the grid of each call to `layer`."""
+        hook = next((h for h in self.convolution._forward_pre_hooks.values() if isinstance(h, GridOfCall)), None)
+        if hook is None:
+            hook = layer.grid
+            self.convolution.register_forward_pre_hook(hook)
+        layer.grid = hook
+
+    def detach(self) -> None:
+        """Take the hook off, unless a mixer of the encoder still reads it."""
+        if any(isinstance(module, VisionMixer) for module in self.encoder.modules()):
+            return
+        hooks = self.convolution._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
+            del hooks[key]
+
+
+def patches_of(path: str, layers: Mapping[str, Any]) -> Patches | None:
+    """Find what cuts the patches of the encoder that holds `path`; None if nothing does."""
+    for ancestor in ancestors(path):
+        for module in layers[ancestor].modules() if ancestor in layers else ():
+            if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size:
+                return Patches(module, layers[ancestor])
+    return None
+
+
+def prefix_of(layer: Any) -> int:
+    """Tokens before the patches, 0 in a kind of model that is not known here."""
+    config = layer.config
+    return PREFIX.get(getattr(config, "model_type", ""), lambda config: 0)(config)
+
+
+def problem(layer: Any, patches: Patches | None) -> str | None:
+    """Say why no mixer can stand in the place of `layer`, or give None."""
+    kind = getattr(layer.config, "model_type", "")
+    if kind not in PREFIX or patches is None:
+        known = ", ".join(PREFIX)
+        return (
+            f"in transformers models of type {kind!r} only cores can be swapped; mixers stand in {known} and decoders"
+        )
+    if not any(isinstance(getattr(layer, name, None), nn.Linear) for name in _OUTPUTS):
+        return "this version of transformers has its output projection in another module; a newer one has not"
+    return None
