@@ -188,7 +188,7 @@ def test_the_table_of_kernels_is_that_of_the_committed_record():
     assert between(ROOT / "docs/kernels.md", "kernels") == kernels.markdown(rows)
 
 
-@pytest.mark.parametrize("name", ["mixers-cpu", "mixers-cpu-glibc", "mixers-cpu-gradient"])
+@pytest.mark.parametrize("name", ["mixers-cpu", "mixers-cpu-glibc", "mixers-cpu-gradient", "mixers-accuracy"])
 def test_the_tables_of_mixers_are_those_of_the_committed_records(name):
     records = read_records(ROOT / "docs/records" / f"{name.replace('-', '_')}.jsonl")
     assert all(record.status == "ok" for record in records)
