@@ -35,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command, without resume=never, goes on from the last checkpoint", file=sys.stderr)
         return 130
     from accelerate import PartialState
 
-    if PartialState().is_main_process:
+    state = PartialState()
+    if state.is_main_process:
         Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
+    state.destroy_process_group()
     return 0
 
 

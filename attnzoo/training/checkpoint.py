@@ -79,9 +79,12 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
 def problem(folder: Path) -> str | None:
     """Say what is wrong with a folder that was written here, or give None."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
+    if not listed:
+        return f"its {MANIFEST} lists nothing"
     for name, (size, sha256) in listed.items():
         path = folder / name
         if not path.is_file():
@@ -104,16 +107,46 @@ def newest_good(parent: Path) -> Path | None:
 
 
 def prune(parent: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed run was writing."""
-    for folder in [*all_checkpoints(parent)[:-keep], *parent.glob(f"{PART}*")]:
+    """Remove all but the newest `keep` checkpoints."""
+    for folder in all_checkpoints(parent)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def tidy(parent: Path, step: int) -> None:
+    """Before going on from `step`: remove what a killed run was writing, and set aside checkpoints that were refused.
+
+    Those are of later steps; left where they are, they would be kept in the place of new ones.
+    """
+    for folder in parent.glob(f"{PART}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in all_checkpoints(parent):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"refused-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all; see `write_text`."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises
+    ------
+    TrainingError
+        If it cannot be written.
+    """
     part = path.with_name(PART + path.name)
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise TrainingError(f"{path} could not be written: {error}") from error
 
 
 def _seal(folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.training.images import NO_CLASS, TestImages, TestStream, share_of
+from attnzoo.training.images import NO_CLASS, TestImages, TestStream, Unreadable, share_of
 from attnzoo.training.model import logits
 
 BINS = 15  # of the calibration error
@@ -31,7 +31,7 @@ class Answers:
     among_five
         ``(N,)``: whether the class is among the first five answers.
     unreadable
-        How many further images could not be read, and are not in these.
+        Places of the further images that could not be read, and are not in these.
     """
 
     index: np.ndarray
@@ -40,7 +40,7 @@ class Answers:
     confidence: np.ndarray
     loss: np.ndarray
     among_five: np.ndarray
-    unreadable: int
+    unreadable: np.ndarray
 
     def counted(self) -> dict[str, Any]:
         """Sum up: how many images, how many right at first and among five, mean loss, calibration error."""
@@ -51,7 +51,7 @@ class Answers:
             "top5": int(self.among_five.sum()),
             "loss": float(self.loss.mean()) if images else 0.0,
             "calibration_error": self.calibration_error(),
-            "unreadable": self.unreadable,
+            "unreadable": len(self.unreadable),
         }
 
     def calibration_error(self) -> float:
@@ -84,6 +84,11 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
         Images at a time in one process, and its processes that read them.
     accelerator
         Accelerate's, for the device and to gather what the processes found.
+
+    Raises
+    ------
+    TrainingError
+        If more than 1% of the images cannot be read.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     training = model.training
@@ -102,6 +107,7 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     table = torch.cat(rows).double().numpy() if rows else np.zeros((0, 6))
     table = table[table[:, 0] >= 0]  # without those that only fill a share up
     table = table[np.argsort(table[:, 0], kind="stable")]
-    read = table[table[:, 1] != NO_CLASS]
+    read, lost = table[table[:, 1] != NO_CLASS], table[table[:, 1] == NO_CLASS][:, 0].astype(np.int64)
+    Unreadable(getattr(images, "source", None), len(table)).note(lost.tolist())
     index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
-    return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, len(table) - len(read))
+    return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, lost)

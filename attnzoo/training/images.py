@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, overload
 
 import numpy as np
 import torch
@@ -312,12 +313,12 @@ class TestImages(Dataset[tuple[Tensor, int, int]]):
         self.source, self.transform, self.shape = source, transform, shape
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        read = None
         if index >= 0:
-            try:
-                image, target = self.source.read(index)
-                return self.transform(image), target, index
-            except ERRORS:
-                pass
+            with contextlib.suppress(*ERRORS):
+                read = self.source.read(index)
+        if read is not None:
+            return self.transform(read[0]), read[1], index
         return torch.zeros(self.shape), NO_CLASS, index
 
 
@@ -348,10 +349,28 @@ class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
             yield self.transform(image), int(target), -1
 
 
-def order(images: int, epoch: int, seed: int, repeats: int = 1) -> list[Draw]:
+class Epoch(Sequence[Draw]):
     """The draws of an epoch: as many as there are images; with `repeats`, fewer images that many times each."""
-    shuffled = np.random.default_rng(seed_of(seed, ORDER, epoch)).permutation(images)[: -(-images // repeats)]
-    return [Draw(epoch, int(index), copy) for index in shuffled for copy in range(repeats)][:images]
+
+    def __init__(self, images: int, epoch: int, seed: int, repeats: int = 1) -> None:
+        self.images, self.epoch, self.repeats = images, epoch, repeats
+        self.shuffled = np.random.default_rng(seed_of(seed, ORDER, epoch)).permutation(images)
+
+    def __len__(self) -> int:
+        return self.images
+
+    @overload
+    def __getitem__(self, at: int) -> Draw: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Draw]: ...
+
+    def __getitem__(self, at: int | slice) -> Draw | list[Draw]:
+        if isinstance(at, slice):
+            return [self[place] for place in range(*at.indices(self.images))]
+        if not 0 <= at < self.images:
+            raise IndexError(at)
+        return Draw(self.epoch, int(self.shuffled[at // self.repeats]), at % self.repeats)
 
 
 class Batches(Sampler[list[Draw]]):
@@ -384,10 +403,10 @@ class Batches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for epoch in range(self.first // self.steps, self.epochs):
-            draws = order(self.images, epoch, self.seed, self.repeats)
+            draws = Epoch(self.images, epoch, self.seed, self.repeats)
             for step in range(self.steps):
                 if epoch * self.steps + step >= self.first:
-                    yield draws[step * self.batch : (step + 1) * self.batch][self.rank :: self.world]
+                    yield draws[step * self.batch + self.rank : (step + 1) * self.batch : self.world]
 
 
 def share_of(
@@ -411,18 +430,17 @@ class Unreadable:
     def __init__(self, source: Source | None, images: int) -> None:
         self.source, self.images, self.found = source, images, set[int]()
 
-    def note(self, indices: Tensor) -> None:
-        """Take note of a batch's.
+    def note(self, indices: Iterable[int]) -> None:
+        """Take note of some; -1 stands for none.
 
         Raises
         ------
         TrainingError
             If they are too many.
         """
-        new = {int(i) for i in indices.tolist() if i >= 0} - self.found
-        for index in sorted(new):
+        for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
-            warnings.warn(f"image {self.name(index)} cannot be read; the next one stands in", stacklevel=2)
+            warnings.warn(f"image {self.name(index)} cannot be read", stacklevel=2)
         if len(self.found) > UNREADABLE_SHARE * self.images:
             names = [self.name(index) for index in sorted(self.found)[:20]]
             raise TrainingError(
@@ -434,10 +452,6 @@ class Unreadable:
         """What to call one."""
         return self.source.name(index) if self.source is not None else str(index)
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """As plain values."""
-        return {"found": sorted(self.found)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the values of `state_dict`."""
-        self.found = set(state["found"])
+    def names(self) -> list[str]:
+        """All that were found."""
+        return sorted(self.name(index) for index in self.found)

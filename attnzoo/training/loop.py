@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -34,26 +34,21 @@ from attnzoo.training.images import (
 from attnzoo.training.model import ABOUT, AVERAGED, WEIGHTS, build, logits
 from attnzoo.training.randomness import reseed
 
-FINAL, LOG, RESULT, CHECKPOINTS = "final", "log.jsonl", "result.json", "checkpoints"
+FINAL, LOG, RESULT, CHECKPOINTS, PROGRESS = "final", "log.jsonl", "result.json", "checkpoints", "progress.json"
+MOST_SKIPPED = 50  # steps that a gradient scaler may leave out one after the other
 STEP = 4  # the key of a step's random numbers, beside those of `images`
 Tell = Callable[[int, int, str], None]  # steps done, steps in all, what to say
 
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """How far a run is; part of every checkpoint, as ``progress.json``."""
 
     step: int = 0
     seconds: float = 0.0
     loss: float = 0.0  # summed over the steps of the epoch so far
-
-    def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the values of `state_dict`."""
-        self.__dict__.update(state)
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # the rows of the log
+    unreadable: list[int] = field(default_factory=list)
 
 
 class Training:
@@ -120,9 +115,7 @@ class Training:
         source: Any = None if splits.streamed else splits.train
         self.unreadable = Unreadable(source, splits.train_images)
         self.step_seconds: list[float] = []
-        accelerator.register_for_checkpointing(self.progress, self.unreadable)
-        if self.average is not None:
-            accelerator.register_for_checkpointing(self.average)
+        self.steps_skipped = 0  # one after the other, by the gradient scaler
 
     def fit(self, tell: Tell) -> dict[str, Any]:
         """Train to the end; give the result that is then also in ``final/result.json``.
@@ -140,7 +133,7 @@ class Training:
         while progress.step < self.total:
             start = time.perf_counter()
             x, y, unreadable = next(batches)
-            self.unreadable.note(unreadable)
+            self.unreadable.note(unreadable.tolist())
             progress.loss += self._step(x, y)
             self.step_seconds.append(seconds := time.perf_counter() - start)
             progress.step += 1
@@ -159,7 +152,7 @@ class Training:
     def _step(self, x: Tensor, y: Tensor) -> float:
         accelerator, recipe = self.accelerator, self.config.recipe
         at = self.progress.step
-        reseed(self.run.seed, STEP, at, accelerator.process_index)
+        torch.manual_seed(reseed(self.run.seed, STEP, at, accelerator.process_index))  # other devices, too
         x, y = x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)
         if self.mix is not None:
             x, y = self.mix(x, y)
@@ -174,16 +167,23 @@ class Training:
                 total += (value := loss.item()) / len(parts)
                 if value - value != 0:
                     torch.set_rng_state(state)
-                    where = nonfinite.first_layer(self.model, functools.partial(logits, self.model, images))
+                    model = accelerator.unwrap_model(self.model)  # this process alone may be here
+                    where = nonfinite.first_layer(model, functools.partial(logits, model, images))
                     raise self._stopped(f"the loss became {value}", where)
                 accelerator.backward(loss / len(parts))
-        if recipe.clip_grad_norm is not None or self.config.precision != "fp16":
-            norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad_norm or float("inf"))
-            if self.config.precision != "fp16" and not bool(torch.isfinite(norm)):
-                raise self._stopped(
-                    "a gradient is not finite", nonfinite.gradients(accelerator.unwrap_model(self.model))
-                )
+        if accelerator.scaler is None:  # a scaler has such gradients now and then, and leaves those steps out
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
+                where = nonfinite.gradients(accelerator.unwrap_model(self.model))
+                raise self._stopped("a gradient is not finite", where)
+        if recipe.clip_grad_norm is not None:
+            accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_grad_norm)
         self.optimizer.step()
+        self.steps_skipped = self.steps_skipped + 1 if accelerator.optimizer_step_was_skipped else 0
+        if self.steps_skipped > MOST_SKIPPED:
+            raise self._stopped(
+                f"{self.steps_skipped} steps in a row had gradients that are not finite", "of any scale"
+            )
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(accelerator.unwrap_model(self.model), step=at)
@@ -246,9 +246,7 @@ class Training:
         }
         if self.average is not None:
             row["test_averaged"] = self._count(self.average.module)
-        if accelerator.is_main_process:
-            with open(self.run.folder / LOG, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
+        progress.epochs.append(row)
         top1 = found["top1"] / max(found["images"], 1)
         accelerator.log({"loss": loss, "lr": row["lr"], "top1": top1, "test_loss": found["loss"]}, step=progress.step)
         return found
@@ -257,12 +255,14 @@ class Training:
         return evaluate(model, self.test, self.local, self.config.data.workers, self.accelerator).counted()
 
     def _mean(self, value: float) -> float:
-        there = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        there = torch.tensor(value, dtype=dtype, device=self.accelerator.device)
         return float(self.accelerator.reduce(there, reduction="mean"))
 
     def _save(self) -> None:
         progress, accelerator = self.progress, self.accelerator
         progress.loss = self._mean(progress.loss)
+        self._share_unreadable()
         parent = self.run.folder / CHECKPOINTS
         target = parent / f"{checkpoint.PREFIX}{progress.step:08d}"
         earlier = checkpoint.all_checkpoints(parent)
@@ -272,60 +272,69 @@ class Training:
             accelerator.save_state(str(part))
             if main:
                 checkpoint.write_json(part / ABOUT, self.about)
+                checkpoint.write_json(part / PROGRESS, asdict(progress))
+                if self.average is not None:
+                    save_file(_on_cpu(self.average.module.state_dict()), part / AVERAGED)
         if main:
             checkpoint.prune(parent, self.config.keep_checkpoints)
+            checkpoint.write_text(self.run.folder / LOG, "".join(json.dumps(row) + "\n" for row in progress.epochs))
+
+    def _share_unreadable(self) -> None:
+        """Have every process know what any could not read, and all stop together where that is too much."""
+        found = sorted(self.unreadable.found)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            found = sorted(set(gather_object(found)))
+        self.unreadable.note(found)
+        self.progress.unreadable = found
 
     def _resume(self) -> None:
-        folder, accelerator = self.run.folder, self.accelerator
+        parent, accelerator = self.run.folder / CHECKPOINTS, self.accelerator
         newest: list[Any] = [None]
         if accelerator.is_main_process:
-            checkpoint.prune(folder / CHECKPOINTS, sys.maxsize)  # what a killed run was writing
-            newest[0] = checkpoint.newest_good(folder / CHECKPOINTS)
+            newest[0] = checkpoint.newest_good(parent)
+            checkpoint.tidy(parent, 0 if newest[0] is None else checkpoint.step_of(newest[0]))
         if accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
             broadcast_object_list(newest)
-        if newest[0] is not None:
-            accelerator.load_state(str(newest[0]))
-        if accelerator.is_main_process and (folder / LOG).exists():
-            rows = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines() if line]
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.progress.step]
-            part = folder / f".{LOG}.part"
-            part.write_text("".join(kept), encoding="utf-8")
-            part.replace(folder / LOG)
+        if newest[0] is None:
+            return
+        accelerator.load_state(str(newest[0]))
+        self.progress = Progress(**json.loads((newest[0] / PROGRESS).read_text(encoding="utf-8")))
+        self.unreadable.found = set(self.progress.unreadable)
+        if self.average is not None:
+            self.average.module.load_state_dict(load_file(newest[0] / AVERAGED))
 
     def _finish(self, found: dict[str, Any], epochs: int) -> dict[str, Any]:
-        from safetensors.torch import save_file
-
         accelerator, progress = self.accelerator, self.progress
-        state = {key: value.cpu().contiguous().clone() for key, value in accelerator.get_state_dict(self.model).items()}
-        rows = [json.loads(line) for line in (self.run.folder / LOG).read_text(encoding="utf-8").splitlines()]
+        state = _on_cpu(accelerator.get_state_dict(self.model))
         result: dict[str, Any] = {
             "label": self.run.label,
             "seed": self.run.seed,
             "run_hash": self.run.hash,
             "epochs": epochs,
             "steps": progress.step,
-            "epoch_losses": [row["loss"] for row in rows],
+            "epoch_losses": [row["loss"] for row in progress.epochs],
             "test": found,
             "parameters": self.parameters,
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,
             "environment": environment(accelerator.device.type, torch.get_num_threads()).model_dump(),
             "peak_memory_bytes": peak_of_cuda(accelerator.device),
-            "unreadable": sorted(self.unreadable.name(index) for index in self.unreadable.found),
+            "unreadable": self.unreadable.names(),
         }
         if self.step_seconds:  # none where a killed run had done all steps
             result["step_ms"] = quantiles(self.step_seconds, 1e3).model_dump()
         if self.average is not None:
-            result["test_averaged"] = rows[-1]["test_averaged"]
+            result["test_averaged"] = progress.epochs[-1]["test_averaged"]
         main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
         with checkpoint.writing(self.run.folder / FINAL, "The checkpoints are as they were.", main, wait) as part:
             if main:
                 save_file(state, part / WEIGHTS, metadata={"format": "pt"})
                 if self.average is not None:
-                    averaged = {k: v.cpu().contiguous().clone() for k, v in self.average.module.state_dict().items()}
-                    save_file(averaged, part / AVERAGED, metadata={"format": "pt"})
+                    save_file(_on_cpu(self.average.module.state_dict()), part / AVERAGED, metadata={"format": "pt"})
                 checkpoint.write_json(part / ABOUT, self.about)
                 checkpoint.write_json(part / RESULT, result)
         return result
@@ -370,3 +379,8 @@ def local_batch(config: ClassifyConfig, processes: int) -> int:
 def peak_of_cuda(device: torch.device) -> int | None:
     """The most bytes that PyTorch's CUDA allocator gave this process; None on a CPU, where that is not known."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as safetensors takes them: side by side, and none a view of another."""
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}

@@ -15,7 +15,24 @@ from attnzoo.errors import AttnZooError, ConfigError, TrainingError
 from attnzoo.extras import require
 from attnzoo.tasks import classify
 from attnzoo.training.config import ClassifyConfig, ModelConfig, Run, TrainedAttention
+from attnzoo.training.images import transforms
 
+# of a config of transformers: what the data decide, and what building a model does not need
+_OF_THE_DATA = frozenset(
+    [
+        "image_size",
+        "num_channels",
+        "num_labels",
+        "id2label",
+        "label2id",
+        "model_type",
+        "architectures",
+        "dtype",
+        "transformers_version",
+        "problem_type",
+        "_name_or_path",
+    ]
+)
 WEIGHTS, AVERAGED, ABOUT = "model.safetensors", "averaged.safetensors", "model.json"
 
 
@@ -42,7 +59,8 @@ def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
             lambda more: _swapped(_dense(run, classes, more), run.attention, run.seed),
             run.label,
         )
-    model, about = _dense(run, classes, more), _about(run, classes, more)
+    model = _dense(run, classes, more)
+    about = _about(run, classes, model, more)
     weights = config.model.weights
     if weights is None:
         return _swapped(model, run.attention, run.seed), about
@@ -101,16 +119,20 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
     return model.eval()
 
 
-def _about(run: Run, classes: int, more: Mapping[str, Any]) -> dict[str, Any]:
+def _about(run: Run, classes: int, model: Any, more: Mapping[str, Any]) -> dict[str, Any]:
     config, attention = run.config, run.attention
+    name, options = config.model.name, {**config.model.options, **more}
+    if config.model.library == "transformers":  # whatever it was loaded from may not be there another time
+        known = model.config.to_diff_dict()
+        name, options = model.config.model_type, {key: value for key, value in known.items() if key not in _OF_THE_DATA}
     return {
         "attnzoo": attnzoo.__version__,
         "run_hash": run.hash,
         "label": run.label,
         "seed": run.seed,
         "library": config.model.library,
-        "name": config.model.name,
-        "options": {**config.model.options, **more},
+        "name": name,
+        "options": options,
         "attention": None if attention is None else {"name": attention.name, "options": attention.options},
         "classes": classes,
         "image_size": config.data.image_size,
@@ -232,7 +254,7 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
     ConfigError
         With every problem, one a line.
     """
-    problems, seen = [], set()
+    problems, seen = _recipe_problems(config), set()
     for run in config.runs():
         if run.label in seen:
             continue
@@ -247,3 +269,23 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
             problems.append(f"{run.label}: {error}")
     if problems:
         raise ConfigError("\n".join(["this config cannot be trained:", *(f"  {problem}" for problem in problems)]))
+
+
+def _recipe_problems(config: ClassifyConfig) -> list[str]:
+    """What timm says of the optimizer and of the augmentation."""
+    from timm.optim import create_optimizer_v2
+
+    recipe, problems = config.recipe, []
+    try:
+        create_optimizer_v2(nn.Linear(1, 1), opt=recipe.optimizer, lr=recipe.lr, **recipe.optimizer_options)
+    except Exception as error:  # of any optimizer
+        problems.append(f"recipe.optimizer: {recipe.optimizer} with {recipe.optimizer_options}: {_said(error)}")
+    try:
+        transforms(config.data, config.augment)
+    except Exception as error:  # timm asserts
+        problems.append(f"augment: timm makes no transform of it: {_said(error)}")
+    return problems
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else f"{type(error).__name__}"

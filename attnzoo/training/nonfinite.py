@@ -48,6 +48,8 @@ def first_layer(model: nn.Module, forward: Callable[[], object]) -> str:
 def gradients(model: nn.Module) -> str:
     """Name the last layers of `model`, in its order, whose gradients are not finite: the backward met them first."""
     broken = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    if not broken:
+        return "every gradient is finite, but their norm is not"
     return f"the gradient of {broken[-1]}" + (f" and of {len(broken) - 1} parameters before it" if broken[1:] else "")
 
 

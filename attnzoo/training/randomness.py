@@ -16,9 +16,13 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def reseed(*key: int) -> None:
-    """Seed the generators of Python, NumPy and PyTorch, from which timm's augmentation and dropout draw."""
+def reseed(*key: int) -> int:
+    """Seed the CPU's generators of Python, NumPy and PyTorch, from which timm's augmentation draws; give the seed.
+
+    `torch.manual_seed` would seed other devices' too, and take a hundred times as long.
+    """
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from attnzoo.assets import sha256_of
 from attnzoo.bench.lines import FolderLock
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
@@ -48,16 +49,18 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
+    if config.precision == "fp16" and state.device.type == "cpu":
+        raise ConfigError("precision: fp16 is not for CPUs, where it would train in float32; give bf16 or no")
     console = console or Console(stderr=True)
     console.quiet = console.quiet or not state.is_main_process
-    with state.main_process_first():
+    with state.local_main_process_first():
         splits = open_splits(config.data, state.num_processes)
     steps_an_epoch(config, splits)
     local_batch(config, state.num_processes)
     check_all(config, splits.classes)
     results = []
     for run in config.runs():
-        with _claimed(run, state.is_main_process) as claim:
+        with _claimed(run, splits, state.is_main_process) as claim:
             decision = _agreed(claim, state.num_processes)
             if decision == "busy":
                 console.print(f"{run.name}: another process is training it", highlight=False)
@@ -110,7 +113,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def _train(run: Run, splits: Splits, tell: Tell) -> None:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     config = run.config
     accelerator = Accelerator(
@@ -118,20 +121,24 @@ def _train(run: Run, splits: Splits, tell: Tell) -> None:
         mixed_precision=config.precision,
         log_with=list(config.trackers) or None,
         project_dir=str(run.folder),
+        # models of transformers have parameters that only some calls use, such as a token for masked patches
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.model.library == "transformers")],
     )
     try:
-        accelerator.init_trackers(run.name)
+        wandb = {"name": run.name, "id": run.hash, "resume": "allow"}
+        accelerator.init_trackers(config.name, init_kwargs={"wandb": wandb} if "wandb" in config.trackers else {})
         training = Training(run, splits, accelerator)
         if str(accelerator.distributed_type).endswith("FSDP") and config.recipe.ema_decay is not None:
             raise ConfigError("recipe.ema_decay: averaged weights are not kept under FSDP; leave it out, or use DDP")
         training.fit(tell)
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # `end_training` would also end the group of processes
+            tracker.finish()
         accelerator.free_memory()
 
 
 @contextmanager
-def _claimed(run: Run, main: bool) -> Iterator[Decision | ConfigError | None]:
+def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | ConfigError | None]:
     """Hold a run's folder, in the main process, and say what to do with the run."""
     if not main:
         yield None
@@ -143,31 +150,52 @@ def _claimed(run: Run, main: bool) -> Iterator[Decision | ConfigError | None]:
         yield "busy"
         return
     try:
-        yield _decision(run)
+        yield _decision(run, splits)
     finally:
         lock.__exit__()
 
 
-def _decision(run: Run) -> Decision | ConfigError:
-    if run.config.resume == "never" and any(path.name != ".lock" for path in run.folder.iterdir()):
-        old = run.folder.with_name(run.folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        old.mkdir()
-        for path in run.folder.iterdir():
-            if path.name != ".lock":
-                os.replace(path, old / path.name)
+def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
+    if run.config.resume == "never":
+        _set_aside(run.folder)
     about = run.folder / RUN
+    identity = {"run_hash": run.hash, "label": run.label, "seed": run.seed, **facts(run.config, splits)}
     if about.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))["run_hash"]
-        if found != run.hash:
+        found = json.loads(about.read_text(encoding="utf-8"))
+        odd = [key for key in identity if found.get(key) != identity[key]]
+        if odd:
+            what = "another config" if "run_hash" in odd else f"other data or weights ({', '.join(odd)})"
             return ConfigError(
-                f"{run.folder} holds a run of another config ({found}, this one is {run.hash}). Give another folder "
-                "with output=PATH, or set it aside with resume=never."
+                f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
+                "resume=never."
             )
-    checkpoint.write_json(about, {"run_hash": run.hash, "label": run.label, "seed": run.seed})
-    (run.folder / CONFIG).write_text(run.config.to_yaml(), encoding="utf-8")
+    checkpoint.write_json(about, identity)
+    checkpoint.write_text(run.folder / CONFIG, run.config.to_yaml())
     final = run.folder / FINAL
     return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
+
+
+def facts(config: ClassifyConfig, splits: Splits) -> dict[str, Any]:
+    """What a config names by its place alone: how many images, of which classes, and the weights begun from."""
+    weights = config.model.weights
+    return {
+        "images": [len(part) if hasattr(part, "__len__") else None for part in (splits.train, splits.test)],
+        "classes": splits.classes if splits.names is None else list(splits.names),
+        "weights": None if weights is None else sha256_of(weights),
+    }
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a run's folder holds into a new one beside it; none that was set aside before is touched."""
+    held = [path for path in folder.iterdir() if path.name != ".lock"]
+    if not held:
+        return
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    old.mkdir()
+    for path in held:
+        os.replace(path, old / path.name)
 
 
 def _agreed(claim: Decision | ConfigError | None, processes: int) -> Decision:

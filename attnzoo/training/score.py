@@ -30,6 +30,7 @@ from attnzoo.training.evaluate import evaluate
 from attnzoo.training.images import Splits, TestImages, TestStream, open_splits, transforms
 from attnzoo.training.loop import FINAL, RESULT
 from attnzoo.training.model import WEIGHTS, build, load_trained
+from attnzoo.training.run import facts
 
 FOLDER = "eval"
 MISTAKES = 24
@@ -78,14 +79,15 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
             f"not trained yet: {', '.join(untrained)}. Train first, with train/classify.py and this config"
         )
     accelerator = Accelerator(cpu=config.device == "cpu")
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         splits = open_splits(config.data, accelerator.num_processes)
-    _, transform = transforms(config.data, None)
+    _, transform = transforms(config.data, config.augment)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     if isinstance(splits.test, IterableDataset):
         images: TestImages | TestStream = TestStream(splits.test, transform)
     else:
         images = TestImages(splits.test, transform, shape)
+    known = facts(config, splits)
     found = []
     for run in runs:
         final = run.folder / FINAL
@@ -100,7 +102,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
         weights = json.loads((final / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"][WEIGHTS][1]
         kept = config.folder / FOLDER / f"{run.name}.json"
         earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-        if earlier.get("weights") != weights:
+        if (earlier.get("weights"), earlier.get("facts")) != (weights, known):
             model = load_trained(final).to(accelerator.device)
             answers = evaluate(model, images, batch, config.data.workers, accelerator)
             mistakes = [
@@ -112,7 +114,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
                 }
                 for at in answers.most_confidently_wrong(MISTAKES)
             ]
-            earlier = {"weights": weights, "counted": answers.counted(), "mistakes": mistakes}
+            earlier = {"weights": weights, "facts": known, "counted": answers.counted(), "mistakes": mistakes}
             if accelerator.is_main_process:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_json(kept, earlier)

@@ -17,11 +17,11 @@ from attnzoo.training.images import (
     NO_CLASS,
     Batches,
     Draw,
+    Epoch,
     TestImages,
     TrainImages,
     Unreadable,
     open_splits,
-    order,
     share_of,
     transforms,
 )
@@ -50,13 +50,13 @@ def test_a_batch_is_the_same_whatever_the_processes_and_the_first_step(images, b
     assert all(len(part) == batch // world for share in shares for part in share)
     assert len(whole) == images // batch * epochs
     for epoch in range(epochs):
-        draws = order(images, epoch, seed, repeats)
+        draws = list(Epoch(images, epoch, seed, repeats))
         assert len(draws) == len(set(draws)) == images
         assert len({draw.image for draw in draws}) == -(-images // repeats)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(d.image for d in order(50, epoch, seed)) for epoch in range(3) for seed in range(3)]
+    orders = [tuple(d.image for d in Epoch(50, epoch, seed)) for epoch in range(3) for seed in range(3)]
     assert len(set(orders)) == 9
 
 
@@ -104,19 +104,19 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read():
 def test_unreadable_images_are_counted_once_and_stop_at_more_than_one_in_a_hundred():
     found = Unreadable(Numbers(200), 200)
     with pytest.warns(UserWarning, match="image 7.png cannot be read"):
-        found.note(torch.tensor([-1, 7, 7]))
-    found.note(torch.tensor([7, -1]))
+        found.note([-1, 7, 7])
+    found.note([7, -1])
     with pytest.warns(UserWarning, match="image 8.png"):
-        found.note(torch.tensor([8]))
+        found.note([8])
     again = Unreadable(Numbers(200), 200)
-    again.load_state_dict(found.state_dict())
+    again.found = set(found.found)
     with pytest.warns(UserWarning, match="9.png"), pytest.raises(TrainingError, match=r"3 of 200 .* 7\.png, 8\.png, 9"):
-        again.note(torch.tensor([9]))
+        again.note([9])
 
 
 def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
     write_images(tmp_path / "images/train", 72)  # nine whole batches
-    write_images(tmp_path / "images/val", 10, seed=1)
+    write_images(tmp_path / "images/val", 34, seed=1)
     train, test = tmp_path / "images/train/dark/003.png", tmp_path / "images/val/left/001.png"
     for path in (train, test):
         path.write_bytes(path.read_bytes()[:40])
@@ -124,7 +124,7 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
     with pytest.warns(UserWarning, match="003.png cannot be read"):
         (result,) = train_all(validate_config(config))
     assert result["unreadable"] == ["dark/003.png"]
-    assert (result["test"]["images"], result["test"]["unreadable"]) == (29, 1)
+    assert (result["test"]["images"], result["test"]["unreadable"]) == (101, 1)
     for path in sorted((tmp_path / "images/train").rglob("*.png"))[:3]:
         path.write_bytes(b"")
     with (
@@ -132,6 +132,17 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         pytest.raises(TrainingError, match="of 216 images cannot be read, more than 1%"),
     ):
         train_all(validate_config({**config, "output": str(tmp_path / "others")}))
+
+
+def test_test_images_that_cannot_be_read_are_not_many(images, tmp_path):
+    for path in list((images / "val").rglob("*.png"))[:2]:
+        path.write_bytes(b"")
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(TrainingError, match="2 of 30 images cannot be read, more than 1%"),
+    ):
+        train_all(validate_config(config))
 
 
 def test_augmentation_hangs_on_the_image_and_the_epoch_alone(images):

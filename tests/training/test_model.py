@@ -2,9 +2,11 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import attnzoo
@@ -163,3 +165,39 @@ def test_two_builds_are_the_same_and_leave_the_config_alone(images):
     check_all(validate_config(config), 3)
     assert isinstance(first["padre"], torch.nn.Module)
     assert attnzoo.swap_report(first["padre"]).swapped
+
+
+def test_a_pretrained_transformers_model_is_read_back_without_what_it_was_loaded_from(images, tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    given = transformers.AutoConfig.for_model("vit", **sizes, image_size=8, patch_size=2, num_labels=7)
+    transformers.AutoModelForImageClassification.from_config(given).save_pretrained(tmp_path / "given")
+    config = tiny(images, tmp_path / "runs", attentions=["padre"], only=["padre"], recipe__epochs=2)
+    config["model"] = {"library": "transformers", "name": str(tmp_path / "given"), "pretrained": True}
+    train_all(validate_config(config))
+    shutil.rmtree(tmp_path / "given")
+    model = load_trained(tmp_path / "runs/padre-seed0/final")
+    assert model.config.num_labels == 3
+    assert swapped_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipe__optimizer": "adamww"}, "recipe.optimizer: adamww"),
+        ({"recipe__optimizer_options": {"betaz": 1}}, "recipe.optimizer: adamw with .*betaz"),
+        ({"augment__auto_augment": "randm9"}, "augment: timm makes no transform of it"),
+        ({"precision": "fp16"}, "fp16 is not for CPUs"),
+    ],
+)
+def test_recipes_that_timm_does_not_take_are_told_before_anything_is_trained(images, tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        train_all(validate_config(tiny(images, tmp_path / "runs", **changes)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_data_under_the_same_config_are_refused(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    train_all(validate_config(config))
+    next((images / "train/dark").iterdir()).unlink()
+    with pytest.raises(ConfigError, match=r"holds a run of other data or weights \(images\)"):
+        train_all(validate_config(config))

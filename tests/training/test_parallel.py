@@ -12,6 +12,7 @@ def run(config, folder, processes):
     status, out, said = finish(launch({**config, "output": str(folder / "runs")}, folder, processes=processes))
     assert status == 0, said
     assert out.count("top-1 (95%)") == 1, "one process prints the table"
+    assert (folder / "runs/dense-seed0/final").is_dir(), "all runs are trained"
     rows = [json.loads(line) for line in (folder / "runs/padre-seed0/log.jsonl").read_text().splitlines()]
     return rows, json.loads((folder / "runs/padre-seed0/final/result.json").read_text())
 
@@ -22,7 +23,7 @@ def test_two_processes_train_as_one_does_and_count_every_image_once(tmp_path):
     write_images(tmp_path / "images/val", 10, seed=1)
     write_images(tmp_path / "more", 1, classes=("left",), seed=2)
     (tmp_path / "more/left/000.png").rename(tmp_path / "images/val/left/999.png")
-    config = tiny(tmp_path / "images", "unused", only=["padre"], recipe__batch=20)
+    config = tiny(tmp_path / "images", "unused", recipe__batch=20)
     config["model"]["options"]["drop_path_rate"] = 0.0  # its random numbers are each process's own
     one, result = run(config, tmp_path / "one", 1)
     two, result_of_two = run(config, tmp_path / "two", 2)
@@ -40,3 +41,18 @@ def test_a_batch_that_processes_cannot_share_is_refused(images, tmp_path):
     status, _, said = finish(launch(config, tmp_path, processes=2))
     assert status != 0
     assert "recipe.batch: 25 images cannot be cut into 2 processes and 1 parts each" in said
+
+
+def test_processes_share_what_they_could_not_read_and_take_models_with_parameters_not_used(tmp_path):
+    write_images(tmp_path / "images/train", 72)
+    write_images(tmp_path / "images/val", 10, seed=1)
+    broken = [tmp_path / f"images/train/dark/{number:03d}.png" for number in (2, 3)]
+    for path in broken:
+        path.write_bytes(b"")
+    config = tiny(tmp_path / "images", tmp_path / "runs", only=["sdpa"], attentions=["sdpa"], recipe__epochs=2)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 2}
+    config["model"] = {"library": "transformers", "name": "dinov2", "options": sizes}  # its mask token is not used
+    status, _, said = finish(launch(config, tmp_path, processes=2))
+    assert status == 0, said
+    result = json.loads((tmp_path / "runs/sdpa-seed0/final/result.json").read_text())
+    assert result["unreadable"] == ["dark/002.png", "dark/003.png"]

@@ -114,8 +114,8 @@ def altered(folder):
 
 
 def without_a_file(folder):
-    (folder / "custom_checkpoint_0.pkl").unlink()
-    return "custom_checkpoint_0.pkl is missing"
+    (folder / "progress.json").unlink()
+    return "progress.json is missing"
 
 
 def without_its_list(folder):
@@ -123,7 +123,12 @@ def without_its_list(folder):
     return "its manifest.json cannot be read"
 
 
-@pytest.mark.parametrize("harm", [cut_short, altered, without_a_file, without_its_list])
+def with_an_empty_list(folder):
+    (folder / checkpoint.MANIFEST).write_text('{"files": {}}')
+    return "its manifest.json lists nothing"
+
+
+@pytest.mark.parametrize("harm", [cut_short, altered, without_a_file, without_its_list, with_an_empty_list])
 def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path, harm):
     config, checkpoints = broken_off(images, tmp_path)
     reason = harm(checkpoints[-1])
@@ -135,6 +140,38 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(image
     whole = tiny(images, tmp_path / "whole", only=["padre"])
     train_all(validate_config(whole))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "runs"))
+
+
+def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_path):
+    config, checkpoints = broken_off(images, tmp_path)
+    for folder in checkpoints:
+        altered(folder)
+    with pytest.warns(UserWarning, match="is refused"):
+        train_all(validate_config({**config, "checkpoint_steps": None}))
+    left = sorted(path.name for path in checkpoints[0].parent.iterdir())
+    assert left == [f"refused-{folder.name}" for folder in checkpoints] + [f"step-{s:08d}" for s in (4, 8, 12)]
+
+
+def test_a_checkpoint_holds_no_code(images, tmp_path):
+    """Whoever alters a file can alter the list of hashes: no file of a checkpoint may be run."""
+    config, checkpoints = broken_off(images, tmp_path)
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        content = torch.load(checkpoints[-1] / name, weights_only=False)
+        torch.save({**content, "harm": Harm(str(tmp_path / name))}, checkpoints[-1] / name)
+    (checkpoints[-1] / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(checkpoints[-1])
+    with pytest.raises(Exception, match=r"[Ww]eights"):
+        train_all(validate_config(config))
+    assert not list(tmp_path.glob("*.bin")) + list(tmp_path.glob("*.pkl"))
+    assert not list(checkpoints[-1].glob("custom_*"))
+
+
+class Harm:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp_path):
@@ -196,7 +233,7 @@ def test_a_run_that_is_done_is_kept_and_one_of_another_config_refused(images, tm
     with pytest.raises(ConfigError, match="holds a run of another config"):
         train_all(validate_config(other))
     train_all(validate_config({**other, "resume": "never"}))
-    assert (tmp_path / "runs/dense-seed0.old/final/model.safetensors").stat().st_mtime_ns == at
+    assert (tmp_path / "runs/dense-seed0.old-1/final/model.safetensors").stat().st_mtime_ns == at
 
 
 def test_a_run_that_another_process_has_is_left_to_it(images, tmp_path):

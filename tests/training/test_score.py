@@ -29,7 +29,7 @@ def answers(confidence, right):
     count = len(confidence)
     index = np.arange(count)
     answer = np.where(right, index % 3, (index + 1) % 3)
-    return Answers(index, index % 3, answer, np.array(confidence), np.ones(count), np.array(right), 0)
+    return Answers(index, index % 3, answer, np.array(confidence), np.ones(count), np.array(right), np.array([]))
 
 
 def test_the_calibration_error_is_that_of_the_definition():
@@ -90,7 +90,8 @@ def test_trained_models_are_evaluated_recorded_and_shown(images, tmp_path, capsy
 def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_path):
     from rich.console import Console
 
-    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2, augment__interpolation="bilinear")
+    config["data"] = {**config["data"], "crop_pct": 0.8}  # so that images are resized
     (result,) = train_all(validate_config(config))
     (scored,), _ = score_all(validate_config(config), 7, Console(quiet=True))
     for key in ("images", "top1", "top5", "unreadable"):
