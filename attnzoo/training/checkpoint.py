@@ -63,8 +63,7 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
         wait()
         if main:
             _seal(part)
-            if folder.exists():
-                shutil.rmtree(folder)
+            _discard(folder)
             os.replace(part, folder)
             _sync(folder.parent)
         wait()
@@ -109,7 +108,7 @@ def newest_good(parent: Path) -> Path | None:
 def prune(parent: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for folder in all_checkpoints(parent)[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder)
 
 
 def tidy(parent: Path, step: int) -> None:
@@ -147,6 +146,15 @@ def write_text(path: Path, content: str) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         raise TrainingError(f"{path} could not be written: {error}") from error
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder, if it is there, without ever leaving a part of it under its name."""
+    gone = folder.with_name(f"{PART}gone-{folder.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:
