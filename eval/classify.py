@@ -41,11 +41,11 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     from rich.console import Console
 
     from attnzoo.bench.page import html_page
-    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
+    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, Record, read_records
     from attnzoo.bench.report import print_report
     from attnzoo.training import report
     from attnzoo.training.config import load_config
-    from attnzoo.training.score import FOLDER, record_all, score_all
+    from attnzoo.training.score import FOLDER, qualities_of, record_all, score_all
 
     config = load_config(path, overrides)
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -54,15 +54,19 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
 
     if not PartialState().is_main_process:
         return
+    qualities = qualities_of(config, scored)
     folders = record_all(config, scored, splits.classes, command, progress)
+    measured: list[Record] = []
     for folder in folders:
         records = read_records(folder / RECORDS_FILE)
+        measured += records
         _write(folder / "report.html", html_page(records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
         print_report(records, out)
     page = config.folder / FOLDER / "report.html"
-    _write(page, report.html_page(scored, splits, folders, config.to_yaml()))
-    out.print(report.console_table(scored))
-    out.print(report.how_to_read(scored), highlight=False)
+    steps = report.step_costs(measured)
+    _write(page, report.html_page(scored, qualities, steps, splits, folders))
+    out.print(report.console_table(qualities, steps))
+    out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 

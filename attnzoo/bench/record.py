@@ -128,7 +128,7 @@ class Cost(Entry):
 
 
 class Training(Entry):
-    """One training: seed, result and the loss after each epoch."""
+    """One training: seed, result, and after each epoch the mean loss in it and, where counted, the correct answers."""
 
     seed: Count
     correct: Count
@@ -137,6 +137,7 @@ class Training(Entry):
     seconds: NonNegative
     epoch_losses: tuple[float, ...]
     parameters: Count | None = None
+    epoch_correct: tuple[Count, ...] = ()
 
 
 class Quality(Entry):

@@ -316,7 +316,7 @@ class Training:
             "run_hash": self.run.hash,
             "epochs": epochs,
             "steps": progress.step,
-            "epoch_losses": [row["loss"] for row in progress.epochs],
+            "log": progress.epochs,
             "test": found,
             "parameters": self.parameters,
             "seconds": round(progress.seconds, 1),

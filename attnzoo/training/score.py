@@ -6,6 +6,7 @@ Quality and cost go into the benchmark's own records, so that its tables and pag
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,10 +143,11 @@ def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
             seed=s.run.seed,
             correct=s.counted["top1"],
             images=s.counted["images"],
-            final_loss=s.result["epoch_losses"][-1],
+            final_loss=s.result["log"][-1]["loss"],
             seconds=s.result["seconds"],
-            epoch_losses=tuple(s.result["epoch_losses"]),
+            epoch_losses=tuple(row["loss"] for row in s.result["log"]),
             parameters=s.result["parameters"],
+            epoch_correct=tuple(row["test"]["top1"] for row in s.result["log"]),
         )
         for s in scored
     )
@@ -211,18 +213,29 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
     )
 
 
+def by_label(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
+    """Put the seeds of each attention together, in the order of the config."""
+    found: dict[str, list[Scored]] = {}
+    for one in scored:
+        found.setdefault(one.run.label, []).append(one)
+    return found
+
+
+def qualities_of(config: ClassifyConfig, scored: Iterable[Scored]) -> dict[str, Quality]:
+    """The quality of each attention, as a ratio to the dense baseline's."""
+    runs = by_label(scored)
+    dense = quality_of(runs[config.baseline], None) if config.baseline in runs else None
+    return {
+        label: dense if label == config.baseline and dense is not None else quality_of(found, dense)
+        for label, found in runs.items()
+    }
+
+
 def record_all(
     config: ClassifyConfig, scored: list[Scored], classes: int, command: str, console: Console
 ) -> list[Path]:
     """Measure every cost of a config, and write records of cost and quality; give the folders they are in."""
-    by_label: dict[str, list[Scored]] = {}
-    for one in scored:
-        by_label.setdefault(one.run.label, []).append(one)
-    dense = quality_of(by_label[config.baseline], None) if config.baseline in by_label else None
-    qualities = {
-        label: dense if label == config.baseline and dense is not None else quality_of(runs, dense)
-        for label, runs in by_label.items()
-    }
+    runs, qualities = by_label(scored), qualities_of(config, scored)
     folders = []
     for cost in config.costs:
         measured = benchmark_of(config, cost, classes)
@@ -230,7 +243,7 @@ def record_all(
         folder = measured.folder
         with RecordStore(folder, measured.hash) as store:
             for label, quality in qualities.items():
-                record = _quality_record(config, measured, by_label[label][0], quality, command)
+                record = _quality_record(config, measured, runs[label][0], quality, command)
                 old = store.records.get(record.key)
                 if old is None or old.quality != quality:
                     store.append(record)
