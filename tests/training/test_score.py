@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import yaml
 
-from attnzoo.bench.record import read_records
+from attnzoo.bench.record import Record, Training, read_records
 from attnzoo.errors import ConfigError
 from attnzoo.training.config import validate_config
 from attnzoo.training.evaluate import BINS, Answers
+from attnzoo.training.report import markdown_table, step_costs
 from attnzoo.training.run import train_all
 from attnzoo.training.score import benchmark_of, quality_of, score_all
 
+from ..bench.data import cost, record_data
 from .conftest import ROOT, tiny
 
 COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}
@@ -78,6 +80,8 @@ def test_trained_models_are_evaluated_recorded_and_shown(images, tmp_path, capsy
     page = (folder / "report.html").read_text()
     wrong = sum(r["test"]["images"] - r["test"]["top1"] for r in (results[0], results[2]))
     assert page.count("data:image/png;base64") == min(wrong, 48)
+    assert page.count("<svg") == 3
+    assert [t.epoch_correct[-1] for t in dense.trainings] == [t.correct for t in dense.trainings]
     assert "±" in page
     assert all(f'href="{name}/report.html"' in page for name in ("forward-batch2", "training-batch2"))
     before = (folder / "forward-batch2/records.jsonl").read_bytes()
@@ -126,3 +130,45 @@ def test_the_command_line_says_what_it_takes(capsys):
     assert "--batch must be at least 1" in capsys.readouterr().err
     assert script().main(["nowhere.yaml"]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def trained(seed, correct, parameters):
+    return Training(
+        seed=seed, correct=correct, images=200, final_loss=1, seconds=1, epoch_losses=(2, 1), parameters=parameters
+    )
+
+
+def test_the_table_is_that_of_the_records():
+    def quality(*correct, parameters, ratio=None):
+        right, images = sum(correct), 200 * len(correct)
+        return {
+            "accuracy": right / images,
+            "low": right / images - 0.1,
+            "high": right / images + 0.05,
+            "images": images,
+            "ratio": ratio,
+            "trainings": [trained(s, c, parameters).model_dump() for s, c in enumerate(correct)],
+            "note": "",
+            "top5": 0.9876,
+            "calibration_error": 0.0125,
+        }
+
+    several, one = quality(100, 110, 120, parameters=1000), quality(150, parameters=1001, ratio=1.3)
+    shared = {"kind": "quality", "tokens": 0}
+    records = [
+        Record.model_validate(record_data(**shared, quality=several)),
+        Record.model_validate(record_data(**shared, label="padre", is_baseline=False, quality=one)),
+    ]
+    assert markdown_table(records).splitlines() == [
+        "| attention | top-1 % | each seed | top-5 % | calibration error | parameters |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| `dense` | 55.00 ± 5.00 | 50.00, 55.00, 60.00 | 98.76 | 0.013 | 1,000 |",
+        "| `padre` | 75.00 (65.00-80.00) | 75.00 | 98.76 | 0.013 | 1,001 |",
+    ]
+    for tokens, speedup in ((64, 2.0), (16, 0.5)):
+        changes = {"phase": "training", "tokens": tokens, "cost": cost(speedup)}
+        records.append(Record.model_validate(record_data(**changes, label="padre", is_baseline=False)))
+    assert set(step_costs(records)) == {"padre"}
+    dense, padre = markdown_table(records).splitlines()[2:]
+    assert dense.endswith("| 1,000 | - | - | - |")
+    assert padre.endswith("| 1,001 | 20.0 ms | 0.50x (0.49-0.51) | 1.00x |")
