@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from attnzoo.bench.plots import COLOURS, MARKERS, add_legend, new_figure, to_svg
 from attnzoo.bench.record import Quality, Training
 
-DENSE, OTHER = "#D55E00", "#0088CC"
+DENSE, OTHER = COLOURS[0], COLOURS[2]
 TOP1 = "top-1, % of the test images"
 
 
