@@ -1,6 +1,7 @@
 """Mixers in the image encoders of transformers."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers
 
 from attnzoo import list_attentions, replace_attention, restore_attention, swap_report
 from attnzoo.errors import AttnZooError, ShapeError, UnsupportedError
-from attnzoo.hosts.vision_mixer import PREFIX, GridOfCall
+from attnzoo.hosts.vision_mixer import PREFIX
 from attnzoo.swap import swapped_layers
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -49,7 +50,7 @@ def test_any_mixer_stands_in_any_encoder_and_gives_way_again(kind, name):
     assert torch.equal(tokens(copy.deepcopy(model), pixels()), after)
     restore_attention(model)
     assert torch.equal(tokens(model, pixels()), before)
-    assert not any(isinstance(h, GridOfCall) for m in model.modules() for h in m._forward_pre_hooks.values())
+    assert not any(m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", PREFIX)
@@ -85,6 +86,22 @@ def test_what_a_mixer_cannot_do_is_refused():
     tokens(model, pixels())
     with pytest.raises(ShapeError, match="6 tokens are not 1 prefix tokens and the 4 x 4 patches"):
         model.layers[0].attention(torch.zeros(1, 6, 24))
+
+
+@pytest.mark.parametrize("kind", PREFIX)
+def test_it_is_exported_for_any_batch_but_not_with_a_mask(kind):
+    """While a model is exported, transformers makes a mask of ones of its own."""
+    model = replace_attention(encoder(kind), "padre").eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (pixels(),), dynamic_shapes={"pixel_values": {0: batch}}, strict=False)
+    torch.testing.assert_close(program.module()(pixels(batch=5)).last_hidden_state, tokens(model, pixels(batch=5)))
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        mask = torch.ones(2, 16 + PREFIX[kind](model.config), dtype=torch.long)
+        mask[0, 3] = 0
+        with pytest.raises(UnsupportedError, match="attention_mask"):
+            torch.export.export(model, (pixels(),), {"attention_mask": mask}, strict=False)
+        with pytest.raises(UnsupportedError, match="attention_mask"):
+            model(pixels(), attention_mask=mask)
 
 
 @pytest.mark.parametrize("kind", ["vit_mae", "yolos", "bert", "clip_text_model"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import ShapeError, UnsupportedError
@@ -29,15 +30,20 @@ _OUTPUTS = ("o_proj", "out_proj")
 
 
 class GridOfCall:
-    """The patch grid of the call under way: a hook on the patch convolution writes it, mixers read it."""
+    """The patch grid of the call under way, and whether its caller gave a mask: hooks write them, mixers read them."""
 
     def __init__(self) -> None:
         self.size = (0, 0)
+        self.masked = False
 
     def __call__(self, convolution: Any, inputs: tuple[Any, ...]) -> None:
-        """Read the grid from the image ``(B, C, H, W)`` that goes in."""
+        """Read the grid from the image ``(B, C, H, W)`` that goes into the convolution."""
         (height, width), (rows, columns) = inputs[0].shape[-2:], convolution.stride
         self.size = (height // rows, width // columns)
+
+    def see_mask(self, encoder: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """See whether a mask is among what goes into the encoder."""
+        self.masked = named.get("attention_mask") is not None
 
 
 class VisionMixer(MixerLayer):
@@ -59,7 +65,8 @@ class VisionMixer(MixerLayer):
         ShapeError
             If the tokens are not those of the image that the patch convolution saw last.
         """
-        if attention_mask is not None:
+        # while a model is exported, transformers makes a mask of nothing but ones where the caller gave none
+        if attention_mask is not None and (self.grid.masked or not torch.compiler.is_exporting()):
             raise UnsupportedError("a mixer in an image encoder cannot honour attention_mask")
         height, width = self.grid.size
         if self.prefix + height * width != hidden_states.shape[1]:
@@ -78,20 +85,23 @@ class Patches:
     encoder: nn.Module
 
     def attach(self, layer: VisionMixer) -> None:
-        """Have the convolution tell the grid of each call to `layer`."""
+        """Have the convolution tell the grid of each call to `layer`, and the encoder whether there is a mask."""
         hook = next((h for h in self.convolution._forward_pre_hooks.values() if isinstance(h, GridOfCall)), None)
         if hook is None:
             hook = layer.grid
             self.convolution.register_forward_pre_hook(hook)
+            self.encoder.register_forward_pre_hook(hook.see_mask, with_kwargs=True)
         layer.grid = hook
 
     def detach(self) -> None:
         """Take the hook off, unless a mixer of the encoder still reads it."""
         if any(isinstance(module, VisionMixer) for module in self.encoder.modules()):
             return
-        hooks = self.convolution._forward_pre_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
-            del hooks[key]
+        for module in (self.convolution, self.encoder):
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), GridOfCall):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def patches_of(path: str, layers: Mapping[str, Any]) -> Patches | None:
