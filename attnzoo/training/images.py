@@ -251,18 +251,30 @@ class _Subset:
         return self.source.name(int(self.chosen[index]))
 
 
-def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, Any]:
-    """Give timm's transforms for training and for testing."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+def test_options(data: DataConfig, augment: AugmentConfig | None) -> dict[str, Any]:
+    """What a test image goes through, as timm's ``create_transform`` takes it."""
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     grey = data.channels == 1
-    mean = data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if grey else IMAGENET_DEFAULT_MEAN)
-    std = data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if grey else IMAGENET_DEFAULT_STD)
-    shared = {"input_size": (data.channels, data.image_size, data.image_size), "mean": mean, "std": std}
-    interpolation = "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation
-    test = create_transform(**shared, crop_pct=data.crop_pct, interpolation=interpolation)
+    return {
+        "input_size": (data.channels, data.image_size, data.image_size),
+        "mean": data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if grey else IMAGENET_DEFAULT_MEAN),
+        "std": data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if grey else IMAGENET_DEFAULT_STD),
+        "interpolation": "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation,
+        "crop_pct": data.crop_pct,
+    }
+
+
+def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, Any]:
+    """Give timm's transforms for training and for testing."""
+    from timm.data import create_transform
+
+    options = test_options(data, augment)
+    test = create_transform(**options)
+    shared = {key: options[key] for key in ("input_size", "mean", "std")}
     if augment is None:
-        return create_transform(**shared, is_training=True, no_aug=True, interpolation=interpolation), test
+        plain = {"no_aug": True, "interpolation": options["interpolation"]}
+        return create_transform(**shared, is_training=True, **plain), test
     train = create_transform(
         **shared,
         is_training=True,

@@ -29,6 +29,7 @@ from attnzoo.training.images import (
     TestStream,
     TrainImages,
     Unreadable,
+    test_options,
     transforms,
 )
 from attnzoo.training.model import ABOUT, AVERAGED, WEIGHTS, build, logits
@@ -74,7 +75,8 @@ class Training:
         self.local = local_batch(config, accelerator.num_processes)
         self.steps = steps_an_epoch(config, splits)
         self.total = self.steps * recipe.epochs
-        model, self.about = build(run, splits.classes)
+        model, about = build(run, splits.classes)
+        self.about = {**about, "images": test_options(config.data, augment), "class_names": splits.names}
         self.parameters = sum(p.numel() for p in model.parameters())
         optimizer = create_optimizer_v2(
             model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.optimizer_options

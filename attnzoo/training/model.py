@@ -86,6 +86,9 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
     """Build the model that training wrote into `folder`, its attention swapped as it was, with the trained weights.
 
+    Class names and what an image goes through are where each library has them: in timm's ``pretrained_cfg``, which
+    ``timm.data.resolve_model_data_config`` reads, and in transformers' ``config.id2label``.
+
     Parameters
     ----------
     folder
@@ -116,7 +119,20 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise TrainingError(f"{folder}: weights and {ABOUT} do not fit together: {error}") from error
+    _describe(model, about)
     return model.eval()
+
+
+def _describe(model: Any, about: Mapping[str, Any]) -> None:
+    names = about.get("class_names")
+    if about["library"] == "timm":
+        images = {key: tuple(v) if isinstance(v, list) else v for key, v in about.get("images", {}).items()}
+        named = {} if names is None else {"label_names": names}
+        model.pretrained_cfg = {**model.pretrained_cfg, **images, **named, "num_classes": about["classes"]}
+        model.default_cfg = model.pretrained_cfg
+    elif names is not None:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def _about(run: Run, classes: int, model: Any, more: Mapping[str, Any]) -> dict[str, Any]:

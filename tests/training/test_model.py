@@ -5,8 +5,10 @@ import json
 import shutil
 
 import pytest
+import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 
 import attnzoo
@@ -51,6 +53,21 @@ def test_a_trained_model_is_read_back_with_its_swap(images, tmp_path):
         load_trained(folder / "final")
 
 
+def test_a_trained_model_knows_what_an_image_goes_through_and_what_its_classes_are_called(images, tmp_path):
+    config = tiny(images, tmp_path / "runs", only=["padre"], recipe__epochs=2, augment__interpolation="bilinear")
+    config["data"] = {**config["data"], "crop_pct": 0.75, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    (result,) = train_all(validate_config(config))
+    model = load_trained(tmp_path / "runs/padre-seed0/final")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    names, right = model.pretrained_cfg["label_names"], 0
+    assert names == ["bright", "dark", "left"]
+    for path in (images / "val").glob("*/*.png"):
+        with torch.inference_mode():
+            answer = model(transform(Image.open(path))[None]).argmax()
+        right += names[answer] == path.parent.name
+    assert right == result["test"]["top1"]
+
+
 def test_a_run_that_averages_has_both_weights(images, tmp_path):
     train_all(validate_config(tiny(images, tmp_path / "runs", only=["dense"])))
     final = tmp_path / "runs/dense-seed0/final"
@@ -91,7 +108,9 @@ def test_transformers_models_are_trained_too(images, tmp_path):
     dense, swapped = train_all(validate_config(config))
     losses = [[row["loss"] for row in result["log"]] for result in (dense, swapped)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    assert swapped_layers(load_trained(tmp_path / "runs/sdpa-seed0/final"))
+    found = load_trained(tmp_path / "runs/sdpa-seed0/final")
+    assert swapped_layers(found)
+    assert found.config.id2label == {0: "bright", 1: "dark", 2: "left"}
 
 
 @pytest.mark.parametrize("swapped", [False, True])
