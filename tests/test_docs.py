@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from attnzoo import list_attentions
 from attnzoo.__main__ import capability_table, main
@@ -82,7 +83,7 @@ def test_shell_commands_are_real(page):
         if not command:
             continue
         if command[:2] == ["pip", "install"]:
-            extras = re.search(r"attnzoo\[(.+?)\]", line)[1].split(",")
+            extras = re.search(r"(?:attnzoo|\.)\[(.+?)\]", line)[1].split(",")
             declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
             assert set(extras) <= set(declared["project"]["optional-dependencies"]), line
         elif command[0] == "make":
@@ -125,6 +126,21 @@ def test_the_first_commands_of_the_page_on_training_run(tmp_path):
         *("manifest.json", "model.json", "model.safetensors", "result.json"),
     }
     assert list((tmp_path / "dense-seed0").rglob("events.out.tfevents.*"))
+
+
+def test_the_page_on_training_lists_every_key_with_its_default():
+    examples = [yaml.safe_load(block) for block in blocks(ROOT / "docs/classify.md", "yaml")]
+    (listed,) = (each for each in examples if "precision" in each)
+    (augment,) = (each["augment"] for each in examples if set(each) == {"augment"})
+    least = {"name": "x", "data": {"asset": "digits"}}
+    defaults = classify.validate_config(least).model_dump(mode="json")
+    del defaults["name"]
+    defaults["data"]["asset"] = None
+    assert listed == defaults
+    with_augment = classify.validate_config({**least, "augment": {}}).model_dump(mode="json")
+    assert augment == with_augment["augment"]
+    (own,) = (each for each in examples if each.get("name") == "flowers")
+    assert classify.validate_config(own).recipe.epochs == 30
 
 
 def load_bench(path, overrides):

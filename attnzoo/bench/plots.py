@@ -157,7 +157,9 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
             arrowprops={"arrowstyle": "-", "color": trade.colour, "lw": 0.8, "alpha": 0.6},
             annotation_clip=False,
         )
-    plain_ticks(axes.xaxis, [x for t in trades for spot in t.spots for x in (spot.low, spot.high)] + [0.9, 1.0])
+    reached = [x for t in trades for spot in t.spots for x in (spot.low, spot.high)]
+    axes.set_xlim(min(*reached, 0.85) / 1.08, max(*reached, 1.15) * 1.08)
+    plain_ticks(axes.xaxis, [*reached, 0.85, 1.15])
     axes.set_xlabel(title)
     axes.set_ylabel("quality kept, part of dense")
     for marker, name in shapes.items():
@@ -232,12 +234,16 @@ def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
 
 
 def plain_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10 ..., written out, as many as the values span."""
+    """Ticks of a logarithmic axis at 1, 2, 5 ..., written out, as many as the values span; closer where few."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     steps = (1, 2, 5) if high - low <= 3 else (1,)
     ticks = [step * 10.0**power for power in range(low - 1, high + 1) for step in steps]
     bottom, top = min(values) / 1.15, max(values) * 1.15
     shown = [tick for tick in ticks if bottom <= tick <= top]
+    if len(shown) < 3:
+        from matplotlib.ticker import MaxNLocator
+
+        shown = [float(tick) for tick in MaxNLocator(4).tick_values(bottom, top) if bottom <= tick <= top]
     axis.set_ticks(shown, [f"{tick:,.10g}" for tick in shown])
     axis.set_ticks([], minor=True)
 

@@ -132,6 +132,7 @@ class RecipeConfig(Section):
     """How to train: an optimizer of timm's, a cosine schedule with linear warm-up.
 
     `batch` counts the images of one step over all processes and over the `accumulate` parts that each is cut into.
+    `warmup_epochs` is 0 by default where there is one epoch alone.
     """
 
     epochs: PositiveInt = 10
@@ -147,6 +148,14 @@ class RecipeConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_grad_norm: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm(cls, data: Any) -> Any:
+        """A single epoch has no warm-up, unless one is asked for."""
+        if isinstance(data, Mapping) and data.get("epochs") == 1:
+            return {"warmup_epochs": 0, **data}
+        return data
 
     @model_validator(mode="after")
     def _fits(self) -> RecipeConfig:
@@ -203,7 +212,7 @@ class ClassifyConfig(Section):
     costs: tuple[CostConfig, ...] = ()
 
     only: tuple[str, ...] | None = None
-    device: Literal["auto", "cpu"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
     checkpoint_steps: PositiveInt | None = None
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
@@ -277,7 +286,12 @@ class Run:
 
     @property
     def hash(self) -> str:
-        """Identity: 16 hex digits over all that the weights hang on; other attentions of the config are not in it."""
+        """16 hex digits over the `identity`."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the weights hang on; other attentions of the config are not in it."""
         config = self.config
         content = {
             "version": CONFIG_VERSION,
@@ -288,7 +302,15 @@ class Run:
         }
         for key in ("workers", "path", "root"):
             del content["data"][key]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def slug(label: str) -> str:
@@ -327,5 +349,6 @@ def validate_config(data: Mapping[str, Any], source: str = "config") -> Classify
     config = validated(ClassifyConfig, data, problems, source)
     weights = config.model.weights
     if weights is not None and not weights.is_file():
-        raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}")
+        inside = " (a folder; give the file of weights in it)" if weights.is_dir() else ""
+        raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}{inside}")
     return config

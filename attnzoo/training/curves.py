@@ -13,7 +13,10 @@ TOP1 = "top-1, % of the test images"
 
 
 def accuracy_plot(qualities: Mapping[str, Quality], baseline: str) -> str:
-    """Test accuracy of each attention, the best on top: a dot a seed, a stroke their mean, a line the dense one's."""
+    """Test accuracy of each attention, the best on top: a dot a seed, a stroke the mean, a dotted line the dense one's.
+
+    One seed alone has its 95% interval over the test images.
+    """
     seeds = {label: [_percent(one, one.correct) for one in found.trainings] for label, found in qualities.items()}
     order = sorted(seeds, key=lambda label: statistics.fmean(seeds[label]))
     height = 0.9 + 0.3 * len(order)
@@ -23,6 +26,8 @@ def accuracy_plot(qualities: Mapping[str, Quality], baseline: str) -> str:
         colour, mean = DENSE if label == baseline else OTHER, statistics.fmean(seeds[label])
         if label == baseline:
             axes.axvline(mean, color=colour, lw=1, ls=":")
+        if len(seeds[label]) == 1:
+            axes.hlines(place, 100 * qualities[label].low, 100 * qualities[label].high, color=colour, alpha=0.6, lw=1.2)
         axes.plot(seeds[label], [place] * len(seeds[label]), "o", color=colour, alpha=0.6, ms=6, mew=0)
         axes.plot([mean], [place], "|", color=colour, ms=16, mew=2.2)
     axes.set_yticks(range(len(order)), order)

@@ -108,6 +108,6 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     table = table[table[:, 0] >= 0]  # without those that only fill a share up
     table = table[np.argsort(table[:, 0], kind="stable")]
     read, lost = table[table[:, 1] != NO_CLASS], table[table[:, 1] == NO_CLASS][:, 0].astype(np.int64)
-    Unreadable(getattr(images, "source", None), len(table)).note(lost.tolist())
+    Unreadable(getattr(images, "source", None), len(table), "test image").note(lost.tolist())
     index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
     return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, lost)

@@ -439,8 +439,8 @@ def share_of(
 class Unreadable:
     """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run."""
 
-    def __init__(self, source: Source | None, images: int) -> None:
-        self.source, self.images, self.found = source, images, set[int]()
+    def __init__(self, source: Source | None, images: int, kind: str = "image") -> None:
+        self.source, self.images, self.kind, self.found = source, images, kind, set[int]()
 
     def note(self, indices: Iterable[int]) -> None:
         """Take note of some; -1 stands for none.
@@ -452,11 +452,11 @@ class Unreadable:
         """
         for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
-            warnings.warn(f"image {self.name(index)} cannot be read", stacklevel=2)
+            warnings.warn(f"{self.kind} {self.name(index)} cannot be read", stacklevel=2)
         if len(self.found) > UNREADABLE_SHARE * self.images:
             names = [self.name(index) for index in sorted(self.found)[:20]]
             raise TrainingError(
-                f"{len(self.found)} of {self.images} images cannot be read, more than {UNREADABLE_SHARE:.0%}: "
+                f"{len(self.found)} of {self.images} {self.kind}s cannot be read, more than {UNREADABLE_SHARE:.0%}: "
                 f"{', '.join(names)}. Mend or remove them."
             )
 

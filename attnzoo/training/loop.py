@@ -115,12 +115,19 @@ class Training:
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.progress = Progress()
         source: Any = None if splits.streamed else splits.train
-        self.unreadable = Unreadable(source, splits.train_images)
+        self.unreadable = Unreadable(source, splits.train_images, "training image")
         self.step_seconds: list[float] = []
         self.steps_skipped = 0  # one after the other, by the gradient scaler
 
-    def fit(self, tell: Tell) -> dict[str, Any]:
+    def fit(self, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
         """Train to the end; give the result that is then also in ``final/result.json``.
+
+        Parameters
+        ----------
+        tell
+            Called after each step with the steps done, those of the whole run, and the loss in words.
+        say
+            Called with a line where a broken-off run goes on, and after each epoch.
 
         Raises
         ------
@@ -129,6 +136,8 @@ class Training:
         """
         self._resume()
         progress, recipe = self.progress, self.config.recipe
+        if progress.step:
+            say(f"{self.run.name}: goes on after step {progress.step} of {self.total}")
         self.model.train()
         found: dict[str, Any] | None = None
         batches = self._batches()
@@ -145,11 +154,21 @@ class Training:
             if progress.step % self.steps == 0:
                 found = self._end_of_epoch()
                 self._save()
+                say(self._said(found))
             elif self.config.checkpoint_steps and progress.step % self.config.checkpoint_steps == 0:
                 self._save()
         if found is None:  # killed after the last checkpoint, before the end
             found = self._count(self.model)
         return self._finish(found, recipe.epochs)
+
+    def _said(self, found: dict[str, Any]) -> str:
+        progress = self.progress
+        left = progress.seconds / progress.step * (self.total - progress.step)
+        return (
+            f"{self.run.name}: epoch {progress.step // self.steps} of {self.config.recipe.epochs}, loss "
+            f"{progress.epochs[-1]['loss']:.3f}, top-1 {found['top1'] / max(found['images'], 1):.2%}, "
+            f"{left / 60:.0f} min left"
+        )
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         accelerator, recipe = self.accelerator, self.config.recipe

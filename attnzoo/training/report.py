@@ -148,7 +148,9 @@ def html_page(
     plots = {
         "Test accuracy after each epoch": curves.learning_plot(qualities),
         "Training loss": curves.loss_plot(qualities),
-        "Test accuracy: every seed a dot, their mean a stroke": curves.accuracy_plot(qualities, config.baseline),
+        "Test accuracy: every seed a dot, their mean a stroke; one seed has its 95% interval": curves.accuracy_plot(
+            qualities, config.baseline
+        ),
     }
     figures = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in plots.items() if svg)
     links = ", ".join(f'<a href="{escape(f.name)}/report.html">{escape(f.name)}</a>' for f in costs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,13 @@ from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import wilson_interval
 from attnzoo.training import checkpoint
-from attnzoo.training.config import ClassifyConfig, Run
+from attnzoo.training.config import ClassifyConfig, Run, flat, load_config
 from attnzoo.training.images import Splits, open_splits
-from attnzoo.training.loop import FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
+from attnzoo.training.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.training.model import check_all
 
 RUN, CONFIG = "run.json", "config.yaml"
+MOST_TOLD = 8  # keys of a config that differ
 Decision = Literal["train", "done", "busy"]
 
 
@@ -49,6 +51,8 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
+    if config.device == "cuda" and state.device.type != "cuda":
+        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError("precision: fp16 is not for CPUs, where it would train in float32; give bf16 or no")
     console = console or Console(stderr=True)
@@ -67,7 +71,7 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
                 continue
             if decision == "train":
                 with _bar(console, run.name) as tell:
-                    _train(run, splits, tell)
+                    _train(run, splits, tell, console)
                 if state.is_main_process:
                     console.print(f"{run.name}: {said(_result(run))}", highlight=False)
             results.append(_result(run))
@@ -112,7 +116,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def _train(run: Run, splits: Splits, tell: Tell) -> None:
+def _train(run: Run, splits: Splits, tell: Tell, console: Console) -> None:
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     config = run.config
@@ -130,7 +134,7 @@ def _train(run: Run, splits: Splits, tell: Tell) -> None:
         training = Training(run, splits, accelerator)
         if str(accelerator.distributed_type).endswith("FSDP") and config.recipe.ema_decay is not None:
             raise ConfigError("recipe.ema_decay: averaged weights are not kept under FSDP; leave it out, or use DDP")
-        training.fit(tell)
+        training.fit(tell, functools.partial(console.print, highlight=False))
     finally:
         for tracker in accelerator.trackers:  # `end_training` would also end the group of processes
             tracker.finish()
@@ -163,8 +167,12 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if about.exists():
         found = json.loads(about.read_text(encoding="utf-8"))
         odd = [key for key in identity if found.get(key) != identity[key]]
-        if odd:
-            what = "another config" if "run_hash" in odd else f"other data or weights ({', '.join(odd)})"
+        begun = (run.folder / FINAL).is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
+        if odd and begun:
+            if "run_hash" in odd:
+                what = f"another config ({changes(run)})"
+            else:
+                what = f"other data or weights ({', '.join(odd)})"
             return ConfigError(
                 f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
                 "resume=never."
@@ -173,6 +181,20 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     checkpoint.write_text(run.folder / CONFIG, run.config.to_yaml())
     final = run.folder / FINAL
     return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
+
+
+def changes(run: Run) -> str:
+    """What differs between a run's config and the one that was trained in its folder: ``recipe.lr 0.001, now 0.1``."""
+    try:
+        before = load_config(run.folder / CONFIG)
+    except ConfigError:
+        return f"{run.folder / CONFIG} tells no more"
+    own = [each for each in before.runs() if each.name == run.name]
+    old, new = (flat(each.identity) for each in (own[0] if own else run, run))
+    absent = "not there"
+    keys = [key for key in {**old, **new} if old.get(key, absent) != new.get(key, absent)]
+    told = [f"{key} {old.get(key, absent)}, now {new.get(key, absent)}" for key in keys]
+    return "; ".join(told[:MOST_TOLD] + ["..."] * (len(told) > MOST_TOLD)) or "of another version of attnzoo"
 
 
 def facts(config: ClassifyConfig, splits: Splits) -> dict[str, Any]:

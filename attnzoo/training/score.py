@@ -31,7 +31,7 @@ from attnzoo.training.evaluate import evaluate
 from attnzoo.training.images import Splits, TestImages, TestStream, open_splits, transforms
 from attnzoo.training.loop import FINAL, RESULT
 from attnzoo.training.model import WEIGHTS, build, load_trained
-from attnzoo.training.run import facts
+from attnzoo.training.run import changes, facts
 
 FOLDER = "eval"
 MISTAKES = 24
@@ -41,14 +41,15 @@ MISTAKES = 24
 class Scored:
     """A run, what training said of it, and what it answers on the test images.
 
-    `counted` is as `Answers.counted` gives it; `mistakes` are the images most confidently got wrong: index, class,
-    answer and confidence.
+    `counted` is as `Answers.counted` gives it, of so many `classes`; `mistakes` are the images most confidently got
+    wrong: index, class, answer and confidence.
     """
 
     run: Run
     result: dict[str, Any]
     counted: dict[str, Any]
     mistakes: list[dict[str, Any]]
+    classes: int
 
 
 def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[list[Scored], Splits]:
@@ -99,7 +100,9 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
             )
         result = json.loads((final / RESULT).read_text(encoding="utf-8"))
         if result["run_hash"] != run.hash:
-            raise ConfigError(f"{final} is of another config ({result['run_hash']}, this one is {run.hash})")
+            raise ConfigError(
+                f"{final} is of another config ({changes(run)}); train that first, or evaluate this one's"
+            )
         weights = json.loads((final / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"][WEIGHTS][1]
         kept = config.folder / FOLDER / f"{run.name}.json"
         earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
@@ -121,7 +124,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
                 checkpoint.write_json(kept, earlier)
             counted = earlier["counted"]
             console.print(f"{run.name}: top-1 {counted['top1'] / counted['images']:.2%}", highlight=False)
-        found.append(Scored(run, result, earlier["counted"], earlier["mistakes"]))
+        found.append(Scored(run, result, earlier["counted"], earlier["mistakes"], splits.classes))
     return found, splits
 
 
@@ -165,7 +168,7 @@ def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
             f"{config.model.name} ({options}) {begun} {data} at {config.data.image_size} pixels, {result['epochs']} "
             f"epochs, {scored[0].counted['images']:,} test images"
         ),
-        top5=sum(s.counted["top5"] for s in scored) / images,
+        top5=sum(s.counted["top5"] for s in scored) / images if scored[0].classes > 5 else None,
         calibration_error=sum(s.counted["calibration_error"] for s in scored) / len(scored),
     )
     measured = quality if dense is None else against(quality, dense)
@@ -196,7 +199,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
     measured = {**cost.model_dump(exclude={"image_sizes", "batch"}), "tokens": counts, "batch": cost.batch}
     return BenchConfig(
         name=f"{config.name}-{cost.name}",
-        device="cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu",
+        device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
         threads=config.threads,
         host=HostConfig(
             model=config.model.name,

@@ -22,6 +22,7 @@ from .conftest import ROOT, tiny
         ({"data__mean": [0.5]}, "mean: 1 values for 3 channels"),
         ({"model__options": {"img_size": 8}}, "options.img_size cannot be set here"),
         ({"model__weights": "nowhere.pth"}, "there is no file 'nowhere.pth'"),
+        ({"model__weights": "/"}, "there is no file '/' .a folder; give the file"),
         ({"model__pretrained": True, "model__weights": "x"}, "weights and pretrained exclude one another"),
         ({"model__pretrained": True, "equal_parameters": True}, "equal_parameters changes the perceptrons' width"),
         ({"augment__mixup": 0.2, "recipe__batch": 25}, "pair images"),
@@ -39,6 +40,12 @@ from .conftest import ROOT, tiny
 def test_bad_configs_are_refused(changes, said):
     with pytest.raises(ConfigError, match=said):
         validate_config(tiny("images", "runs", **changes))
+
+
+def test_one_epoch_alone_has_no_warm_up_unless_it_is_asked_for():
+    config = tiny("images", "runs")
+    for recipe, warm in ({"epochs": 1}, 0), ({"epochs": 2}, 1), ({"epochs": 1, "warmup_epochs": 0.5}, 0.5):
+        assert validate_config({**config, "recipe": recipe}).recipe.warmup_epochs == warm
 
 
 def test_every_problem_is_told_at_once():

@@ -129,7 +129,7 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(TrainingError, match="of 216 images cannot be read, more than 1%"),
+        pytest.raises(TrainingError, match="of 216 training images cannot be read, more than 1%"),
     ):
         train_all(validate_config({**config, "output": str(tmp_path / "others")}))
 
@@ -140,7 +140,7 @@ def test_test_images_that_cannot_be_read_are_not_many(images, tmp_path):
     config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(TrainingError, match="2 of 30 images cannot be read, more than 1%"),
+        pytest.raises(TrainingError, match="2 of 30 test images cannot be read, more than 1%"),
     ):
         train_all(validate_config(config))
 

@@ -247,7 +247,7 @@ def test_a_run_that_is_done_is_kept_and_one_of_another_config_refused(images, tm
     assert train_all(validate_config({**config, "keep_checkpoints": 3})) == first
     assert (tmp_path / "runs/dense-seed0/final/model.safetensors").stat().st_mtime_ns == at
     other = tiny(images, tmp_path / "runs", only=["dense"], recipe__lr=0.001)
-    with pytest.raises(ConfigError, match="holds a run of another config"):
+    with pytest.raises(ConfigError, match=r"holds a run of another config \(recipe\.lr 0\.003, now 0\.001\)"):
         train_all(validate_config(other))
     train_all(validate_config({**other, "resume": "never"}))
     assert (tmp_path / "runs/dense-seed0.old-1/final/model.safetensors").stat().st_mtime_ns == at

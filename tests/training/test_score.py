@@ -102,7 +102,7 @@ def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_
         assert scored.counted[key] == result["test"][key]
     assert scored.counted["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
     assert quality_of([scored], None).accuracy == result["test"]["top1"] / 30
-    with pytest.raises(ConfigError, match="is of another config"):
+    with pytest.raises(ConfigError, match=r"is of another config \(recipe\.lr 0\.003, now 1\.0\)"):
         score_all(validate_config({**config, "recipe": {**config["recipe"], "lr": 1.0}}), 7, Console(quiet=True))
     weights = tmp_path / "runs/dense-seed0/final/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
