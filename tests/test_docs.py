@@ -27,6 +27,7 @@ from attnzoo.bench.report import markdown_section
 from attnzoo.bench.strict import read_yaml
 from attnzoo.registry import _table, unregister_attention
 from attnzoo.training import config as classify
+from attnzoo.training import report as training_report
 from eval import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,17 @@ def test_the_page_on_training_lists_every_key_with_its_default():
     assert augment == with_augment["augment"]
     (own,) = (each for each in examples if each.get("name") == "flowers")
     assert classify.validate_config(own).recipe.epochs == 30
+
+
+def test_the_table_of_fashion_mnist_is_that_of_the_committed_records():
+    folders = sorted((ROOT / "docs/records/fashion_mnist").glob("*-batch*"))
+    assert [folder.name for folder in folders] == ["forward-batch1", "forward-batch64", "training-batch64"]
+    for folder in folders:
+        records = read_records(folder / "records.jsonl")
+        costs = [record for record in records if record.kind == "cost"]
+        assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in costs)
+        assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in costs)
+    assert between(ROOT / "docs/classify.md", "fashion-mnist") == training_report.markdown_table(records)
 
 
 def load_bench(path, overrides):
