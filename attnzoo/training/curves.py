@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from attnzoo.bench.plots import COLOURS, MARKERS, add_legend, new_figure, to_svg
+from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, to_svg
 from attnzoo.bench.record import Quality, Training
 
 DENSE, OTHER = COLOURS[0], COLOURS[2]
+MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
 TOP1 = "top-1, % of the test images"
 
 
@@ -55,7 +57,9 @@ def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
     shown = {label: seeds for label, seeds in curves.items() if min(map(len, seeds))}
     if not shown:
         return ""
-    figure, axes = new_figure(height=4.2)
+    below = 0.2 * math.ceil(len(shown) / COLUMNS) if len(shown) > MOST_INSIDE else 0.0  # inches for the key
+    figure, axes = new_figure(height=4.2 + below)
+    figure.subplots_adjust(bottom=(0.55 + below) / (4.2 + below))
     longest = 0
     for number, (label, seeds) in enumerate(shown.items()):
         each = list(zip(*seeds, strict=False))
@@ -72,7 +76,10 @@ def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
         axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(title)
-    add_legend(axes)
+    if below:
+        figure.legend(loc="lower center", ncols=COLUMNS, frameon=False, labelcolor=INK, fontsize=8)
+    else:
+        add_legend(axes)
     return to_svg(figure, title)
 
 
