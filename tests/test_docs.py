@@ -144,15 +144,22 @@ def test_the_page_on_training_lists_every_key_with_its_default():
     assert classify.validate_config(own).recipe.epochs == 30
 
 
-def test_the_table_of_fashion_mnist_is_that_of_the_committed_records():
-    folders = sorted((ROOT / "docs/records/fashion_mnist").glob("*-batch*"))
-    assert [folder.name for folder in folders] == ["forward-batch1", "forward-batch64", "training-batch64"]
+@pytest.mark.parametrize(
+    ("name", "costs"),
+    [
+        ("fashion_mnist", ["forward-batch1", "forward-batch64", "training-batch64"]),
+        ("cifar10_cpu", ["training-batch64"]),
+    ],
+)
+def test_the_tables_of_trainings_are_those_of_the_committed_records(name, costs):
+    folders = sorted((ROOT / "docs/records" / name).glob("*-batch*"))
+    assert [folder.name for folder in folders] == costs
     for folder in folders:
         records = read_records(folder / "records.jsonl")
-        costs = [record for record in records if record.kind == "cost"]
-        assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in costs)
-        assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in costs)
-    assert between(ROOT / "docs/classify.md", "fashion-mnist") == training_report.markdown_table(records)
+        rows = [record for record in records if record.kind == "cost"]
+        assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
+        assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
+    assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == training_report.markdown_table(records)
 
 
 def load_bench(path, overrides):
