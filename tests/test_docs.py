@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -160,6 +161,34 @@ def test_the_tables_of_trainings_are_those_of_the_committed_records(name, costs)
         assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
         assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
     assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == training_report.markdown_table(records)
+
+
+def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
+    page = " ".join((ROOT / "docs/classify.md").read_text(encoding="utf-8").split())
+
+    def trained(name):
+        records = read_records(ROOT / "docs/records" / name / "training-batch64/records.jsonl")
+        return {record.label: record.quality.trainings for record in records if record.kind == "quality"}
+
+    fashion = trained("fashion_mnist")
+    top1 = {label: statistics.fmean(100 * t.correct / t.images for t in runs) for label, runs in fashion.items()}
+    gains = [round(top1[f"padre degree={degree}"] - top1["softmax"]) for degree in (2, 3)]
+    assert f"by {gains[0]} points at degree 2 and {gains[1]} at degree 3" in page
+    assert abs(top1["conv"] - top1["padre degree=3"]) < 0.3
+    assert abs(top1["padre degree=1"] - top1["padre degree=3"]) < 0.3
+    assert abs(top1["pooling"] - top1["softmax"]) < 0.3
+    assert min(top1["conv"], top1["padre degree=1"]) > top1["padre degree=2"] + 0.5
+    minutes = {label: [t.seconds / 60 for t in runs] for label, runs in fashion.items()}
+    (mamba,) = minutes.pop("mamba state_size=4 expand=1")
+    every = sorted(time for times in minutes.values() for time in times)
+    usual = [time for time in every if time < 12]
+    assert len(usual) == 15
+    said = f"took {usual[0]:.0f} to {usual[-1]:.0f} minutes, up to {every[-1]:.0f} while other work"
+    assert f"{said} shared the cores, and Mamba's {mamba:.0f}: past the limit" in page
+    (softmax,), (padre,) = trained("cifar10_cpu").values()
+    curves = [[f"{100 * right / t.images:.2f}" for right in t.epoch_correct] for t in (padre, softmax)]
+    told = [f"{', '.join(values[:-1])} and {values[-1]}%" for values in curves]
+    assert f"ahead after every epoch: {told[0]} against softmax's {told[1]}" in page
 
 
 def load_bench(path, overrides):

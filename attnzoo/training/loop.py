@@ -222,8 +222,9 @@ class Training:
         data, accelerator = self.config.data, self.accelerator
         options: dict[str, Any] = {"num_workers": data.workers, "pin_memory": accelerator.device.type == "cuda"}
         rank, world = accelerator.process_index, accelerator.num_processes
+        train: Any = self.splits.train
         if not self.splits.streamed:
-            images = TrainImages(self.splits.train, self.train_transform, self.run.seed)  # type: ignore[arg-type]
+            images = TrainImages(train, self.train_transform, self.run.seed)
             repeats = 1 if self.config.augment is None else self.config.augment.repeats
             sampler = Batches(
                 self.splits.train_images,
@@ -237,11 +238,10 @@ class Training:
             )
             yield from DataLoader(images, batch_sampler=sampler, **options)
             return
-        source: Any = self.splits.train
-        stream = StreamImages(source, self.train_transform, self.run.seed, rank)
-        source.set_loader_cfg(num_workers=data.workers)
+        stream = StreamImages(train, self.train_transform, self.run.seed, rank)
+        train.set_loader_cfg(num_workers=data.workers)
         for epoch in range(self.progress.step // self.steps, self.config.recipe.epochs):
-            source.set_epoch(epoch)
+            train.set_epoch(epoch)
             stream.epoch = epoch
             skip = self.progress.step % self.steps
             loader = iter(DataLoader(stream, batch_size=self.local, drop_last=True, **options))

@@ -118,7 +118,10 @@ def test_gradients(causal, softcap, ragged, sizes):
     for a, b in zip(*pairs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     if max(sizes) < 10:
-        run = lambda *x: scored_attention(*x, **options).output  # noqa: E731
+
+        def run(*x):
+            return scored_attention(*x, **options).output
+
         assert torch.autograd.gradcheck(run, inputs)
         assert torch.autograd.gradgradcheck(run, inputs, atol=1e-4)
 

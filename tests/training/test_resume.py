@@ -59,9 +59,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path
         before = steps_done(parent)
         process = SERVER.Process(target=train_here, args=(config,))
         process.start()
-        while dice.random() > 0.002 and process.is_alive() and steps_done(parent) == before:
+        starting = dice.random() < 0.2
+        while not starting and process.is_alive() and steps_done(parent) == before:
             time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.2))
+        time.sleep(dice.uniform(0, 2 if starting else 0.2))
         while len(at) % 4 == 3 and process.is_alive() and not in_part(parent):
             time.sleep(0.0005)
         assert process.is_alive(), "it ended before it could be killed"
@@ -69,7 +70,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path
         process.join()
         at.append(steps_done(parent))
         in_writing += in_part(parent)
-    assert len(set(at)) > KILLS // 4, f"the kills came too early to show anything: {at}"
+    assert len(set(at)) > KILLS // 2, f"the kills came too early to show anything: {at}"
     assert in_writing > 0, "no kill came while a checkpoint was being written"
     train_all(validate_config(config))
     assert same(weights(tmp_path / "whole/runs"), weights(tmp_path / "broken"))
