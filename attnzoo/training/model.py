@@ -124,9 +124,9 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
 
 
 def _describe(model: Any, about: Mapping[str, Any]) -> None:
-    names = about.get("class_names")
+    names = about["class_names"]
     if about["library"] == "timm":
-        images = {key: tuple(v) if isinstance(v, list) else v for key, v in about.get("images", {}).items()}
+        images = {key: tuple(v) if isinstance(v, list) else v for key, v in about["images"].items()}
         named = {} if names is None else {"label_names": names}
         model.pretrained_cfg = {**model.pretrained_cfg, **images, **named, "num_classes": about["classes"]}
         model.default_cfg = model.pretrained_cfg
