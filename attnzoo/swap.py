@@ -125,7 +125,7 @@ def replace_attention(
     Parameters
     ----------
     model
-        A timm, torch or transformers model, or a module that holds one.
+        A timm, torch, transformers or mmdet model, or a module that holds one.
     name
         A registered core, mixer or eviction policy; see `attnzoo.list_attentions`. A policy bounds the key/value cache
         of a causal language model of transformers; layers with a sliding window keep their own cache.
@@ -136,7 +136,8 @@ def replace_attention(
         Keep the host's own modules, so that `restore_attention` can give them back. False frees them.
     **options
         Options of the method. For mixers in hosts that know no grid (torch's encoders): also ``grid=(h, w)`` and
-        ``prefix=0``, the number of tokens before the grid.
+        ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder: ``positions=True``,
+        whether the mixer gets tokens with position added, as queries and keys do, or without, as values do.
 
     Raises
     ------
@@ -158,8 +159,7 @@ def replace_attention(
     if bounded is not None:
         sites = _without_own_window(sites)
     _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
-    if wanted != Wanted() and not all(site.takes_wanted for site in sites):
-        raise OptionError("grid and prefix are not options here: this host knows its own grid")
+    _check_wanted(wanted, sites)
     core = build_core(info, options) if info.kind == "core" else bounded
     swaps = [
         (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
@@ -276,9 +276,10 @@ def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
 
 def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
     """Take out of `options` what is said about the host rather than about the method."""
-    if not info.capabilities.grid:
-        return Wanted(), options
-    said = {key: value for key, value in options.items() if key in ("grid", "prefix")}
+    names = ({"positions"} if info.kind == "mixer" else set()) | (
+        {"grid", "prefix"} if info.capabilities.grid else set()
+    )
+    said = {key: value for key, value in options.items() if key in names}
     rest = {key: value for key, value in options.items() if key not in said}
     if "grid" in said:
         grid = said["grid"]
@@ -288,14 +289,25 @@ def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted,
         said["grid"] = (grid[0], grid[1])
     if "prefix" in said and (type(said["prefix"]) is not int or said["prefix"] < 0):
         raise OptionError(f"prefix must be a whole number of at least 0, not {said['prefix']!r}")
+    if "positions" in said and type(said["positions"]) is not bool:
+        raise OptionError(f"positions must be True or False, not {said['positions']!r}")
     return Wanted(**said), rest
+
+
+def _check_wanted(wanted: Wanted, sites: list[Site]) -> None:
+    """Raise `OptionError` if something was said about the host that one of the layers has no use for."""
+    useless = {name for site in sites for name in wanted.given() - site.takes_wanted}
+    if useless & {"grid", "prefix"}:
+        raise OptionError("grid and prefix are not options here: this host knows its own grid")
+    if useless:
+        raise OptionError("positions is not an option here: only detectors add position at each attention layer")
 
 
 def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | None) -> list[Site]:
     if not sites:
         raise SwapError(
-            f"found no attention in this {type(model).__name__}; attnzoo knows the attention layers of timm, torch and "
-            "transformers"
+            f"found no attention in this {type(model).__name__}; attnzoo knows the attention layers of timm, torch, "
+            "transformers and mmdet"
         )
     if sites[0].path == "":
         raise SwapError(

@@ -18,6 +18,7 @@ __all__ = ["RefusedSite", "Site", "Wanted", "find_sites"]
 
 # the package whose classes give a host away -> the file that knows it, most particular first
 _HOSTS = {
+    "mmdet": "attnzoo.hosts.mmdet",
     "timm": "attnzoo.hosts.timm",
     "transformers": "attnzoo.hosts.transformers",
     "torch": "attnzoo.hosts.torch",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -28,10 +28,17 @@ class Wanted:
         ``(h, w)`` of the tokens after the prefix.
     prefix
         Number of tokens before the grid.
+    positions
+        Whether a mixer gets tokens with their position added; of detectors, which add it to queries and keys alone.
     """
 
     grid: tuple[int, int] | None = None
     prefix: int | None = None
+    positions: bool | None = None
+
+    def given(self) -> set[str]:
+        """Names of what was said."""
+        return {f.name for f in fields(self) if getattr(self, f.name) is not None}
 
 
 @dataclass
@@ -69,8 +76,10 @@ class Site:
 
     note: str = ""
 
-    takes_wanted: ClassVar[bool] = False
-    """Whether a user may give this host `grid` and `prefix`."""
+    @property
+    def takes_wanted(self) -> frozenset[str]:
+        """Which fields of `Wanted` a user may give here."""
+        return frozenset()
 
     def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str | None:
         """Say why `info` cannot stand here, or give None. `core` is the core under an eviction policy."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,19 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
             if type(layer).__module__.startswith("torchvision.") and looks_like_attention(layer):
                 reason = "window shift and relative position bias" if "Window" in type(layer).__name__ else ""
                 sites.append(RefusedSite(path, layer, "torch", reason or "no host of attnzoo knows this class"))
-        elif type(layer).forward is not nn.MultiheadAttention.forward:
-            sites.append(RefusedSite(path, layer, "torch", "a subclass with a forward of its own"))
-        elif layer.bias_k is not None or layer.add_zero_attn:
-            option = "add_bias_kv" if layer.bias_k is not None else "add_zero_attn"
-            sites.append(RefusedSite(path, layer, "torch", f"{option}=True adds a key of its own"))
         else:
-            sites.append(_site(path, layer, layers, wanted))
+            reason = refusal(layer)
+            sites.append(RefusedSite(path, layer, "torch", reason) if reason else _site(path, layer, layers, wanted))
     return sites
+
+
+def refusal(layer: nn.MultiheadAttention) -> str:
+    """Say why nothing can stand in the place of `layer`; empty if something can."""
+    if type(layer).forward is not nn.MultiheadAttention.forward:
+        return "a subclass with a forward of its own"
+    if layer.bias_k is not None or layer.add_zero_attn:
+        return f"{'add_bias_kv' if layer.bias_k is not None else 'add_zero_attn'}=True adds a key of its own"
+    return ""
 
 
 def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], wanted: Wanted) -> Site:
@@ -91,7 +96,11 @@ class TorchSite(Site):
 
     grid: tuple[int, int] | None = None
     encoder: nn.TransformerEncoder | None = None
-    takes_wanted: ClassVar[bool] = True
+
+    @property
+    def takes_wanted(self) -> frozenset[str]:
+        """A user tells what torch does not know."""
+        return frozenset({"grid", "prefix"})
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
@@ -148,7 +157,7 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(query, key, value))
-        mask = _merge(_seen(attn_mask, self.num_heads), _seen_keys(key_padding_mask), q.dtype)
+        mask = merge(seen(attn_mask, self.num_heads), seen_keys(key_padding_mask), q.dtype)
         dropout = self.dropout if self.training else 0.0
         refuse_unable(self, mask=mask is not None, dropout=dropout > 0)
         options = {"mask": mask, "dropout": dropout}
@@ -217,7 +226,7 @@ class TorchMixer(MixerLayer):
         batched = query.dim() == 3
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
-        mask = _seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
+        mask = seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
         refuse_unable(self, mask=mask is not None)
         if mask is not None:
             mask = (mask if mask.dtype == torch.bool else mask == 0).flatten(1)  # whatever is lowered is padding
@@ -226,7 +235,7 @@ class TorchMixer(MixerLayer):
         return out if batched else out.squeeze(0 if self.batch_first else 1), None
 
 
-def _seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
+def seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
     """Torch's attn_mask, True where hidden, ``(N, S)`` or ``(B * H, N, S)``, as a core's mask."""
     if attn_mask is None:
         return None
@@ -234,7 +243,7 @@ def _seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _seen_keys(key_padding_mask: Tensor | None) -> Tensor | None:
+def seen_keys(key_padding_mask: Tensor | None) -> Tensor | None:
     """Torch's key_padding_mask ``(B, S)``, True where hidden, as a core's mask ``(B, 1, 1, S)``."""
     if key_padding_mask is None:
         return None
@@ -242,7 +251,8 @@ def _seen_keys(key_padding_mask: Tensor | None) -> Tensor | None:
     return ~mask if mask.dtype == torch.bool else mask
 
 
-def _merge(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def merge(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Join two masks of a core; `dtype` is that of an additive one."""
     if a is None or b is None:
         return b if a is None else a
     if a.dtype == torch.bool and b.dtype == torch.bool:

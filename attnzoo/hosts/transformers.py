@@ -11,7 +11,8 @@ and None from every other.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
 `attnzoo.eviction.cache`. A mixer stands in the place of a whole attention module: a causal one of a decoder's
-(`attnzoo.hosts.decoder_mixer`), any other of an image encoder's (`attnzoo.hosts.vision_mixer`).
+(`attnzoo.hosts.decoder_mixer`), any other of an image encoder's (`attnzoo.hosts.vision_mixer`) or of a detector's
+(`attnzoo.hosts.detector_mixer`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import vision_mixer
+from attnzoo.hosts import detector_mixer, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
@@ -67,8 +68,12 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
             if "causal" not in site.needs:
-                site.patches = vision_mixer.patches_of(site.path, layers)
-                site.prefix = vision_mixer.prefix_of(site.module)
+                site.detector = detector_mixer.layer_of(site.path, layers)
+                if site.detector is None:
+                    site.patches = vision_mixer.patches_of(site.path, layers)
+                    site.prefix = vision_mixer.prefix_of(site.module)
+                else:
+                    site.positions = True if wanted.positions is None else wanted.positions
             if site.owner is not None and "causal" in site.needs:
                 if id(site.owner) not in caches:
                     caches[id(site.owner)] = DynamicCache(config=site.owner.config).layers
@@ -159,6 +164,13 @@ class TransformersSite(Site):
     own_cache: Any = None
     shares_place: bool = False
     patches: vision_mixer.Patches | None = None
+    detector: detector_mixer.DetectorLayer | None = None
+    positions: bool = True
+
+    @property
+    def takes_wanted(self) -> frozenset[str]:
+        """What detectors add at each layer, a mixer can do without."""
+        return frozenset() if self.detector is None else frozenset({"positions"})
 
     def eviction_problem(self) -> str | None:
         """Only the causal self-attention of a decoder has a cache to bound."""
@@ -201,6 +213,8 @@ class TransformersSite(Site):
         """Have the model look at its calls as long as any of its layers is bounded."""
         if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
             self.patches.attach(layer)
+        elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
+            self.detector.attach(layer)
         elif "attnzoo_cache" in vars(layer):
             cache.add_hook(self.owner)
         else:
@@ -212,10 +226,14 @@ class TransformersSite(Site):
             cache.drop_hook(self.owner)
         if self.patches is not None:
             self.patches.detach()
+        if self.detector is not None:
+            self.detector.detach()
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers that decode stand in decoders, and any in image encoders."""
         if "causal" not in self.needs:
+            if self.detector is not None:
+                return self.detector.problem
             return vision_mixer.problem(self.module, self.patches)
         if not info.capabilities.causal:
             return "causality: a mixer that is not causal would let a token see those after it" + _causal_form(info)
@@ -225,6 +243,8 @@ class TransformersSite(Site):
 
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
         """Run `mixer` on the tokens: from the state that the cache holds, or with the grid of the image."""
+        if self.detector is not None:
+            return detector_mixer.DetectorMixer(mixer, self.positions)
         if "causal" not in self.needs:
             return vision_mixer.VisionMixer(mixer, vision_mixer.GridOfCall(), self.prefix)
         return DecoderMixer(mixer, self.module)

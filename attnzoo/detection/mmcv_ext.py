@@ -1,0 +1,128 @@
+"""A stand-in for ``mmcv._ext``, mmcv's compiled operators, where none was compiled.
+
+MMDetection imports mmcv's operators, and their import fails where pip installed mmcv without a compiler. With the
+stand-in the import works: NMS and RoI align are torchvision's, and multi-scale deformable attention has a form in
+PyTorch that mmcv itself falls back on. Any other operator says, when it is called, what to install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnzoo.errors import UnsupportedError
+from attnzoo.extras import require
+
+NAME = "mmcv._ext"
+INSTALL = "pip install --no-binary onedl-mmcv --no-build-isolation onedl-mmcv, with MMCV_WITH_OPS=1 and a C++ compiler"
+
+
+def ensure() -> None:
+    """Put the stand-in in place, unless mmcv has its compiled operators or the stand-in is there already.
+
+    Raises
+    ------
+    MissingExtraError
+        If mmcv or mmdet is not installed at all.
+    """
+    require("mmcv", "mmdet", "mmengine", "pycocotools", extra="detection")
+    if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
+        sys.modules[NAME] = StandIn(NAME)
+
+
+class StandIn(ModuleType):
+    """A module that has every operator by name; those that torchvision lacks raise when they are called."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in _OPERATORS:
+            return _OPERATORS[name]
+
+        def missing(*inputs: Any, **options: Any) -> Any:
+            raise UnsupportedError(
+                f"mmcv's operator {name!r} is not compiled here, and torchvision has none for it; compile mmcv's own: "
+                f"{INSTALL}"
+            )
+
+        return missing
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes ``(N, 4)`` to keep, the best score first."""
+    from torchvision.ops import nms as keep
+
+    if offset:  # boxes whose last pixel counts
+        boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+    return keep(boxes, scores, iou_threshold)
+
+
+def roi_align_forward(
+    x: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the mean of each bin of regions `rois` ``(R, 5)`` of `x` into `output` ``(R, C, h, w)``.
+
+    Raises
+    ------
+    UnsupportedError
+        For the maximum of each bin (`pool_mode` 0), which torchvision does not have.
+    """
+    output.copy_(
+        _roi_align(x, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, pool_mode, aligned)
+    )
+
+
+def roi_align_backward(
+    grad: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    *,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Write the gradient of `roi_align_forward` with respect to `x` into `grad_input`."""
+    with torch.enable_grad():
+        x = torch.zeros_like(grad_input, requires_grad=True)
+        size = (aligned_height, aligned_width)
+        out = _roi_align(x, rois, size, spatial_scale, sampling_ratio, pool_mode, aligned)
+    grad_input.copy_(torch.autograd.grad(out, x, grad)[0])
+
+
+def _roi_align(
+    x: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, pool_mode: int, aligned: bool
+) -> Tensor:
+    from torchvision.ops import roi_align
+
+    if pool_mode != 1:
+        raise UnsupportedError(f"mmcv's operator 'roi_align' takes the mean only where it is not compiled: {INSTALL}")
+    return roi_align(x, rois, size, scale, ratio if ratio > 0 else -1, aligned)
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "nms": nms,
+    "roi_align_forward": roi_align_forward,
+    "roi_align_backward": roi_align_backward,
+}
