@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import os
 import shutil
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from attnzoo.errors import AssetError, UnknownNameError
+from attnzoo.errors import AssetError, DataError, UnknownNameError
 
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 30.0
@@ -180,10 +181,15 @@ class InstalledFile:
 
 
 @dataclass(frozen=True)
-class FromGguf:
-    """Another asset's GGUF language model, as a folder of safetensors and tokenizer that loads in a second."""
+class Made:
+    """Another asset in another form; `by` names the function, as ``module:name``, that fills a folder from that one's.
+
+    A path that a caller gives is of the other asset.
+    """
 
     asset: str
+    by: str
+    path: Path | None = None
 
     @property
     def where(self) -> str:
@@ -192,9 +198,12 @@ class FromGguf:
 
     def fetch(self, folder: Path, asset: str) -> None:
         """Convert it; the other asset is fetched first where need be."""
-        from attnzoo.tasks import gguf
-
-        gguf.convert(get(self.asset), folder)
+        module, _, name = self.by.partition(":")
+        convert = getattr(importlib.import_module(module), name)
+        try:
+            convert(get(self.asset, self.path), folder)
+        except DataError as error:
+            raise AssetError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -290,6 +299,19 @@ ASSETS: tuple[Asset, ...] = (
         advice="clone https://github.com/Shenggan/BCCD_Dataset and give its folder as path",
     ),
     Asset(
+        "bccd_coco",
+        "BCCD in COCO's layout: 205 photos to train with, 87 to validate, 72 to test",
+        "MIT",
+        (Made("bccd", "attnzoo.detection.datasets:bccd"),),
+        advice="clone https://github.com/Shenggan/BCCD_Dataset and give its folder as path",
+    ),
+    Asset(
+        "neon_tree_crowns_coco",
+        "two of those aerial photos cut into tiles of 224 pixels, in COCO's layout: 110 to train with, 20 to validate",
+        "MIT",
+        (Made("neon_tree_crowns", "attnzoo.detection.datasets:tree_crowns"),),
+    ),
+    Asset(
         "neon_tree_crowns",
         "aerial photos with Pascal VOC boxes of tree crowns, out of the deepforest package",
         "MIT",
@@ -306,7 +328,7 @@ ASSETS: tuple[Asset, ...] = (
         "smollm2_135m_instruct_safetensors",
         "SmolLM2-135M-Instruct, the weights of that GGUF file in float32, with tokenizer, as transformers reads them",
         "Apache-2.0",
-        (FromGguf("smollm2_135m_instruct"),),
+        (Made("smollm2_135m_instruct", "attnzoo.tasks.gguf:convert"),),
         advice="load HuggingFaceTB/SmolLM2-135M-Instruct from the hub with transformers instead",
     ),
     Asset(
@@ -364,6 +386,9 @@ def get(name: str, path: str | Path | None = None) -> Path:
 
 def obtain(asset: Asset, path: str | Path | None = None) -> Path:
     """Do what `get` does for an `Asset` that needs no name in the table."""
+    made = next((source for source in asset.sources if isinstance(source, Made)), None)
+    if path is not None and made is not None:
+        return _into_cache(asset, [dataclasses.replace(made, path=Path(path))])
     if path is not None:
         given = Path(path).expanduser()
         if given.is_dir():

@@ -37,5 +37,9 @@ class ConfigError(AttnZooError):
     """A config that does not fit its schema."""
 
 
+class DataError(AttnZooError):
+    """Images or annotations that cannot be used: the message names the file."""
+
+
 class TrainingError(AttnZooError):
     """A training that cannot go on, or a checkpoint that cannot be used: the message says where and what is left."""

@@ -17,7 +17,7 @@ import zipfile
 import pytest
 
 from attnzoo import assets
-from attnzoo.assets import Asset, DebianPackage, Download, FromGguf, InstalledFile, RemoteFile, Wheel, obtain
+from attnzoo.assets import Asset, DebianPackage, Download, InstalledFile, Made, RemoteFile, Wheel, obtain
 from attnzoo.errors import AssetError, UnknownNameError
 
 CONTENT = bytes(range(256)) * 4096
@@ -320,6 +320,6 @@ def test_every_asset_has_its_papers_and_every_pin_is_a_sha256():
         for source in asset.sources:
             if isinstance(source, Download):
                 pins += [file.sha256 for file in source.files]
-            elif not isinstance(source, (FromGguf, InstalledFile)):
+            elif not isinstance(source, (InstalledFile, Made)):
                 pins.append(source.sha256)
         assert all(re.fullmatch(r"[0-9a-f]{64}", pin) for pin in pins)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from attnzoo.bench.config import LanguageConfig, QualityConfig
-from attnzoo.bench.record import Canary, Interval, Perplexity, Quality, Training
+from attnzoo.bench.record import Canary, Detection, Interval, Perplexity, Quality, Training
+from attnzoo.bench.summary import Qualities
 from attnzoo.tasks import classify
 from attnzoo.tasks.paired import paired_difference
 
@@ -54,7 +55,7 @@ def perplexity_of(config: LanguageConfig, window_nll: Sequence[float], canary_nl
     )
 
 
-def against(quality: Quality | Perplexity, dense: Quality | Perplexity | None) -> Quality | Perplexity:
+def against(quality: Qualities, dense: Qualities | None) -> Qualities:
     """Give the same with its ratio to the dense baseline's, and the ratio's 95% interval.
 
     Parameters
@@ -67,6 +68,8 @@ def against(quality: Quality | Perplexity, dense: Quality | Perplexity | None) -
     update: dict[str, object] = {"ratio": None, "ratio_low": None, "ratio_high": None}
     if isinstance(quality, Quality) and isinstance(dense, Quality):
         update |= _accuracy_ratio(quality, dense)
+    elif isinstance(quality, Detection) and isinstance(dense, Detection):
+        update["ratio"] = quality.ap / dense.ap if dense.ap else None
     elif isinstance(quality, Perplexity) and isinstance(dense, Perplexity):
         found = paired_difference(quality.window_nll, dense.window_nll)
         update = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from attnzoo.bench import plots
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Cost, Gate, Perplexity, Quality, Record
-from attnzoo.bench.summary import Group, Summary, Verdict, summarise
+from attnzoo.bench.record import Cost, Detection, Gate, Part, Perplexity, Quality, Quantiles, Record, Stage
+from attnzoo.bench.summary import Group, Qualities, Summary, Verdict, summarise
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d7dce1; --paper: #ffffff; --card: #f5f7f9;
@@ -61,6 +61,9 @@ TRAINED = (
     *("top-1 % (95% Wilson)", "kept (95%)", "right", "top-5 %", "calibration error"),
     *("last epoch's loss", "training, s"),
 )
+DETECTED = ("AP %", "kept", "AP50 %", "AP75 %", "small %", "medium %", "large %", "AP of each seed", "images", "boxes")
+STAGED = ("stage", "ms<br><small>p50 (p20-p80)</small>", "speed-up<br><small>p50 (p20-p80)</small>", "part of the time",
+          "FLOPs", "peak memory", "parameters")  # fmt: skip
 SCORED = ("perplexity", "kept (95%)", "NLL, nats a token", "above dense (95%)", "windows of tokens")
 A_CALL = {
     "forward": "ms a forward",
@@ -71,7 +74,7 @@ A_CALL = {
 A_SECOND = {"forward": "images", "training": "images", "prefill": "tokens", "decode": "tokens"}
 
 
-def html_page(records: Iterable[Record], config: str | None = None) -> str:
+def html_page(records: Iterable[Record], config: str | None = None, sections: Sequence[str] = ()) -> str:
     """Give the page.
 
     Parameters
@@ -79,7 +82,9 @@ def html_page(records: Iterable[Record], config: str | None = None) -> str:
     records
         Of one config.
     config
-        The config as YAML, to be shown at the end.
+        The config as text, to be shown at the end.
+    sections
+        Further parts in HTML, each with a heading, to be shown before that.
     """
     summary = summarise(records)
     title = f"attnzoo benchmark: {summary.any.benchmark}"
@@ -89,7 +94,9 @@ def html_page(records: Iterable[Record], config: str | None = None) -> str:
         _table(summary),
         _how_to_read(),
         _all_plots(summary),
+        _stages(summary),
         _quality_tables(summary),
+        *sections,
         _gates(summary),
         "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
     ]
@@ -114,7 +121,7 @@ def _what_was_run(summary: Summary) -> str:
             prefix = f", {shapes.prefix} prefix tokens" if shapes.prefix else ""
             told += f"; {shapes.depth} attention layers, width {shapes.dim}, {shapes.heads} heads{prefix}"
             told += f"; batch {_batches(groups)}"
-        facts["Vision" if part == "vision" else "Language"] = told
+        facts[part.capitalize()] = told
     facts |= {
         "Machine": words.machine(summary),
         "Versions": "; ".join(words.versions(summary)),
@@ -194,7 +201,7 @@ def _how_to_read() -> str:
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
         "(of activations and of the cache, in one call), cache and parameters (of the model, or of the layer where it "
         "was timed alone) below 1x is less. Quality "
-        "kept is accuracy over dense accuracy, or dense perplexity over perplexity: above 1x is better than dense. "
+        "kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is better than dense. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
         "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, "
         "for quality only where its interval leaves 1x out (it is that of images or of windows of text, not that "
@@ -227,7 +234,12 @@ def _quality_tables(summary: Summary) -> str:
         note = next((row.quality_note for group in summary.groups for row in group.rows), "")
         return f"<h2>Quality</h2><p>None measured: {escape(note)}.</p>"
     found = ""
-    for part, columns, cells in (("vision", TRAINED, _trained_cells), ("language", SCORED, _scored_cells)):
+    tables: dict[Part, tuple[tuple[str, ...], Callable[[Qualities], list[str]]]] = {
+        "vision": (TRAINED, _trained_cells),
+        "detection": (DETECTED, _detected_cells),
+        "language": (SCORED, _scored_cells),
+    }
+    for part, (columns, cells) in tables.items():
         rows = [row for row in summary.quality if row.part == part]
         if not rows:
             continue
@@ -246,7 +258,7 @@ def _quality_tables(summary: Summary) -> str:
     return f"<h2>Quality</h2>{found}"
 
 
-def _trained_cells(q: Quality | Perplexity) -> list[str]:
+def _trained_cells(q: Qualities) -> list[str]:
     if not isinstance(q, Quality):
         return []
     right = f"{sum(t.correct for t in q.trainings)} of {q.images}"
@@ -257,7 +269,58 @@ def _trained_cells(q: Quality | Perplexity) -> list[str]:
     return [words.absolute(q), words.kept(q), right, top5, calibration, losses, seconds]
 
 
-def _scored_cells(q: Quality | Perplexity) -> list[str]:
+def _detected_cells(q: Qualities) -> list[str]:
+    if not isinstance(q, Detection):
+        return []
+    parts = (q.ap50, q.ap75, q.ap_small, q.ap_medium, q.ap_large)
+    figures = ["-" if value is None else f"{100 * value:.1f}" for value in parts]
+    seeds = ", ".join(f"{100 * one.ap:.1f}" for one in q.trainings)
+    return [f"{100 * q.ap:.1f}", words.kept(q), *figures, seeds, f"{q.images:,}", f"{q.boxes:,}"]
+
+
+def _stages(summary: Summary) -> str:
+    """What each stage of a model costs, where stages were told apart."""
+    body = ""
+    for group in summary.groups:
+        rows = [row for row in group.rows if row.cost is not None and row.cost.candidate.stages]
+        if not rows:
+            continue
+        title = f"{escape(group.host)}: {group.title}"
+        body += f'<tr class="group"><td class="text" colspan="{len(STAGED) + 1}"><span>{title}</span></td></tr>\n'
+        for row in rows:
+            body += "".join(_stage_row(row, stage, words.noise(rows)) for stage in _staged(row))
+    if not body:
+        return ""
+    head = "".join(f"<th>{name}</th>" for name in ("attention", *STAGED))
+    told = (
+        "The encoder's attention is a part of the encoder. Times were taken within calls of the whole model; memory is "
+        "that of the stage called alone. The parts of the other stages leave out what lies between them."
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<h2>Stages</h2><p class="soft">{told}</p><div class="wide">{table}</div>'
+
+
+def _staged(row: Record) -> tuple[Stage, ...]:
+    return () if row.cost is None else row.cost.candidate.stages
+
+
+def _stage_row(row: Record, stage: Stage, still: Quantiles | None) -> str:
+    opening = '<tr class="base">' if row.is_baseline else "<tr>"
+    held = stage.activation_peak_bytes or stage.allocator_peak_bytes
+    cells = [
+        f"<td>{escape(row.label)}</td>",
+        f"<td>{escape(stage.name)}</td>",
+        _cell(words.milliseconds(stage.latency_ms)),
+        _cell(words.times(stage.speedup), "same" if row.is_baseline else words.speed_verdict(stage.speedup, still)),
+        _cell(f"{stage.share:.0%}"),
+        _cell(f"{stage.flops / 1e9:,.2f} G"),
+        _cell(words.megabytes(held) if held else "-"),
+        _cell(f"{stage.parameters:,}"),
+    ]
+    return opening + "".join(cells) + "</tr>\n"
+
+
+def _scored_cells(q: Qualities) -> list[str]:
     if not isinstance(q, Perplexity):
         return []
     d = q.difference

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnzoo.bench.record import Quality, Record
+from attnzoo.bench.record import Part, Quality, Record
 from attnzoo.bench.summary import Group, Summary, activation_ratio, spread
 from attnzoo.extras import require
 
@@ -16,6 +16,7 @@ INK = "#010203"  # stands for the page's text colour, which is put in afterwards
 COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
 POLICY_COLOURS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
+NAMES: dict[Part, str] = {"vision": "mixers and cores", "detection": "detectors", "language": "policies"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -69,10 +70,10 @@ class Trade:
 
 def speed_trade_plot(summary: Summary) -> str:
     """Quality kept against speed-up: vision models at the largest token count, language models in both phases."""
-    tokens = max((group.tokens for group in summary.of("vision")), default=0)
+    tokens = _most_tokens(summary)
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or (group.part == "vision" and group.tokens != tokens):
+        if row.cost is None or group.tokens != tokens[group.part]:
             return None
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
@@ -80,7 +81,7 @@ def speed_trade_plot(summary: Summary) -> str:
     def name(group: Group) -> str:
         if group.part == "language":
             return f"policies: {group.phase}"
-        return f"mixers and cores: {group.title.partition(',')[0]}, {tokens:,} tokens"
+        return f"{NAMES[group.part]}: {group.title.partition(',')[0]}, {tokens[group.part]:,} tokens"
 
     shapes = {SHAPES[group.phase]: name(group) for group in summary.groups}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
@@ -88,21 +89,28 @@ def speed_trade_plot(summary: Summary) -> str:
 
 def memory_trade_plot(summary: Summary) -> str:
     """Quality kept against memory: peak activations of vision models, bytes that the cache of language models holds."""
-    tokens = max((group.tokens for group in summary.of("vision")), default=0)
+    tokens = _most_tokens(summary)
 
     def spot(group: Group, row: Record) -> Spot | None:
-        vision = group.part == "vision"
-        if row.cost is None or group.phase == "prefill" or (vision and group.tokens != tokens):
+        vision = group.part != "language"
+        if row.cost is None or group.phase == "prefill" or group.tokens != tokens[group.part]:
             return None
         x = activation_ratio(row) if vision else row.cost.ratios.cache_held
         return None if x is None else Spot(x, "o" if vision else "s", x, x)
 
     names = {
-        "vision": f"mixers and cores: peak activation memory, {tokens:,} tokens",
-        "language": "policies: cache held",
+        part: "policies: cache held"
+        if part == "language"
+        else f"{NAMES[part]}: peak activation memory, {tokens[part]:,} tokens"
+        for part in summary.parts
     }
-    shapes = {"o" if part == "vision" else "s": names[part] for part in summary.parts}
+    shapes = {"s" if part == "language" else "o": names[part] for part in summary.parts}
     return _trade(_trades(summary, spot), "memory, part of dense (left is less)", shapes, "memory-trade")
+
+
+def _most_tokens(summary: Summary) -> dict[Part, int]:
+    """The largest token count of each part; that of a language model is its prompt's."""
+    return {part: max(group.tokens for group in summary.of(part)) for part in summary.parts}
 
 
 def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> list[Trade]:
@@ -116,7 +124,7 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
                 continue
             low = quality.ratio if quality.ratio_low is None else quality.ratio_low
             high = quality.ratio if quality.ratio_high is None else quality.ratio_high
-            palette = COLOURS if part == "vision" else POLICY_COLOURS
+            palette = POLICY_COLOURS if part == "language" else COLOURS
             colour = palette[summary.labels[part].index(label) % len(palette)]
             trades.append(Trade(label, colour, quality.ratio, low, high, spots))
     return trades

@@ -12,17 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from attnzoo.bench.lines import FolderLock, append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
-SCHEMA_VERSION = 2  # 2 added the language model; all that it added has a default, so lines of version 1 are read
+SCHEMA_VERSION = 3  # 2 added the language model, 3 detection; what they added has defaults, so older lines are read
 RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
-Part = Literal["vision", "language"]
+Part = Literal["vision", "detection", "language"]
 Phase = Literal["forward", "training", "prefill", "decode"]
 Key = tuple[str, str, str, str, int]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Entry(BaseModel):
@@ -86,8 +87,24 @@ class Memory(Entry):
     note: str = ""
 
 
+class Stage(Entry):
+    """What one stage of a model costs; a stage may lie within another.
+
+    `speedup` is against the same stage of the dense baseline; `share` is its part of the whole model's time.
+    """
+
+    name: str
+    latency_ms: Quantiles
+    speedup: Quantiles
+    share: NonNegative
+    flops: Count
+    parameters: Count
+    activation_peak_bytes: Count | None = None
+    allocator_peak_bytes: Count | None = None
+
+
 class Side(Entry):
-    """What one model costs.
+    """What one model costs, and each of its `stages` where these were told apart.
 
     Latency is in milliseconds a forward, a prompt or a token; throughput in images, prompt or new tokens a second.
     """
@@ -98,6 +115,11 @@ class Side(Entry):
     parameters: Count
     attention_parameters: Count
     memory: Memory
+    stages: tuple[Stage, ...] = ()
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage of this name."""
+        return next((stage for stage in self.stages if stage.name == name), None)
 
 
 class Ratios(Entry):
@@ -159,6 +181,42 @@ class Quality(Entry):
     note: str
     top5: Annotated[float, Field(ge=0, le=1)] | None = None
     calibration_error: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Detecting(Entry):
+    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested."""
+
+    seed: Count
+    ap: Share
+    ap50: Share
+    ap75: Share
+    ap_small: Share | None
+    ap_medium: Share | None
+    ap_large: Share | None
+    epochs: tuple[Count, ...] = ()
+    epoch_ap: tuple[Share, ...] = ()
+    epoch_ap50: tuple[Share, ...] = ()
+
+
+class Detection(Entry):
+    """COCO's metric on held-out images, the mean of all seeds.
+
+    `ratio` is AP over the dense baseline's, null where that is 0 or there is none; it has no interval.
+    """
+
+    ap: Share
+    ap50: Share
+    ap75: Share
+    ap_small: Share | None
+    ap_medium: Share | None
+    ap_large: Share | None
+    images: Count
+    boxes: Count
+    ratio: NonNegative | None
+    ratio_low: None = None
+    ratio_high: None = None
+    trainings: tuple[Detecting, ...]
+    note: str
 
 
 class Interval(Entry):
@@ -228,7 +286,7 @@ class Record(Entry):
     the decoding after it.
     """
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     benchmark: str
     command: str
@@ -253,7 +311,7 @@ class Record(Entry):
     baseline_gate: Gate | None
     backends: tuple[str, ...]
     cost: Cost | None
-    quality: Quality | Perplexity | None
+    quality: Quality | Detection | Perplexity | None
     quality_note: str
 
     @property

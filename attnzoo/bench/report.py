@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Part, Perplexity, Quality, Quantiles, Record
-from attnzoo.bench.summary import Summary, Verdict, summarise
+from attnzoo.bench.record import Part, Quantiles, Record
+from attnzoo.bench.summary import Qualities, Summary, Verdict, summarise
 from attnzoo.errors import AttnZooError
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -47,14 +47,18 @@ def markdown_table(records: Iterable[Record]) -> str:
     head += ["quality (95% interval)", "quality kept (95% interval)"] if qualities else []
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for part in summary.parts:
-        vision, groups = part == "vision", summary.of(part)
+        vision, groups = part != "language", summary.of(part)
         needs = _needs_group(summary, part).title.replace(", ", " at ").removesuffix(" tokens") if vision else "prefill"
         title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
         title += ["" if vision else "after decoding"] * len(caches)
-        lines.append(title + (["top-1 %" if vision else "perplexity", ""] if qualities else []))
+        lines.append(title + ([words.METRIC[part], ""] if qualities else []))
         for label in summary.labels[part]:
             quality = summary.quality_of(part, label)
-            kept = [words.absolute(quality).removeprefix("ppl "), words.kept(quality)] if qualities else []
+            kept = (
+                [words.absolute(quality).removeprefix("ppl ").removeprefix("AP "), words.kept(quality)]
+                if qualities
+                else []
+            )
             lines.append(_markdown_line(summary, part, label, speeds, bool(caches)) + kept)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -110,7 +114,7 @@ def markdown_section(records: Iterable[Record]) -> str:
         text += ["", f"{_host_words(summary, part)}."]
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
         if quality is not None:
-            text[-1] += f" {'Top-1' if part == 'vision' else 'Perplexity'}: {quality.note}."
+            text[-1] += f" {words.METRIC[part].removesuffix(' %').capitalize()}: {quality.note}."
     return "\n".join([*text, "", "Made by", "", "```sh", command(summary), "```"])
 
 
@@ -186,7 +190,7 @@ def _terminal_table(summary: Summary) -> Table:
     return table
 
 
-def _terminal_cells(row: Record, dense: Quality | Perplexity | None, still: Quantiles | None) -> list[str]:
+def _terminal_cells(row: Record, dense: Qualities | None, still: Quantiles | None) -> list[str]:
     if row.cost is None:
         return [f"[red]{row.status}[/red]"]
     ratios, verdict = row.cost.ratios, words.quality_verdict(row.quality, dense)

@@ -26,13 +26,11 @@ from attnzoo.bench.record import (
     CONFIG_FILE,
     Environment,
     Part,
-    Perplexity,
     Phase,
-    Quality,
     Record,
     RecordStore,
 )
-from attnzoo.bench.summary import one_line
+from attnzoo.bench.summary import Qualities, one_line
 from attnzoo.bench.system import environment
 from attnzoo.errors import AssetError, AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -323,7 +321,7 @@ class _Runner:
     def _found(self, part: Part, label: str) -> Record | None:
         return self.store.records.get((part, "quality", "forward", label, 0))
 
-    def _quality_of(self, part: Part, label: str) -> tuple[Quality | Perplexity | None, str]:
+    def _quality_of(self, part: Part, label: str) -> tuple[Qualities | None, str]:
         """Give the quality of an attention, with its ratio to the baseline's, and a note."""
         if part == "vision" and self.config.quality is None:
             return None, NO_QUALITY
@@ -334,17 +332,17 @@ class _Runner:
             return None, found.quality_note
         return self._with_ratio(part, label, found.quality), found.quality.note
 
-    def _with_ratio(self, part: Part, label: str, quality: Quality | Perplexity) -> Quality | Perplexity:
+    def _with_ratio(self, part: Part, label: str, quality: Qualities) -> Qualities:
         base = baseline_label(self.config, part)
         if label == base:
             return quality.model_copy(update={"ratio": 1.0})
         dense = self._found(part, base)
         return against(quality, None if dense is None else dense.quality)
 
-    def _summarise(self, row: Row, outcome: Outcome) -> tuple[Quality | Perplexity | None, Outcome]:
+    def _summarise(self, row: Row, outcome: Outcome) -> tuple[Qualities | None, Outcome]:
         """Give the quality that a child found, and the outcome: failed where the canary lives."""
         config = self.config
-        found: Quality | Perplexity | None = None
+        found: Qualities | None = None
         if config.quality is not None and outcome.trainings:
             found = accuracy_of(config.quality, outcome.trainings)
         elif config.language is not None and outcome.nll:

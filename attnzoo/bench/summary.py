@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from attnzoo.bench.record import Part, Perplexity, Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import Detection, Part, Perplexity, Phase, Quality, Quantiles, Record
 from attnzoo.errors import AttnZooError
 
 Verdict = Literal["better", "worse", "same"]
+Qualities = Quality | Detection | Perplexity
+METRIC: dict[Part, str] = {"vision": "top-1 %", "detection": "AP %", "language": "perplexity"}
 PARTS: tuple[Part, ...] = get_args(Part)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 SAME = 0.01  # ratios nearer to 1 than this are called the same
@@ -88,7 +90,7 @@ class Summary:
         """The vision model's row of cost of an attention at a token count."""
         return next((row for row in self.cost.get(tokens, []) if row.label == label), None)
 
-    def quality_of(self, part: Part, label: str) -> Quality | Perplexity | None:
+    def quality_of(self, part: Part, label: str) -> Qualities | None:
         """The quality of an attention."""
         return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
 
@@ -173,16 +175,18 @@ def megabytes(value: int | None) -> str:
     return "-" if value is None else f"{_figures(value / 2**20)} MB"
 
 
-def absolute(quality: Quality | Perplexity | None) -> str:
-    """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``; or a perplexity: ``ppl 17.2``."""
+def absolute(quality: Qualities | None) -> str:
+    """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``; a perplexity: ``ppl 17.2``; or COCO's: ``AP 41.2``."""
     if quality is None:
         return "-"
     if isinstance(quality, Perplexity):
         return f"ppl {_figures(quality.perplexity)}"
+    if isinstance(quality, Detection):
+        return f"AP {quality.ap * 100:.1f}"
     return f"{quality.accuracy * 100:.1f} ({quality.low * 100:.1f}-{quality.high * 100:.1f})"
 
 
-def kept(quality: Quality | Perplexity | None) -> str:
+def kept(quality: Qualities | None) -> str:
     """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``."""
     if quality is None or quality.ratio_low is None or quality.ratio_high is None:
         return ratio(None if quality is None else quality.ratio)
@@ -218,14 +222,14 @@ def need_verdict(value: float | None) -> Verdict:
     return "better" if value < 1 else "worse"
 
 
-def quality_verdict(quality: Quality | Perplexity | None, dense: Quality | Perplexity | None) -> Verdict:
+def quality_verdict(quality: Qualities | None, dense: Qualities | None) -> Verdict:
     """Better or worse only where the ratio's interval leaves 1 out or, where it has none, the two intervals differ."""
     if quality is None or dense is None:
         return "same"
     if quality.ratio_low is not None and quality.ratio_high is not None:
         low, high = quality.ratio_low, quality.ratio_high
         return "better" if low > 1 else "worse" if high < 1 else "same"
-    if isinstance(quality, Perplexity) or isinstance(dense, Perplexity):
+    if not isinstance(quality, Quality) or not isinstance(dense, Quality):
         return "same"
     if quality.low > dense.high:
         return "better"

@@ -7,9 +7,11 @@ PyTorch that mmcv itself falls back on. Any other operator says, when it is call
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +35,15 @@ def ensure() -> None:
     """
     require("mmcv", "mmdet", "mmengine", "pycocotools", extra="detection")
     if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
-        sys.modules[NAME] = StandIn(NAME)
+        standing = StandIn(NAME)
+        standing.__spec__ = ModuleSpec(NAME, None)  # mmengine asks for it
+        sys.modules[NAME] = standing
+
+
+def load(module: str) -> Any:
+    """Import a module of mmdet's, with the stand-in where it is needed."""
+    ensure()
+    return importlib.import_module(module)
 
 
 class StandIn(ModuleType):

@@ -1,0 +1,146 @@
+"""COCO files checked before any work: what is wrong is an error that names the file, what is odd is counted.
+
+What happens to what is odd is mmdet's own doing: boxes past the edge are clipped where an image is resized, boxes
+without area or under a pixel wide are left out, crowd regions are neither trained on nor counted against, and images
+without a box are trained on unless the config filters them (``filter_empty_gt``). An image that cannot be read stops a
+run when it is its turn, with its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnzoo.errors import DataError
+
+LISTED = 5
+
+
+@dataclass
+class Checked:
+    """What an annotation file holds.
+
+    Attributes
+    ----------
+    file
+        The annotation file.
+    images, boxes
+        How many of them; crowd regions are boxes too.
+    odd
+        How many images have no box, how many boxes are crowd regions, reach past the edge or are left out.
+    """
+
+    file: Path
+    images: int
+    boxes: int
+    odd: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{count} {what}" for what, count in self.odd.items())
+        return f"{self.file}: {self.images} images, {self.boxes} boxes" + (f" ({told})" if told else "")
+
+
+def dataset(config: Mapping[str, Any]) -> Checked | None:
+    """Check the annotation file of an mmdet dataset's config; None for a dataset that is not COCO's.
+
+    Raises
+    ------
+    DataError
+        If the file or an image is missing, it is no COCO file, it has none of the config's classes, or no image.
+    """
+    inner = config.get("dataset")
+    if inner is not None:  # a wrapper, such as RepeatDataset
+        return dataset(inner)
+    if "ann_file" not in config:
+        return None
+    root = Path(config.get("data_root") or ".")
+    file = root / config["ann_file"]
+    content = read(file)
+    classes = (config.get("metainfo") or {}).get("classes")
+    if classes is not None:
+        has = {category["name"] for category in content["categories"]}
+        missing = [name for name in classes if name not in has]
+        if missing:
+            raise DataError(f"{file} has no category {', '.join(missing)}; it has {', '.join(sorted(has))}")
+    folder = root / (config.get("data_prefix") or {}).get("img", "")
+    _images_are_there(content, folder, file)
+    return count(content, file)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read a COCO file.
+
+    Raises
+    ------
+    DataError
+        If it is missing, broken, not COCO's, or without any image.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"annotations {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise DataError(f"annotations {file} are broken: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{file} is no COCO file: it has no list {key!r}")
+    if not content["images"]:
+        raise DataError(f"{file} holds no image: there is nothing to train or test on")
+    images = {image.get("id") for image in content["images"]}
+    categories = {category.get("id") for category in content["categories"]}
+    for place, one in enumerate(content["annotations"]):
+        box = one.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)):
+            raise DataError(f"{file}: annotation {one.get('id', place)} has no bbox of four numbers: {box!r}")
+        if one.get("image_id") not in images or one.get("category_id") not in categories:
+            raise DataError(
+                f"{file}: annotation {one.get('id', place)} is of an image or a category that is not listed"
+            )
+        for key in ("area", "iscrowd"):
+            if key not in one:
+                raise DataError(f"{file}: annotation {one.get('id', place)} has no {key!r}, which COCO's metric needs")
+    return content
+
+
+def _images_are_there(content: Mapping[str, Any], folder: Path, file: Path) -> None:
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [
+        image["file_name"]
+        for image in content["images"]
+        if image["file_name"] not in there and not (folder / image["file_name"]).is_file()
+    ]
+    if missing:
+        listed = ", ".join(missing[:LISTED]) + (", ..." if len(missing) > LISTED else "")
+        raise DataError(f"{len(missing)} of {len(content['images'])} images of {file} are not in {folder}: {listed}")
+
+
+def count(content: Mapping[str, Any], file: Path) -> Checked:
+    """Count what a COCO file holds, and what is odd."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    found = Checked(file, len(sizes), len(content["annotations"]))
+    for one in content["annotations"]:
+        x, y, width, height = one["bbox"]
+        across, down = sizes[one["image_id"]]
+        inside = min(x + width, across) > max(x, 0) and min(y + height, down) > max(y, 0)
+        if one["iscrowd"]:
+            found.odd["crowd regions"] += 1
+        if one["area"] <= 0 or width < 1 or height < 1 or not inside:
+            found.odd["boxes without area or outside, left out"] += 1
+        elif x < 0 or y < 0 or x + width > across or y + height > down:
+            found.odd["boxes past the edge, clipped"] += 1
+    bare = len(sizes) - len({one["image_id"] for one in content["annotations"]})
+    if bare:
+        found.odd["images without a box"] += bare
+    return found
+
+
+def same_classes(trained: Any, asked: Any, checkpoint: Path) -> None:
+    """Raise `DataError` unless a checkpoint was trained on the classes that are asked for, in the same order."""
+    if trained is not None and tuple(trained) != tuple(asked):
+        raise DataError(
+            f"{checkpoint} was trained on the classes {', '.join(trained)}, but the data has {', '.join(asked)}"
+        )
