@@ -201,7 +201,8 @@ def _how_to_read() -> str:
         "dense time over this one's, pair by pair, the two called in turn: above 1x is faster. For FLOPs, peak memory "
         "(of activations and of the cache, in one call), cache and parameters (of the model, or of the layer where it "
         "was timed alone) below 1x is less. Quality "
-        "kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is better than dense. "
+        "kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is better than "
+        "dense. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, for '
         "speed-ups only where the whole 20th to 80th percentile is on one side of 1x and of the dense row's spread, "
         "for quality only where its interval leaves 1x out (it is that of images or of windows of text, not that "

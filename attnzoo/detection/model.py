@@ -20,8 +20,11 @@ from attnzoo.detection import mmcv_ext
 from attnzoo.hosts.site import MixerLayer
 from attnzoo.swap import replace_attention
 
-detectors = mmcv_ext.load("mmdet.models.detectors")
 MODELS = mmcv_ext.load("mmdet.registry").MODELS
+_detectors = mmcv_ext.load("mmdet.models.detectors")
+DETR: Any = _detectors.DETR
+ConditionalDETR: Any = _detectors.ConditionalDETR
+DABDETR: Any = _detectors.DABDETR
 
 
 class Swapped(nn.Module):
@@ -45,15 +48,15 @@ class Swapped(nn.Module):
 
 
 @MODELS.register_module()
-class SwappedDETR(Swapped, detectors.DETR):
+class SwappedDETR(Swapped, DETR):
     """DETR."""
 
 
 @MODELS.register_module()
-class SwappedConditionalDETR(Swapped, detectors.ConditionalDETR):
+class SwappedConditionalDETR(Swapped, ConditionalDETR):
     """Conditional DETR."""
 
 
 @MODELS.register_module()
-class SwappedDABDETR(Swapped, detectors.DABDETR):
+class SwappedDABDETR(Swapped, DABDETR):
     """DAB-DETR."""

@@ -70,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _check_known(config: Any, keys: Sequence[str], override: str) -> None:
-    at: Any = config
+    at: Any = config.to_dict()
     for depth, key in enumerate(keys):
         if ".".join(keys[: depth + 1]) in MAY_BE_NEW:
             return

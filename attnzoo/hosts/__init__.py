@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from attnzoo.hosts.site import RefusedSite, Site, Wanted, looks_like_attention
+from attnzoo.hosts.site import RefusedSite, Site, Wanted, looks_like_attention, swapped_record
 
 __all__ = ["RefusedSite", "Site", "Wanted", "find_sites"]
 
@@ -36,7 +36,7 @@ def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted
         if package in packages:
             for site in importlib.import_module(module).find(model, layers, wanted):
                 sites.setdefault(site.path, site)
-    found = set(sites)
+    found = set(sites) | {path for path, layer in layers.items() if swapped_record(layer) is not None}
     for path, layer in layers.items():
         if path not in sites and looks_like_attention(layer) and not _related(path, found):
             sites[path] = RefusedSite(path, layer, "unknown", "no host of attnzoo knows this class")

@@ -1,7 +1,20 @@
+# Can it learn? 20 tiles of tree crowns, trained on and tested on, with DAB-DETR's own attention. It says nothing of new
+# images: what is asked is an AP50 of 0.9 and more on those it has seen.
+#
+#   python train/detect.py configs/detect/trees_overfit_softmax.py
+#   python train/detect.py configs/detect/trees_overfit_padre.py
+#   python eval/detect.py configs/detect/trees_overfit_softmax.py configs/detect/trees_overfit_padre.py
 _base_ = "trees_softmax.py"
-epochs = 400
-train_dataloader = dict(dataset=dict(indices=20))
-tested = dict(ann_file="annotations/instances_train.json", data_prefix=dict(img="train/"), indices=20)
+
+epochs = 600
+train_dataloader = dict(dataset=dict(indices=20, pipeline=_base_.val_dataloader.dataset.pipeline))  # without flips
+tested = dict(
+    ann_file="annotations/instances_train.json",
+    data_prefix=dict(img="train/"),
+    filter_cfg=dict(filter_empty_gt=True),
+    test_mode=False,  # or mmdet would not filter, and take other tiles
+    indices=20,
+)
 val_dataloader = dict(dataset=tested)
 test_dataloader = dict(dataset=tested)
 train_cfg = dict(max_epochs=epochs, val_interval=25)

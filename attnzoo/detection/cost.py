@@ -1,0 +1,395 @@
+"""The cost of a detector with its own attention and with others, beside one another in one process.
+
+The weights are those that the config begins with: time and memory do not depend on what was learnt. A config says what
+to measure in a key of its own::
+
+    cost = dict(sizes=[(800, 1333)], batch=1, repeats=10, attentions=[dict(label="softmax", name="softmax")])
+
+`sizes` are heights and widths of images in pixels; `attentions`, beside those of the configs given, are what
+`attnzoo.replace_attention` takes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
+
+from attnzoo.bench import gate as gates
+from attnzoo.bench.child import Nursery
+from attnzoo.bench.jobs import gate_message, ratios_of, side_of
+from attnzoo.bench.memory import keep_buffers, map_buffers
+from attnzoo.bench.record import Cost, Entry, Gate, Record, Shapes
+from attnzoo.bench.strict import Section, validated
+from attnzoo.bench.system import environment
+from attnzoo.detection import mmcv_ext, stages
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.hosts.site import MixerLayer
+from attnzoo.swap import replace_attention, swap_report, swapped_layers
+
+ORACLE = "softmax"
+DENSE = "dense"
+
+
+class CostConfig(Section):
+    """What is measured: images of these heights and widths, so many at a time, timed in so many rounds."""
+
+    sizes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(min_length=1)
+    batch: PositiveInt = 1
+    repeats: PositiveInt = 10
+    warmup: PositiveInt = 2
+    threads: PositiveInt | None = None
+    timeout_seconds: PositiveFloat = 3600.0
+    attentions: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An attention by the name that tables give it; without `attention`, the detector's own."""
+
+    label: str
+    attention: Mapping[str, Any] | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Registered name."""
+        return None if self.attention is None else self.attention["name"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the method and of the swap."""
+        return {key: value for key, value in (self.attention or {}).items() if key != "name"}
+
+
+def variant_of(config: Any) -> Variant:
+    """The attention that a detection config names."""
+    attention = config.model.get("attention")
+    attention = None if attention is None else attention.to_dict() if hasattr(attention, "to_dict") else dict(attention)
+    return Variant(config.get("label") or label_of(attention), attention)
+
+
+def label_of(attention: Mapping[str, Any] | None) -> str:
+    """What tables call an attention: its name and options, without where it stands."""
+    if attention is None:
+        return DENSE
+    options = [f"{key}={value}" for key, value in attention.items() if key not in ("name", "where", "label")]
+    return " ".join([attention["name"], *options])
+
+
+def read(config: Any) -> CostConfig | None:
+    """The config's `cost`, checked; None where it has none."""
+    asked = config.get("cost")
+    if asked is None:
+        return None
+    return validated(CostConfig, asked.to_dict(), [], "cost")
+
+
+def variants(config: Any, cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
+    """All that is measured: the detector's own attention, those of configs, and those that `cost` adds."""
+    more = []
+    for one in cost.attentions:
+        attention = {key: value for key, value in one.items() if key != "label"}
+        more.append(Variant(one.get("label") or label_of(attention), attention))
+    found = {DENSE: Variant(DENSE)}
+    for variant in [*named, *more]:
+        if variant.attention is not None:
+            found.setdefault(variant.label, variant)
+    return list(found.values())
+
+
+def dense_detector(config: Any) -> nn.Module:
+    """Build a config's detector with its own attention, and initialise it by the config's seed."""
+    registry, scopes = mmcv_ext.load("mmdet.registry"), mmcv_ext.load("mmengine.registry")
+    scopes.init_default_scope("mmdet")
+    model = copy.deepcopy(config.model)
+    model.pop("attention", None)
+    if model.get("backbone") is not None:
+        model.backbone.pop("init_cfg", None)  # weights from elsewhere do not change what a call costs
+    mmcv_ext.load("mmengine.logging").MMLogger.get_instance("attnzoo", log_level="ERROR")  # or it tells every weight
+    torch.manual_seed(config.randomness.seed)
+    detector: Any = registry.MODELS.build(model)
+    detector.init_weights()
+    return detector.eval()
+
+
+class Job(Entry):
+    """What a child measures: a config as text, its `cost`, the variants and what all records share."""
+
+    config: str
+    cost: CostConfig
+    variants: tuple[tuple[str, dict[str, Any] | None], ...]
+    facts: dict[str, Any]
+
+
+class Answer(Entry):
+    """What it found, or why it could not begin."""
+
+    records: tuple[Record, ...] = ()
+    refused: str = ""
+
+
+def measure(
+    config: Any, cost: CostConfig, found: Sequence[Variant], facts: Mapping[str, Any], say: Callable[[str], None]
+) -> list[Record]:
+    """Measure all variants at all sizes, in one process of their own; nothing is timed that fails its oracle.
+
+    Parameters
+    ----------
+    config
+        A detection config, whose detector is taken.
+    cost, found
+        What to measure; the first variant is the detector's own attention.
+    facts
+        Fields that all records share: `config_hash`, `benchmark`, `command`.
+    say
+        Told how far it is.
+
+    Raises
+    ------
+    ConfigError
+        If a swap cannot be made.
+    AttnZooError
+        If the process died or took too long.
+    """
+    job = Job(
+        config=config.pretty_text,
+        cost=cost,
+        variants=tuple((v.label, None if v.attention is None else dict(v.attention)) for v in found),
+        facts=dict(facts),
+    )
+    nursery = Nursery(("attnzoo.detection.cost",), cuda=torch.cuda.is_available())
+    result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
+    if result.end != "done":
+        raise AttnZooError(f"the cost could not be measured ({result.end}): {result.message}")
+    answer = Answer.model_validate_json(result.answer)
+    if answer.refused:
+        raise ConfigError(answer.refused)
+    return list(answer.records)
+
+
+def main(job: str, say: Callable[[str], None]) -> str:
+    """Do a `Job` and give an `Answer`, both as JSON."""
+    asked = Job.model_validate_json(job)
+    mmcv_ext.ensure()
+    config = mmcv_ext.load("mmengine.config").Config.fromstring(asked.config, ".py")
+    if asked.cost.threads is not None:
+        torch.set_num_threads(asked.cost.threads)
+    map_buffers()
+    try:
+        found = [Variant(*one) for one in asked.variants]
+        records = _measure(config, asked.cost, found, asked.facts, say)
+    except ConfigError as error:
+        return Answer(refused=str(error)).model_dump_json()
+    return Answer(records=tuple(records)).model_dump_json()
+
+
+@dataclass
+class _Measured:
+    """One variant at one size, on its way to a record."""
+
+    variant: Variant
+    detector: nn.Module
+    paths: list[str]
+    gate: Gate | None = None
+    needed: dict[str, Any] = field(default_factory=dict)
+
+
+def _measure(
+    config: Any, cost: CostConfig, found: Sequence[Variant], facts: Mapping[str, Any], say: Callable[[str], None]
+) -> list[Record]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense = dense_detector(config).to(device)
+    detectors = []
+    for variant in found:
+        try:
+            detectors.append(swapped(dense, variant, config.randomness.seed))
+        except AttnZooError as error:
+            raise ConfigError(f"{variant.label}: {error}") from error
+    again = copy.deepcopy(dense)  # dense against a second copy of itself: what is not a difference
+    measured = [_Measured(v, d, _encoder_paths(d)) for v, d in zip(found, [again, *detectors[1:]], strict=True)]
+    records = []
+    with torch.inference_mode():
+        for height, width in cost.sizes:
+            run = _caller(height, width, cost.batch, device)
+            size = f"{height} x {width} pixels"
+            shapes = _shapes(dense, cost.batch, run)
+            costs = _at_size(measured, dense, run, cost, config.randomness.seed, partial(_tell, say, size))
+            records += [
+                _record(one, costs.get(one.variant.label), shapes, config, size, facts, measured[0].gate)
+                for one in measured
+            ]
+    return records
+
+
+def _tell(say: Callable[[str], None], size: str, stage: str) -> None:
+    say(f"{size}: {stage}")
+
+
+def _at_size(
+    measured: Sequence[_Measured],
+    dense: nn.Module,
+    run: Callable[[nn.Module], Any],
+    cost: CostConfig,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Cost]:
+    """Gate all variants, then measure memory and time of those that pass, by label; none where the dense one fails."""
+    map_buffers()
+    say("gates")
+    oracle = swapped(dense, Variant(ORACLE, {"name": ORACLE}), 0)
+    for one in measured:
+        one.gate, one.needed = _gate(one, oracle, run, seed), {}
+    passed = [one for one in measured if one.gate is not None and one.gate.passed]
+    baseline = next((one for one in passed if one.variant.attention is None), None)
+    if baseline is None:
+        return {}
+    for one in passed:
+        say(f"memory of {one.variant.label}")
+        one.needed = _needs(one, run)
+    keep_buffers()
+    say("time")
+    calls = [_clock(dense, baseline.paths, run), *(_clock(one.detector, one.paths, run) for one in passed)]
+    base, *times = stages.in_turn(calls, warmup=cost.warmup, repeats=cost.repeats)
+    return {
+        one.variant.label: _cost(one, timed, baseline, base, cost.batch)
+        for one, timed in zip(passed, times, strict=True)
+    }
+
+
+def _needs(one: _Measured, run: Callable[[nn.Module], Any]) -> dict[str, Any]:
+    modules = {**stages.modules_of(one.detector, one.paths), stages.WHOLE: [one.detector]}
+    return stages.needs(modules, lambda: run(one.detector))
+
+
+def swapped(dense: nn.Module, variant: Variant, seed: int) -> nn.Module:
+    """A copy of the dense detector with a variant's attention; a core has the dense weights, a mixer has its own."""
+    detector = copy.deepcopy(dense)
+    if variant.attention is None:
+        return detector
+    torch.manual_seed(seed)
+    return replace_attention(detector, **{"keep_original": False, **variant.attention})
+
+
+def _encoder_paths(detector: nn.Module) -> list[str]:
+    """Paths of the encoder's attention, as a swap finds them."""
+    return [layer.path for layer in swap_report(detector).layers if layer.path.startswith("encoder.")]
+
+
+def _caller(height: int, width: int, batch: int, device: torch.device) -> Callable[[nn.Module], Any]:
+    """A call of any detector on the same images, without padding."""
+    structures = mmcv_ext.load("mmdet.structures")
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    samples = [structures.DetDataSample() for _ in range(batch)]
+    for sample in samples:
+        size = (height, width)
+        sample.set_metainfo({"img_shape": size, "batch_input_shape": size, "ori_shape": size, "scale_factor": (1, 1)})
+    return lambda detector: detector(images, samples, mode="tensor")
+
+
+def _clock(
+    detector: nn.Module, paths: Sequence[str], run: Callable[[nn.Module], Any]
+) -> Callable[[], dict[str, float]]:
+    modules = stages.modules_of(detector, paths)
+    return lambda: stages.clock(detector, modules, lambda: run(detector))
+
+
+def _gate(one: _Measured, oracle: nn.Module, run: Callable[[nn.Module], Any], seed: int) -> Gate:
+    """Hold cores, and the detector's own attention, to written-out softmax, and mixers to their equation."""
+    mixers = {p: m.mixer for p, m in swapped_layers(one.detector).items() if isinstance(m, MixerLayer)}
+    watched = ["encoder", *one.paths]
+    with gates.noted(one.detector, watched) as got:
+        run(one.detector)
+    output = next(iter(one.detector.parameters()))
+    if mixers:
+        like = torch.empty(0, device=output.device, dtype=output.dtype)
+        dim = _attention_of(one.detector, one.paths[0])[0]
+        return gates.finite(gates.mixer_gate(mixers, dim, 0, like, seed), got["encoder"])
+    with gates.noted(oracle, watched) as expected:
+        run(oracle)
+    return gates.compare(got, expected, "written-out softmax", gates.TOLERANCE[output.dtype])
+
+
+def _attention_of(detector: Any, path: str) -> tuple[int, int]:
+    """Width and heads of an attention of the encoder."""
+    wrapper = detector.get_submodule(path.rpartition(".")[0])
+    return wrapper.embed_dims, wrapper.num_heads
+
+
+def _shapes(dense: nn.Module, batch: int, run: Callable[[nn.Module], Any]) -> Shapes:
+    paths = _encoder_paths(dense)
+    with gates.noted(dense, ["encoder"]) as seen:
+        run(dense)
+    dim, heads = _attention_of(dense, paths[0])
+    return Shapes(batch=batch, tokens=seen["encoder"].shape[1], prefix=0, dim=dim, heads=heads, depth=len(paths))
+
+
+def _cost(one: _Measured, timed: stages.Timed, baseline: _Measured, base: stages.Timed, batch: int) -> Cost:
+    """Set a variant beside the dense baseline, whole and stage by stage."""
+    side, dense = _side(one, timed, base, batch), _side(baseline, base, base, batch)
+    uncounted = {op for traced, _ in one.needed.values() for op in traced.uncounted}
+    return Cost(
+        candidate=side,
+        baseline=dense,
+        ratios=ratios_of(side, dense, timed.speedup(base, stages.WHOLE)),
+        uncounted_ops=tuple(sorted(uncounted)),
+    )
+
+
+def _side(one: _Measured, timed: stages.Timed, base: stages.Timed, batch: int) -> Any:
+    traced, peak = one.needed[stages.WHOLE]
+    side = side_of(one.detector, one.paths, timed.latency(stages.WHOLE), batch, traced, peak)
+    told = stages.stages_of(stages.modules_of(one.detector, one.paths), timed, base, one.needed)
+    return side.model_copy(update={"stages": told})
+
+
+def _record(
+    one: _Measured,
+    cost: Cost | None,
+    shapes: Shapes,
+    config: Any,
+    size: str,
+    facts: Mapping[str, Any],
+    baseline_gate: Gate | None,
+) -> Record:
+    device = next(one.detector.parameters()).device
+    problem = "" if one.gate is None or one.gate.passed else gate_message("gate", one.gate)
+    if cost is None and not problem:
+        problem = "the dense detector did not pass its gate"
+    return Record(
+        **facts,
+        part="detection",
+        kind="cost",
+        label=one.variant.label,
+        attention=one.variant.name,
+        options=one.variant.options,
+        is_baseline=one.variant.attention is None,
+        status="failed" if problem else "ok",
+        message=problem,
+        utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=0.0,
+        environment=environment(str(device), torch.get_num_threads()),
+        host=f"{host_name(config)}, {size}",
+        dtype="float32",
+        tokens=shapes.tokens,
+        shapes=shapes,
+        gate=one.gate,
+        baseline_gate=baseline_gate,
+        backends=one.needed["encoder"][0].backends if one.needed else (),
+        cost=cost,
+        quality=None,
+        quality_note="",
+    )
+
+
+def host_name(config: Any) -> str:
+    """What tables call a config's detector."""
+    backbone = config.model.get("backbone") or {}
+    depth = f"-{backbone['depth']}" if "depth" in backbone else ""
+    return f"mmdet:{config.model.type.removeprefix('Swapped')} with {backbone.get('type', 'a backbone')}{depth}"

@@ -1,0 +1,99 @@
+"""The parts of the report that detection adds: AP after each epoch, and images with boxes drawn, best and worst."""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from attnzoo.bench.plots import COLOURS, MARKERS, add_legend, new_figure, to_svg
+from attnzoo.bench.record import Detection
+from attnzoo.detection.score import Judged, Scores
+
+SHOWN = 6  # images of each kind
+SHOWN_PIXELS = 320
+TRUE, PREDICTED = "#00b050", "#ff8c00"
+STYLE = """<style>
+.drawn { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; }
+.drawn img { width: 100%; height: auto; display: block; }
+.key { display: inline-block; width: 14px; height: 14px; border: 3px solid; vertical-align: -2px; }
+</style>"""
+
+
+def curves(qualities: Mapping[str, Detection]) -> str:
+    """AP50 on the test images after each epoch: a line an attention, the mean of its seeds, with their range shaded."""
+    shown = {
+        label: [(one.epochs, one.epoch_ap50) for one in found.trainings if one.epochs]
+        for label, found in qualities.items()
+    }
+    shown = {label: seeds for label, seeds in shown.items() if seeds}
+    if not shown:
+        return ""
+    figure, axes = new_figure()
+    for number, (label, seeds) in enumerate(shown.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        epochs = sorted(set.intersection(*(set(times) for times, _ in seeds)))
+        each = [[100 * dict(zip(times, values, strict=True))[e] for times, values in seeds] for e in epochs]
+        if len(seeds) > 1:
+            axes.fill_between(epochs, [min(v) for v in each], [max(v) for v in each], color=colour, alpha=0.15, lw=0)
+        marked = marker if len(epochs) <= 30 else None
+        axes.plot(epochs, [statistics.fmean(v) for v in each], color=colour, marker=marked, ms=5, label=label, lw=1.6)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("AP50, % of the test images")
+    add_legend(axes)
+    plot = to_svg(figure, "ap-curves")
+    caption = "AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest"
+    return f'<h2>Learning</h2><div class="plots"><figure><figcaption>{caption}</figcaption>{plot}</figure></div>'
+
+
+def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> str:
+    """Images with their boxes, the best and the worst of each attention's first seed."""
+    parts = [STYLE, "<h2>Drawn boxes</h2>"]
+    parts.append(
+        f'<p class="soft"><span class="key" style="border-color:{TRUE}"></span> true, '
+        f'<span class="key" style="border-color:{PREDICTED}"></span> predicted, of the score that gives the best F1 '
+        "over all images; images are put in order by their own F1 at an IoU of 0.5.</p>"
+    )
+    for label, found in scores.items():
+        judged = found.judged
+        best, worst = judged[:SHOWN], judged[max(SHOWN, len(judged) - SHOWN) :][::-1]
+        for title, images in (("best", best), ("worst", worst)):
+            if images:
+                figures = "".join(_figure(one, names) for one in images)
+                head = f"{escape(label)}: {title} of {len(judged)} images (score of {found.threshold:.2f} or more)"
+                parts.append(f'<h3>{head}</h3><div class="drawn">{figures}</div>')
+    return "\n".join(parts)
+
+
+def _figure(one: Judged, names: Sequence[str]) -> str:
+    picture = picture_of(one, names)
+    name = escape(one.path.rsplit("/", 1)[-1])
+    told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
+    return (
+        f'<figure><img src="data:image/jpeg;base64,{picture}" alt="{told}"><figcaption>{told}</figcaption></figure>\n'
+    )
+
+
+def picture_of(one: Judged, names: Sequence[str]) -> str:
+    """Draw an image's boxes; gives a JPEG in base64.
+
+    Where there are several classes, the name of each stands at its boxes.
+    """
+    from PIL import Image, ImageDraw
+
+    with Image.open(one.path) as opened:
+        image = opened.convert("RGB")
+    scale = SHOWN_PIXELS / max(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)))
+    draw = ImageDraw.Draw(image)
+    for colour, boxes in ((TRUE, one.true), (PREDICTED, one.predicted)):
+        for box in boxes:
+            x, y, width, height = (value * scale for value in box[:4])
+            draw.rectangle((x, y, x + width, y + height), outline=colour, width=2)
+            if len(names) > 1:
+                draw.text((x + 3, y + (1 if colour == TRUE else 11)), names[int(box[4])], fill=colour)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return base64.b64encode(content.getvalue()).decode()

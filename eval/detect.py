@@ -1,0 +1,90 @@
+"""Evaluate detectors that train/detect.py trained, side by side: COCO's metric, cost by stage, drawn boxes, one page.
+
+python eval/detect.py configs/detect/trees_softmax.py configs/detect/trees_padre.py [key=value ...]
+torchrun --nproc_per_node 2 eval/detect.py CONFIG ... --launcher pytorch
+
+A config that trains nothing, such as configs/detect/detr_r50_cost.py, is measured for its cost alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnzoo.errors import AttnZooError, ConfigError
+
+PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="CONFIG or key=value", help="configs, and keys to set in all")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
+    parser.add_argument("--output", type=Path, help="folder of records and page (eval, beside the first config's runs)")
+    parsed = parser.parse_intermixed_args(arguments)
+    try:
+        command = shlex.join(["python", "eval/detect.py", *arguments])
+        evaluate(parsed.inputs, parsed.launcher, parsed.output, command)
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> None:
+    """Test all runs, measure what they cost, and report."""
+    from rich.console import Console
+
+    from attnzoo.bench.page import html_page
+    from attnzoo.bench.report import print_report
+    from attnzoo.detection import evaluate as evaluation
+    from attnzoo.detection import page
+    from attnzoo.detection.run import fit_to_machine, load_config, prepare
+
+    paths = [one for one in inputs if "=" not in one]
+    if not paths:
+        raise ConfigError("give at least one config, such as configs/detect/trees_softmax.py")
+    configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
+    progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    trained = [config for config in configs if config.get("data_root")]
+    for config in trained:
+        prepare(config)
+    runs = []
+    for config in [seed for one in trained for seed in evaluation.seeds_of(one)]:
+        fit_to_machine(config, launcher)
+        runs.append(evaluation.score_run(config, lambda told: progress.print(told, highlight=False)))
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    facts = {
+        "config_hash": evaluation.hash_of(configs),
+        "benchmark": f"detect-{Path(paths[0]).stem}",
+        "command": command,
+    }
+    with progress.status("cost") as status:
+        records = evaluation.all_records(configs, runs, facts, lambda told: status.update(f"cost: {told}"))
+    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
+    evaluation.keep(folder, records)
+    sections = []
+    if runs:
+        first = {run.variant.label: run.scores for run in reversed(runs)}
+        labels = dict.fromkeys(run.variant.label for run in runs)
+        sections = [
+            page.curves(evaluation.qualities(runs)),
+            page.drawn({label: first[label] for label in labels}, evaluation.classes_of(runs[0].config)),
+        ]
+    text = "\n\n".join(config.pretty_text for config in configs)
+    target, part = folder / "report.html", folder / ".report.html.part"
+    part.write_text(html_page(records, text, sections), encoding="utf-8")
+    os.replace(part, target)
+    print_report(records, out)
+    out.print(f"page: {target}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Train a detector of MMDetection with any attention, on mmengine's Runner; a broken run goes on where it stopped.
+
+python train/detect.py configs/detect/trees_padre.py [key=value ...]
+torchrun --nproc_per_node 2 train/detect.py configs/detect/trees_padre.py --launcher pytorch
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from attnzoo.errors import AttnZooError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, 2 where something was refused, 130 where it was interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a config of mmengine, such as configs/detect/trees_padre.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
+    parser.add_argument("--amp", action="store_true", help="mixed precision, mmengine's AmpOptimWrapper")
+    parsed = parser.parse_intermixed_args(arguments)
+    try:
+        from attnzoo.detection import run
+
+        config = run.load_config(parsed.config, parsed.overrides)
+        if parsed.amp:
+            config.optim_wrapper.type = "AmpOptimWrapper"
+        for checked in run.prepare(config):
+            print(checked, file=sys.stderr)
+        run.fit_to_machine(config, parsed.launcher)
+        folder = run.train(config)
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"trained: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
