@@ -80,7 +80,7 @@ def _check_known(config: Any, keys: Sequence[str], override: str) -> None:
             at = at[key]
         else:
             where = ".".join(keys[:depth]) or "the config"
-            held = ", ".join(map(str, at)) if isinstance(at, Mapping) else f"{len(at)} entries"
+            held = ", ".join(map(str, at)) if isinstance(at, Mapping) else repr(at)
             raise ConfigError(f"{override}: {where} has no {key!r}; it has {held}")
 
 
@@ -135,7 +135,7 @@ def fit_to_machine(config: Any, launcher: str) -> None:
                 "--launcher pytorch is for processes that torchrun started: torchrun --nproc_per_node 2 ..."
             )
         torch.distributed.init_process_group("gloo")
-    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False}
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
 
 
 def train(config: Any) -> Path:

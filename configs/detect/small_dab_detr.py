@@ -54,6 +54,7 @@ model = dict(
         type="DABDETRHead",
         num_classes=1,
         embed_dims=width,
+        sync_cls_avg_factor=True,  # so that the losses do not depend on the number of processes
         loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
         loss_bbox=dict(type="L1Loss", loss_weight=5.0),
         loss_iou=dict(type="GIoULoss", loss_weight=2.0),

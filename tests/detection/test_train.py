@@ -1,0 +1,230 @@
+"""Training by mmengine's Runner: from a config alone, resumed, killed, in two processes; and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnzoo.detection import run, score
+from attnzoo.errors import ConfigError, DataError
+from eval.detect import main as evaluate
+from tests.detection.runs import make_config, make_data
+from train.detect import main as train
+
+ROOT = Path(__file__).parents[2]
+PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("squares") / "data")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data):
+    """A run of four epochs that nothing broke off."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = make_config(folder / "squares.py", data, PADRE, work_dir=str(folder / "seed0"))
+    assert train([str(config)]) == 0
+    return config, folder / "seed0"
+
+
+def weights(folder):
+    path = Path((folder / "last_checkpoint").read_text(encoding="utf-8"))
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def command(*words):
+    return [sys.executable, str(ROOT / "train/detect.py"), *map(str, words)]
+
+
+def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_path):
+    """No code of ours but what the config imports; and the checkpoint loads back into the swapped detector."""
+    config, folder = trained
+    code = (
+        "import sys; from attnzoo.detection import mmcv_ext; mmcv_ext.ensure(); "
+        "from mmengine.config import Config; from mmengine.runner import Runner; "
+        "c = Config.fromfile(sys.argv[1]); c.work_dir = sys.argv[2]; "
+        "r = Runner.from_cfg(c); r.train(); print('AP50', r.test()['coco/bbox_mAP_50'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(config), str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert "AP50" in done.stdout
+    found = weights(tmp_path)
+    assert any(".mixer." in key for key in found)
+    assert same(found, weights(folder))  # the same seed, the same weights: train/detect.py adds nothing to it
+
+
+def test_the_padre_weights_are_left_as_their_own_initialisation(trained):
+    import attnzoo
+    from tests.detection.models import mmdet_detector
+
+    detector = mmdet_detector("DABDETR", attention=PADRE)
+    mixer = detector.encoder.layers[0].self_attn.attn.mixer
+    before = {key: value.clone() for key, value in mixer.state_dict().items()}
+    host = detector.encoder.layers[0].ffn.layers[0][0].weight.clone()
+    detector.init_weights()
+    assert same(mixer.state_dict(), before)
+    assert not torch.equal(detector.encoder.layers[0].ffn.layers[0][0].weight, host)
+    assert len(attnzoo.swap_report(detector).swapped) == 2
+
+
+def test_a_run_that_was_broken_off_ends_as_one_that_was_not(trained, tmp_path):
+    config, folder = trained
+    words = [str(config), f"work_dir={tmp_path}"]
+    assert train([*words, "train_cfg.max_epochs=2"]) == 0
+    saved = json.loads((tmp_path / run.KEPT).read_text(encoding="utf-8"))
+    saved["train_cfg"]["max_epochs"] = 4  # as a run that was to go on to four, and was cut off after two
+    (tmp_path / run.KEPT).write_text(json.dumps(saved), encoding="utf-8")
+    assert train(words) == 0
+    assert same(weights(tmp_path), weights(folder))
+
+
+def test_a_killed_run_goes_on_to_the_same_end(trained, tmp_path):
+    config, folder = trained
+    words = command(config, f"work_dir={tmp_path}")
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "last_checkpoint").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    assert same(weights(tmp_path), weights(folder))
+
+
+def test_two_processes_train_and_test_as_one(data, tmp_path):
+    """Testing gives the very same scores; a training of two halves of each batch gives the same weights to rounding."""
+    config = str(make_config(tmp_path / "squares.py", data, PADRE, flips=0.0))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def in_two(*words):
+        told = [*launch, *words, "--launcher", "pytorch"]
+        subprocess.run(told, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+
+    assert train([config, f"work_dir={tmp_path}/one/seed0"]) == 0
+    halves = [config, "train_dataloader.batch_size=1", f"work_dir={tmp_path}/two/seed0"]
+    in_two("train/detect.py", *halves)
+    one, two = (weights(tmp_path / name / "seed0") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=2e-3, msg=key)
+    qualities = []
+    for folder in ("alone", "shared"):
+        words = [*halves, "--output", str(tmp_path / folder)]
+        (tmp_path / "two" / "seed0" / "eval" / "scores.json").unlink(missing_ok=True)
+        assert evaluate(words) == 0 if folder == "alone" else in_two("eval/detect.py", *words) is None
+        line = (tmp_path / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()[0]
+        qualities.append(json.loads(line)["quality"])
+    assert qualities[0] == qualities[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train_cfg.max_epoch=3", "train_cfg has no 'max_epoch'; it has type, max_epochs"),
+        ("model.backbone.depth.x=3", "model.backbone.depth has no 'x'"),
+        ("nonsense=1", "the config has no 'nonsense'"),
+        ("work_dir", "key=value"),
+        ("data_root=nowhere/", "data_root='nowhere/' does not exist"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(trained, capsys, override, message):
+    assert train([str(trained[0]), override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_configs_and_swaps_are_refused_before_any_work(data, tmp_path, capsys):
+    (tmp_path / "broken.py").write_text("model = (", encoding="utf-8")
+    for path, message in ((tmp_path / "broken.py", "is no config of mmengine"), (tmp_path / "none.py", "not exist")):
+        assert train([str(path)]) == 2
+        assert message in capsys.readouterr().err
+    work = f"work_dir={tmp_path}/run"
+    everywhere = make_config(tmp_path / "a.py", data, {"name": "padre"})
+    assert train([str(everywhere), work]) == 2
+    assert "cross-attention" in capsys.readouterr().err
+    unknown = make_config(tmp_path / "b.py", data, {"name": "padrre"})
+    assert train([str(unknown), work]) == 2
+    assert "padre" in capsys.readouterr().err
+
+
+def test_another_config_does_not_go_on_with_a_run(trained, tmp_path, capsys):
+    config, folder = trained
+    assert train([str(config), f"work_dir={folder}", "model.attention.degree=3"]) == 2
+    said = capsys.readouterr().err
+    assert "model.attention.degree: 2 -> 3" in said
+    assert "resume=false" in said
+    assert evaluate([str(config), f"work_dir={folder}", "model.attention.degree=3"]) == 2
+    assert "was trained by another config" in capsys.readouterr().err
+
+
+def test_a_corrupt_image_stops_the_run_with_its_name(tmp_path):
+    data = make_data(tmp_path / "data", images=4)
+    (data / "images" / "2.png").write_bytes(b"not an image")
+    config = make_config(tmp_path / "squares.py", data, work_dir=str(tmp_path / "run"))
+    done = subprocess.run(command(config), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "2.png" in done.stderr
+
+
+def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
+    data = make_data(tmp_path / "data", images=4)
+    content = json.loads((data / "boxes.json").read_text(encoding="utf-8"))
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 0]
+    content["annotations"][0]["iscrowd"] = 1
+    content["annotations"].append(  # one pixel, and one past the edge
+        {"id": 90, "image_id": 3, "category_id": 1, "bbox": [5, 5, 1, 1], "area": 1, "iscrowd": 0}
+    )
+    content["annotations"].append(
+        {"id": 91, "image_id": 3, "category_id": 1, "bbox": [-9, 40, 99, 60], "area": 5940, "iscrowd": 0}
+    )
+    (data / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
+    config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, work_dir=str(tmp_path / "seed0"))
+    loaded = run.load_config(config)
+    odd = run.prepare(loaded)[0].odd
+    assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge, clipped": 1}
+    assert train([str(config)]) == 0
+    assert evaluate([str(config)]) == 0
+
+
+def test_a_checkpoint_of_other_classes_or_weights_is_refused(trained, data, tmp_path):
+    from mmengine.runner import Runner
+
+    config = run.load_config(trained[0], [f"work_dir={tmp_path}"])
+    runner = Runner.from_cfg(config)
+    checkpoint = run.last_checkpoint(run.load_config(trained[0]))
+    with pytest.raises(DataError, match="trained on the classes square, but the data has cat"):
+        score.load(runner, checkpoint, ["cat"])
+    other = run.load_config(trained[0], [f"work_dir={tmp_path}", "model.attention=null"])
+    with pytest.raises(ConfigError, match="does not hold the weights of this config's model"):
+        score.load(Runner.from_cfg(other), checkpoint, ["square"])
+
+
+def test_what_is_not_trained_to_its_end_is_not_evaluated(trained, tmp_path, capsys):
+    config, _ = trained
+    assert evaluate([str(config), f"work_dir={tmp_path}"]) == 2
+    assert "train first" in capsys.readouterr().err
+    assert train([str(config), f"work_dir={tmp_path}", "train_cfg.max_epochs=1"]) == 0
+    (tmp_path / run.KEPT).unlink()
+    assert evaluate([str(config), f"work_dir={tmp_path}"]) == 2
+    assert "trained for 1 of 4 epochs" in capsys.readouterr().err
+
+
+def test_a_launcher_needs_its_processes(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert train([str(trained[0]), f"work_dir={tmp_path}", "--launcher", "pytorch"]) == 2
+    assert "torchrun" in capsys.readouterr().err
