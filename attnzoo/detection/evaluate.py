@@ -6,6 +6,7 @@ first config's detector, with its own attention and with that of every config.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import statistics
@@ -54,7 +55,7 @@ def seeds_of(config: Any) -> list[Any]:
     found = []
     for other in sorted(folder.parent.glob("seed*")):
         if other.name[4:].isdigit() and (other / "last_checkpoint").is_file():
-            one = config.copy()
+            one = copy.deepcopy(config)
             one.work_dir, one.randomness.seed = str(other), int(other.name[4:])
             found.append(one)
     return found or [config]

@@ -18,6 +18,7 @@ TRUE, PREDICTED = "#00b050", "#ff8c00"
 STYLE = """<style>
 .drawn { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; }
 .drawn img { width: 100%; height: auto; display: block; }
+.learning { max-width: 640px; }
 .key { display: inline-block; width: 14px; height: 14px; border: 3px solid; vertical-align: -2px; }
 </style>"""
 
@@ -45,7 +46,9 @@ def curves(qualities: Mapping[str, Detection]) -> str:
     add_legend(axes)
     plot = to_svg(figure, "ap-curves")
     caption = "AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest"
-    return f'<h2>Learning</h2><div class="plots"><figure><figcaption>{caption}</figcaption>{plot}</figure></div>'
+    return (
+        f'{STYLE}<h2>Learning</h2><div class="learning"><figure><figcaption>{caption}</figcaption>{plot}</figure></div>'
+    )
 
 
 def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> str:
@@ -88,10 +91,10 @@ def picture_of(one: Judged, names: Sequence[str]) -> str:
     scale = SHOWN_PIXELS / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)))
     draw = ImageDraw.Draw(image)
-    for colour, boxes in ((TRUE, one.true), (PREDICTED, one.predicted)):
+    for colour, line, boxes in ((TRUE, 4, one.true), (PREDICTED, 2, one.predicted)):
         for box in boxes:
             x, y, width, height = (value * scale for value in box[:4])
-            draw.rectangle((x, y, x + width, y + height), outline=colour, width=2)
+            draw.rectangle((x, y, x + width, y + height), outline=colour, width=line)
             if len(names) > 1:
                 draw.text((x + 3, y + (1 if colour == TRUE else 11)), names[int(box[4])], fill=colour)
     content = io.BytesIO()

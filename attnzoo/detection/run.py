@@ -60,7 +60,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         keys, value = parse_override(override)
         _check_known(config, keys, override)
         values[".".join(keys)] = value
+    root = config.get("data_root")
     config.merge_from_dict(values)
+    if "data_root" in values:
+        _move_data(config, str(root), str(values["data_root"]))
     config.setdefault("randomness", {"seed": 0})
     if config.randomness.get("seed") is None:
         config.randomness.seed = 0  # a run that is resumed must know its seed
@@ -82,6 +85,21 @@ def _check_known(config: Any, keys: Sequence[str], override: str) -> None:
             where = ".".join(keys[:depth]) or "the config"
             held = ", ".join(map(str, at)) if isinstance(at, Mapping) else repr(at)
             raise ConfigError(f"{override}: {where} has no {key!r}; it has {held}")
+
+
+def _move_data(config: Any, before: str, now: str) -> None:
+    """Have the data sets and metrics look under another root."""
+    now = os.path.join(now, "")
+    for part in ("train", "val", "test"):
+        dataset, metric = (config.get(f"{part}_{what}") or {} for what in ("dataloader", "evaluator"))
+        dataset = dataset.get("dataset", {})
+        while dataset.get("dataset") is not None:  # inside a wrapper
+            dataset = dataset["dataset"]
+        if dataset.get("data_root") == before:
+            dataset["data_root"] = now
+        if isinstance(metric, dict) and str(metric.get("ann_file", "")).startswith(before):
+            metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
+    config.data_root = now
 
 
 def prepare(config: Any) -> list[check.Checked]:

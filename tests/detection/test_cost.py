@@ -1,0 +1,146 @@
+"""Cost by stage: what is timed adds up, what fails its oracle is not timed, and the report shows it."""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from attnzoo.bench.page import html_page
+from attnzoo.bench.record import read_records
+from attnzoo.bench.report import markdown_table
+from attnzoo.detection import cost, run, stages
+from attnzoo.errors import ConfigError
+from eval.detect import main as evaluate
+from tests.detection.models import mmdet_detector
+from tests.detection.runs import make_config, make_data
+from train.detect import main as train
+
+PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}
+SMALL = {"sizes": [(64, 64), (64, 128)], "repeats": 3, "warmup": 1}
+FACTS = {"config_hash": "0" * 16, "benchmark": "x", "command": "y"}
+
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        for module, seconds in ((self.backbone, 0.03), (self.encoder, 0.01), (self.decoder, 0.02)):
+            module.register_forward_pre_hook(lambda m, i: None)
+            module.forward = lambda x, s=seconds: (time.sleep(s), x)[1]
+
+    def forward(self, x):
+        return self.decoder(self.encoder(self.encoder(self.backbone(x))))
+
+
+def test_stages_are_timed_apart_and_calls_of_one_stage_add_up():
+    model = Slow()
+    modules = stages.modules_of(model, [])
+    found = stages.clock(model, modules, lambda: model(torch.zeros(1, 2)))
+    assert found["backbone"] == pytest.approx(0.03, abs=0.01)
+    assert found["encoder"] == pytest.approx(0.02, abs=0.01)
+    assert found["decoder"] == pytest.approx(0.02, abs=0.01)
+    assert found[stages.WHOLE] >= found["backbone"] + found["encoder"] + found["decoder"]
+    assert not any(len(m._forward_hooks) for m in model.modules())
+
+
+def test_needs_of_a_stage_are_those_of_its_own_call():
+    detector = mmdet_detector("DETR")
+    attention = [f"encoder.layers.{i}.self_attn.attn" for i in (0, 1)]
+    x = torch.randn(1, 16, 4, 5)
+    from tests.detection.models import samples
+
+    def call():
+        return detector.forward_transformer((x,), samples([(64, 80)], 64, 80))
+
+    with torch.inference_mode():
+        found = stages.needs(stages.modules_of(detector, attention), call)
+    tokens, width = 20, 16
+    projections, products = 4 * 2 * tokens * width**2, 2 * 2 * tokens**2 * width
+    assert found[stages.ATTENTION][0].flops == 2 * (projections + products)
+    perceptrons = 2 * 2 * 2 * tokens * width * 32
+    assert found["encoder"][0].flops == found[stages.ATTENTION][0].flops + perceptrons
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = make_config(tmp_path / "squares.py", make_data(tmp_path / "data", images=4), epochs=2, cost=SMALL)
+    return run.load_config(path)
+
+
+def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
+    asked = cost.read(config).model_copy(update={"attentions": ({"name": "sdpa"}, {**PADRE, "degree": 3})})
+    found = cost.variants(config, asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
+    assert [one.label for one in found] == ["dense", "padre", "sdpa", "padre degree=3 kernel_size=3"]
+    said = []
+    records = cost.measure(config, asked, found, FACTS, said.append)
+    assert [(r.tokens, r.label) for r in records] == [(n, v.label) for n in (16, 32) for v in found]
+    for record in records:
+        assert (record.status, record.gate.passed) == ("ok", True)
+        side = record.cost.candidate
+        assert [stage.name for stage in side.stages] == ["backbone", "encoder", "decoder", "encoder's attention"]
+        whole, attention = side.stage("encoder"), side.stage("encoder's attention")
+        assert attention.flops < whole.flops < side.flops
+        assert attention.latency_ms.p50 < whole.latency_ms.p50 < side.latency_ms.p50
+        assert side.attention_parameters == attention.parameters
+    dense, padre = records[:2]
+    assert dense.is_baseline
+    assert dense.cost.ratios.flops == 1
+    assert padre.cost.candidate.stage("decoder").flops == dense.cost.candidate.stage("decoder").flops
+    assert any("64 x 128 pixels: time" in word for word in said)
+
+
+def test_what_is_wrong_is_not_timed(config, zeros):
+    asked = cost.read(config)
+    dense = cost.dense_detector(config)
+    found = [cost.Variant("dense"), cost.Variant("zeros", {"name": zeros})]
+    records = cost._measure(config, asked, found, FACTS, lambda word: None)
+    assert [(r.label, r.status, r.cost is None) for r in records[:2]] == [
+        ("dense", "ok", False),
+        ("zeros", "failed", True),
+    ]
+    assert "gate did not pass" in records[1].message
+    assert dense is not None
+
+
+def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
+    asked = cost.read(config)
+    with pytest.raises(ConfigError, match=r"(?s)everywhere: .*cross-attention"):
+        cost.measure(
+            config, asked, [cost.Variant("dense"), cost.Variant("everywhere", {"name": "padre"})], FACTS, print
+        )
+    config.cost = {"sizes": [], "repeat": 3}
+    with pytest.raises(ConfigError, match=r"(?s)sizes.*repeat"):
+        cost.read(config)
+
+
+def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
+    data = make_data(tmp_path / "data", images=4)
+    paths = []
+    for name, attention in (("own", None), ("padre", PADRE)):
+        work = str(tmp_path / "runs" / name / "seed0")
+        paths.append(str(make_config(tmp_path / f"{name}.py", data, attention, epochs=2, cost=SMALL, work_dir=work)))
+        assert train([paths[-1]]) == 0
+    more = run.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
+    run.train(more)
+    assert evaluate(paths) == 0
+    folder = tmp_path / "runs" / "own" / "eval"
+    assert "page:" in capsys.readouterr().out
+    records = read_records(folder / "records.jsonl")
+    by_label = {r.label: r for r in records if r.kind == "quality"}
+    assert [one.seed for one in by_label["padre degree=2 kernel_size=3"].quality.trainings] == [0, 1]
+    assert by_label["dense"].quality.trainings[0].epochs == (2,)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page == html_page(records, None) or "<h2>Stages</h2>" in page
+    for part in ("Drawn boxes", "Learning", "AP50", "encoder&#x27;s attention", "best of 4 images"):
+        assert part in page, part
+    assert len(re.findall(r"data:image/jpeg;base64", page)) == 8
+    table = markdown_table(records)
+    assert "AP %" in table
+    assert "forward, 16 tokens" in table
+    before = (folder / "records.jsonl").read_text(encoding="utf-8")
+    assert evaluate(paths) == 0  # again: tests are kept, records take the place of the earlier ones
+    after = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(after) == len(before.splitlines())
