@@ -26,6 +26,7 @@ from attnzoo.bench.operations import config as operations
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.bench.strict import read_yaml
+from attnzoo.detection import run as detection
 from attnzoo.registry import _table, unregister_attention
 from attnzoo.training import config as classify
 from attnzoo.training import report as training_report
@@ -101,10 +102,15 @@ def test_shell_commands_are_real(page):
                 "train/decode.py": train_bytes.load_config,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
+                "train/detect.py": load_detection,
+                "eval/detect.py": load_detection,
             }
             assert command[0] == "python", line
             if command[1:3] == ["-m", "pytest"]:
                 assert (ROOT / command[3]).exists(), line
+                continue
+            if command[1] == "-m":
+                assert importlib.util.find_spec(command[2]), line
                 continue
             if command[1] == "eval/kernels.py":
                 assert kernels.parser().parse_args(command[2:]), line
@@ -114,6 +120,15 @@ def test_shell_commands_are_real(page):
                 assert (ROOT / command[3]).is_file(), line
             else:
                 load[command[1]](ROOT / command[2], command[3:])
+
+
+def load_detection(path: Path, words: list[str]):
+    """Every config that a command names, with the keys that it sets."""
+    at = words.index("--launcher") if "--launcher" in words else len(words)
+    words = words[:at] + words[at + 2 :]
+    keys = [word for word in words if "=" in word]
+    for config in [path, *(ROOT / word for word in words if "=" not in word)]:
+        detection.load_config(config, keys)
 
 
 def test_the_first_commands_of_the_page_on_training_run(tmp_path):

@@ -7,7 +7,7 @@ from html import escape
 
 from attnzoo.bench import plots
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Cost, Detection, Gate, Part, Perplexity, Quality, Quantiles, Record, Stage
+from attnzoo.bench.record import Cost, Detection, Gate, Part, Perplexity, Quality, Quantiles, Record, Side, Stage
 from attnzoo.bench.summary import Group, Qualities, Summary, Verdict, summarise
 
 STYLE = """
@@ -288,14 +288,15 @@ def _stages(summary: Summary) -> str:
             continue
         title = f"{escape(group.host)}: {group.title}"
         body += f'<tr class="group"><td class="text" colspan="{len(STAGED) + 1}"><span>{title}</span></td></tr>\n'
+        dense = next((row.cost.baseline for row in rows if row.cost is not None), None)
         for row in rows:
-            body += "".join(_stage_row(row, stage, words.noise(rows)) for stage in _staged(row))
+            body += "".join(_stage_row(row, stage, words.noise(rows), dense) for stage in _staged(row))
     if not body:
         return ""
     head = "".join(f"<th>{name}</th>" for name in ("attention", *STAGED))
     told = (
         "The encoder's attention is a part of the encoder. Times were taken within calls of the whole model; memory is "
-        "that of the stage called alone. The parts of the other stages leave out what lies between them."
+        "that of the stage called alone. At most: Amdahl's bound, were the attention in that stage to take no time."
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<h2>Stages</h2><p class="soft">{told}</p><div class="wide">{table}</div>'
@@ -305,14 +306,19 @@ def _staged(row: Record) -> tuple[Stage, ...]:
     return () if row.cost is None else row.cost.candidate.stages
 
 
-def _stage_row(row: Record, stage: Stage, still: Quantiles | None) -> str:
+def _stage_row(row: Record, stage: Stage, still: Quantiles | None, dense: Side | None) -> str:
     opening = '<tr class="base">' if row.is_baseline else "<tr>"
     held = stage.activation_peak_bytes or stage.allocator_peak_bytes
+    bound = None if row.is_baseline or dense is None else dense.most_speedup(f"{stage.name}'s attention", stage.name)
     cells = [
         f"<td>{escape(row.label)}</td>",
         f"<td>{escape(stage.name)}</td>",
         _cell(words.milliseconds(stage.latency_ms)),
-        _cell(words.times(stage.speedup), "same" if row.is_baseline else words.speed_verdict(stage.speedup, still)),
+        _cell(
+            words.times(stage.speedup),
+            "same" if row.is_baseline else words.speed_verdict(stage.speedup, still),
+            f"at most {bound:.2f}x" if bound is not None else "",
+        ),
         _cell(f"{stage.share:.0%}"),
         _cell(f"{stage.flops / 1e9:,.2f} G"),
         _cell(words.megabytes(held) if held else "-"),

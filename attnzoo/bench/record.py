@@ -121,6 +121,13 @@ class Side(Entry):
         """The stage of this name."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
+    def most_speedup(self, part: str, whole: str) -> float | None:
+        """Amdahl's bound: how much faster a stage becomes where a part of it takes no time at all."""
+        inner, outer = self.stage(part), self.stage(whole)
+        if inner is None or outer is None or inner.latency_ms.p50 >= outer.latency_ms.p50:
+            return None
+        return 1 / (1 - inner.latency_ms.p50 / outer.latency_ms.p50)
+
 
 class Ratios(Entry):
     """The candidate against the dense baseline of the same process.

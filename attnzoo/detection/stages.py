@@ -21,10 +21,11 @@ from attnzoo.bench.record import Quantiles, Stage
 from attnzoo.bench.trace import Trace, trace
 
 WHOLE = "detector"
+ENCODER = "encoder"
 ATTENTION = "encoder's attention"
 STAGES: dict[str, tuple[str, ...]] = {
     "backbone": ("backbone", "neck"),
-    "encoder": ("encoder",),
+    ENCODER: ("encoder",),
     "decoder": ("decoder", "bbox_head"),
 }
 """Stages by the names of their modules in the detector."""

@@ -1,0 +1,90 @@
+"""What docs/detect.md says: its commands run, its config builds, its tables are those of the records."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attnzoo
+from attnzoo.bench.record import read_records
+from attnzoo.detection import cost, mmcv_ext, run, tables
+from tests.detection.runs import make_data
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "detect.md"
+CONFIGS = sorted((ROOT / "configs" / "detect").glob("*.py"))
+
+
+def between(name):
+    return PAGE.read_text(encoding="utf-8").split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_and_says_how_it_is_run(config):
+    loaded = run.load_config(config)
+    detector = cost.dense_detector(loaded)
+    if loaded.model.get("attention") is not None:
+        cost.swapped(detector, cost.variant_of(loaded), 0)
+        swapped = attnzoo.swap_report(cost.swapped(detector, cost.variant_of(loaded), 0)).swapped
+        assert len(swapped) == loaded.model.encoder.num_layers
+    assert config.read_text(encoding="utf-8").startswith("# ")
+    cost.read(loaded)
+
+
+def test_the_first_commands_run(tmp_path):
+    """As they stand, but for data drawn here, an epoch and few rounds."""
+    cached = tmp_path / "cache" / "neon_tree_crowns_coco"
+    for split in ("train", "val"):
+        made = make_data(tmp_path / split, images=4)
+        (cached / "annotations").mkdir(parents=True, exist_ok=True)
+        text = (made / "boxes.json").read_text(encoding="utf-8").replace("square", "Tree")
+        (cached / "annotations" / f"instances_{split}.json").write_text(text, encoding="utf-8")
+        (made / "images").rename(cached / split)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    commands = blocks("sh")[0].splitlines()
+    assert commands[0].startswith("pip install")
+    for command in commands[1:]:
+        words = command.split()
+        script = [sys.executable, str(ROOT / words[1]), *words[2:], "train_cfg.max_epochs=1"]
+        script += ["cost.repeats=2"] if words[1].startswith("eval") else []
+        environment = {"ATTNZOO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    page = re.search(r"`(runs/detect/\S+report\.html)`", PAGE.read_text(encoding="utf-8"))[1]
+    assert "Drawn boxes" in (tmp_path / page).read_text(encoding="utf-8")
+
+
+def test_the_config_of_the_page_builds(tmp_path):
+    text = next(block for block in blocks("text") if "_base_" in block)
+    (tmp_path / "one.py").write_text(text, encoding="utf-8")
+    loaded = run.load_config(tmp_path / "one.py")
+    detector = mmcv_ext.load("mmdet.registry").MODELS.build(loaded.model)
+    assert len(attnzoo.swap_report(detector).swapped) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "table"),
+    [
+        ("detr-cost", "detr_r50_cost", tables.encoder_table),
+        ("trees-overfit", "trees_overfit", tables.quality_table),
+        ("bccd-cpu", "bccd_cpu", tables.quality_table),
+    ],
+)
+def test_tables_are_those_of_the_records(name, record, table):
+    records = read_records(ROOT / "docs" / "records" / record / "records.jsonl")
+    assert between(name) == table(records)
+    assert not any(r.environment.dirty for r in records)
+
+
+def test_what_the_page_claims_is_in_the_records():
+    overfit = read_records(ROOT / "docs" / "records" / "trees_overfit" / "records.jsonl")
+    assert all(r.quality.ap50 >= 0.9 for r in overfit if r.kind == "quality")
+    assert {r.gate.passed for r in read_records(ROOT / "docs" / "records" / "detr_r50_cost" / "records.jsonl")} == {
+        True
+    }
