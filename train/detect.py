@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         config = run.load_config(parsed.config, parsed.overrides)
         if parsed.amp:
-            config.optim_wrapper.type = "AmpOptimWrapper"
+            run.mixed_precision(config)
         for checked in run.prepare(config):
             print(checked, file=sys.stderr)
         run.fit_to_machine(config, parsed.launcher)

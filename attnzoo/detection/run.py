@@ -156,6 +156,15 @@ def fit_to_machine(config: Any, launcher: str) -> None:
     config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
 
 
+def mixed_precision(config: Any) -> None:
+    """Train by mmengine's AmpOptimWrapper; it needs a GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "mixed precision is mmengine's AmpOptimWrapper, which needs a GPU, and PyTorch sees none here"
+        )
+    config.optim_wrapper.type = "AmpOptimWrapper"
+
+
 def train(config: Any) -> Path:
     """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one.
 

@@ -12,20 +12,24 @@ SIDE = 64
 
 
 def make_data(folder, images=8, seed=0):
-    """Bright squares on noise, one or two an image, as COCO has it: the same images to train and to test with."""
+    """Bright squares on noise, one or two an image, as COCO has it: the same images to train and to test with.
+
+    Every third image is lower than the others, so that batches are padded.
+    """
     random = np.random.default_rng(seed)
     content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
     (folder / "images").mkdir(parents=True)
     for number in range(images):
-        pixels = random.integers(0, 60, (SIDE, SIDE, 3), dtype=np.uint8)
+        height = SIDE if number % 3 else 48
+        pixels = random.integers(0, 60, (height, SIDE, 3), dtype=np.uint8)
         for _ in range(1 + number % 2):
             side = int(random.integers(14, 30))
-            x, y = (int(n) for n in random.integers(0, SIDE - side, 2))
+            x, y = int(random.integers(0, SIDE - side)), int(random.integers(0, height - side))
             pixels[y : y + side, x : x + side] = 220
             box = {"bbox": [x, y, side, side], "area": side * side, "iscrowd": 0, "category_id": 1}
             content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": number, **box})
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
-        content["images"].append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": SIDE})
+        content["images"].append({"id": number, "file_name": f"{number}.png", "width": SIDE, "height": height})
     (folder / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 

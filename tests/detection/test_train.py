@@ -228,6 +228,12 @@ def test_what_is_not_trained_to_its_end_is_not_evaluated(trained, tmp_path, caps
     assert "trained for 1 of 4 epochs" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no error")
+def test_mixed_precision_needs_a_gpu(trained, capsys):
+    assert train([str(trained[0]), "--amp"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
 def test_a_launcher_needs_its_processes(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert train([str(trained[0]), f"work_dir={tmp_path}", "--launcher", "pytorch"]) == 2
