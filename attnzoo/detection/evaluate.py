@@ -70,7 +70,7 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
         )
     weights = assets.sha256_of(score.finished(config))
     folder = Path(config.work_dir) / FOLDER
-    known = {"weights": weights, "data": repr(config.test_dataloader.dataset)}
+    known = {"weights": weights, "data": _data_of(config)}
     kept = folder / RUN
     earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if {key: earlier.get(key) for key in known} != known:
@@ -86,6 +86,13 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
         for one in found["judged"]
     )
     return Run(config, costs.variant_of(config), score.Scores(**found))
+
+
+def _data_of(config: Any) -> dict[str, str]:
+    """What stands for the test images: how they are read, and their annotations."""
+    dataset = config.test_dataloader.dataset
+    annotations = Path(dataset.get("data_root") or ".") / dataset.get("ann_file", "")
+    return {"dataset": repr(dataset), "annotations": assets.sha256_of(annotations) if annotations.is_file() else ""}
 
 
 def _is_main() -> bool:

@@ -12,7 +12,7 @@ from attnzoo.bench.plots import COLOURS, MARKERS, add_legend, new_figure, to_svg
 from attnzoo.bench.record import Detection
 from attnzoo.detection.score import Judged, Scores
 
-SHOWN = 6  # images of each kind
+SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320
 TRUE, PREDICTED = "#00b050", "#ff8c00"
 STYLE = """<style>
@@ -98,5 +98,5 @@ def picture_of(one: Judged, names: Sequence[str]) -> str:
             if len(names) > 1:
                 draw.text((x + 3, y + (1 if colour == TRUE else 11)), names[int(box[4])], fill=colour)
     content = io.BytesIO()
-    image.save(content, "JPEG", quality=85)
+    image.save(content, "JPEG", quality=80)
     return base64.b64encode(content.getvalue()).decode()

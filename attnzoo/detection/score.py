@@ -89,7 +89,7 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     Raises
     ------
     ConfigError
-        If the run is not trained to its end.
+        If the run is not trained to its end, or its metric is not COCO's.
     DataError
         If it was trained on other classes.
     """
@@ -99,13 +99,16 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     config.load_from, config.resume = None, False
     folder.mkdir(parents=True, exist_ok=True)
     prefix = folder / "boxes"
-    config.test_evaluator = {"type": "CocoMetric", "metric": "bbox", **config.test_evaluator}
-    config.test_evaluator.update(format_only=True, outfile_prefix=str(prefix))
+    metrics = config.test_evaluator if isinstance(config.test_evaluator, (list, tuple)) else [config.test_evaluator]
+    metric = next((dict(one) for one in metrics if one.get("type") == "CocoMetric"), None)
+    if metric is None:
+        raise ConfigError("test_evaluator names no CocoMetric, which hands the predictions to pycocotools")
+    config.test_evaluator = {**metric, "format_only": True, "outfile_prefix": str(prefix)}
     runner = Runner.from_cfg(config)
     data = runner.test_dataloader.dataset
     load(runner, checkpoint, data.metainfo["classes"])
     runner.test()
-    told = config.test_evaluator.get("ann_file")
+    told = metric.get("ann_file")
     true = Path(told) if told else prefix.with_name(prefix.name + ".gt.json")
     return true, prefix.with_name(prefix.name + ".bbox.json"), _files(data)
 

@@ -11,16 +11,16 @@ from tests.detection.models import mmdet_config
 SIDE = 64
 
 
-def make_data(folder, images=8, seed=0):
+def make_data(folder, images=8, seed=0, lower=48):
     """Bright squares on noise, one or two an image, as COCO has it: the same images to train and to test with.
 
-    Every third image is lower than the others, so that batches are padded.
+    Every third image is of another height, so that batches are padded.
     """
     random = np.random.default_rng(seed)
     content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "square"}]}
     (folder / "images").mkdir(parents=True)
     for number in range(images):
-        height = SIDE if number % 3 else 48
+        height = SIDE if number % 3 else lower
         pixels = random.integers(0, 60, (height, SIDE, 3), dtype=np.uint8)
         for _ in range(1 + number % 2):
             side = int(random.integers(14, 30))

@@ -14,7 +14,7 @@ import torch
 from attnzoo.detection import run, score
 from attnzoo.errors import ConfigError, DataError
 from eval.detect import main as evaluate
-from tests.detection.runs import make_config, make_data
+from tests.detection.runs import SIDE, make_config, make_data
 from train.detect import main as train
 
 ROOT = Path(__file__).parents[2]
@@ -108,11 +108,13 @@ def test_a_killed_run_goes_on_to_the_same_end(trained, tmp_path):
     assert same(weights(tmp_path), weights(folder))
 
 
-def test_two_processes_train_and_test_as_one(data, tmp_path):
+def test_two_processes_train_and_test_as_one(tmp_path):
     """Testing gives the very same scores; a training of two halves of each batch gives the same weights to rounding.
 
-    By SGD, for AdamW takes steps of full length where a gradient is nothing but rounding, as that of a key's bias is.
+    By SGD, for AdamW takes steps of full length where a gradient is nothing but rounding, as that of a key's bias is;
+    and on images of one size, for each process pads its own, and the backbone sees padding.
     """
+    data = make_data(tmp_path / "data", lower=SIDE)
     sgd = {"type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 1e-2}, "clip_grad": {"max_norm": 1.0}}
     config = str(make_config(tmp_path / "squares.py", data, PADRE, flips=0.0, optim_wrapper=sgd))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
