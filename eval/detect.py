@@ -40,34 +40,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> None:
     """Test all runs, measure what they cost, and report."""
     from rich.console import Console
+    from rich.markup import escape
 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.report import print_report
     from attnzoo.detection import evaluate as evaluation
     from attnzoo.detection import page
-    from attnzoo.detection.run import fit_to_machine, load_config, prepare
+    from attnzoo.detection.run import fit_to_machine, is_main, load_config, prepare
 
     paths = [one for one in inputs if "=" not in one]
     if not paths:
         raise ConfigError("give at least one config, such as configs/detect/trees_softmax.py")
     configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    trained = [config for config in configs if config.get("data_root")]
+    trained = [config for config in configs if config.get("data_root", "") is not None]
+    if not trained and configs[0].get("cost") is None:
+        raise ConfigError(f"{paths[0]} has neither test images (data_root) nor a cost to measure")
+    evaluation.check_comparable(trained)
     for config in trained:
         prepare(config)
     runs = []
     for config in [seed for one in trained for seed in evaluation.seeds_of(one)]:
         fit_to_machine(config, launcher)
         runs.append(evaluation.score_run(config, lambda told: progress.print(told, highlight=False)))
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return
     facts = {
         "config_hash": evaluation.hash_of(configs),
         "benchmark": f"detect-{Path(paths[0]).stem}",
         "command": command,
     }
+    qualities = evaluation.qualities(runs)
     with progress.status("cost") as status:
-        records = evaluation.all_records(configs, runs, facts, lambda told: status.update(f"cost: {told}"))
+        costs, problems = evaluation.cost_records(
+            configs, qualities, facts, lambda told: status.update(f"cost: {told}")
+        )
+    records = [*evaluation.quality_records(runs, qualities, facts), *costs]
+    for problem in problems:
+        progress.print(f"[red]{escape(problem)}[/red]", highlight=False)
+    if not records:
+        raise ConfigError("nothing could be measured")
     folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = []
@@ -75,7 +87,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
         first = {run.variant.label: run.scores for run in reversed(runs)}
         labels = dict.fromkeys(run.variant.label for run in runs)
         sections = [
-            page.curves(evaluation.qualities(runs)),
+            page.curves(qualities),
             page.drawn({label: first[label] for label in labels}, evaluation.classes_of(runs[0].config)),
         ]
     text = "\n\n".join(config.pretty_text for config in configs)

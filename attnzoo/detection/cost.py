@@ -12,6 +12,7 @@ to measure in a key of its own::
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -91,16 +92,26 @@ def read(config: Any) -> CostConfig | None:
     return validated(CostConfig, asked.to_dict(), [], "cost")
 
 
-def variants(config: Any, cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
-    """All that is measured: the detector's own attention, those of configs, and those that `cost` adds."""
+def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
+    """All that is measured: the detector's own attention first, then those of configs and those that `cost` adds.
+
+    Raises
+    ------
+    ConfigError
+        If two different attentions have one label, or one has no name.
+    """
+    found: dict[str, Variant] = {}
+    dense = next((variant for variant in named if variant.attention is None), Variant(DENSE))
     more = []
     for one in cost.attentions:
         attention = {key: value for key, value in one.items() if key != "label"}
+        if "name" not in attention:
+            raise ConfigError(f"cost.attentions: {one} has no name; give that of a registered attention")
         more.append(Variant(one.get("label") or label_of(attention), attention))
-    found = {DENSE: Variant(DENSE)}
-    for variant in [*named, *more]:
-        if variant.attention is not None:
-            found.setdefault(variant.label, variant)
+    for variant in [dense, *named, *more]:
+        other = found.setdefault(variant.label, variant)
+        if other.attention != variant.attention:
+            raise ConfigError(f"two attentions are called {variant.label!r}; give one of them a label of its own")
     return list(found.values())
 
 
@@ -137,8 +148,8 @@ class Answer(Entry):
 
 def measure(
     config: Any, cost: CostConfig, found: Sequence[Variant], facts: Mapping[str, Any], say: Callable[[str], None]
-) -> list[Record]:
-    """Measure all variants at all sizes, in one process of their own; nothing is timed that fails its oracle.
+) -> tuple[list[Record], list[str]]:
+    """Measure all variants, those of one size side by side in a process; nothing is timed that fails its oracle.
 
     Parameters
     ----------
@@ -151,27 +162,39 @@ def measure(
     say
         Told how far it is.
 
+    Returns
+    -------
+    tuple
+        Records, and what went wrong: a size whose process died, ran out of memory or took too long.
+
     Raises
     ------
     ConfigError
-        If a swap cannot be made.
-    AttnZooError
-        If the process died or took too long.
+        If a swap cannot be made, or two sizes have as many tokens.
     """
-    job = Job(
-        config=config.pretty_text,
-        cost=cost,
-        variants=tuple((v.label, None if v.attention is None else dict(v.attention)) for v in found),
-        facts=dict(facts),
-    )
     nursery = Nursery(("attnzoo.detection.cost",), cuda=torch.cuda.is_available())
-    result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
-    if result.end != "done":
-        raise AttnZooError(f"the cost could not be measured ({result.end}): {result.message}")
-    answer = Answer.model_validate_json(result.answer)
-    if answer.refused:
-        raise ConfigError(answer.refused)
-    return list(answer.records)
+    records: list[Record] = []
+    problems = []
+    for size in cost.sizes:
+        job = Job(
+            config=config.pretty_text,
+            cost=cost.model_copy(update={"sizes": (size,)}),
+            variants=tuple((v.label, None if v.attention is None else dict(v.attention)) for v in found),
+            facts=dict(facts),
+        )
+        start = time.monotonic()
+        result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
+        if result.end != "done":
+            problems.append(f"{size[0]} x {size[1]} pixels: {result.end}: {result.message}")
+            continue
+        answer = Answer.model_validate_json(result.answer)
+        if answer.refused:
+            raise ConfigError(answer.refused)
+        if answer.records[0].tokens in {record.tokens for record in records}:
+            raise ConfigError(f"cost.sizes: {size} gives as many tokens as another size; leave one of them out")
+        seconds = round((time.monotonic() - start) / len(answer.records), 3)
+        records += [record.model_copy(update={"seconds": seconds}) for record in answer.records]
+    return records, problems
 
 
 def main(job: str, say: Callable[[str], None]) -> str:

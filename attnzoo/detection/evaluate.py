@@ -24,7 +24,7 @@ from attnzoo.bench.record import Detecting, Detection, Record, RecordStore
 from attnzoo.bench.system import environment
 from attnzoo.detection import cost as costs
 from attnzoo.detection import score
-from attnzoo.detection.run import changes, prepare
+from attnzoo.detection.run import FITTED, changes, is_main, prepare
 from attnzoo.detection.voc import write_json
 from attnzoo.errors import ConfigError
 
@@ -63,7 +63,7 @@ def seeds_of(config: Any) -> list[Any]:
 
 def score_run(config: Any, say: Callable[[str], None]) -> Run:
     """Test a trained run; what was tested before, with the same weights and data, is kept."""
-    changed = changes(config)
+    changed = changes(config, FITTED)
     if changed:
         raise ConfigError(
             f"{config.work_dir} was trained by another config ({'; '.join(changed[:5])}); train this one first"
@@ -76,9 +76,9 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
     if {key: earlier.get(key) for key in known} != known:
         say(f"test {config.work_dir}")
         true, predicted, files = score.predict(config, folder)
-        if not _is_main():
+        if not is_main():
             return Run(config, costs.variant_of(config), _no_scores())
-        earlier = {**known, "scores": asdict(score.scores(true, predicted, files))}
+        earlier = {**known, "scores": asdict(score.scores(true, predicted, files, classes_of(config)))}
         write_json(earlier, kept)
     found = dict(earlier["scores"])
     found["judged"] = tuple(
@@ -89,14 +89,12 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
 
 
 def _data_of(config: Any) -> dict[str, str]:
-    """What stands for the test images: how they are read, and their annotations."""
+    """What stands for the test images: how they are read and scored, and their annotations."""
     dataset = config.test_dataloader.dataset
     annotations = Path(dataset.get("data_root") or ".") / dataset.get("ann_file", "")
-    return {"dataset": repr(dataset), "annotations": assets.sha256_of(annotations) if annotations.is_file() else ""}
-
-
-def _is_main() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    how = {key: repr(config.model.get(key)) for key in ("test_cfg", "data_preprocessor")}
+    how["annotations"] = assets.sha256_of(annotations) if annotations.is_file() else ""
+    return {**how, "dataset": repr(dataset), "metric": repr(config.test_evaluator)}
 
 
 def _no_scores() -> score.Scores:
@@ -185,20 +183,35 @@ def quality_records(runs: Sequence[Run], found: Mapping[str, Detection], facts: 
     return records
 
 
-def all_records(
-    configs: Sequence[Any], runs: Sequence[Run], facts: Mapping[str, Any], say: Callable[[str], None]
-) -> list[Record]:
-    """Records of quality, and of cost where the first config asks for it."""
-    found = qualities(runs)
-    records = quality_records(runs, found, facts)
+def check_comparable(configs: Sequence[Any]) -> None:
+    """Raise `ConfigError` unless all configs have labels of their own and are tested on the same images."""
+    labels = [costs.variant_of(config).label for config in configs]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(
+                f"two of the configs are called {label!r}; give one of them a label of its own: label=..."
+            )
+    keys = ("data_root", "ann_file", "data_prefix", "indices")
+    tested = {repr([config.test_dataloader.dataset.get(key) for key in keys]) for config in configs}
+    if len(tested) > 1:
+        raise ConfigError(f"the configs are tested on different images and cannot be compared: {'; '.join(tested)}")
+
+
+def cost_records(
+    configs: Sequence[Any], found: Mapping[str, Detection], facts: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[list[Record], list[str]]:
+    """Records of cost where the first config asks for it, with the quality of each attention, and what went wrong."""
     asked = costs.read(configs[0])
-    if asked is not None:
-        variants = costs.variants(configs[0], asked, [costs.variant_of(config) for config in configs])
-        for record in costs.measure(configs[0], asked, variants, facts, say):
-            quality = found.get(record.label)
-            note = "not measured" if quality is None else quality.note
-            records.append(record.model_copy(update={"quality": quality, "quality_note": note}))
-    return records
+    if asked is None:
+        return [], []
+    variants = costs.variants(asked, [costs.variant_of(config) for config in configs])
+    measured, problems = costs.measure(configs[0], asked, variants, facts, say)
+    records = []
+    for record in measured:
+        quality = found.get(record.label)
+        note = "not measured" if quality is None else quality.note
+        records.append(record.model_copy(update={"quality": quality, "quality_note": note}))
+    return records, problems
 
 
 def hash_of(configs: Sequence[Any]) -> str:
@@ -219,5 +232,4 @@ def classes_of(config: Any) -> list[str]:
     meta = config.test_dataloader.dataset.get("metainfo") or {}
     if meta.get("classes"):
         return list(meta["classes"])
-    content = prepare(config)[-1].file
-    return [category["name"] for category in json.loads(content.read_text(encoding="utf-8"))["categories"]]
+    return list(prepare(config)[-1].classes)

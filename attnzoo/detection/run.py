@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,16 +13,23 @@ from typing import Any
 import torch
 
 from attnzoo import assets
+from attnzoo.bench.lines import FolderLock
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
 from attnzoo.detection.voc import write_json
 from attnzoo.errors import AttnZooError, ConfigError
 
 RUNS = Path("runs/detect")
-MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "launcher", "model.attention", "label", "cost")
-ANYWHERE = ("work_dir", "resume", "load_from", "launcher", "asset_path", "data_root", "cost", "label", "log_level")
-"""Keys that leave the weights as they are."""
-KEPT = "trained_by.json"
+MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
+TRAINED_BY = "trained_by.json"
+WEIGHTS = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks", "randomness")
+"""The config's keys that decide the weights that come out, beside `load_from`."""
+FITTED = (
+    *(f"train_dataloader.{key}" for key in ("batch_size", "num_workers", "persistent_workers")),
+    *(f"optim_wrapper.{key}" for key in ("type", "dtype", "loss_scale")),
+    "images_a_step",
+)
+"""Keys that fit a training to its machine: an evaluation does not ask for them again."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -64,6 +73,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     config.merge_from_dict(values)
     if "data_root" in values:
         _move_data(config, str(root), str(values["data_root"]))
+    config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would begin anew
     config.setdefault("randomness", {"seed": 0})
     if config.randomness.get("seed") is None:
         config.randomness.seed = 0  # a run that is resumed must know its seed
@@ -115,8 +125,15 @@ def prepare(config: Any) -> list[check.Checked]:
         if not config.get("asset"):
             raise ConfigError(f"data_root={str(root)!r} does not exist; put the data there or set data_root=PATH/")
         _link(assets.get(config.asset, config.get("asset_path")), Path(root))
-    found = (check.dataset(config[part].dataset) for part in loaders(config))
-    return [one for one in found if one is not None]
+    found = [one for part in loaders(config) for one in check.dataset(config[part].dataset)]
+    head = config.model.get("bbox_head")
+    for one in found:
+        if isinstance(head, Mapping) and head.get("num_classes") not in (None, len(one.classes)):
+            raise ConfigError(
+                f"model.bbox_head.num_classes is {head['num_classes']}, but {one.file} is read for {len(one.classes)} "
+                f"classes: {', '.join(one.classes)}"
+            )
+    return found
 
 
 def loaders(config: Any) -> list[str]:
@@ -129,21 +146,36 @@ def loaders(config: Any) -> list[str]:
 
 
 def _link(folder: Path, place: Path) -> None:
-    """Make `place` stand for `folder`."""
+    """Make `place` stand for `folder`; a link that leads nowhere any more is replaced."""
     place = Path(os.path.normpath(place))
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
+        if place.is_symlink() and not place.exists():
+            place.unlink(missing_ok=True)
         place.symlink_to(folder, target_is_directory=True)
     except FileExistsError:  # another process was faster
         pass
     except OSError as error:
         raise ConfigError(f"{place} cannot be made a link to {folder}: {error}; set data_root={folder}/") from error
+    if not place.is_dir():
+        raise ConfigError(f"{place} is no folder; remove it, or set data_root={folder}/")
 
 
 def fit_to_machine(config: Any, launcher: str) -> None:
-    """Set what depends on where the processes run: without a GPU, many of them talk through gloo."""
+    """Join the other processes, where a launcher started some: without a GPU they talk through gloo.
+
+    Raises
+    ------
+    ConfigError
+        If no launcher started this process, or its kind needs GPUs that are not here.
+    """
     config.launcher = launcher
-    if launcher == "none" or torch.cuda.is_available():
+    if launcher == "none":
+        return
+    distributed = mmcv_ext.load("mmengine.dist")
+    if torch.cuda.is_available():
+        if not distributed.is_distributed():
+            distributed.init_dist(launcher, **config.get("env_cfg", {}).get("dist_cfg", {}))
         return
     if launcher != "pytorch":
         raise ConfigError(f"launcher={launcher!r} needs GPUs; without them use torchrun and --launcher pytorch")
@@ -154,6 +186,11 @@ def fit_to_machine(config: Any, launcher: str) -> None:
             )
         torch.distributed.init_process_group("gloo")
     config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return bool(mmcv_ext.load("mmengine.dist").is_main_process())
 
 
 def mixed_precision(config: Any) -> None:
@@ -168,6 +205,8 @@ def mixed_precision(config: Any) -> None:
 def train(config: Any) -> Path:
     """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one.
 
+    With ``resume=False`` what the folder holds is set aside first, in ``FOLDER.old`` or ``FOLDER.old2`` and so on.
+
     Returns
     -------
     Path
@@ -176,43 +215,64 @@ def train(config: Any) -> Path:
     Raises
     ------
     ConfigError
-        If the folder holds a run of another config.
-    DataError
-        If images or annotations cannot be used.
+        If the folder holds a run of another config, or another process is training into it.
     """
+    from mmengine.dist import barrier
     from mmengine.runner import Runner
 
     folder = Path(config.work_dir)
-    if config.get("resume", True):
-        changed = changes(config)
-        if changed and (folder / "last_checkpoint").exists():
+    with FolderLock(folder) if is_main() else contextlib.nullcontext():
+        if not config.resume and is_main():
+            _set_aside(folder)
+        barrier()
+        begun = last_checkpoint(config) is not None
+        changed = changes(config) if begun else []
+        if changed:
             raise ConfigError(
                 f"{folder} holds a run of another config ({'; '.join(changed[:5])}); give another folder with "
                 "work_dir=PATH, or begin anew with resume=false"
             )
-        config.resume = True
-    if int(os.environ.get("RANK", "0")) == 0:
-        write_json(_plain(config), folder / KEPT)
-    Runner.from_cfg(config).train()
+        config.resume = begun
+        if begun:
+            config.load_from = None  # mmengine would go on from that one
+        trained_by = _trained_by(config)
+        runner = Runner.from_cfg(config)
+        if not begun and is_main():
+            write_json(trained_by, folder / TRAINED_BY)
+        runner.train()
     return folder
 
 
-def changes(config: Any) -> list[str]:
+def _set_aside(folder: Path) -> None:
+    """Move what a folder holds into a new one beside it; the lock stays."""
+    held = [entry for entry in folder.iterdir() if entry.name != ".lock"]
+    names = itertools.chain([f"{folder.name}.old"], (f"{folder.name}.old{number}" for number in itertools.count(2)))
+    aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    for entry in held:
+        aside.mkdir(exist_ok=True)
+        entry.rename(aside / entry.name)
+
+
+def changes(config: Any, ignore: Sequence[str] = ()) -> list[str]:
     """What differs from the config by which the run's folder was trained: ``key: before -> now``; empty if nothing."""
-    kept = Path(config.work_dir) / KEPT
+    kept = Path(config.work_dir) / TRAINED_BY
     if not kept.is_file():
         return []
     before = dict(_leaves(json.loads(kept.read_text(encoding="utf-8"))))
-    now = dict(_leaves(json.loads(json.dumps(_plain(config)))))
+    now = dict(_leaves(_trained_by(config)))
     keys = [key for key in [*before, *(k for k in now if k not in before)] if before.get(key) != now.get(key)]
-    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys]
+    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys if key not in ignore]
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _trained_by(config: Any) -> dict[str, Any]:
     """What decides the weights that come out, as JSON has it."""
-    content = {key: value for key, value in config.to_dict().items() if key not in ANYWHERE}
-    used = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks", "randomness")
-    return json.loads(json.dumps({key: content[key] for key in used if key in content}, default=str))
+    held = {key: value for key, value in config.to_dict().items() if key in WEIGHTS or (key == "load_from" and value)}
+    world = mmcv_ext.load("mmengine.dist").get_world_size()
+    held["images_a_step"] = config.train_dataloader.get("batch_size", 1) * world
+    found: dict[str, Any] = json.loads(json.dumps(held, default=str))
+    for key in ("batch_size", "num_workers", "persistent_workers"):
+        found["train_dataloader"].pop(key, None)
+    return found
 
 
 def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -233,5 +293,5 @@ def last_checkpoint(config: Any) -> Path | None:
     told = Path(config.work_dir) / "last_checkpoint"
     if not told.is_file():
         return None
-    path = Path(told.read_text(encoding="utf-8").strip())
-    return path if path.is_file() else Path(config.work_dir) / path.name
+    path = Path(config.work_dir) / Path(told.read_text(encoding="utf-8").strip()).name  # the folder may have moved
+    return path if path.is_file() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from attnzoo.detection import check
 from attnzoo.detection.run import last_checkpoint
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, DataError
 
 STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 IOU = 0.5  # of the matches that images are judged by
@@ -96,8 +97,9 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     from mmengine.runner import Runner
 
     checkpoint = finished(config)
-    config.load_from, config.resume = None, False
     folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
+    config.load_from, config.resume, config.work_dir = None, False, str(folder)
     prefix = folder / "boxes"
     metrics = config.test_evaluator if isinstance(config.test_evaluator, (list, tuple)) else [config.test_evaluator]
     metric = next((dict(one) for one in metrics if one.get("type") == "CocoMetric"), None)
@@ -152,8 +154,14 @@ def finished(config: Any) -> Path:
     return found
 
 
-def scores(true: Path, predicted: Path, files: dict[int, str]) -> Scores:
-    """Let pycocotools compare two COCO files, over the images of `files`."""
+def scores(true: Path, predicted: Path, files: dict[int, str], classes: Sequence[str]) -> Scores:
+    """Let pycocotools compare two COCO files, over the images of `files` and the boxes of `classes`.
+
+    Raises
+    ------
+    DataError
+        If there is no box to find.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -166,9 +174,14 @@ def scores(true: Path, predicted: Path, files: dict[int, str]) -> Scores:
             answers.createIndex()
         evaluation = COCOeval(truth, answers, "bbox")
         evaluation.params.imgIds = sorted(files)
+        evaluation.params.catIds = truth.getCatIds(catNms=list(classes))
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    if evaluation.stats[0] < 0:
+        raise DataError(
+            f"the {len(files)} test images have no box of the classes {', '.join(classes)}: nothing to find"
+        )
     stats = {name: _or_none(value) for name, value in zip(STATS, evaluation.stats, strict=False)}
     images = _images(truth, answers, evaluation, files)
     threshold = _best_threshold(images)
@@ -203,7 +216,7 @@ class _Image:
 def _images(truth: Any, answers: Any, evaluation: Any, files: dict[int, str]) -> list[_Image]:
     """Take out of the evaluation what was matched at the IoU images are judged by."""
     images = {number: _Image(path, [], []) for number, path in files.items()}
-    names = {category["id"]: place for place, category in enumerate(truth.loadCats(truth.getCatIds()))}
+    names = {number: place for place, number in enumerate(evaluation.params.catIds)}
     at = int(np.argmin(np.abs(evaluation.params.iouThrs - IOU)))
     everything = list(evaluation.params.areaRng[0])
     for found in evaluation.evalImgs:
@@ -227,7 +240,8 @@ def _best_threshold(images: Sequence[_Image]) -> float:
     true, hits, best = sum(len(one.true) for one in images), 0, (0.0, 0.5)
     for kept, (score, hit) in enumerate(rows, 1):
         hits += bool(hit)
-        best = max(best, (2 * hits / (kept + true), score))
+        if kept == len(rows) or rows[kept][0] < score:  # boxes of one score stand or fall together
+            best = max(best, (2 * hits / (kept + true), score))
     return float(best[1])
 
 
@@ -247,6 +261,7 @@ def curve(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float
             with contextlib.suppress(ValueError):  # a killed run may leave half a line
                 told = json.loads(line)
                 if "coco/bbox_mAP" in told:
-                    found[int(told["step"])] = (told["coco/bbox_mAP"], told["coco/bbox_mAP_50"])
+                    ap, ap50 = told["coco/bbox_mAP"], told["coco/bbox_mAP_50"]
+                    found[int(told["step"])] = (max(0.0, ap), max(0.0, ap50))  # -1 where there is nothing to find
     epochs = sorted(found)
     return tuple(epochs), tuple(found[e][0] for e in epochs), tuple(found[e][1] for e in epochs)

@@ -1,7 +1,7 @@
 """What a detector costs stage by stage: backbone, encoder, decoder, and the encoder's attention within the encoder.
 
-All variants of a detector are called in turn, so that the noise of the machine falls on all alike, and hooks at the
-ends of each stage tell its time. FLOPs and peak memory are those of each stage called alone with the same inputs.
+All variants of a detector are called in turn, so that the noise of the machine falls on all alike, and the calls of
+each stage's modules are timed within. FLOPs and peak memory are those of each stage called alone with the same inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from attnzoo.bench.memory import Peak, peak_memory
 from attnzoo.bench.record import Quantiles, Stage
 from attnzoo.bench.trace import Trace, trace
 
+Forward = Callable[..., Any]
 WHOLE = "detector"
 ENCODER = "encoder"
 ATTENTION = "encoder's attention"
@@ -63,35 +64,45 @@ def modules_of(detector: Any, attention: Sequence[str]) -> dict[str, list[nn.Mod
     return {**found, ATTENTION: [detector.get_submodule(path) for path in attention]}
 
 
+@contextmanager
+def _around(modules: Mapping[nn.Module, Callable[[Forward], Forward]]) -> Iterator[None]:
+    """Put functions round the `forward` of modules, which mmdet calls directly where it goes round hooks."""
+    for module, wrap in modules.items():
+        module.__dict__["forward"] = wrap(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
 def clock(
     detector: nn.Module, stages: Mapping[str, Sequence[nn.Module]], run: Callable[[], object]
 ) -> dict[str, float]:
     """Seconds of one call, by stage and whole."""
     device = next(detector.parameters()).device
-    ends: list[tuple[str, Any, Any]] = []
-    begun: dict[int, Any] = {}
+    spans: list[tuple[str, Any, Any]] = []
 
-    def begin(module: nn.Module, inputs: Any) -> None:
-        begun[id(module)] = _now(device)
+    def timing(stage: str) -> Callable[[Forward], Forward]:
+        def wrap(forward: Forward) -> Forward:
+            def timed(*inputs: Any, **named: Any) -> Any:
+                start = _now(device)
+                output = forward(*inputs, **named)
+                spans.append((stage, start, _now(device)))
+                return output
 
-    def end(stage: str) -> Callable[..., None]:
-        return lambda module, inputs, output: ends.append((stage, begun[id(module)], _now(device)))
+            return timed
 
-    handles = []
-    for stage, modules in stages.items():
-        for module in modules:
-            handles += [module.register_forward_pre_hook(begin), module.register_forward_hook(end(stage))]
-    try:
+        return wrap
+
+    with _around({module: timing(stage) for stage, modules in stages.items() for module in modules}):
         first = _now(device)
         run()
         last = _now(device)
-    finally:
-        for handle in handles:
-            handle.remove()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     total = dict.fromkeys(stages, 0.0)
-    for stage, start, stop in ends:
+    for stage, start, stop in spans:
         total[stage] += _between(start, stop)
     return {**total, WHOLE: _between(first, last)}
 
@@ -123,16 +134,16 @@ def caught(modules: Sequence[nn.Module]) -> Iterator[list[Callable[[], object]]]
     """Catch what goes into modules during a call, as functions that call them with it again."""
     found: list[Callable[[], object]] = []
 
-    def catch(module: nn.Module, inputs: Any, named: Any) -> None:
-        kept, options = _copied(inputs), _copied(named)
-        found.append(lambda: module(*kept, **options))
+    def catching(forward: Forward) -> Forward:
+        def call(*inputs: Any, **named: Any) -> Any:
+            kept, options = _copied(inputs), _copied(named)
+            found.append(lambda: forward(*kept, **options))
+            return forward(*inputs, **named)
 
-    handles = [module.register_forward_pre_hook(catch, with_kwargs=True) for module in modules]
-    try:
+        return call
+
+    with _around(dict.fromkeys(modules, catching)):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _copied(value: Any) -> Any:

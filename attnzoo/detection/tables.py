@@ -37,11 +37,10 @@ def encoder_table(records: Iterable[Record]) -> str:
     """
     lines = []
     for group in summarise(records).of("detection"):
-        dense = next(row for row in group.rows if row.is_baseline)
-        bound = None if dense.cost is None else dense.cost.candidate.most_speedup(ATTENTION, ENCODER)
         for row in group.rows:
             attention, encoder = _stage(row, ATTENTION), _stage(row, ENCODER)
             assert row.cost is not None
+            bound = row.cost.baseline.most_speedup(ATTENTION, ENCODER)
             size = row.host.rpartition(", ")[2].removesuffix(" pixels")
             lines.append(
                 [

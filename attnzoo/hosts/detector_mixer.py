@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.hosts.feature_map import FeatureMapMixer, Teller
+from attnzoo.hosts.feature_map import CROSS, NO_GRID, FeatureMapMixer, Teller
 from attnzoo.hosts.site import ancestors
-
-NO_GRID = "self-attention over object queries, which lie on no grid: a mixer stands in the encoder"
-CROSS = "cross-attention, and a mixer has one input"
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def layer_of(path: str, layers: Mapping[str, Any]) -> DetectorLayer | None:
 def _in_detector(path: str, layers: Mapping[str, Any]) -> bool:
     """Whether the layer's class is of a model of the DETR family, and not of a backbone of patches."""
     module = type(layers[path]).__module__.rpartition(".")[2]
-    patches = any(hasattr(layers.get(ancestor), "patch_embeddings") for ancestor in ancestors(path))
+    patches = any("ViT" in (kind := type(layers.get(a)).__name__) or "Dinov2" in kind for a in ancestors(path))
     return (module.endswith("detr") or "detr_" in module or module.endswith("d_fine")) and not patches
 
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from attnzoo.errors import ShapeError
 from attnzoo.hosts.site import MixerLayer, refuse_unable
 
+NO_GRID = "self-attention over object queries, which lie on no grid: a mixer stands in the encoder"
+CROSS = "cross-attention, and a mixer has one input"
+
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]]
 
 

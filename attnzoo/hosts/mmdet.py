@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attnzoo.errors import UnsupportedError
 from attnzoo.hosts import torch as torch_host
-from attnzoo.hosts.feature_map import FeatureMapMixer, Teller
+from attnzoo.hosts.feature_map import CROSS, NO_GRID, FeatureMapMixer, Teller
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
@@ -37,8 +37,6 @@ from attnzoo.hosts.torch import merge, seen, seen_keys
 from attnzoo.registry import AttentionInfo
 
 ENCODERS = ("DetrTransformerEncoderLayer",)
-NO_GRID = "self-attention over object queries, which lie on no grid: a mixer stands in the encoder"
-CROSS = "cross-attention, and a mixer has one input"
 
 
 def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
@@ -119,6 +117,12 @@ class MmdetSite(torch_host.TorchSite):
         """Any mixer can stand where the grid of each call is known."""
         return None
 
+    def put_core(self, core: Core) -> nn.Module:
+        """Run `core` between the layer's own projections."""
+        layer = MmdetCore.over(self.module, core)
+        layer._qkv_same_embed_dim = False  # as in the host torch
+        return layer
+
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
         """Run `mixer` on the feature map."""
         return MmdetMixer(mixer, self.module, self.positions)
@@ -134,6 +138,26 @@ class MmdetSite(torch_host.TorchSite):
         """Take the hook off a detector none of whose layers is a mixer."""
         if self.teller is not None:
             self.teller.detach()
+
+
+class MmdetCore(torch_host.TorchCore):
+    """Torch's attention with another core, which is not asked for its weights: mmcv's wrapper throws them away."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, with torch's arguments."""
+        return super().forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
 
 
 class MmdetMixer(FeatureMapMixer):

@@ -20,4 +20,4 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", T_max=epochs, end=epochs, convert_to_iter_based=True, eta_min_ratio=0.02),
 ]
 default_hooks = dict(checkpoint=dict(interval=2))
-cost = dict(sizes=[(240, 320), (480, 640)], batch=1, repeats=20)
+cost = dict(sizes=[(240, 320)], batch=1, repeats=20)

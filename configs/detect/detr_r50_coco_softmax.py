@@ -8,5 +8,6 @@ _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
 custom_imports = dict(imports=["attnzoo.detection.model", "attnzoo.detection.hooks"])
 data_root = "data/coco/"
 model = dict(type="SwappedDETR")
+custom_hooks = [dict(type="SeedEachEpoch")]
 randomness = dict(seed=0)
 cost = dict(sizes=[(800, 1333)], batch=1, repeats=20)

@@ -13,7 +13,7 @@ def content(*boxes, images=1, crowd=0):
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "width": 20, "height": 10} for i in range(images)],
         "annotations": [
-            {"id": i, "image_id": 0, "category_id": 7, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
+            {"id": i + 1, "image_id": 0, "category_id": 7, "bbox": box, "area": box[2] * box[3], "iscrowd": crowd}
             for i, box in enumerate(boxes)
         ],
         "categories": [{"id": 7, "name": "cat"}],
@@ -26,21 +26,27 @@ def dataset(tmp_path):
         (tmp_path / "a.json").write_text(told if isinstance(told, str) else json.dumps(told), encoding="utf-8")
         for image in told["images"] if isinstance(told, dict) else []:
             Image.new("RGB", (20, 10)).save(tmp_path / image["file_name"])
-        return {"data_root": str(tmp_path), "ann_file": "a.json", "data_prefix": {"img": ""}, **more}
+        data = {"type": "CocoDataset", "data_root": str(tmp_path), "ann_file": "a.json", "data_prefix": {"img": ""}}
+        return {**data, "metainfo": {"classes": ("cat",)}, **more}
 
     return make
 
 
 def test_what_is_odd_is_counted(dataset):
     boxes = [[1, 1, 5, 5], [-2, 1, 8, 5], [15, 1, 8, 5], [1, 1, 0, 5], [30, 1, 5, 5], [3, 3, 1, 1]]
-    found = check.dataset(dataset(content(*boxes, images=3)))
+    (found,) = check.dataset(dataset(content(*boxes, images=3)))
     assert (found.images, found.boxes) == (3, 6)
     assert found.odd == {
-        "boxes past the edge, clipped": 2,
+        "boxes past the edge": 2,
         "boxes without area or outside, left out": 2,
         "images without a box": 2,
     }
-    assert check.dataset(dataset(content([1, 1, 5, 5], crowd=1))).odd == {"crowd regions": 1}
+    assert found.classes == ("cat",)
+    assert check.dataset(dataset(content([1, 1, 5, 5], crowd=1)))[0].odd == {"crowd regions": 1}
+    more = content([1, 1, 5, 5])
+    more["categories"].append({"id": 8, "name": "cow"})
+    more["annotations"].append({**more["annotations"][0], "id": 2, "category_id": 8})
+    assert check.dataset(dataset(more))[0].odd == {"boxes of other classes, left out": 1}
     assert "a.json: 3 images, 6 boxes (2 boxes past the edge" in str(found)
 
 
@@ -59,6 +65,12 @@ def test_what_is_odd_is_counted(dataset):
             {**content(), "annotations": [{"id": 4, "image_id": 0, "category_id": 7, "bbox": [1, 1, 2, 2]}]},
             "annotation 4 has no 'area'",
         ),
+        ({**content(), "images": [{"id": 1, "file_name": "1.png"}]}, "one of its images has no width, height"),
+        ({**content(), "images": [*content()["images"], *content()["images"]]}, "two of its images have the id 0"),
+        (
+            {**content(), "annotations": [{"id": 0, "image_id": 0, "category_id": 7, "bbox": [1, 1, 2, 2]}]},
+            "id 0, which pycocotools takes for none",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(dataset, told, message):
@@ -68,7 +80,7 @@ def test_what_is_wrong_is_named(dataset, told, message):
 
 def test_missing_files_and_categories_are_named(dataset, tmp_path):
     good = dataset(content([1, 1, 5, 5], images=2))
-    assert check.dataset({"dataset": good}).images == 2  # inside a wrapper
+    assert [one.images for one in check.dataset({"datasets": [good, {"dataset": good}]})] == [2, 2]  # inside wrappers
     with pytest.raises(DataError, match="has no category dog; it has cat"):
         check.dataset({**good, "metainfo": {"classes": ("cat", "dog")}})
     (tmp_path / "1.png").unlink()
@@ -76,7 +88,7 @@ def test_missing_files_and_categories_are_named(dataset, tmp_path):
         check.dataset(good)
     with pytest.raises(DataError, match=r"none\.json cannot be read"):
         check.dataset({**good, "ann_file": "none.json"})
-    assert check.dataset({"type": "OtherDataset"}) is None
+    assert check.dataset({"type": "VOCDataset", "ann_file": "list.txt"}) == []
 
 
 def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
@@ -85,3 +97,14 @@ def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
     for other in (["b", "a"], ["a"]):
         with pytest.raises(DataError, match="was trained on the classes a, b"):
             check.same_classes(("a", "b"), other, tmp_path)
+
+
+def test_classes_are_those_of_the_file_in_its_order(dataset):
+    """Mmdet numbers classes in the order of the file, whatever order the config gives."""
+    told = content([1, 1, 5, 5])
+    told["categories"] = [{"id": 7, "name": "dog"}, {"id": 8, "name": "cat"}]
+    assert check.dataset(dataset(told, metainfo={"classes": ("dog", "cat")}))[0].classes == ("dog", "cat")
+    with pytest.raises(DataError, match="lists the classes as dog, cat, and mmdet numbers them so"):
+        check.dataset(dataset(told, metainfo={"classes": ("cat", "dog")}))
+    with pytest.raises(DataError, match="has no category person, bicycle"):  # mmdet would take COCO's own, unasked
+        check.dataset(dataset(told, metainfo=None))

@@ -14,7 +14,7 @@ from attnzoo.bench.report import markdown_table
 from attnzoo.detection import cost, run, stages
 from attnzoo.errors import ConfigError
 from eval.detect import main as evaluate
-from tests.detection.models import mmdet_detector
+from tests.detection.models import mmdet_detector, samples
 from tests.detection.runs import make_config, make_data
 from train.detect import main as train
 
@@ -23,37 +23,44 @@ SMALL = {"sizes": [(64, 64), (64, 128)], "repeats": 3, "warmup": 1}
 FACTS = {"config_hash": "0" * 16, "benchmark": "x", "command": "y"}
 
 
+class Sleeps(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.weight = seconds, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return x
+
+
 class Slow(nn.Module):
     def __init__(self):
         super().__init__()
-        self.backbone, self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-        for module, seconds in ((self.backbone, 0.03), (self.encoder, 0.01), (self.decoder, 0.02)):
-            module.register_forward_pre_hook(lambda m, i: None)
-            module.forward = lambda x, s=seconds: (time.sleep(s), x)[1]
+        self.backbone, self.encoder, self.decoder = Sleeps(0.03), Sleeps(0.01), Sleeps(0.02)
+        self.bbox_head = Sleeps(0.01)
 
     def forward(self, x):
-        return self.decoder(self.encoder(self.encoder(self.backbone(x))))
+        return self.bbox_head.forward(self.decoder(self.encoder(self.encoder(self.backbone(x)))))  # as mmdet calls it
 
 
 def test_stages_are_timed_apart_and_calls_of_one_stage_add_up():
     model = Slow()
     modules = stages.modules_of(model, [])
     found = stages.clock(model, modules, lambda: model(torch.zeros(1, 2)))
-    assert found["backbone"] == pytest.approx(0.03, abs=0.01)
-    assert found["encoder"] == pytest.approx(0.02, abs=0.01)
-    assert found["decoder"] == pytest.approx(0.02, abs=0.01)
+    assert found["backbone"] >= 0.03
+    assert found["encoder"] >= 0.02
+    assert found["decoder"] >= 0.03  # with the head, which mmdet calls round its hooks
     assert found[stages.WHOLE] >= found["backbone"] + found["encoder"] + found["decoder"]
-    assert not any(len(m._forward_hooks) for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 def test_needs_of_a_stage_are_those_of_its_own_call():
     detector = mmdet_detector("DETR")
     attention = [f"encoder.layers.{i}.self_attn.attn" for i in (0, 1)]
-    x = torch.randn(1, 16, 4, 5)
-    from tests.detection.models import samples
+    x, pixels, told = torch.randn(1, 16, 4, 5), torch.randn(1, 3, 64, 80), samples([(64, 80)], 64, 80)
 
     def call():
-        return detector.forward_transformer((x,), samples([(64, 80)], 64, 80))
+        return detector.forward_transformer((x,), told)
 
     with torch.inference_mode():
         found = stages.needs(stages.modules_of(detector, attention), call)
@@ -62,6 +69,9 @@ def test_needs_of_a_stage_are_those_of_its_own_call():
     assert found[stages.ATTENTION][0].flops == 2 * (projections + products)
     perceptrons = 2 * 2 * 2 * tokens * width * 32
     assert found["encoder"][0].flops == found[stages.ATTENTION][0].flops + perceptrons
+    with torch.inference_mode():
+        whole = stages.needs(stages.modules_of(detector, attention), lambda: detector(pixels, told, mode="tensor"))
+    assert whole["decoder"][0].flops > found["decoder"][0].flops  # the head is called by a detector alone
 
 
 @pytest.fixture
@@ -72,10 +82,11 @@ def config(tmp_path):
 
 def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
     asked = cost.read(config).model_copy(update={"attentions": ({"name": "sdpa"}, {**PADRE, "degree": 3})})
-    found = cost.variants(config, asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
+    found = cost.variants(asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
     assert [one.label for one in found] == ["dense", "padre", "sdpa", "padre degree=3 kernel_size=3"]
     said = []
-    records = cost.measure(config, asked, found, FACTS, said.append)
+    records, problems = cost.measure(config, asked, found, FACTS, said.append)
+    assert not problems
     assert [(r.tokens, r.label) for r in records] == [(n, v.label) for n in (16, 32) for v in found]
     for record in records:
         assert (record.status, record.gate.passed) == ("ok", True)
@@ -94,7 +105,6 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
 
 def test_what_is_wrong_is_not_timed(config, zeros):
     asked = cost.read(config)
-    dense = cost.dense_detector(config)
     found = [cost.Variant("dense"), cost.Variant("zeros", {"name": zeros})]
     records = cost._measure(config, asked, found, FACTS, lambda word: None)
     assert [(r.label, r.status, r.cost is None) for r in records[:2]] == [
@@ -102,7 +112,6 @@ def test_what_is_wrong_is_not_timed(config, zeros):
         ("zeros", "failed", True),
     ]
     assert "gate did not pass" in records[1].message
-    assert dense is not None
 
 
 def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
@@ -111,6 +120,13 @@ def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
         cost.measure(
             config, asked, [cost.Variant("dense"), cost.Variant("everywhere", {"name": "padre"})], FACTS, print
         )
+    with pytest.raises(ConfigError, match="has no name"):
+        cost.variants(asked.model_copy(update={"attentions": ({"degree": 2},)}), [])
+    with pytest.raises(ConfigError, match="two attentions are called 'padre'"):
+        cost.variants(asked, [cost.Variant("padre", PADRE), cost.Variant("padre", {**PADRE, "degree": 3})])
+    same = asked.model_copy(update={"sizes": ((64, 128), (128, 64)), "repeats": 1})
+    with pytest.raises(ConfigError, match="as many tokens as another size"):
+        cost.measure(config, same, [cost.Variant("dense")], FACTS, lambda word: None)
     config.cost = {"sizes": [], "repeat": 3}
     with pytest.raises(ConfigError, match=r"(?s)sizes.*repeat"):
         cost.read(config)
@@ -133,7 +149,8 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
     assert [one.seed for one in by_label["padre degree=2 kernel_size=3"].quality.trainings] == [0, 1]
     assert by_label["dense"].quality.trainings[0].epochs == (2,)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page == html_page(records, None) or "<h2>Stages</h2>" in page
+    assert "<h2>Stages</h2>" in page
+    assert "at most" in html_page(records)
     for part in ("Drawn boxes", "Learning", "AP50", "encoder&#x27;s attention", "best of 4 images"):
         assert part in page, part
     assert len(re.findall(r"data:image/jpeg;base64", page)) == 8
@@ -144,3 +161,21 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
     assert evaluate(paths) == 0  # again: tests are kept, records take the place of the earlier ones
     after = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(after) == len(before.splitlines())
+
+
+def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(config):
+    asked = cost.read(config).model_copy(update={"sizes": ((64, 64), (4, 0)), "repeats": 1})
+    records, problems = cost.measure(config, asked, [cost.Variant("dense")], FACTS, lambda word: None)
+    assert [record.tokens for record in records] == [16]
+    assert len(problems) == 1
+    assert "4 x 0 pixels: crashed" in problems[0]
+
+
+def test_the_softmax_core_is_not_asked_for_weights_that_mmcv_throws_away(monkeypatch):
+    """Or written-out softmax would be slower than it is where a library writes it out."""
+    detector = cost.swapped(mmdet_detector("DETR"), cost.Variant("softmax", {"name": "softmax"}), 0)
+    core = detector.encoder.layers[0].self_attn.attn.core
+    monkeypatch.setattr(type(core), "with_weights", None)
+    x = torch.randn(1, 16, 4, 5)
+    with torch.no_grad():
+        detector.forward_transformer((x,), samples([(64, 80)], 64, 80))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from attnzoo.detection import score
+from attnzoo.errors import DataError
 
 CAT, DOG = 1, 2
 
@@ -36,7 +37,7 @@ RIGHT = [(1, CAT, [10, 10, 40, 40], 0.9), (1, CAT, [60, 10, 20, 20], 0.8), (2, D
 
 def scored(truth, tmp_path, answers, files=FILES):
     rows = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in answers]
-    return score.scores(truth, write(tmp_path / "found.json", rows), files)
+    return score.scores(truth, write(tmp_path / "found.json", rows), files, ["cat", "dog"])
 
 
 def test_all_right_is_one(truth, tmp_path):
@@ -88,3 +89,14 @@ def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
     epochs, ap, _ = score.curve(tmp_path)
     assert epochs == (1, 2, 3)
     assert ap == pytest.approx((0.1, 0.2, 0.3))
+
+
+def test_where_there_is_nothing_to_find_there_is_no_ap(truth, tmp_path):
+    with pytest.raises(DataError, match="the 1 test images have no box of the classes cat, dog"):
+        scored(truth, tmp_path, RIGHT, {3: "3.png"})
+
+
+def test_boxes_of_one_score_stand_or_fall_together(truth, tmp_path):
+    wrong = [(3, DOG, [1, 1, 9, 9], 0.8), (3, CAT, [1, 1, 9, 9], 0.8)]
+    assert scored(truth, tmp_path, [RIGHT[0], RIGHT[1], *wrong]).threshold == pytest.approx(0.8)  # 4/7, above 1/2
+    assert scored(truth, tmp_path, [RIGHT[0], *wrong]).threshold == pytest.approx(0.9)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.detection import run, score
+from attnzoo.bench.lines import FolderLock
+from attnzoo.detection import mmcv_ext, run, score
 from attnzoo.errors import ConfigError, DataError
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
@@ -86,9 +87,9 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(trained, tmp_path):
     config, folder = trained
     words = [str(config), f"work_dir={tmp_path}"]
     assert train([*words, "train_cfg.max_epochs=2"]) == 0
-    saved = json.loads((tmp_path / run.KEPT).read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / run.TRAINED_BY).read_text(encoding="utf-8"))
     saved["train_cfg"]["max_epochs"] = 4  # as a run that was to go on to four, and was cut off after two
-    (tmp_path / run.KEPT).write_text(json.dumps(saved), encoding="utf-8")
+    (tmp_path / run.TRAINED_BY).write_text(json.dumps(saved), encoding="utf-8")
     assert train(words) == 0
     assert same(weights(tmp_path), weights(folder))
 
@@ -202,9 +203,84 @@ def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
     config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, work_dir=str(tmp_path / "seed0"))
     loaded = run.load_config(config)
     odd = run.prepare(loaded)[0].odd
-    assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge, clipped": 1}
+    assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge": 1}
+    boxes = _dataset(loaded)[3]["data_samples"].gt_instances.bboxes.tensor
+    assert [6, 6] in (boxes[:, 2:].tolist()), boxes  # one pixel, from 5 to 6
+    assert boxes.min() >= 0
+    assert boxes.max() <= SIDE
     assert train([str(config)]) == 0
     assert evaluate([str(config)]) == 0
+
+
+def _dataset(config):
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet")
+    return mmcv_ext.load("mmdet.registry").DATASETS.build(config.train_dataloader.dataset)
+
+
+def test_a_head_of_another_number_of_classes_is_refused(trained, capsys):
+    assert train([str(trained[0]), "model.bbox_head.num_classes=2"]) == 2
+    assert "num_classes is 2, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "detect").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_resumes_unless_the_command_says_no(config):
+    assert run.load_config(config).resume is True  # mmdet's own configs say False
+    assert run.load_config(config, ["resume=false"]).resume is False
+
+
+def test_beginning_anew_sets_the_old_run_aside(trained, tmp_path):
+    config, _ = trained
+    words = [str(config), f"work_dir={tmp_path}/seed0", "train_cfg.max_epochs=1"]
+    for _ in range(3):
+        assert train([*words, "resume=false"]) == 0
+    assert (tmp_path / "seed0.old" / "epoch_1.pth").is_file()
+    assert (tmp_path / "seed0.old2" / run.TRAINED_BY).is_file()
+    assert len(list((tmp_path / "seed0").glob("*/vis_data"))) == 1  # its curves are its own
+
+
+def test_given_weights_are_begun_with_and_not_gone_on_from(trained, tmp_path):
+    config, folder = trained
+    words = [str(config), f"work_dir={tmp_path}", f"load_from={folder / 'epoch_4.pth'}", "train_cfg.max_epochs=2"]
+    assert train(words) == 0
+    assert (tmp_path / "epoch_2.pth").is_file()
+    found, given = weights(tmp_path), torch.load(folder / "epoch_4.pth", weights_only=False)["state_dict"]
+    near = max((found[key] - given[key]).abs().max().item() for key in found)
+    assert 0 < near < 0.1  # eight steps of at most 2e-3 away
+    assert any("load_from" in change for change in run.changes(run.load_config(config, [f"work_dir={tmp_path}"])))
+
+
+def test_what_fails_before_it_begins_leaves_no_trace_of_its_config(trained, tmp_path, capsys):
+    config, _ = trained
+    assert train([str(config), f"work_dir={tmp_path}", "model.attention.name=padrre"]) == 2
+    assert "padre" in capsys.readouterr().err
+    assert not (tmp_path / run.TRAINED_BY).exists()
+
+
+def test_one_folder_is_trained_into_by_one_process(trained, tmp_path, capsys):
+    with FolderLock(tmp_path):
+        assert train([str(trained[0]), f"work_dir={tmp_path}"]) == 2
+    assert "another run is writing into" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_nowhere_is_made_again(tmp_path):
+    (tmp_path / "data").symlink_to(tmp_path / "gone", target_is_directory=True)
+    (tmp_path / "asset").mkdir()
+    run._link(tmp_path / "asset", tmp_path / "data")
+    assert (tmp_path / "data").resolve() == (tmp_path / "asset").resolve()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is no folder"):
+        run._link(tmp_path / "asset", tmp_path / "file")
+
+
+def test_configs_that_cannot_be_compared_are_refused(trained, data, tmp_path, capsys):
+    config, _ = trained
+    assert evaluate([str(config), str(config)]) == 2
+    assert "two of the configs are called 'padre degree=2 kernel_size=3'" in capsys.readouterr().err
+    other = make_config(tmp_path / "other.py", make_data(tmp_path / "data", images=4))
+    assert evaluate([str(config), str(other)]) == 2
+    assert "tested on different images" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_other_classes_or_weights_is_refused(trained, data, tmp_path):
@@ -225,7 +301,7 @@ def test_what_is_not_trained_to_its_end_is_not_evaluated(trained, tmp_path, caps
     assert evaluate([str(config), f"work_dir={tmp_path}"]) == 2
     assert "train first" in capsys.readouterr().err
     assert train([str(config), f"work_dir={tmp_path}", "train_cfg.max_epochs=1"]) == 0
-    (tmp_path / run.KEPT).unlink()
+    (tmp_path / run.TRAINED_BY).unlink()
     assert evaluate([str(config), f"work_dir={tmp_path}"]) == 2
     assert "trained for 1 of 4 epochs" in capsys.readouterr().err
 
