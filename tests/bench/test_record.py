@@ -17,7 +17,7 @@ def lines_of(*records):
 
 
 def test_the_schema_is_strict():
-    for change in ({"extra": 1}, {"status": "fine"}, {"seconds": float("nan")}, {"tokens": -1}, {"schema_version": 3}):
+    for change in ({"extra": 1}, {"status": "fine"}, {"seconds": float("nan")}, {"tokens": -1}, {"schema_version": 4}):
         with pytest.raises(ValidationError):
             Record.model_validate(record_data(**change))
 
