@@ -120,6 +120,16 @@ def test_a_run_killed_in_the_middle_goes_on_without_measuring_twice(tmp_path):
     assert records[: len(kept)] == kept, "rows that were done are the very same"
 
 
+def measures(process):
+    """Whether a child lives and is no tracker of resources; children of a running process come and go."""
+    import psutil
+
+    try:
+        return "tracker" not in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_the_children_of_a_killed_run_end_too(tmp_path):
     import psutil
 
@@ -129,9 +139,7 @@ def test_the_children_of_a_killed_run_end_too(tmp_path):
     family = []
     while len(family) < 2 and time.monotonic() < deadline:  # the server that forks, and the child that measures
         time.sleep(0.2)
-        family = [
-            p for p in psutil.Process(runner.pid).children(recursive=True) if "tracker" not in " ".join(p.cmdline())
-        ]
+        family = [child for child in psutil.Process(runner.pid).children(recursive=True) if measures(child)]
     assert len(family) >= 2
     runner.kill()
     runner.wait()
