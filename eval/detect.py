@@ -43,6 +43,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     from rich.markup import escape
 
     from attnzoo.bench.page import html_page
+    from attnzoo.bench.progress import bars
     from attnzoo.bench.report import print_report
     from attnzoo.detection import evaluate as evaluation
     from attnzoo.detection import page
@@ -71,9 +72,14 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
         "command": command,
     }
     qualities = evaluation.qualities(runs)
-    with progress.status("cost") as status:
+    with bars(progress) as shown:
+        bar = shown.add_task("cost", total=1, stage="")
         costs, problems = evaluation.cost_records(
-            configs, qualities, facts, lambda told: status.update(f"cost: {told}")
+            configs,
+            qualities,
+            facts,
+            lambda told: shown.update(bar, stage=told),
+            lambda part: shown.update(bar, completed=part),
         )
     records = [*evaluation.quality_records(runs, qualities, facts), *costs]
     for problem in problems:
@@ -82,11 +88,11 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
         raise ConfigError("nothing could be measured")
     folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
-    sections = []
+    sections = [page.sizes(costs)]
     if runs:
         first = {run.variant.label: run.scores for run in reversed(runs)}
         labels = dict.fromkeys(run.variant.label for run in runs)
-        sections = [
+        sections += [
             page.curves(qualities),
             page.drawn({label: first[label] for label in labels}, evaluation.classes_of(runs[0].config)),
         ]

@@ -116,7 +116,8 @@ def _what_was_run(summary: Summary) -> str:
         groups = summary.of(part)
         shapes = next((row.shapes for group in groups for row in group.rows if row.shapes is not None), None)
         row = groups[0].rows[0]
-        told = f"{row.host}, {row.dtype}"
+        hosts = len({group.host for group in groups})
+        told = f"{row.host}{f' and {hosts - 1} more' if hosts > 1 else ''}, {row.dtype}"
         if shapes is not None:
             prefix = f", {shapes.prefix} prefix tokens" if shapes.prefix else ""
             told += f"; {shapes.depth} attention layers, width {shapes.dim}, {shapes.heads} heads{prefix}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from attnzoo import assets
 from attnzoo.bench import language as llm
-from attnzoo.bench import worker
+from attnzoo.bench import progress, worker
 from attnzoo.bench.child import ChildResult, Nursery, Say
 from attnzoo.bench.config import BenchConfig, LanguageConfig
 from attnzoo.bench.jobs import Job, Outcome, attention_paths
@@ -82,7 +81,7 @@ def run(config: BenchConfig, command: str, console: Console | None = None) -> li
         if config.language is not None and any(row.part == "language" for row in rows):
             prose = read_prose(config.language, config.seed)
         runner = _Runner(config, store, data, prose, command)
-        with _bars(console) as bars:
+        with progress.bars(console) as bars:
             runner.train([row for row in rows if row.kind == "quality" and row.part == "vision"], bars)
             runner.score([row for row in rows if row.kind == "quality" and row.part == "language"], bars)
             runner.time([row for row in rows if row.kind == "cost"], bars)
@@ -387,21 +386,6 @@ def _weight(row: Row) -> float:
     if row.part == "language":
         return 10 + row.tokens / 20
     return 3 + row.tokens / 500 + (row.tokens / 1000) ** 2
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[stage]}", markup=False),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=600) as bars:
-        yield bars
 
 
 def _teller(bars: Progress, bar: TaskID, title: str) -> Say:

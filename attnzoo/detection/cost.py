@@ -147,7 +147,12 @@ class Answer(Entry):
 
 
 def measure(
-    config: Any, cost: CostConfig, found: Sequence[Variant], facts: Mapping[str, Any], say: Callable[[str], None]
+    config: Any,
+    cost: CostConfig,
+    found: Sequence[Variant],
+    facts: Mapping[str, Any],
+    say: Callable[[str], None],
+    done: Callable[[float], None],
 ) -> tuple[list[Record], list[str]]:
     """Measure all variants, those of one size side by side in a process; nothing is timed that fails its oracle.
 
@@ -160,7 +165,9 @@ def measure(
     facts
         Fields that all records share: `config_hash`, `benchmark`, `command`.
     say
-        Told how far it is.
+        Told what is being done.
+    done
+        Told after each size what part of all pixels is done.
 
     Returns
     -------
@@ -175,6 +182,7 @@ def measure(
     nursery = Nursery(("attnzoo.detection.cost",), cuda=torch.cuda.is_available())
     records: list[Record] = []
     problems = []
+    pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
         job = Job(
             config=config.pretty_text,
@@ -183,7 +191,9 @@ def measure(
             facts=dict(facts),
         )
         start = time.monotonic()
+        pixels += size[0] * size[1]
         result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
+        done(pixels / whole)
         if result.end != "done":
             problems.append(f"{size[0]} x {size[1]} pixels: {result.end}: {result.message}")
             continue

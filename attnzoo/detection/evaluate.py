@@ -198,14 +198,18 @@ def check_comparable(configs: Sequence[Any]) -> None:
 
 
 def cost_records(
-    configs: Sequence[Any], found: Mapping[str, Detection], facts: Mapping[str, Any], say: Callable[[str], None]
+    configs: Sequence[Any],
+    found: Mapping[str, Detection],
+    facts: Mapping[str, Any],
+    say: Callable[[str], None],
+    done: Callable[[float], None],
 ) -> tuple[list[Record], list[str]]:
     """Records of cost where the first config asks for it, with the quality of each attention, and what went wrong."""
     asked = costs.read(configs[0])
     if asked is None:
         return [], []
     variants = costs.variants(asked, [costs.variant_of(config) for config in configs])
-    measured, problems = costs.measure(configs[0], asked, variants, facts, say)
+    measured, problems = costs.measure(configs[0], asked, variants, facts, say, done)
     records = []
     for record in measured:
         quality = found.get(record.label)

@@ -1,4 +1,4 @@
-"""The parts of the report that detection adds: AP after each epoch, and images with boxes drawn, best and worst."""
+"""The parts of the report that detection adds: speed-up at each size of image, AP after each epoch, drawn boxes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from attnzoo.bench.plots import COLOURS, MARKERS, add_legend, new_figure, to_svg
-from attnzoo.bench.record import Detection
+from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
+from attnzoo.bench.record import Detection, Record, Stage
 from attnzoo.detection.score import Judged, Scores
+from attnzoo.detection.stages import ATTENTION, ENCODER
 
 SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320
@@ -19,8 +20,60 @@ STYLE = """<style>
 .drawn { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; }
 .drawn img { width: 100%; height: auto; display: block; }
 .learning { max-width: 640px; }
+.sizes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 24px; }
 .key { display: inline-block; width: 14px; height: 14px; border: 3px solid; vertical-align: -2px; }
 </style>"""
+
+
+def sizes(records: Sequence[Record]) -> str:
+    """Speed-up of the encoder and of its attention alone against token count, where several were measured."""
+    measured = [one for one in records if one.cost is not None and one.cost.candidate.stage(ENCODER) is not None]
+    if len({one.tokens for one in measured}) < 2:
+        return ""
+    drawn = "".join(
+        f"<figure><figcaption>{caption}</figcaption>{_speed_plot(measured, stage)}</figure>"
+        for stage, caption in (
+            (ATTENTION, "The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80"),
+            (ENCODER, "The whole encoder; dashed: Amdahl's bound, were its attention to take no time"),
+        )
+    )
+    return f'{STYLE}<h2>Speed-up against size</h2><div class="sizes">{drawn}</div>'
+
+
+def _speed_plot(records: Sequence[Record], stage: str) -> str:
+    figure, axes = new_figure()
+    tokens = sorted({one.tokens for one in records})
+    reached = [1.0]
+    for number, label in enumerate(dict.fromkeys(one.label for one in records)):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        points = sorted(
+            (one.tokens, found.speedup)
+            for one in records
+            if one.label == label and (found := _stage(one, stage)) is not None
+        )
+        x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
+        axes.plot(x, y, color=colour, marker=marker, ms=6, lw=1.8, label=label)
+        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=colour, lw=2, alpha=0.6)
+        reached += [value for _, s in points for value in (s.p20, s.p80)]
+    if stage == ENCODER:
+        bounds = {one.tokens: one.cost.baseline.most_speedup(ATTENTION, ENCODER) for one in records if one.cost}
+        known = sorted((at, bound) for at, bound in bounds.items() if bound is not None)
+        axes.plot(*zip(*known, strict=True), color=INK, lw=1.2, ls="--", label="at most")
+        reached += [bound for _, bound in known]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = [at for number, at in enumerate(tokens) if number == 0 or at > 1.25 * tokens[number - 1]]
+    axes.set_xticks(ticks, [f"{at:,}" for at in ticks])
+    axes.minorticks_off()
+    plain_ticks(axes.yaxis, reached)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("speed-up")
+    add_legend(axes)
+    return to_svg(figure, f"sizes-{stage}")
+
+
+def _stage(record: Record, name: str) -> Stage | None:
+    return None if record.cost is None else record.cost.candidate.stage(name)
 
 
 def curves(qualities: Mapping[str, Detection]) -> str:

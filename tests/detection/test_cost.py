@@ -84,8 +84,8 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
     asked = cost.read(config).model_copy(update={"attentions": ({"name": "sdpa"}, {**PADRE, "degree": 3})})
     found = cost.variants(asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
     assert [one.label for one in found] == ["dense", "padre", "sdpa", "padre degree=3 kernel_size=3"]
-    said = []
-    records, problems = cost.measure(config, asked, found, FACTS, said.append)
+    said, parts = [], []
+    records, problems = cost.measure(config, asked, found, FACTS, said.append, parts.append)
     assert not problems
     assert [(r.tokens, r.label) for r in records] == [(n, v.label) for n in (16, 32) for v in found]
     for record in records:
@@ -101,6 +101,7 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
     assert dense.cost.ratios.flops == 1
     assert padre.cost.candidate.stage("decoder").flops == dense.cost.candidate.stage("decoder").flops
     assert any("64 x 128 pixels: time" in word for word in said)
+    assert parts == [pytest.approx(1 / 3), 1]
 
 
 def test_what_is_wrong_is_not_timed(config, zeros):
@@ -118,7 +119,7 @@ def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
     asked = cost.read(config)
     with pytest.raises(ConfigError, match=r"(?s)everywhere: .*cross-attention"):
         cost.measure(
-            config, asked, [cost.Variant("dense"), cost.Variant("everywhere", {"name": "padre"})], FACTS, print
+            config, asked, [cost.Variant("dense"), cost.Variant("everywhere", {"name": "padre"})], FACTS, print, print
         )
     with pytest.raises(ConfigError, match="has no name"):
         cost.variants(asked.model_copy(update={"attentions": ({"degree": 2},)}), [])
@@ -126,7 +127,7 @@ def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
         cost.variants(asked, [cost.Variant("padre", PADRE), cost.Variant("padre", {**PADRE, "degree": 3})])
     same = asked.model_copy(update={"sizes": ((64, 128), (128, 64)), "repeats": 1})
     with pytest.raises(ConfigError, match="as many tokens as another size"):
-        cost.measure(config, same, [cost.Variant("dense")], FACTS, lambda word: None)
+        cost.measure(config, same, [cost.Variant("dense")], FACTS, print, print)
     config.cost = {"sizes": [], "repeat": 3}
     with pytest.raises(ConfigError, match=r"(?s)sizes.*repeat"):
         cost.read(config)
@@ -165,7 +166,7 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
 
 def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(config):
     asked = cost.read(config).model_copy(update={"sizes": ((64, 64), (4, 0)), "repeats": 1})
-    records, problems = cost.measure(config, asked, [cost.Variant("dense")], FACTS, lambda word: None)
+    records, problems = cost.measure(config, asked, [cost.Variant("dense")], FACTS, print, print)
     assert [record.tokens for record in records] == [16]
     assert len(problems) == 1
     assert "4 x 0 pixels: crashed" in problems[0]

@@ -9,7 +9,7 @@ import pytest
 
 import attnzoo
 from attnzoo.bench.record import read_records
-from attnzoo.detection import cost, mmcv_ext, run, tables
+from attnzoo.detection import cost, mmcv_ext, page, run, tables
 from tests.detection.runs import make_data
 
 ROOT = Path(__file__).parents[2]
@@ -96,3 +96,12 @@ def test_what_the_page_claims_is_in_the_records():
     assert {r.gate.passed for r in read_records(ROOT / "docs" / "records" / "detr_r50_cost" / "records.jsonl")} == {
         True
     }
+
+
+def test_speed_up_is_drawn_where_several_sizes_were_measured():
+    records = read_records(ROOT / "docs" / "records" / "detr_r50_cost" / "records.jsonl")
+    drawn = page.sizes(records)
+    assert drawn.count("<svg") == 2
+    assert all(drawn.count(f">{label}</text>") == 2 for label in {record.label for record in records})
+    assert drawn.count(">at most</text>") == 1
+    assert page.sizes([record for record in records if record.tokens == 100]) == ""

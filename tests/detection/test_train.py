@@ -122,7 +122,8 @@ def test_two_processes_train_and_test_as_one(tmp_path):
 
     def in_two(*words):
         told = [*launch, *words, "--launcher", "pytorch"]
-        subprocess.run(told, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+        done = subprocess.run(told, cwd=ROOT, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     assert train([config, f"work_dir={tmp_path}/one/seed0"]) == 0
     halves = [config, "train_dataloader.batch_size=1", f"work_dir={tmp_path}/two/seed0"]
