@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnzoo import processes
 from attnzoo.errors import AttnZooError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        processes.leave()
     return 0
 
 

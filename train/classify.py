@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnzoo import processes
 from attnzoo.errors import AttnZooError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
@@ -25,24 +26,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
     parsed = parser.parse_intermixed_args(arguments)
     try:
+        from accelerate import PartialState
         from rich.console import Console
 
         from attnzoo.training.config import load_config
         from attnzoo.training.run import table, train_all
 
         results = train_all(load_config(parsed.config, parsed.overrides))
+        if PartialState().is_main_process:
+            Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command, without resume=never, goes on from the last checkpoint", file=sys.stderr)
         return 130
-    from accelerate import PartialState
-
-    state = PartialState()
-    if state.is_main_process:
-        Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
-    state.destroy_process_group()
+    finally:
+        processes.leave()
     return 0
 
 

@@ -1,0 +1,18 @@
+"""Commands that a launcher starts in several processes."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+def leave() -> None:
+    """Leave the other processes, where there are any; call it when all that was run is out of scope.
+
+    What still holds the group, such as a wrapped model in a cycle of references, keeps its threads alive, and one of
+    them that wants to free a tensor while the interpreter ends aborts the process. So garbage is collected first.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
