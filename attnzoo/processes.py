@@ -1,10 +1,13 @@
-"""Commands that a launcher starts in several processes."""
+"""Commands that a launcher starts in several processes; import it before the processes meet."""
 
 from __future__ import annotations
 
 import gc
 
 import torch
+
+if torch.distributed.is_available():
+    import torch.distributed.nn  # imported later, its functions' defaults would hold the group for ever
 
 
 def leave() -> None:
