@@ -283,22 +283,24 @@ def _at_size(
     baseline = next((one for one in passed if one.variant.attention is None), None)
     if baseline is None:
         return {}
-    for one in passed:
-        say(f"memory of {one.variant.label}")
-        one.needed = _needs(one, run)
+    say("memory")
+    calls = [_stages_of(one, run) for one in passed]
+    for one, needed in zip(passed, stages.needs(calls, next(dense.parameters()).device), strict=True):
+        one.needed = needed
+    del calls
     keep_buffers()
     say("time")
-    calls = [_clock(dense, baseline.paths, run), *(_clock(one.detector, one.paths, run) for one in passed)]
-    base, *times = stages.in_turn(calls, warmup=cost.warmup, repeats=cost.repeats)
+    clocks = [_clock(dense, baseline.paths, run), *(_clock(one.detector, one.paths, run) for one in passed)]
+    base, *times = stages.in_turn(clocks, warmup=cost.warmup, repeats=cost.repeats)
     return {
         one.variant.label: _cost(one, timed, baseline, base, cost.batch)
         for one, timed in zip(passed, times, strict=True)
     }
 
 
-def _needs(one: _Measured, run: Callable[[nn.Module], Any]) -> dict[str, Any]:
+def _stages_of(one: _Measured, run: Callable[[nn.Module], Any]) -> dict[str, Callable[[], object]]:
     modules = {**stages.modules_of(one.detector, one.paths), stages.WHOLE: [one.detector]}
-    return stages.needs(modules, lambda: run(one.detector))
+    return stages.calls_of(modules, lambda: run(one.detector))
 
 
 def swapped(dense: nn.Module, variant: Variant, seed: int) -> nn.Module:

@@ -21,6 +21,7 @@ from attnzoo.bench.record import Quantiles, Stage
 from attnzoo.bench.trace import Trace, trace
 
 Forward = Callable[..., Any]
+Need = tuple[Trace, Peak]
 WHOLE = "detector"
 ENCODER = "encoder"
 ATTENTION = "encoder's attention"
@@ -155,9 +156,9 @@ def _copied(value: Any) -> Any:
     return {key: _copied(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-def needs(stages: Mapping[str, Sequence[nn.Module]], run: Callable[[], object]) -> dict[str, tuple[Trace, Peak]]:
-    """FLOPs and peak memory of each stage, called alone with what it gets in `run`."""
-    found = {}
+def calls_of(stages: Mapping[str, Sequence[nn.Module]], run: Callable[[], object]) -> dict[str, Callable[[], object]]:
+    """Calls of each stage alone, with what it gets in `run`."""
+    found: dict[str, Callable[[], object]] = {}
     for stage, modules in stages.items():
         with caught(modules) as calls:
             run()
@@ -166,16 +167,24 @@ def needs(stages: Mapping[str, Sequence[nn.Module]], run: Callable[[], object]) 
             for call in calls:
                 call()
 
-        device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
-        found[stage] = trace(again), peak_memory([again], device)[0]
+        found[stage] = again
     return found
+
+
+def needs(variants: Sequence[Mapping[str, Callable[[], object]]], device: torch.device) -> list[dict[str, Need]]:
+    """FLOPs and peak memory of each call of each variant.
+
+    The memory of all comes before the first count of FLOPs, which leaves holes in the heap that later peaks would show.
+    """
+    peaks = iter(peak_memory([call for one in variants for call in one.values()], device))
+    return [{stage: (trace(call), next(peaks)) for stage, call in one.items()} for one in variants]
 
 
 def stages_of(
     stages: Mapping[str, Sequence[nn.Module]],
     timed: Timed,
     dense: Timed,
-    needed: Mapping[str, tuple[Trace, Peak]],
+    needed: Mapping[str, Need],
 ) -> tuple[Stage, ...]:
     """Put together what each stage costs."""
     found = []

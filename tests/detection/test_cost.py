@@ -54,6 +54,11 @@ def test_stages_are_timed_apart_and_calls_of_one_stage_add_up():
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+def needs(detector, attention, call):
+    calls = stages.calls_of(stages.modules_of(detector, attention), call)
+    return stages.needs([calls], torch.device("cpu"))[0]
+
+
 def test_needs_of_a_stage_are_those_of_its_own_call():
     detector = mmdet_detector("DETR")
     attention = [f"encoder.layers.{i}.self_attn.attn" for i in (0, 1)]
@@ -63,14 +68,14 @@ def test_needs_of_a_stage_are_those_of_its_own_call():
         return detector.forward_transformer((x,), told)
 
     with torch.inference_mode():
-        found = stages.needs(stages.modules_of(detector, attention), call)
+        found = needs(detector, attention, call)
     tokens, width = 20, 16
     projections, products = 4 * 2 * tokens * width**2, 2 * 2 * tokens**2 * width
     assert found[stages.ATTENTION][0].flops == 2 * (projections + products)
     perceptrons = 2 * 2 * 2 * tokens * width * 32
     assert found["encoder"][0].flops == found[stages.ATTENTION][0].flops + perceptrons
     with torch.inference_mode():
-        whole = stages.needs(stages.modules_of(detector, attention), lambda: detector(pixels, told, mode="tensor"))
+        whole = needs(detector, attention, lambda: detector(pixels, told, mode="tensor"))
     assert whole["decoder"][0].flops > found["decoder"][0].flops  # the head is called by a detector alone
 
 
@@ -96,6 +101,9 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
         assert attention.flops < whole.flops < side.flops
         assert attention.latency_ms.p50 < whole.latency_ms.p50 < side.latency_ms.p50
         assert side.attention_parameters == attention.parameters
+    for same in (records[:4], records[4:]):  # one backbone: what it needs does not depend on when it was measured
+        peaks = [record.cost.candidate.stage("backbone").activation_peak_bytes for record in same]
+        assert max(peaks) - min(peaks) < 2**19
     dense, padre = records[:2]
     assert dense.is_baseline
     assert dense.cost.ratios.flops == 1
