@@ -79,6 +79,16 @@ def test_needs_of_a_stage_are_those_of_its_own_call():
     assert whole["decoder"][0].flops > found["decoder"][0].flops  # the head is called by a detector alone
 
 
+def test_memory_is_measured_before_what_would_spoil_it(monkeypatch):
+    """Counting FLOPs leaves holes in the heap: with it in between, one backbone was seen to need half as much again."""
+    order = []
+    monkeypatch.setattr(stages, "peak_memory", lambda calls, device: order.append(len(calls)) or ["peak"] * len(calls))
+    monkeypatch.setattr(stages, "trace", lambda call: order.append("trace"))
+    calls = {"backbone": print, "encoder": print}
+    assert stages.needs([calls, calls], torch.device("cpu"))[1]["encoder"] == (None, "peak")
+    assert order == [4, *["trace"] * 4]
+
+
 @pytest.fixture
 def config(tmp_path):
     path = make_config(tmp_path / "squares.py", make_data(tmp_path / "data", images=4), epochs=2, cost=SMALL)
@@ -101,9 +111,6 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
         assert attention.flops < whole.flops < side.flops
         assert attention.latency_ms.p50 < whole.latency_ms.p50 < side.latency_ms.p50
         assert side.attention_parameters == attention.parameters
-    for same in (records[:4], records[4:]):  # one backbone: what it needs does not depend on when it was measured
-        peaks = [record.cost.candidate.stage("backbone").activation_peak_bytes for record in same]
-        assert max(peaks) - min(peaks) < 2**19
     dense, padre = records[:2]
     assert dense.is_baseline
     assert dense.cost.ratios.flops == 1
