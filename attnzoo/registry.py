@@ -50,6 +50,8 @@ class Capabilities:
         Queries may come from another sequence than keys and values.
     gqa
         Fewer key and value heads than query heads.
+    widths
+        Values of another width than queries and keys.
     dropout
         Attention dropout in training.
     softcap
@@ -70,6 +72,7 @@ class Capabilities:
     mask: bool = False
     cross: bool = False
     gqa: bool = False
+    widths: bool = False
     dropout: bool = False
     softcap: bool = False
     weights: bool = False
@@ -169,7 +172,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.cores.softmax:Softmax",
         "softmax attention written out, accumulated in float32: the oracle",
         "Attention Is All You Need, https://arxiv.org/abs/1706.03762",
-        Capabilities(**_EVERYTHING, dropout=True, softcap=True, weights=True),
+        Capabilities(**_EVERYTHING, widths=True, dropout=True, softcap=True, weights=True),
     ),
     AttentionInfo(
         "sdpa",
@@ -177,7 +180,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.cores.sdpa:Sdpa",
         "torch.nn.functional.scaled_dot_product_attention, on the backend that PyTorch picks",
         "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
-        Capabilities(**_EVERYTHING, dropout=True),
+        Capabilities(**_EVERYTHING, widths=True, dropout=True),
     ),
     AttentionInfo(
         "flash",
@@ -193,7 +196,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.cores.flash_scored:FlashScored",
         "sdpa that also tells what attention each key got: for eviction policies",
         "FlashAttention-2, https://arxiv.org/abs/2307.08691",
-        Capabilities(**_EVERYTHING, dropout=True),
+        Capabilities(**_EVERYTHING, widths=True, dropout=True),
     ),
     AttentionInfo(
         "padre",

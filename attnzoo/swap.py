@@ -358,7 +358,7 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
     if problems:
         lines = "\n".join(_lines(problems))
         able = [site.path for site in sites if site.path not in problems]
-        hint = f" Choose layers with where=, for example where={_pattern(able)!r}." if able else ""
+        hint = f" Choose layers with where=, for example where={_pattern(able, list(problems))!r}." if able else ""
         raise UnsupportedError(
             f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
             f"Nothing was swapped.{hint}"
@@ -375,13 +375,17 @@ def _lines(problems: dict[str, str]) -> list[str]:
     ]
 
 
-def _pattern(paths: list[str]) -> str:
-    """A pattern that covers `paths`: what they begin with."""
+def _pattern(paths: list[str], others: list[str]) -> str | list[str]:
+    """A pattern that covers `paths` and none of `others`: what they begin or end with; else the paths themselves."""
     first = paths[0].split(".")
     common = 0
     while common < len(first) - 1 and all(p.split(".")[: common + 1] == first[: common + 1] for p in paths):
         common += 1
-    return ".".join([*first[:common], "*"]) if common else "*"
+    begin, end = ".".join([*first[:common], "*"]), f"*.{first[-1]}"
+    for pattern in (begin, end):
+        if all(_matches(path, pattern) for path in paths) and not any(_matches(path, pattern) for path in others):
+            return pattern
+    return paths
 
 
 def _substitute(

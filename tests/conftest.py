@@ -22,7 +22,7 @@ class Zeros:
 
 @pytest.fixture
 def zeros() -> Iterator[str]:
-    everything = {"causal", "mask", "cross", "gqa", "dropout", "softcap"}
+    everything = {"causal", "mask", "cross", "gqa", "widths", "dropout", "softcap"}
     attnzoo.register_attention("zeros", "core", Zeros, capabilities=dict.fromkeys(everything, True))
     yield "zeros"
     unregister_attention("zeros")

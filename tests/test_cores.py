@@ -255,6 +255,7 @@ def test_capabilities_are_true(name):
         "mask": lambda: core(q, k, v, mask=torch.ones(6, 6, dtype=torch.bool)),
         "cross": lambda: core(q[:, :, :3], k, v),
         "gqa": lambda: core(q, k[:, :1], v[:, :1]),
+        "widths": lambda: core(q, k, v[..., :4]),
         "dropout": lambda: core(q, k, v, dropout=0.1),
         "softcap": lambda: core(q, k, v, softcap=2.0),
     }

@@ -14,7 +14,7 @@ from torchvision.models import swin_t
 
 import attnzoo
 from attnzoo.errors import OptionError, SwapError, UnknownNameError, UnsupportedError
-from attnzoo.swap import swapped_layers
+from attnzoo.swap import _pattern, swapped_layers
 from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, Host, fingerprint, images, mha, seeded, torch_layer, vit
 
 # ---- reversible
@@ -369,6 +369,20 @@ REFUSALS = {
         r"1: MyAttention: no host(?s:.*)where='0\.\*'",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("paths", "others", "pattern"),
+    [
+        (["a.0.attn", "a.1.attn"], ["b.0.attn"], "a.*"),
+        (["a.0.self_attn", "b.0.self_attn"], ["b.0.cross", "b.0.cross.inner"], "*.self_attn"),
+        (["a.x", "b.y"], ["c"], ["a.x", "b.y"]),
+        (["a.x", "b.y"], ["a.z.x", "b.y.z"], ["a.x", "b.y"]),
+        (["x"], ["y"], ["x"]),
+    ],
+)
+def test_the_pattern_that_is_offered_fits_no_layer_that_was_refused(paths, others, pattern):
+    assert _pattern(paths, others) == pattern
 
 
 class MyAttention(nn.Module):

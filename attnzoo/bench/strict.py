@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from attnzoo.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")  # a number to everyone but YAML 1.1, which asks for a point
 PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
 
 
@@ -97,9 +99,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"override {text!r} must read key=value, with dots between nested keys")
     try:
-        return keys, yaml.load(raw, Loader=_StrictLoader)
+        value = yaml.load(raw, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
+    return keys, float(raw) if EXPONENT.fullmatch(raw.strip()) else value
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -34,6 +34,8 @@ class Checked:
         How many of them; crowd regions are boxes too.
     classes
         Those that are asked for, in the detector's order.
+    trained
+        How many boxes are trained on.
     odd
         How many images have no box, how many boxes are crowd regions, reach past the edge or are left out.
     """
@@ -42,6 +44,7 @@ class Checked:
     images: int
     boxes: int
     classes: tuple[str, ...] = ()
+    trained: int = 0
     odd: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -57,8 +60,8 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
     DataError
         If a file or an image is missing, it is no COCO file, it has not the config's classes, or no image.
     """
-    parts = config.get("datasets") or ([config["dataset"]] if config.get("dataset") is not None else [])
-    if parts:  # a wrapper, such as RepeatDataset or ConcatDataset
+    parts = _inner(config)
+    if parts:
         return [one for part in parts for one in dataset(part)]
     if config.get("type", "CocoDataset") != "CocoDataset" or "ann_file" not in config:
         return []
@@ -79,7 +82,23 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
             f"that order, not as {', '.join(classes)}"
         )
     _images_are_there(content, root / (config.get("data_prefix") or {}).get("img", ""), file)
-    return [count(content, file, classes)]
+    found = count(content, file, classes)
+    if not found.trained and (config.get("filter_cfg") or {}).get("filter_empty_gt") and not config.get("test_mode"):
+        raise DataError(f"{file} has no box to train on, and filter_cfg leaves out every image without one")
+    return [found]
+
+
+def _inner(config: Mapping[str, Any]) -> list[Any]:
+    """What a wrapper, such as RepeatDataset or ConcatDataset, holds."""
+    return list(config.get("datasets") or ([config["dataset"]] if config.get("dataset") is not None else []))
+
+
+def roots(config: Mapping[str, Any]) -> set[str]:
+    """Folders that an mmdet dataset's config reads from."""
+    parts = _inner(config)
+    if parts:
+        return set().union(*map(roots, parts))
+    return {str(config["data_root"])} if config.get("data_root") else set()
 
 
 def _coco_classes() -> tuple[str, ...]:
@@ -160,6 +179,7 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
             continue
         if one["iscrowd"]:
             found.odd["crowd regions"] += 1
+        found.trained += not one["iscrowd"] and one["area"] > 0 and width >= 1 and height >= 1 and inside
         if one["area"] <= 0 or width < 1 or height < 1 or not inside:
             found.odd["boxes without area or outside, left out"] += 1
         elif x < 0 or y < 0 or x + width > across or y + height > down:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from attnzoo.bench.lines import FolderLock
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
 from attnzoo.detection.voc import write_json
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import AttnZooError, ConfigError, DataError
 
 RUNS = Path("runs/detect")
 MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
@@ -64,6 +65,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:  # a config is Python and may raise anything
         raise ConfigError(f"{path} is no config of mmengine: {type(error).__name__}: {error}") from error
+    if not isinstance(config.get("model"), Mapping):
+        raise ConfigError(f"{path} is no config of a detector: it has no model; see configs/detect")
     values = {}
     for override in overrides:
         keys, value = parse_override(override)
@@ -79,7 +82,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         config.randomness.seed = 0  # a run that is resumed must know its seed
     if config.get("work_dir") is None:
         config.work_dir = str(RUNS / path.stem / f"seed{config.randomness.seed}")
+    if isinstance(config.model.get("attention"), str):
+        config.model.attention = {"name": config.model.attention}
+    _check_counts(config)
     return config
+
+
+def _check_counts(config: Any) -> None:
+    places = [("train_cfg", "max_epochs"), *((f"{part}_dataloader", "batch_size") for part in ("train", "val", "test"))]
+    for section, key in places:
+        count = (config.get(section) or {}).get(key, 1)
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"{section}.{key}={count!r} must be a whole number of at least 1")
 
 
 def _check_known(config: Any, keys: Sequence[str], override: str) -> None:
@@ -121,11 +135,19 @@ def prepare(config: Any) -> list[check.Checked]:
         If something is missing or wrong; see `attnzoo.detection.check`.
     """
     root = config.get("data_root")
+    if root:
+        _check_used(config, str(root))
     if root and not Path(root).exists():
-        if not config.get("asset"):
+        if config.get("asset") != Path(root).name:  # a link in any other place would stand for data of another name
             raise ConfigError(f"data_root={str(root)!r} does not exist; put the data there or set data_root=PATH/")
         _link(assets.get(config.asset, config.get("asset_path")), Path(root))
     found = [one for part in loaders(config) for one in check.dataset(config[part].dataset)]
+    for part in ("val_evaluator", "test_evaluator"):
+        told = config[part].get("ann_file") if isinstance(config.get(part), Mapping) else None
+        if told and not Path(told).is_file():
+            raise ConfigError(
+                f"{part}.ann_file={told!r} does not exist; leave it out, or name the annotations tested on"
+            )
     head = config.model.get("bbox_head")
     for one in found:
         if isinstance(head, Mapping) and head.get("num_classes") not in (None, len(one.classes)):
@@ -134,6 +156,16 @@ def prepare(config: Any) -> list[check.Checked]:
                 f"classes: {', '.join(one.classes)}"
             )
     return found
+
+
+def _check_used(config: Any, root: str) -> None:
+    """Refuse a `data_root` that no data set has: a config that inherits another must set that of each data set too."""
+    roots = {os.path.normpath(one) for part in loaders(config) for one in check.roots(config[part].dataset)}
+    if roots and os.path.normpath(root) not in roots:
+        raise ConfigError(
+            f"data_root={root!r} is that of no data set, for they read {', '.join(sorted(roots))}; set data_root in "
+            "the dataset of each dataloader too, or give data_root=PATH/ with the command"
+        )
 
 
 def loaders(config: Any) -> list[str]:
@@ -235,6 +267,8 @@ def train(config: Any) -> Path:
         config.resume = begun
         if begun:
             config.load_from = None  # mmengine would go on from that one
+        if config.get("load_from") and "://" not in config.load_from and not Path(config.load_from).is_file():
+            raise ConfigError(f"load_from={config.load_from!r} does not exist")
         trained_by = _trained_by(config)
         runner = Runner.from_cfg(config)
         if not begun and is_main():
@@ -294,4 +328,6 @@ def last_checkpoint(config: Any) -> Path | None:
     if not told.is_file():
         return None
     path = Path(config.work_dir) / Path(told.read_text(encoding="utf-8").strip()).name  # the folder may have moved
+    if path.is_file() and not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
+        raise DataError(f"{path} is cut short; name an earlier one in {told}, or begin anew with resume=false")
     return path if path.is_file() else None

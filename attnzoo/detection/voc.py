@@ -171,7 +171,9 @@ def write_json(content: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def convert(annotations: Path, images: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Any], Converted]:
+def convert(
+    annotations: Path, images: Path, names: Sequence[str] | None = None, classes: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Converted]:
     """Convert a folder of annotations.
 
     Parameters
@@ -182,11 +184,13 @@ def convert(annotations: Path, images: Path, names: Sequence[str] | None = None)
         Folder of the images, named as the annotations are.
     names
         Names without ending of the images to take; all that are annotated by default.
+    classes
+        The classes in their order, whether they occur or not; by default those that occur, in the alphabet's.
 
     Raises
     ------
     DataError
-        If a file is missing or cannot be read, or there is none.
+        If a file is missing or cannot be read, there is none, or a box is of another class.
     """
     chosen = sorted(path.stem for path in annotations.glob("*.xml")) if names is None else list(names)
     if not chosen:
@@ -194,10 +198,18 @@ def convert(annotations: Path, images: Path, names: Sequence[str] | None = None)
     by_name = {path.stem: path for path in images.iterdir() if path.is_file()} if images.is_dir() else {}
     missing = [name for name in chosen if name not in by_name]
     if missing:
-        raise DataError(f"{len(missing)} images are not in {images}: {', '.join(missing[:5])}")
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} images are not in {images}: {listed}")
     found = Converted()
     photos = [read_voc(annotations / f"{name}.xml", by_name[name], found) for name in chosen]
-    return coco(photos, sorted({box.name for photo in photos for box in photo.boxes})), found
+    return coco(photos, classes or sorted({box.name for photo in photos for box in photo.boxes})), found
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(f"the list {file} cannot be read: {error.strerror}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -207,10 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("images", type=Path, help="folder of the images")
     parser.add_argument("output", type=Path, help="the COCO file to write")
     parser.add_argument("--list", type=Path, help="file with the names to take, one a line (ImageSets/Main/train.txt)")
+    parser.add_argument("--classes", help="the classes in their order, with commas; splits must share them")
     parsed = parser.parse_args(arguments)
+    classes = None if parsed.classes is None else [name.strip() for name in parsed.classes.split(",")]
     try:
-        names = None if parsed.list is None else parsed.list.read_text(encoding="utf-8").split()
-        content, found = convert(parsed.annotations, parsed.images, names)
+        names = None if parsed.list is None else _listed(parsed.list)
+        content, found = convert(parsed.annotations, parsed.images, names, classes)
         write_json(content, parsed.output)
     except (AttnZooError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -62,6 +62,8 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
             sites.append(RefusedSite(path, layer, "transformers", reason) if reason else _site(path, layer))
         elif looks_like_attention(layer):
             reason = "it does not go through transformers' attention interface"
+            if "Deformable" in type(layer).__name__:
+                reason = "deformable attention samples points of its own, where no core can stand"
             sites.append(RefusedSite(path, layer, "transformers", reason))
     caches: dict[int, list[Any]] = {}
     for site in sites:
@@ -131,6 +133,9 @@ def _site(path: str, layer: Any) -> Site:
         needs["gqa"] = "key and value heads are shared"
     if getattr(layer, "attn_logit_softcapping", None) is not None:
         needs["softcap"] = "scores are capped (attn_logit_softcapping)"
+    keys, values = getattr(layer, "qk_head_dim", None), getattr(layer, "v_head_dim", None)
+    if hasattr(layer, "q_pos_sine_proj") or (None not in (keys, values) and keys != values):
+        needs["widths"] = "values are of another width than keys"
     heads = getattr(config, "num_attention_heads", 0)
     return TransformersSite(path, layer, "transformers", getattr(config, "hidden_size", 0), heads, needs)
 

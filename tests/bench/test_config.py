@@ -152,6 +152,13 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("-2E+3", -2e3), ("'1e-4'", "1e-4"), ("1e", "1e")])
+def test_numbers_with_an_exponent_are_numbers(text, value):
+    """YAML 1.1 takes them for text where they have no point."""
+    (_, read) = parse_override(f"lr={text}")
+    assert (type(read), read) == (type(value), value)
+
+
 @given(KEYS, VALUES)
 def test_an_override_written_as_yaml_reads_back(keys, value):
     text = f"{'.'.join(keys)}={yaml.safe_dump(value, default_flow_style=True, width=10**6)}"

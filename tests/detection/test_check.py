@@ -50,6 +50,16 @@ def test_what_is_odd_is_counted(dataset):
     assert "a.json: 3 images, 6 boxes (2 boxes past the edge" in str(found)
 
 
+def test_training_needs_a_box_where_images_without_one_are_left_out(dataset):
+    filters = {"filter_cfg": {"filter_empty_gt": True}}
+    for told in (content(), content([1, 1, 5, 5], crowd=1), content([1, 1, 0, 5])):
+        with pytest.raises(DataError, match=r"a\.json has no box to train on"):
+            check.dataset(dataset(told, **filters))
+        assert check.dataset(dataset(told))
+        assert check.dataset(dataset(told, **filters, test_mode=True))
+    assert check.dataset(dataset(content([1, 1, 5, 5]), **filters))
+
+
 @pytest.mark.parametrize(
     ("told", "message"),
     [

@@ -1,5 +1,6 @@
 """What docs/detect.md says: its commands run, its config builds, its tables are those of the records."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import attnzoo
 from attnzoo.bench.record import read_records
 from attnzoo.detection import cost, mmcv_ext, page, run, tables
+from attnzoo.detection.stages import ATTENTION, ENCODER
 from tests.detection.runs import make_data
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +78,23 @@ def test_the_config_of_the_page_builds(tmp_path):
     assert len(attnzoo.swap_report(detector).swapped) == 6
 
 
+def test_data_of_ones_own_are_read_as_the_page_says(tmp_path, monkeypatch):
+    text = next(block for block in blocks("text") if "birds" in block)
+    configs = ROOT / "configs" / "detect"
+    (tmp_path / "birds.py").write_text(text.replace('"trees_padre.py"', repr(str(configs / "trees_padre.py"))))
+    for split in ("train", "val"):
+        folder = make_data(tmp_path / split, images=2)
+        content = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
+        content["categories"] = [{"id": 1, "name": "crow"}, {"id": 2, "name": "gull"}]
+        place = tmp_path / "data" / "birds"
+        (place / "annotations").mkdir(parents=True, exist_ok=True)
+        (place / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+        (folder / "images").rename(place / split)
+    monkeypatch.chdir(tmp_path)
+    loaded = run.load_config("birds.py")
+    assert [(one.images, one.classes) for one in run.prepare(loaded)] == [(2, ("crow", "gull"))] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "record", "table"),
     [
@@ -93,9 +112,23 @@ def test_tables_are_those_of_the_records(name, record, table):
 def test_what_the_page_claims_is_in_the_records():
     overfit = read_records(ROOT / "docs" / "records" / "trees_overfit" / "records.jsonl")
     assert all(r.quality.ap50 >= 0.9 for r in overfit if r.kind == "quality")
-    assert {r.gate.passed for r in read_records(ROOT / "docs" / "records" / "detr_r50_cost" / "records.jsonl")} == {
-        True
-    }
+    records = read_records(ROOT / "docs" / "records" / "detr_r50_cost" / "records.jsonl")
+    assert all(record.gate.passed for record in records)
+    at = {record.label: record for record in records if record.tokens == 1764}
+    softmax, sdpa, padre = (at[label].cost.candidate for label in ("softmax", "sdpa", "padre degree=2"))
+    alone = [side.stage("encoder's attention").latency_ms.p50 for side in (softmax, sdpa, padre)]
+    assert 17.5 < alone[0] / alone[2] < 18.5
+    assert 4.5 < alone[1] / alone[2] < 5.5
+    assert f"{padre.stage('encoder').speedup.p50:.1f}" == "4.9"
+    assert f"{at['dense'].cost.candidate.most_speedup(ATTENTION, ENCODER):.1f}" == "5.9"
+    assert f"{at['padre degree=2'].cost.ratios.speedup.p50:.1f}" == "1.2"
+    assert 0.99 < at["padre degree=2"].cost.ratios.activation_peak < 1.01
+    peaks = [side.stage("encoder").activation_peak_bytes for side in (padre, at["dense"].cost.candidate)]
+    assert 0.095 < peaks[0] / peaks[1] < 0.105
+    small = next(record for record in records if (record.tokens, record.label) == (100, "padre degree=2"))
+    assert small.cost.candidate.stage(ATTENTION).speedup.p80 < 1
+    ours, dense = (r.quality for r in reversed(read_records(ROOT / "docs/records/bccd_cpu/records.jsonl")[:2]))
+    assert f"{ours.ap / dense.ap:.1f}" == "0.5"
 
 
 def test_speed_up_is_drawn_where_several_sizes_were_measured():

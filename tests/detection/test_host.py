@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 import torch
@@ -128,6 +129,24 @@ def test_a_mixer_elsewhere_is_refused_by_name_and_nothing_is_swapped(kind):
     with pytest.raises(UnsupportedError, match="cross-attention, and a mixer has one input"):
         attnzoo.replace_attention(detector, "sima", where="decoder.*cross_attn*")
     assert not attnzoo.swap_report(detector).swapped
+
+
+@pytest.mark.parametrize("kind", ["ConditionalDETR", "DABDETR", "ConditionalDetr"])
+def test_a_core_that_needs_keys_as_wide_as_values_is_refused_where_they_are_not(kind):
+    detector = models.mmdet_detector(kind) if kind in KINDS else models.transformers_detector(kind)
+    with pytest.raises(UnsupportedError, match=r"wide|width(?s:.*)which 'flash' cannot do"):
+        attnzoo.replace_attention(detector, "flash")
+    assert not attnzoo.swap_report(detector).swapped
+    attnzoo.replace_attention(detector, "flash", where=ENCODER)
+
+
+def test_the_layers_offered_instead_of_deformable_ones_can_be_swapped():
+    detector = models.transformers_detector("RTDetr")
+    with pytest.raises(UnsupportedError, match="deformable attention samples points") as refused:
+        attnzoo.replace_attention(detector, "sdpa")
+    where = re.search(r"where='(.+?)'", str(refused.value))[1]
+    attnzoo.replace_attention(detector, "sdpa", where=where)
+    assert attnzoo.swap_report(detector).swapped
 
 
 def test_eviction_and_useless_options_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,9 @@ def test_two_processes_train_and_test_as_one(tmp_path):
         ("nonsense=1", "the config has no 'nonsense'"),
         ("work_dir", "key=value"),
         ("data_root=nowhere/", "data_root='nowhere/' does not exist"),
+        ("train_cfg.max_epochs=three", "train_cfg.max_epochs='three' must be a whole number"),
+        ("train_dataloader.batch_size=0", "train_dataloader.batch_size=0 must be a whole number of at least 1"),
+        ("load_from=/nowhere.pth", "load_from='/nowhere.pth' does not exist"),
     ],
 )
 def test_overrides_that_do_not_fit_are_refused(trained, capsys, override, message):
@@ -156,9 +160,45 @@ def test_overrides_that_do_not_fit_are_refused(trained, capsys, override, messag
     assert message in capsys.readouterr().err
 
 
+def test_data_are_those_that_the_config_names(data, tmp_path):
+    """A config that inherits another and names a root of its own must not go on with the other's data."""
+    base = make_config(tmp_path / "base.py", data)
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"_base_ = {str(base)!r}\ndata_root = {str(tmp_path)!r}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"that of no data set, for they read .*data; set data_root in"):
+        run.prepare(run.load_config(mine))
+    tree = ROOT / "configs" / "detect" / "trees_softmax.py"
+    with pytest.raises(ConfigError, match="typo/' does not exist"):
+        run.prepare(run.load_config(tree, [f"data_root={tmp_path}/typo/"]))
+    assert not (tmp_path / "typo").exists()
+    config = run.load_config(base)
+    config.test_evaluator.ann_file = "none.json"
+    with pytest.raises(ConfigError, match=r"test_evaluator.ann_file='none.json' does not exist"):
+        run.prepare(config)
+
+
+def test_an_attention_can_be_given_by_its_name_alone(data, tmp_path):
+    config = run.load_config(make_config(tmp_path / "a.py", data), ["model.attention=sdpa"])
+    assert config.model.attention == {"name": "sdpa"}
+
+
+def test_a_checkpoint_that_is_cut_short_is_named(trained, tmp_path, capsys):
+    config, folder = trained
+    shutil.copytree(folder, tmp_path / "seed0")
+    whole = tmp_path / "seed0" / "epoch_4.pth"
+    whole.write_bytes(whole.read_bytes()[:-100])
+    for command in (train, evaluate):
+        assert command([str(config), f"work_dir={tmp_path}/seed0"]) == 2
+        assert "epoch_4.pth is cut short" in capsys.readouterr().err
+
+
 def test_bad_configs_and_swaps_are_refused_before_any_work(data, tmp_path, capsys):
     (tmp_path / "broken.py").write_text("model = (", encoding="utf-8")
-    for path, message in ((tmp_path / "broken.py", "is no config of mmengine"), (tmp_path / "none.py", "not exist")):
+    for path, message in (
+        (tmp_path / "broken.py", "is no config of mmengine"),
+        (tmp_path / "none.py", "not exist"),
+        (ROOT / "configs" / "bench" / "quickstart.yaml", "it has no model"),
+    ):
         assert train([str(path)]) == 2
         assert message in capsys.readouterr().err
     work = f"work_dir={tmp_path}/run"

@@ -92,6 +92,13 @@ def test_the_command_takes_a_list(tmp_path, capsys):
     assert "1 images, 1 boxes; 1 boxes past the edge clipped" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["images"][0]["file_name"] == "b.png"
     assert main([*folders, str(tmp_path / "out.json"), "--list", str(tmp_path / "none.txt")]) == 2
+    assert "none.txt cannot be read" in capsys.readouterr().err
+    assert main([*folders, str(tmp_path / "out.json"), "--classes", "dog, cat"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [one["name"] for one in found["categories"]] == ["dog", "cat"]
+    assert {one["category_id"] for one in found["annotations"]} == {2}
+    assert main([*folders, str(tmp_path / "out.json"), "--classes", "dog"]) == 2
+    assert "has a box of class 'cat'; classes: dog" in capsys.readouterr().err
     assert main([str(tmp_path), str(tmp_path), str(tmp_path / "out.json")]) == 2
     assert "error: no annotation" in capsys.readouterr().err
 
