@@ -247,12 +247,14 @@ def train(config: Any) -> Path:
     Raises
     ------
     ConfigError
-        If the folder holds a run of another config, or another process is training into it.
+        If the folder holds a run of another config, another process is training into it, or `load_from` is missing.
     """
     from mmengine.dist import barrier
     from mmengine.runner import Runner
 
-    folder = Path(config.work_dir)
+    given, folder = config.get("load_from"), Path(config.work_dir)
+    if given and "://" not in given and not Path(given).is_file():
+        raise ConfigError(f"load_from={given!r} does not exist")
     with FolderLock(folder) if is_main() else contextlib.nullcontext():
         if not config.resume and is_main():
             _set_aside(folder)
@@ -267,8 +269,6 @@ def train(config: Any) -> Path:
         config.resume = begun
         if begun:
             config.load_from = None  # mmengine would go on from that one
-        if config.get("load_from") and "://" not in config.load_from and not Path(config.load_from).is_file():
-            raise ConfigError(f"load_from={config.load_from!r} does not exist")
         trained_by = _trained_by(config)
         runner = Runner.from_cfg(config)
         if not begun and is_main():
