@@ -11,7 +11,7 @@ if torch.distributed.is_available():
 
 
 def leave() -> None:
-    """Leave the other processes, where there are any; call it when all that was run is out of scope.
+    """Leave the other processes, where there are any, after work that went well and is out of scope.
 
     What still holds the group, such as a wrapped model in a cycle of references, keeps its threads alive, and one of
     them that wants to free a tensor while the interpreter ends aborts the process. So garbage is collected first.

@@ -44,8 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        processes.leave()
+    processes.leave()
     return 0
 
 

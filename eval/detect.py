@@ -35,8 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        processes.leave()
     return 0
 
 
@@ -67,7 +65,9 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     for config in [seed for one in trained for seed in evaluation.seeds_of(one)]:
         fit_to_machine(config, launcher)
         runs.append(evaluation.score_run(config, lambda told: progress.print(told, highlight=False)))
-    if not is_main():
+    main_process = is_main()
+    processes.leave()  # what follows one process does alone
+    if not main_process:
         return
     facts = {
         "config_hash": evaluation.hash_of(configs),
@@ -76,7 +76,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     }
     qualities = evaluation.qualities(runs)
     with bars(progress) as shown:
-        bar = shown.add_task("cost", total=1, stage="")
+        bar = shown.add_task("cost", total=1, stage="", visible=configs[0].get("cost") is not None)
         costs, problems = evaluation.cost_records(
             configs,
             qualities,

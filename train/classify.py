@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command, without resume=never, goes on from the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        processes.leave()
+    processes.leave()
     return 0
 
 

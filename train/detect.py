@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
-    finally:
-        processes.leave()
+    processes.leave()
     print(f"trained: {folder}")
     return 0
 

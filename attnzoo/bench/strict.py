@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from attnzoo.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
-EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")  # a number to everyone but YAML 1.1, which asks for a point
+EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
 PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
 
 
@@ -102,11 +102,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         value = yaml.load(raw, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
-    return keys, float(raw) if EXPONENT.fullmatch(raw.strip()) else value
+    return keys, value
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not a silent overwrite."""
+    """YAML in which a key that stands twice is an error, not a silent overwrite, and 1e-4 a number, not text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -119,6 +119,9 @@ class _StrictLoader(yaml.SafeLoader):
             if isinstance(key, (str, int, float)):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -95,10 +95,13 @@ def _inner(config: Mapping[str, Any]) -> list[Any]:
 
 def roots(config: Mapping[str, Any]) -> set[str]:
     """Folders that an mmdet dataset's config reads from."""
+    return {str(one["data_root"]) for one in innermost(config) if one.get("data_root")}
+
+
+def innermost(config: Any) -> list[Any]:
+    """Configs of the data sets inside all wrappers."""
     parts = _inner(config)
-    if parts:
-        return set().union(*map(roots, parts))
-    return {str(config["data_root"])} if config.get("data_root") else set()
+    return [one for part in parts for one in innermost(part)] if parts else [config]
 
 
 def _coco_classes() -> tuple[str, ...]:

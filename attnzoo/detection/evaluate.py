@@ -74,7 +74,8 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
     kept = folder / RUN
     earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if {key: earlier.get(key) for key in known} == known:
-        say(f"{config.work_dir} was tested before; its scores are kept")
+        if is_main():
+            say(f"{config.work_dir} was tested before; its scores are kept")
     else:
         say(f"test {config.work_dir}")
         true, predicted, files = score.predict(config, folder)

@@ -46,18 +46,15 @@ def _speed_plot(records: Sequence[Record], stage: str) -> str:
     reached = [1.0]
     for number, label in enumerate(dict.fromkeys(one.label for one in records)):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        points = sorted(
-            (one.tokens, found.speedup)
-            for one in records
-            if one.label == label and (found := _stage(one, stage)) is not None
-        )
+        own = sorted((one for one in records if one.label == label), key=lambda one: one.tokens)
+        points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
         x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
         axes.plot(x, y, color=colour, marker=marker, ms=6, lw=1.8, label=label)
         axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=colour, lw=2, alpha=0.6)
         reached += [value for _, s in points for value in (s.p20, s.p80)]
     if stage == ENCODER:
-        bounds = {one.tokens: one.cost.baseline.most_speedup(ATTENTION, ENCODER) for one in records if one.cost}
-        known = sorted((at, bound) for at, bound in bounds.items() if bound is not None)
+        bounds = [(one.tokens, one.cost.baseline.most_speedup(ATTENTION, ENCODER)) for one in records if one.cost]
+        known = sorted({(at, bound) for at, bound in bounds if bound is not None})
         axes.plot(*zip(*known, strict=True), color=INK, lw=1.2, ls="--", label="at most")
         reached += [bound for _, bound in known]
     axes.set_xscale("log")

@@ -89,9 +89,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def _check_counts(config: Any) -> None:
-    places = [("train_cfg", "max_epochs"), *((f"{part}_dataloader", "batch_size") for part in ("train", "val", "test"))]
-    for section, key in places:
-        count = (config.get(section) or {}).get(key, 1)
+    places = [(f"{part}_dataloader", "batch_size") for part in ("train", "val", "test")]
+    for section, key in [("train_cfg", "max_epochs"), ("train_cfg", "max_iters"), *places]:
+        held = config.get(section) or {}
+        if not isinstance(held, Mapping):
+            raise ConfigError(f"{section}={held!r} must be a dict, as in the configs of configs/detect")
+        count = held.get(key, 1)
         if not isinstance(count, int) or count < 1:
             raise ConfigError(f"{section}.{key}={count!r} must be a whole number of at least 1")
 
@@ -116,11 +119,9 @@ def _move_data(config: Any, before: str, now: str) -> None:
     now = os.path.join(now, "")
     for part in ("train", "val", "test"):
         dataset, metric = (config.get(f"{part}_{what}") or {} for what in ("dataloader", "evaluator"))
-        dataset = dataset.get("dataset", {})
-        while dataset.get("dataset") is not None:  # inside a wrapper
-            dataset = dataset["dataset"]
-        if dataset.get("data_root") == before:
-            dataset["data_root"] = now
+        for one in check.innermost(dataset.get("dataset", {})):
+            if os.path.normpath(one.get("data_root") or "") == os.path.normpath(before):
+                one["data_root"] = now
         if isinstance(metric, dict) and str(metric.get("ann_file", "")).startswith(before):
             metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
     config.data_root = now
@@ -142,12 +143,8 @@ def prepare(config: Any) -> list[check.Checked]:
             raise ConfigError(f"data_root={str(root)!r} does not exist; put the data there or set data_root=PATH/")
         _link(assets.get(config.asset, config.get("asset_path")), Path(root))
     found = [one for part in loaders(config) for one in check.dataset(config[part].dataset)]
-    for part in ("val_evaluator", "test_evaluator"):
-        told = config[part].get("ann_file") if isinstance(config.get(part), Mapping) else None
-        if told and not Path(told).is_file():
-            raise ConfigError(
-                f"{part}.ann_file={told!r} does not exist; leave it out, or name the annotations tested on"
-            )
+    for part in ("val", "test"):
+        _check_metric(config, part)
     head = config.model.get("bbox_head")
     for one in found:
         if isinstance(head, Mapping) and head.get("num_classes") not in (None, len(one.classes)):
@@ -158,13 +155,27 @@ def prepare(config: Any) -> list[check.Checked]:
     return found
 
 
+def _check_metric(config: Any, part: str) -> None:
+    """Refuse a metric that would hold predictions against the annotations of other images."""
+    metric, loader = config.get(f"{part}_evaluator"), config.get(f"{part}_dataloader")
+    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
+    if not told or loader is None:
+        return
+    read = [Path(one.get("data_root") or "") / one.get("ann_file", "") for one in check.innermost(loader.dataset)]
+    if Path(told) not in read:
+        raise ConfigError(
+            f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
+            "give that, or None"
+        )
+
+
 def _check_used(config: Any, root: str) -> None:
     """Refuse a `data_root` that no data set has: a config that inherits another must set that of each data set too."""
     roots = {os.path.normpath(one) for part in loaders(config) for one in check.roots(config[part].dataset)}
-    if roots and os.path.normpath(root) not in roots:
+    if roots and not any(Path(one).is_relative_to(os.path.normpath(root)) for one in roots):
         raise ConfigError(
             f"data_root={root!r} is that of no data set, for they read {', '.join(sorted(roots))}; set data_root in "
-            "the dataset of each dataloader too, or give data_root=PATH/ with the command"
+            "the dataset of each dataloader too"
         )
 
 
@@ -253,7 +264,8 @@ def train(config: Any) -> Path:
     from mmengine.runner import Runner
 
     given, folder = config.get("load_from"), Path(config.work_dir)
-    if given and "://" not in given and not Path(given).is_file():
+    begins = not (config.resume and last_checkpoint(config))
+    if given and begins and "://" not in given and not Path(given).expanduser().is_file():
         raise ConfigError(f"load_from={given!r} does not exist")
     with FolderLock(folder) if is_main() else contextlib.nullcontext():
         if not config.resume and is_main():

@@ -152,7 +152,10 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("-2E+3", -2e3), ("'1e-4'", "1e-4"), ("1e", "1e")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("-2E+3", -2e3), ("1.5e3", 1.5e3), ("[.1e1]", [1.0]), ("'1e-4'", "1e-4"), ("1e", "1e")],
+)
 def test_numbers_with_an_exponent_are_numbers(text, value):
     """YAML 1.1 takes them for text where they have no point."""
     (_, read) = parse_override(f"lr={text}")

@@ -138,3 +138,5 @@ def test_speed_up_is_drawn_where_several_sizes_were_measured():
     assert all(drawn.count(f">{label}</text>") == 2 for label in {record.label for record in records})
     assert drawn.count(">at most</text>") == 1
     assert page.sizes([record for record in records if record.tokens == 100]) == ""
+    turned = [record.model_copy(update={"tokens": 225}) for record in records if record.tokens == 400]
+    assert page.sizes([*records, *turned]).count("<svg") == 2  # two sizes of as many tokens

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnzoo.bench.lines import FolderLock
-from attnzoo.detection import mmcv_ext, run, score
+from attnzoo.detection import check, mmcv_ext, run, score
 from attnzoo.errors import ConfigError, DataError
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
@@ -152,7 +152,7 @@ def test_two_processes_train_and_test_as_one(tmp_path):
         ("data_root=nowhere/", "data_root='nowhere/' does not exist"),
         ("train_cfg.max_epochs=three", "train_cfg.max_epochs='three' must be a whole number"),
         ("train_dataloader.batch_size=0", "train_dataloader.batch_size=0 must be a whole number of at least 1"),
-        ("load_from=/nowhere.pth", "load_from='/nowhere.pth' does not exist"),
+        ("train_cfg=5", "train_cfg=5 must be a dict"),
     ],
 )
 def test_overrides_that_do_not_fit_are_refused(trained, capsys, override, message):
@@ -172,8 +172,13 @@ def test_data_are_those_that_the_config_names(data, tmp_path):
         run.prepare(run.load_config(tree, [f"data_root={tmp_path}/typo/"]))
     assert not (tmp_path / "typo").exists()
     config = run.load_config(base)
+    assert run.prepare(config)
+    config.test_evaluator.ann_file = str(data / "boxes.json")
+    assert run.prepare(config)
+    config.data_root = str(data.parent)
+    assert run.prepare(config)  # its data lie inside
     config.test_evaluator.ann_file = "none.json"
-    with pytest.raises(ConfigError, match=r"test_evaluator.ann_file='none.json' does not exist"):
+    with pytest.raises(ConfigError, match=r"test_evaluator.ann_file='none.json' is not what test_dataloader reads"):
         run.prepare(config)
 
 
@@ -290,6 +295,28 @@ def test_given_weights_are_begun_with_and_not_gone_on_from(trained, tmp_path):
     near = max((found[key] - given[key]).abs().max().item() for key in found)
     assert 0 < near < 0.1  # eight steps of at most 2e-3 away
     assert any("load_from" in change for change in run.changes(run.load_config(config, [f"work_dir={tmp_path}"])))
+
+
+def test_weights_that_are_gone_do_not_stop_a_run_that_has_begun_with_them(trained, tmp_path):
+    config, folder = trained
+    shutil.copy(folder / "epoch_4.pth", tmp_path / "given.pth")
+    words = [str(config), f"work_dir={tmp_path}/seed0", f"load_from={tmp_path}/given.pth", "train_cfg.max_epochs=1"]
+    assert train(words) == 0
+    (tmp_path / "given.pth").unlink()
+    assert train(words) == 0
+    assert train([*words, "resume=false"]) == 2
+    assert (tmp_path / "seed0" / "epoch_1.pth").is_file()
+
+
+def test_another_root_reaches_the_data_sets_inside_wrappers(data, tmp_path):
+    config = run.load_config(make_config(tmp_path / "a.py", data))
+    one = config.train_dataloader.dataset.to_dict()
+    config.train_dataloader.dataset = {
+        "type": "ConcatDataset",
+        "datasets": [one, {"type": "RepeatDataset", "dataset": one}],
+    }
+    run._move_data(config, str(data), "elsewhere")
+    assert check.roots(config.train_dataloader.dataset) == check.roots(config.val_dataloader.dataset) == {"elsewhere/"}
 
 
 def test_what_fails_before_it_begins_leaves_no_trace_of_its_config(trained, tmp_path, capsys):
