@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from attnzoo.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
+# YAML 1.1 takes a number with an exponent for text unless it has both a point and a sign
 EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
 PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
 
@@ -99,10 +100,9 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise ConfigError(f"override {text!r} must read key=value, with dots between nested keys")
     try:
-        value = yaml.load(raw, Loader=_StrictLoader)
+        return keys, yaml.load(raw, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
-    return keys, value
 
 
 class _StrictLoader(yaml.SafeLoader):
