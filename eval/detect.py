@@ -48,7 +48,8 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     from attnzoo.bench.report import print_report
     from attnzoo.detection import evaluate as evaluation
     from attnzoo.detection import page
-    from attnzoo.detection.run import fit_to_machine, is_main, load_config, prepare
+    from attnzoo.detection.config import load_config, prepare
+    from attnzoo.detection.run import fit_to_machine, is_main
 
     paths = [one for one in inputs if "=" not in one]
     if not paths:

@@ -26,7 +26,7 @@ from attnzoo.bench.operations import config as operations
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.bench.strict import read_yaml
-from attnzoo.detection import run as detection
+from attnzoo.detection import config as detection
 from attnzoo.registry import _table, unregister_attention
 from attnzoo.training import config as classify
 from attnzoo.training import report as training_report

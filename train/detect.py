@@ -24,12 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--amp", action="store_true", help="mixed precision, mmengine's AmpOptimWrapper")
     parsed = parser.parse_intermixed_args(arguments)
     try:
+        from attnzoo.detection import config as configs
         from attnzoo.detection import run
 
-        config = run.load_config(parsed.config, parsed.overrides)
+        config = configs.load_config(parsed.config, parsed.overrides)
         if parsed.amp:
             run.mixed_precision(config)
-        for checked in run.prepare(config):
+        for checked in configs.prepare(config):
             print(checked, file=sys.stderr)
         run.fit_to_machine(config, parsed.launcher)
         folder = run.train(config)

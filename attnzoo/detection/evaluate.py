@@ -24,7 +24,8 @@ from attnzoo.bench.record import Detecting, Detection, Record, RecordStore
 from attnzoo.bench.system import environment
 from attnzoo.detection import cost as costs
 from attnzoo.detection import score
-from attnzoo.detection.run import FITTED, changes, is_main, prepare
+from attnzoo.detection.config import prepare
+from attnzoo.detection.run import FITTED, changes, is_main
 from attnzoo.detection.voc import write_json
 from attnzoo.errors import ConfigError
 

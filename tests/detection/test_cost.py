@@ -11,6 +11,7 @@ from torch import nn
 from attnzoo.bench.page import html_page
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_table
+from attnzoo.detection import config as configs
 from attnzoo.detection import cost, run, stages
 from attnzoo.errors import ConfigError
 from eval.detect import main as evaluate
@@ -92,7 +93,7 @@ def test_memory_is_measured_before_what_would_spoil_it(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     path = make_config(tmp_path / "squares.py", make_data(tmp_path / "data", images=4), epochs=2, cost=SMALL)
-    return run.load_config(path)
+    return configs.load_config(path)
 
 
 def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
@@ -155,7 +156,7 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
         work = str(tmp_path / "runs" / name / "seed0")
         paths.append(str(make_config(tmp_path / f"{name}.py", data, attention, epochs=2, cost=SMALL, work_dir=work)))
         assert train([paths[-1]]) == 0
-    more = run.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
+    more = configs.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
     run.train(more)
     assert evaluate(paths) == 0
     folder = tmp_path / "runs" / "own" / "eval"

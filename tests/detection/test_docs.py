@@ -10,7 +10,8 @@ import pytest
 
 import attnzoo
 from attnzoo.bench.record import read_records
-from attnzoo.detection import cost, mmcv_ext, page, run, tables
+from attnzoo.detection import config as configs
+from attnzoo.detection import cost, mmcv_ext, page, tables
 from attnzoo.detection.stages import ATTENTION, ENCODER
 from tests.detection.runs import make_data
 
@@ -29,7 +30,7 @@ def blocks(language):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_and_says_how_it_is_run(config):
-    loaded = run.load_config(config)
+    loaded = configs.load_config(config)
     detector = cost.dense_detector(loaded)
     if loaded.model.get("attention") is not None:
         cost.swapped(detector, cost.variant_of(loaded), 0)
@@ -73,15 +74,15 @@ def test_the_first_commands_run(tmp_path):
 def test_the_config_of_the_page_builds(tmp_path):
     text = next(block for block in blocks("text") if "_base_" in block)
     (tmp_path / "one.py").write_text(text, encoding="utf-8")
-    loaded = run.load_config(tmp_path / "one.py")
+    loaded = configs.load_config(tmp_path / "one.py")
     detector = mmcv_ext.load("mmdet.registry").MODELS.build(loaded.model)
     assert len(attnzoo.swap_report(detector).swapped) == 6
 
 
 def test_data_of_ones_own_are_read_as_the_page_says(tmp_path, monkeypatch):
     text = next(block for block in blocks("text") if "birds" in block)
-    configs = ROOT / "configs" / "detect"
-    (tmp_path / "birds.py").write_text(text.replace('"trees_padre.py"', repr(str(configs / "trees_padre.py"))))
+    base = ROOT / "configs" / "detect" / "trees_padre.py"
+    (tmp_path / "birds.py").write_text(text.replace('"trees_padre.py"', repr(str(base))))
     for split in ("train", "val"):
         folder = make_data(tmp_path / split, images=2)
         content = json.loads((folder / "boxes.json").read_text(encoding="utf-8"))
@@ -91,8 +92,8 @@ def test_data_of_ones_own_are_read_as_the_page_says(tmp_path, monkeypatch):
         (place / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
         (folder / "images").rename(place / split)
     monkeypatch.chdir(tmp_path)
-    loaded = run.load_config("birds.py")
-    assert [(one.images, one.classes) for one in run.prepare(loaded)] == [(2, ("crow", "gull"))] * 2
+    loaded = configs.load_config("birds.py")
+    assert [(one.images, one.classes) for one in configs.prepare(loaded)] == [(2, ("crow", "gull"))] * 2
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from attnzoo.bench.lines import FolderLock
 from attnzoo.detection import check, mmcv_ext, run, score
+from attnzoo.detection import config as configs
 from attnzoo.errors import ConfigError, DataError
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
@@ -166,24 +167,24 @@ def test_data_are_those_that_the_config_names(data, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(f"_base_ = {str(base)!r}\ndata_root = {str(tmp_path)!r}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"that of no data set, for they read .*data; set data_root in"):
-        run.prepare(run.load_config(mine))
+        configs.prepare(configs.load_config(mine))
     tree = ROOT / "configs" / "detect" / "trees_softmax.py"
     with pytest.raises(ConfigError, match="typo/' does not exist"):
-        run.prepare(run.load_config(tree, [f"data_root={tmp_path}/typo/"]))
+        configs.prepare(configs.load_config(tree, [f"data_root={tmp_path}/typo/"]))
     assert not (tmp_path / "typo").exists()
-    config = run.load_config(base)
-    assert run.prepare(config)
+    config = configs.load_config(base)
+    assert configs.prepare(config)
     config.test_evaluator.ann_file = str(data / "boxes.json")
-    assert run.prepare(config)
+    assert configs.prepare(config)
     config.data_root = str(data.parent)
-    assert run.prepare(config)  # its data lie inside
+    assert configs.prepare(config)  # its data lie inside
     config.test_evaluator.ann_file = "none.json"
     with pytest.raises(ConfigError, match=r"test_evaluator.ann_file='none.json' is not what test_dataloader reads"):
-        run.prepare(config)
+        configs.prepare(config)
 
 
 def test_an_attention_can_be_given_by_its_name_alone(data, tmp_path):
-    config = run.load_config(make_config(tmp_path / "a.py", data), ["model.attention=sdpa"])
+    config = configs.load_config(make_config(tmp_path / "a.py", data), ["model.attention=sdpa"])
     assert config.model.attention == {"name": "sdpa"}
 
 
@@ -247,8 +248,8 @@ def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
     )
     (data / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
     config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, work_dir=str(tmp_path / "seed0"))
-    loaded = run.load_config(config)
-    odd = run.prepare(loaded)[0].odd
+    loaded = configs.load_config(config)
+    odd = configs.prepare(loaded)[0].odd
     assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge": 1}
     boxes = _dataset(loaded)[3]["data_samples"].gt_instances.bboxes.tensor
     assert [6, 6] in (boxes[:, 2:].tolist()), boxes  # one pixel, from 5 to 6
@@ -272,8 +273,8 @@ def test_a_head_of_another_number_of_classes_is_refused(trained, capsys):
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs" / "detect").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_resumes_unless_the_command_says_no(config):
-    assert run.load_config(config).resume is True  # mmdet's own configs say False
-    assert run.load_config(config, ["resume=false"]).resume is False
+    assert configs.load_config(config).resume is True  # mmdet's own configs say False
+    assert configs.load_config(config, ["resume=false"]).resume is False
 
 
 def test_beginning_anew_sets_the_old_run_aside(trained, tmp_path):
@@ -294,7 +295,7 @@ def test_given_weights_are_begun_with_and_not_gone_on_from(trained, tmp_path):
     found, given = weights(tmp_path), torch.load(folder / "epoch_4.pth", weights_only=False)["state_dict"]
     near = max((found[key] - given[key]).abs().max().item() for key in found)
     assert 0 < near < 0.1  # eight steps of at most 2e-3 away
-    assert any("load_from" in change for change in run.changes(run.load_config(config, [f"work_dir={tmp_path}"])))
+    assert any("load_from" in change for change in run.changes(configs.load_config(config, [f"work_dir={tmp_path}"])))
 
 
 def test_weights_that_are_gone_do_not_stop_a_run_that_has_begun_with_them(trained, tmp_path):
@@ -309,13 +310,13 @@ def test_weights_that_are_gone_do_not_stop_a_run_that_has_begun_with_them(traine
 
 
 def test_another_root_reaches_the_data_sets_inside_wrappers(data, tmp_path):
-    config = run.load_config(make_config(tmp_path / "a.py", data))
+    config = configs.load_config(make_config(tmp_path / "a.py", data))
     one = config.train_dataloader.dataset.to_dict()
     config.train_dataloader.dataset = {
         "type": "ConcatDataset",
         "datasets": [one, {"type": "RepeatDataset", "dataset": one}],
     }
-    run._move_data(config, str(data), "elsewhere")
+    configs._move_data(config, str(data), "elsewhere")
     assert check.roots(config.train_dataloader.dataset) == check.roots(config.val_dataloader.dataset) == {"elsewhere/"}
 
 
@@ -335,11 +336,11 @@ def test_one_folder_is_trained_into_by_one_process(trained, tmp_path, capsys):
 def test_a_link_that_leads_nowhere_is_made_again(tmp_path):
     (tmp_path / "data").symlink_to(tmp_path / "gone", target_is_directory=True)
     (tmp_path / "asset").mkdir()
-    run._link(tmp_path / "asset", tmp_path / "data")
+    configs._link(tmp_path / "asset", tmp_path / "data")
     assert (tmp_path / "data").resolve() == (tmp_path / "asset").resolve()
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="is no folder"):
-        run._link(tmp_path / "asset", tmp_path / "file")
+        configs._link(tmp_path / "asset", tmp_path / "file")
 
 
 def test_configs_that_cannot_be_compared_are_refused(trained, data, tmp_path, capsys):
@@ -354,12 +355,12 @@ def test_configs_that_cannot_be_compared_are_refused(trained, data, tmp_path, ca
 def test_a_checkpoint_of_other_classes_or_weights_is_refused(trained, data, tmp_path):
     from mmengine.runner import Runner
 
-    config = run.load_config(trained[0], [f"work_dir={tmp_path}"])
+    config = configs.load_config(trained[0], [f"work_dir={tmp_path}"])
     runner = Runner.from_cfg(config)
-    checkpoint = run.last_checkpoint(run.load_config(trained[0]))
+    checkpoint = run.last_checkpoint(configs.load_config(trained[0]))
     with pytest.raises(DataError, match="trained on the classes square, but the data has cat"):
         score.load(runner, checkpoint, ["cat"])
-    other = run.load_config(trained[0], [f"work_dir={tmp_path}", "model.attention=null"])
+    other = configs.load_config(trained[0], [f"work_dir={tmp_path}", "model.attention=null"])
     with pytest.raises(ConfigError, match="does not hold the weights of this config's model"):
         score.load(Runner.from_cfg(other), checkpoint, ["square"])
 
