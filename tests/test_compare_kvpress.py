@@ -12,6 +12,7 @@ import yaml
 from attnzoo.bench.kvpress import environment, process, prompts, record, run, table, worker
 from attnzoo.bench.kvpress.config import load_config, rows_of
 from attnzoo.errors import AssetError, AttnZooError, ConfigError
+from attnzoo.hosts.versions import facts
 from attnzoo.tasks import decode
 from attnzoo.tasks.needles import make_samples
 from attnzoo.tasks.text import Text
@@ -239,7 +240,7 @@ class CutPress:
         self.share = 1 - compression_ratio
 
     def _cut(self, module, args, kwargs, output):
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        layer = kwargs[facts().cache_argument].layers[module.layer_idx]
         kept = int(layer.keys.shape[2] * self.share)
         layer.keys, layer.values = layer.keys[:, :, :kept].clone(), layer.values[:, :, :kept].clone()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import attnzoo
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
-from tests.eviction.models import CONFIGS, TEXT, feed, language_model, token_ids
+from tests.eviction.models import CACHE, CONFIGS, TEXT, cache_of, feed, language_model, token_ids
 from tests.eviction.test_cache import schedules
 from tests.zoo import fingerprint
 
@@ -38,8 +38,8 @@ def test_decoding_equals_the_full_forward_in_every_family(host):
         torch.testing.assert_close(model(ids).logits, full, atol=1e-9, rtol=1e-9)
         cache, steps = None, []
         for token in ids.split(1, dim=1):
-            out = model(token, past_key_values=cache)
-            cache = out.past_key_values
+            out = model(token, **{CACHE: cache})
+            cache = cache_of(out)
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-9, rtol=1e-9)
     assert isinstance(cache, BoundedCache)
@@ -63,7 +63,7 @@ def test_cuts_padding_and_batch_make_no_difference(schedule, degree, kernel, out
         for row in range(rows):
             alone = model(ids[row : row + 1])
             torch.testing.assert_close(logits[row], alone.logits[0], rtol=1e-6, atol=1e-9)
-            for layer, single in zip(cache.layers, alone.past_key_values.layers, strict=True):
+            for layer, single in zip(cache.layers, cache_of(alone).layers, strict=True):
                 for state, other in zip(layer.states, single.states, strict=True):
                     torch.testing.assert_close(state[row], other[0], rtol=1e-6, atol=1e-9)
 
@@ -83,7 +83,7 @@ def test_the_state_is_a_kernel_a_convolution_and_is_counted():
     sizes = []
     for length in (3, 30, 300):
         with torch.no_grad():
-            cache = model(token_ids(2, length)).past_key_values
+            cache = cache_of(model(token_ids(2, length)))
         sizes.append(attnzoo.kv_bytes(cache))
     layers, channels = 2, (3 + 2) * TEXT["hidden_size"]
     expected = layers * 2 * (KERNEL - 1) * channels * 8
@@ -113,10 +113,10 @@ def test_generate_sampling_beams_and_several_sequences():
 def test_a_copy_of_the_cache_goes_its_own_way():
     model, ids = swapped(), token_ids(1, 20)
     with torch.no_grad():
-        cache = model(ids[:, :10]).past_key_values
+        cache = cache_of(model(ids[:, :10]))
         kept = cache.copy()
-        model(ids[:, 10:], past_key_values=cache)
-        again = model(ids[:, 10:], past_key_values=kept)
+        model(ids[:, 10:], **{CACHE: cache})
+        again = model(ids[:, 10:], **{CACHE: kept})
         torch.testing.assert_close(again.logits, model(ids, use_cache=False).logits[:, 10:])
 
 
@@ -127,9 +127,9 @@ def test_some_layers_alone_and_back():
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         first = model(ids[:, :11])
-        second = model(ids[:, 11:], past_key_values=first.past_key_values)
+        second = model(ids[:, 11:], **{CACHE: cache_of(first)})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, atol=1e-9, rtol=1e-9)
-    assert first.past_key_values.layers[0].keys.shape[2] == 25
+    assert cache_of(first).layers[0].keys.shape[2] == 25
     attnzoo.restore_attention(model)
     assert fingerprint(model) == before
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -155,7 +155,7 @@ def test_sliding_windows_give_way():
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         first = model(ids[:, :13])
-        second = model(ids[:, 13:], past_key_values=first.past_key_values)
+        second = model(ids[:, 13:], **{CACHE: cache_of(first)})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, atol=1e-9, rtol=1e-9)
 
 
@@ -174,13 +174,13 @@ def test_what_cannot_be_is_refused():
 
     model, other, ids = swapped(), swapped(degree=2), token_ids(2, 9)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
         with pytest.raises(UnsupportedError, match=r"made by another swap.*Padre\(dim=32, degree=3"):
-            other(ids, past_key_values=cache)
+            other(ids, **{CACHE: cache})
         with pytest.raises(UnsupportedError, match="holds the state of a mixer"):
-            language_model()(ids, past_key_values=cache)
+            language_model()(ids, **{CACHE: cache})
         with pytest.raises(ShapeError, match="holds 2 rows, the call has 1"):
-            model(ids[:1], past_key_values=cache)
+            model(ids[:1], **{CACHE: cache})
         with pytest.raises(UnsupportedError, match="cannot be cropped"):
             cache.crop(4)
         with pytest.raises(UnsupportedError, match="cannot be saved"):
@@ -196,5 +196,5 @@ def test_a_deep_copy_is_a_model_of_its_own():
     twin = copy.deepcopy(model)
     with torch.no_grad():
         torch.testing.assert_close(twin(ids).logits, model(ids).logits)
-        cache = model(ids).past_key_values
-        twin(ids, past_key_values=cache)  # equal swaps share caches
+        cache = cache_of(model(ids))
+        twin(ids, **{CACHE: cache})  # equal swaps share caches

@@ -30,6 +30,7 @@ from attnzoo.bench.trace import Trace, trace
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes, kv_bytes
+from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.registry import build_policy
 from attnzoo.tasks.decode import largest, load_model, nll
 from attnzoo.tasks.decode_cost import twin
@@ -177,11 +178,11 @@ class Decoder:
     def step(self) -> None:
         """Take the likeliest token and put it in."""
         token = self._out.logits[:, -1:].argmax(-1)
-        self._out = self.model(token, past_key_values=self._out.past_key_values, use_cache=True)
+        self._out = self.model(token, **cache_arguments(self.model, output_cache(self._out)), use_cache=True)
 
     def look(self) -> None:
         """Take the cache's measures, and note where it holds more than it may."""
-        cache = self._out.past_key_values
+        cache = output_cache(self._out)
         seen, size = cache.get_seq_length(), kv_bytes(cache)
         if seen == self.prompts.shape[1]:
             self.read_bytes = largest(self.read_bytes, size)
@@ -282,7 +283,7 @@ def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor
     with gates.noted(model, layers) as found:
         out = model(ids[:, :GATE_TOKENS], use_cache=True)
     for position in range(GATE_TOKENS, ids.shape[1]):
-        out = model(ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids[:, position : position + 1], **cache_arguments(model, output_cache(out)), use_cache=True)
         found[f"logits of token {position + 1}"] = out.logits
     return found
 

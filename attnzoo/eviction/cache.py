@@ -15,13 +15,11 @@ differ by head. Padding and order are all there is to know.
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,11 +33,11 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.eviction.store import Store
+from attnzoo.hosts import versions
 from attnzoo.registry import build_policy, describe
 
 NAME = "attnzoo_bounded"  # in transformers' attention interface
 CALL = "attnzoo_call"  # the keyword argument that the hook sends down
-UNREAD = ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices")  # what some models hand over besides
 FILE_FORMAT = 1
 
 
@@ -92,7 +90,7 @@ class OwnLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query: Any, *args: Any) -> tuple[int, int]:
         """Length and offset of the mask, as if all entries were kept: layers that were not swapped need it."""
-        return self.columns + _length(query), 0
+        return self.columns + versions.new_tokens(query), 0
 
     def get_max_length(self) -> int:
         """There is no end to the logical length."""
@@ -279,7 +277,7 @@ class BoundedCache(DynamicCache):
         layer = self.layers[layer_idx]
         readers = [other for other in self.layers if not getattr(other, "is_sliding", False)]
         if isinstance(layer, OwnLayer) and all(isinstance(other, OwnLayer) for other in readers):
-            return _length(query), layer.columns
+            return versions.new_tokens(query), layer.columns
         return super().get_mask_sizes(query, layer_idx)
 
     def flush(self) -> None:
@@ -368,13 +366,14 @@ class Intake:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Look at the arguments of a call, and add what the bounded layers need."""
-        given = dict(zip(_parameters(type(model).forward), args, strict=False)) | kwargs
+        names = list(versions.parameters(type(model).forward))
+        given = dict(zip(names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
         if tokens is None:
             return args, kwargs  # the model's own error tells more
-        cache = self._cache(model, given)
+        cache = self._cache(model, given, versions.pop_cache(dict(given)))
         seen = 0 if cache is None else cache.get_seq_length()
         real = _real_tokens(given.get("attention_mask"), tokens.shape[0], tokens.shape[1], seen)
         _refuse_packed(given.get("position_ids"), real)
@@ -388,16 +387,16 @@ class Intake:
                     raise ShapeError(f"the cache holds {layer.batch_size} rows, the call has {tokens.shape[0]}")
             for layer in cache.own:
                 layer.begin()
-            place = list(_parameters(type(model).forward)).index("past_key_values")
-            if len(values) > place:
-                values[place] = cache
+            versions.pop_cache(kwargs)
+            (name,) = versions.cache_arguments(model, cache)
+            if name in names[: len(values)]:
+                values[names.index(name)] = cache
             else:
-                kwargs["past_key_values"] = cache
+                kwargs[name] = cache
         return tuple(values), kwargs
 
-    def _cache(self, model: Any, given: Mapping[str, Any]) -> BoundedCache | None:
+    def _cache(self, model: Any, given: Mapping[str, Any], cache: Any) -> BoundedCache | None:
         """The cache of a call: the one given, or a new one where the model would make one."""
-        cache = given.get("past_key_values")
         checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
         if cache is not None and checkpointing:
             raise UnsupportedError("gradient checkpointing takes tokens in twice; in training with it, give no cache")
@@ -451,7 +450,7 @@ def bounded_attention(
             f"{type(module).__name__} was called without its model: call the model that holds it, so that padding and "
             "cache are known"
         )
-    for name in UNREAD:
+    for name in versions.UNREAD:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honour")
     attention: BoundedAttention = module.attnzoo_core
@@ -474,25 +473,6 @@ def own_layers(model: nn.Module) -> Iterator[tuple[int, Maker]]:
             yield module.layer_idx, maker
 
 
-def takes_cache(module: Any) -> bool:
-    """Whether a module makes masks and caches for its layers: where the hook goes."""
-    names = _parameters(type(module).forward)
-    return "past_key_values" in names and ("input_ids" in names or "inputs_embeds" in names)
-
-
-def passes_down(module: Any) -> bool:
-    """Whether a module takes keyword arguments it does not know, and hands them on."""
-    parameters = _parameters(type(module).forward).values()
-    name = next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-    if name is None:
-        return False
-    try:
-        source = inspect.getsource(inspect.unwrap(type(module).forward))
-    except (OSError, TypeError):
-        return True
-    return source.count(f"**{name}") > 1
-
-
 def add_hook(model: nn.Module) -> None:
     """Have `model` look at its calls."""
     if not any(isinstance(hook, Intake) for hook in model._forward_pre_hooks.values()):
@@ -504,14 +484,6 @@ def drop_hook(model: nn.Module) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Intake)]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@lru_cache(maxsize=256)
-def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a method without self."""
-    parameters = dict(inspect.signature(forward).parameters)
-    parameters.pop("self", None)
-    return parameters
 
 
 def _make_bounded(cache: DynamicCache, model: nn.Module) -> None:
@@ -564,11 +536,6 @@ def _refuse_packed(positions: Any, real: Tensor | None) -> None:
             "position_ids run backwards: several sequences packed into one row cannot share a bounded cache; give each "
             "a row of its own"
         )
-
-
-def _length(query: Any) -> int:
-    """Number of new tokens: a number, or one number for each of them (before transformers 5.10)."""
-    return query if isinstance(query, int) else len(query)
 
 
 def _copy_plain(layer: Any) -> Any:

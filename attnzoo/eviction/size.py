@@ -47,7 +47,10 @@ def kv_bytes(cache: Any) -> CacheBytes:
         If it is no cache.
     """
     if cache is not None and not hasattr(cache, "layers"):
-        hint = "; give it the output's past_key_values" if hasattr(cache, "past_key_values") else ""
+        from attnzoo.hosts.versions import CACHE_NAMES
+
+        held = next((name for name in CACHE_NAMES if hasattr(cache, name)), None)
+        hint = f"; give it the output's {held}" if held else ""
         raise OptionError(f"kv_bytes takes a cache of transformers, not {type(cache).__name__}{hint}")
     total = CacheBytes(0, 0, 0)
     for layer in getattr(cache, "layers", ()):

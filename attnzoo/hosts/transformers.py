@@ -18,7 +18,6 @@ An eviction policy takes the same way under a name of its own; what it needs of 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import detector_mixer, vision_mixer
+from attnzoo.hosts import detector_mixer, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
@@ -57,7 +56,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for path, layer in layers.items():
         if not comes_from(layer, "transformers"):
             continue
-        if _calls_interface(layer):
+        if versions.calls_interface(layer):
             reason = _unsupported(layer)
             sites.append(RefusedSite(path, layer, "transformers", reason) if reason else _site(path, layer))
         elif looks_like_attention(layer):
@@ -77,6 +76,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
                 else:
                     site.positions = True if wanted.positions is None else wanted.positions
             if site.owner is not None and "causal" in site.needs:
+                versions.facts()  # a release that is not understood is refused as such
                 if id(site.owner) not in caches:
                     caches[id(site.owner)] = DynamicCache(config=site.owner.config).layers
                 site.own_cache = _own_cache(site, caches[id(site.owner)])
@@ -87,7 +87,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     places = [(id(site.owner), site.module.layer_idx) for site in cached]
     for site, place in zip(cached, places, strict=True):
         site.shares_place = places.count(place) > 1
-    callers = [site.path for site in sites if _calls_interface(site.module)]
+    callers = [site.path for site in sites if versions.calls_interface(site.module)]
     # blocks named ...Attention that hold a caller, or torch's own attention, are not layers of their own
     inner = [*callers, *(p for p, m in layers.items() if isinstance(m, nn.MultiheadAttention))]
     return [s for s in sites if s.path in callers or not any(_nested(s.path, i) for i in inner)]
@@ -97,18 +97,9 @@ def _nested(a: str, b: str) -> bool:
     return a.startswith(f"{b}.") or b.startswith(f"{a}.")
 
 
-def _code(layer: Any) -> Any:
-    return inspect.unwrap(type(layer).forward).__code__
-
-
-def _calls_interface(layer: Any) -> bool:
-    return "ALL_ATTENTION_FUNCTIONS" in _code(layer).co_names
-
-
 def _unsupported(layer: Any) -> str | None:
     """Say what the module hands to the interface that no core can honour, or None."""
-    code = _code(layer)
-    words = {w for c in code.co_consts if isinstance(c, tuple) for w in c} | set(code.co_varnames)
+    words = versions.words(layer)
     if "position_bias" in words:
         return "relative position bias"
     if words & {"s_aux", "sinks"} or hasattr(layer, "sinks"):
@@ -147,7 +138,7 @@ def _owner(path: str, layers: Mapping[str, Any]) -> tuple[Any, list[Any]]:
         module = layers.get(ancestor)
         if module is None:
             break
-        if cache.takes_cache(module):
+        if versions.takes_cache(module):
             return module, between
         if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             between.append(module)
@@ -204,7 +195,7 @@ class TransformersSite(Site):
 
     def _deaf(self, outer: Any) -> str | None:
         """Say that a module does not hand on what the hook sends down, or give None."""
-        if cache.passes_down(outer):
+        if versions.passes_down(outer):
             return None
         return f"{type(outer).__name__}.forward hands no further keyword arguments on; they carry the padding"
 
@@ -308,7 +299,7 @@ def attention(
             f"the model makes masks for attn_implementation={implementation!r}, which a core cannot read; "
             "call model.set_attn_implementation('sdpa')"
         )
-    for name in ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices"):
+    for name in versions.UNREAD:
         if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honour")
     queries, keys = query.shape[2], key.shape[2]

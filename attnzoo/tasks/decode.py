@@ -19,6 +19,7 @@ from attnzoo import assets
 from attnzoo.errors import ConfigError
 from attnzoo.eviction.size import CacheBytes, kv_bytes
 from attnzoo.extras import require
+from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.needles import Sample, found
 
 CHUNK = 256  # positions whose float32 log-probabilities are held at a time
@@ -142,7 +143,7 @@ def nll(model: Any, ids: Sequence[int] | Tensor) -> Scored:
     """
     row = torch.as_tensor(ids, device=model.device).reshape(1, -1)
     out = model(row, use_cache=True)
-    cache = kv_bytes(out.past_key_values)
+    cache = kv_bytes(output_cache(out))
     losses = [
         F.cross_entropy(logits.float(), targets, reduction="none")
         for logits, targets in zip(out.logits[0, :-1].split(CHUNK), row[0, 1:].split(CHUNK), strict=True)
@@ -162,7 +163,7 @@ def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Answer:
     limit = len(tokenizer(words, add_special_tokens=False).input_ids) + ROOM_FOR_WORDS
     row = torch.as_tensor(sample.ids, device=model.device).reshape(1, -1)
     out = model(row, use_cache=True, logits_to_keep=1)
-    cache = kv_bytes(out.past_key_values)
+    cache = kv_bytes(output_cache(out))
     said: list[int] = []
     text = ""
     while True:
@@ -175,8 +176,8 @@ def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Answer:
         if complete or len(said) >= limit or "\n" in text.lstrip():
             break
         step = torch.tensor([[token]], device=model.device)
-        out = model(step, past_key_values=out.past_key_values, use_cache=True)
-        cache = largest(cache, kv_bytes(out.past_key_values))
+        out = model(step, **cache_arguments(model, output_cache(out)), use_cache=True)
+        cache = largest(cache, kv_bytes(output_cache(out)))
     return Answer(text, found(sample, text), cache)
 
 

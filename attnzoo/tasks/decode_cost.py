@@ -14,6 +14,7 @@ from torch import Tensor
 from attnzoo.bench.measure import Clock, Interleaved, clock_for
 from attnzoo.bench.memory import Peak, peak_memory
 from attnzoo.eviction.size import CacheBytes, kv_bytes
+from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode import largest
 
 
@@ -130,20 +131,20 @@ class _Run:
         return self.clock(self._step)
 
     def repeat_rows(self, times: int) -> None:
-        self.out.past_key_values.batch_repeat_interleave(times)
+        output_cache(self.out).batch_repeat_interleave(times)
         self.out.logits = self.out.logits.repeat_interleave(times, 0)
         for _ in range(2):  # the first steps at a new size are slower
             self._step()
 
     def cache_bytes(self) -> CacheBytes:
-        return kv_bytes(self.out.past_key_values)
+        return kv_bytes(output_cache(self.out))
 
     def _read(self) -> None:
         self.out = _read(self.model, self.prompts)
 
     def _step(self) -> None:
         token = self.out.logits[:, -1:].argmax(-1)
-        self.out = self.model(token, past_key_values=self.out.past_key_values, use_cache=True)
+        self.out = self.model(token, **cache_arguments(self.model, output_cache(self.out)), use_cache=True)
 
 
 def _read(model: Any, prompts: Tensor) -> Any:

@@ -9,7 +9,10 @@ import transformers
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo.hosts.versions import facts
+from attnzoo.hosts.versions import output_cache as cache_of
 
+CACHE = facts().cache_argument  # what this release of transformers calls the cache of a call
 POLICIES = attnzoo.list_attentions("eviction")
 VOCABULARY = 53
 TEXT = {
@@ -75,8 +78,8 @@ def feed(model: nn.Module, ids: Tensor, cuts: list[list[int]], padding: list[lis
             mask[row, here] = 1
             positions[row, here] = torch.arange(done[row], done[row] + n)
         masks.append(mask)
-        out = model(new, attention_mask=torch.cat(masks, 1), position_ids=positions, past_key_values=cache)
-        cache = out.past_key_values
+        out = model(new, attention_mask=torch.cat(masks, 1), position_ids=positions, **{CACHE: cache})
+        cache = cache_of(out)
         most = max(most, *(0 if layer.keys is None else layer.keys.shape[2] for layer in cache.layers))
         for row, n in enumerate(cut):
             logits[row].append(out.logits[row, width - n :])

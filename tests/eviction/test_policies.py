@@ -15,7 +15,7 @@ from attnzoo.eviction.keydiff import KeyDiff
 from attnzoo.eviction.policy import Live, Policy
 from attnzoo.eviction.random import Random
 from attnzoo.registry import build_policy, describe
-from tests.eviction.models import POLICIES, language_model, token_ids
+from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
 
 BUDGET, BLOCK = 24, 64
 MASK64 = 2**64 - 1
@@ -28,7 +28,7 @@ def dense_layer(heads: int, kv_heads: int):
     ids = token_ids(2, BLOCK)
     with torch.no_grad():
         out = model(ids, output_attentions=True)
-    layer = out.past_key_values.layers[0]
+    layer = cache_of(out).layers[0]
     model.set_attn_implementation("sdpa")
     return model, ids, layer.keys, layer.values, out.attentions[0]
 
@@ -137,7 +137,7 @@ def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
     model, ids, keys, values, attention = dense_layer(heads, kv_heads)
     attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
     with torch.no_grad():
-        layer = model(ids).past_key_values.layers[0]
+        layer = cache_of(model(ids)).layers[0]
     for row, head in itertools.product(range(2), range(kv_heads)):
         parts = keys[row, head], values[row, head], attention[row]
         score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads)
@@ -215,7 +215,7 @@ def test_sink_and_recent_always_stay(name):
     model, ids, *_ = dense_layer(4, 2)
     attnzoo.replace_attention(model, name, budget=12, block_size=16, sink=5, recent=7)
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = cache_of(model(ids))
     expected = [*range(5), *range(BLOCK - 7, BLOCK)]
     assert all((layer.positions == torch.tensor(expected)).all() for layer in cache.layers)
 
@@ -294,7 +294,7 @@ def test_a_policy_of_ones_own():
     try:
         model = attnzoo.replace_attention(language_model(), "oldest", budget=6, block_size=8)
         with torch.no_grad():
-            cache = model(token_ids(1, 40)).past_key_values
+            cache = cache_of(model(token_ids(1, 40)))
         assert cache.layers[1].positions[0].tolist() == [list(range(6))] * 2
     finally:
         attnzoo.unregister_attention("oldest")

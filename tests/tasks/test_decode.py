@@ -43,11 +43,13 @@ class Says:
         self.tokens = list(tokens)
         self.steps = 0
 
-    def __call__(self, ids, use_cache, logits_to_keep=0, past_key_values=None):
+    def forward(self, ids, use_cache, logits_to_keep=0, past_key_values=None):
         self.steps += 1
         logits = torch.zeros(1, 1, 257)
         logits[0, 0, self.tokens.pop(0) if self.tokens else 65] = 1
         return type("Out", (), {"logits": logits, "past_key_values": None})()
+
+    __call__ = forward
 
 
 def sample(*answers):
