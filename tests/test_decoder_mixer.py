@@ -14,6 +14,8 @@ from tests.eviction.models import CACHE, CONFIGS, TEXT, cache_of, feed, language
 from tests.eviction.test_cache import schedules
 from tests.zoo import fingerprint
 
+pytestmark = pytest.mark.compat
+
 KERNEL = 5
 OPTIONS = {"token_mixing": "causal_conv1d", "kernel_size": KERNEL}
 

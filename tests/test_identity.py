@@ -6,6 +6,8 @@ import torch
 import attnzoo
 from tests.zoo import GRADIENT_TOLERANCE, HOSTS, OUTPUT_TOLERANCE, RELATIVE, Host, cast, seeded
 
+pytestmark = pytest.mark.compat
+
 CORES = ("softmax", "sdpa", "flash")
 
 

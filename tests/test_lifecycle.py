@@ -113,6 +113,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(host, name, options):
         torch.testing.assert_close(found[key], expected[key], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("host", [*VISION, *LANGUAGE], ids=str)
 def test_save_pretrained_round_trip(host: Host, tmp_path):
     """A swapped model saves as the plain model it is, and loads without attnzoo."""

@@ -17,6 +17,8 @@ from attnzoo.errors import OptionError, SwapError, UnknownNameError, Unsupported
 from attnzoo.swap import _pattern, swapped_layers
 from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, Host, fingerprint, images, mha, seeded, torch_layer, vit
 
+pytestmark = pytest.mark.compat
+
 # ---- reversible
 
 

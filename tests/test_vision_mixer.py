@@ -12,6 +12,8 @@ from attnzoo.errors import AttnZooError, ShapeError, UnsupportedError
 from attnzoo.hosts.vision_mixer import PREFIX
 from attnzoo.swap import swapped_layers
 
+pytestmark = pytest.mark.compat
+
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 IMAGE = {"image_size": 16, "patch_size": 4}
 OWN = {"dinov2_with_registers": {"num_register_tokens": 3}, "siglip_vision_model": {"vision_use_head": False}}

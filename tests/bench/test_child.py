@@ -9,6 +9,8 @@ import torch
 from attnzoo.bench import child
 from attnzoo.bench.child import Nursery
 
+pytestmark = pytest.mark.serial
+
 
 def echo(argument, say):
     say("thinking")

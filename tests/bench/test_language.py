@@ -163,6 +163,7 @@ def test_a_cache_that_holds_more_than_it_may_fails_the_gate(folder):
     assert gate.detail == "a layer held 24 entries after 40 tokens, 16 are allowed"
 
 
+@pytest.mark.compat
 def test_the_gate_gives_a_small_budget_room_for_its_prompt(folder):
     outcome = cost_of(folder, 1)
     assert "budget 52 of 52 tokens" in outcome.gate.oracle

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from attnzoo.bench.measure import clock_for, interleave, quantiles, wall_clock
 
+pytestmark = pytest.mark.serial
+
 SAMPLES = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=50)
 
 

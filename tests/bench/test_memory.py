@@ -11,6 +11,8 @@ from attnzoo.bench import memory
 from attnzoo.bench.child import Nursery
 from attnzoo.bench.memory import map_buffers, peak_memory
 
+pytestmark = pytest.mark.serial
+
 MB = 2**20
 CPU = torch.device("cpu")
 

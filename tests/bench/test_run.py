@@ -147,6 +147,7 @@ def test_the_children_of_a_killed_run_end_too(tmp_path):
     assert not alive
 
 
+@pytest.mark.compat
 def test_rows_that_cannot_be_measured_have_a_status_and_the_run_goes_on(tmp_path):
     config = validate_config(
         tiny(
@@ -162,6 +163,7 @@ def test_rows_that_cannot_be_measured_have_a_status_and_the_run_goes_on(tmp_path
     assert by_key["sdpa", 64].status == "ok"
 
 
+@pytest.mark.serial
 def test_a_row_that_takes_too_long_is_a_timeout_and_is_tried_again(tmp_path):
     config = validate_config(
         tiny(tmp_path, attentions=["sdpa"], cost={"tokens": [16], "min_seconds": 60, "timeout_seconds": 2})

@@ -6,6 +6,8 @@ from torch.utils.flop_counter import flop_registry
 
 from attnzoo.bench.trace import missing_op, trace
 
+pytestmark = pytest.mark.compat
+
 B, H, N, D = 2, 3, 32, 16
 ATTENTION_FLOPS = 2 * (2 * B * H * N * N * D)
 

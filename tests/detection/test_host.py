@@ -13,6 +13,8 @@ from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.hosts.feature_map import FeatureMapMixer
 from tests.detection import models
 
+pytestmark = pytest.mark.compat
+
 KINDS = ["DETR", "ConditionalDETR", "DABDETR"]
 THEIRS = ["Detr", "ConditionalDetr", "RTDetr"]
 ENCODER = "*encoder.*"  # the same for all

@@ -16,6 +16,8 @@ from attnzoo.eviction.cache import BoundedCache, BoundedLayer
 from tests.eviction.models import CACHE, CONFIGS, POLICIES, TEXT, bounded, cache_of, feed, language_model, token_ids
 from tests.zoo import fingerprint
 
+pytestmark = pytest.mark.compat
+
 WRAPPED = [("vatp", {"base": "tova"}), ("caote", {"base": "snapkv"}), ("caote", {"base": "scissorhands", "fast": True})]
 METHODS = [*((name, {}) for name in POLICIES), *WRAPPED]
 
