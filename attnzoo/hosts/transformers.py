@@ -42,10 +42,12 @@ from attnzoo.hosts.site import (
     looks_like_attention,
     refuse_unable,
     share_state,
+    swapped_record,
 )
 from attnzoo.registry import AttentionInfo
 
 NAME = "attnzoo"
+BATCHING = "init_continuous_batching"  # what makes the manager of transformers' continuous batching
 _MASKS = ("sdpa", "eager", None)
 
 
@@ -68,6 +70,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
+            site.generators = [layers[a] for a in ancestors(site.path) if hasattr(layers.get(a), BATCHING)]
             if "causal" not in site.needs:
                 site.detector = detector_mixer.layer_of(site.path, layers)
                 if site.detector is None:
@@ -157,6 +160,7 @@ class TransformersSite(Site):
 
     owner: Any = None
     between: list[Any] = field(default_factory=list)
+    generators: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
     patches: vision_mixer.Patches | None = None
@@ -183,6 +187,8 @@ class TransformersSite(Site):
         module = self.module
         if self.owner is None or getattr(self.owner.config, "is_encoder_decoder", False):
             return f"{what} is for decoder-only language models: this layer's model takes no key/value cache of its own"
+        if getattr(self.owner.config, "use_bidirectional_attention", None) in (True, "all"):
+            return f"the model's config says use_bidirectional_attention, and {what} is for causal attention"
         if getattr(self.owner.config, "is_causal", True) is False:
             return f"the model's config says is_causal=False, and {what} is for causal attention"
         if self.own_cache is None:
@@ -215,9 +221,14 @@ class TransformersSite(Site):
             cache.add_hook(self.owner)
         else:
             self.removed()
+        for model in self.generators:
+            vars(model)[BATCHING] = refuse_continuous_batching
 
     def removed(self) -> None:
-        """Take the hook off a model none of whose layers is bounded."""
+        """Take the hook off a model none of whose layers is bounded, and the refusal off one that is not swapped."""
+        for model in self.generators:
+            if not any(swapped_record(module) is not None for module in model.modules()):
+                vars(model).pop(BATCHING, None)
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
         if self.patches is not None:
@@ -257,6 +268,20 @@ class TransformersSite(Site):
         layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config
         return layer
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    """Stand in a swapped model for what starts continuous batching, whose workers log errors and return no text.
+
+    Raises
+    ------
+    UnsupportedError
+        Always.
+    """
+    raise UnsupportedError(
+        "continuous batching (generate_batch) brings a cache and attention functions of its own, which a swapped model "
+        "cannot use; call generate, or restore_attention first"
+    )
 
 
 def _causal_form(info: AttentionInfo) -> str:
