@@ -14,6 +14,7 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer
 
+NOBODY = "no host of attnzoo knows this class"
 Core = Callable[..., Tensor]
 M = TypeVar("M", bound=nn.Module)
 
@@ -141,10 +142,12 @@ class RefusedSite(Site):
     """A layer that is attention, but where nothing can stand."""
 
     reason: str = ""
+    standing: bool = False
+    """Whether it is known by what it does alone: a swap of a whole model goes round it, and says so."""
 
-    def __init__(self, path: str, module: nn.Module, host: str, reason: str) -> None:
+    def __init__(self, path: str, module: nn.Module, host: str, reason: str, standing: bool = False) -> None:
         super().__init__(path, module, host)
-        self.reason = reason
+        self.reason, self.standing = reason, standing
 
     def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str:
         """Say why."""
