@@ -30,10 +30,11 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import detector_mixer, versions, vision_mixer
+from attnzoo.hosts import detector_mixer, saving, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
+    MixerLayer,
     RefusedSite,
     Site,
     Wanted,
@@ -68,6 +69,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
+            site.holders = [layers[outer] for outer in ancestors(site.path) if outer in layers]
             if "causal" not in site.needs:
                 site.detector = detector_mixer.layer_of(site.path, layers)
                 if site.detector is None:
@@ -156,6 +158,7 @@ class TransformersSite(Site):
     """A module that calls transformers' attention interface."""
 
     owner: Any = None
+    holders: list[Any] = field(default_factory=list)
     between: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
@@ -206,7 +209,11 @@ class TransformersSite(Site):
         return layer
 
     def installed(self, layer: nn.Module) -> None:
-        """Have the model look at its calls as long as any of its layers is bounded."""
+        """Have the model look at its calls as long as any of its layers is bounded, and save its mixers as such."""
+        if isinstance(layer, MixerLayer):
+            saving.attach(self.holders)
+        else:
+            saving.detach(self.holders)
         if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
             self.patches.attach(layer)
         elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
@@ -217,7 +224,8 @@ class TransformersSite(Site):
             self.removed()
 
     def removed(self) -> None:
-        """Take the hook off a model none of whose layers is bounded."""
+        """Take the hook off a model none of whose layers is bounded, and let it save itself as before."""
+        saving.detach(self.holders)
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
         if self.patches is not None:
