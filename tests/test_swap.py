@@ -350,7 +350,7 @@ REFUSALS = {
         UnsupportedError,
         "attn_logit_softcapping",
     ),
-    "T5": (t5, "sdpa", {}, UnsupportedError, "relative position bias"),
+    "T5": (t5, "sdpa", {}, UnsupportedError, "relative position bias|attention interface"),  # the second on 5.10
     "learned sinks": (gpt_oss, "softmax", {}, UnsupportedError, "learned attention sinks"),
     "sparse attention": (deepseek, "softmax", {}, UnsupportedError, "sparse attention"),
     "a subclass of timm's": (lambda: subclassed(), "sdpa", {}, UnsupportedError, r"blocks.1.attn: Zed: no host"),

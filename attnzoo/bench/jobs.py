@@ -131,6 +131,7 @@ def side_of(
         latency_ms=latency,
         throughput=items / (latency.p50 / 1e3),
         flops=traced.flops,
+        flops_note=traced.flops_note,
         parameters=sum(p.numel() for p in parameters),
         attention_parameters=sum(attention.values()),
         memory=memory,

@@ -172,7 +172,7 @@ def _row(group: Group, row: Record) -> str:
     cells = [
         _cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {A_SECOND[group.phase]}/s"),
         _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
-        _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), f"{side.flops / 1e9:,.2f} G"),
+        _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
         _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held) if held else ""),
         _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
         _cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
@@ -303,6 +303,15 @@ def _stages(summary: Summary) -> str:
     return f'<h2>Stages</h2><p class="soft">{told}</p><div class="wide">{table}</div>'
 
 
+def _giga(flops: int | None) -> str:
+    return "-" if flops is None else f"{flops / 1e9:,.2f} G"
+
+
+def _flops_small(cost: Cost) -> str:
+    """The candidate's FLOPs; where there is no ratio, why."""
+    return cost.candidate.flops_note or cost.baseline.flops_note or _giga(cost.candidate.flops)
+
+
 def _staged(row: Record) -> tuple[Stage, ...]:
     return () if row.cost is None else row.cost.candidate.stages
 
@@ -321,7 +330,7 @@ def _stage_row(row: Record, stage: Stage, still: Quantiles | None, dense: Side |
             f"at most {bound:.2f}x" if bound is not None else "",
         ),
         _cell(f"{stage.share:.0%}"),
-        _cell(f"{stage.flops / 1e9:,.2f} G"),
+        _cell(_giga(stage.flops), small=stage.flops_note),
         _cell(words.megabytes(held) if held else "-"),
         _cell(f"{stage.parameters:,}"),
     ]

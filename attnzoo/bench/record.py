@@ -97,7 +97,8 @@ class Stage(Entry):
     latency_ms: Quantiles
     speedup: Quantiles
     share: NonNegative
-    flops: Count
+    flops: Count | None
+    flops_note: str = ""
     parameters: Count
     activation_peak_bytes: Count | None = None
     allocator_peak_bytes: Count | None = None
@@ -107,11 +108,13 @@ class Side(Entry):
     """What one model costs, and each of its `stages` where these were told apart.
 
     Latency is in milliseconds a forward, a prompt or a token; throughput in images, prompt or new tokens a second.
+    `flops` is None where an operator that multiplies matrices has no formula; `flops_note` then names it.
     """
 
     latency_ms: Quantiles
     throughput: NonNegative
-    flops: Count
+    flops: Count | None
+    flops_note: str = ""
     parameters: Count
     attention_parameters: Count
     memory: Memory

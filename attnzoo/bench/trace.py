@@ -1,7 +1,12 @@
-"""What one forward really ran: the operators by name, and their FLOPs where PyTorch has a formula."""
+"""What one call really ran: the operators by name, and their FLOPs, or why these are not known.
+
+Formulas are PyTorch's where it has one. `FORMULAS` holds those that some supported release lacks or gets wrong, handed
+to the counter of each trace. Where an operator that multiplies matrices ran without a formula, there is no figure.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
+Shape = tuple[int, ...]
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset(
     {
@@ -37,16 +43,58 @@ def _convolution_backward(
     return (bool(output_mask[0]) + bool(output_mask[1])) * conv_flop_count(x, weight, grad, transposed=transposed)
 
 
-FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
+def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    """Two products, ``(B, H, N, D) x (B, H, D, S)`` and ``(B, H, N, S) x (B, H, S, Dv)``, counted whole if causal."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    """Five products: the scores again, and the gradients of weights, values, queries and keys."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (3 * width + 2 * value[-1])
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    aten = torch.ops.aten
+    own: dict[str, Callable[..., int]] = {
+        "convolution_backward": _convolution_backward,
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+        "_scaled_dot_product_fused_attention_overrideable": _attention,
+    }
+    return {getattr(aten, name): formula for name, formula in own.items() if hasattr(aten, name)}
+
+
+FORMULAS = _formulas()
+
+MULTIPLIES = re.compile(
+    r"(^|_)((add|baddb|addb|b|int|grouped|scaled|foreach)*mm|(add)?mv|v?dot|addr|matmul|(bi)?linear|conv\d?d?|convolution|"
+    r"depthwise\w*|attention|einsum|cdist|rnn|lstm|gru)(_|$)"
+)
+"""Names of operators that multiply matrices: without a formula for one of them there is no count."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """FLOPs of one call (a multiply and an add are two), the operators that ran, and those that no formula counts."""
+    """What one call ran.
 
-    flops: int
+    Attributes
+    ----------
+    flops
+        Floating-point operations, a multiply and an add being two; None if something that counts had no formula.
+    flops_note
+        Why `flops` is None; empty if it is not.
+    ops
+        The operators that ran.
+    uncounted
+        Those that no formula counts.
+    """
+
+    flops: int | None
     ops: tuple[str, ...]
     uncounted: tuple[str, ...]
+    flops_note: str = ""
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -60,7 +108,11 @@ def trace(run: Callable[[], object]) -> Trace:
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with seen, counter:  # the counter, inside, takes composite operators apart; `seen` gets what is left
         run()
-    return Trace(counter.get_total_flops(), tuple(sorted(seen.ops)), tuple(sorted(seen.uncounted)))
+    ops, uncounted = tuple(sorted(seen.ops)), tuple(sorted(seen.uncounted))
+    missing = [op for op in uncounted if MULTIPLIES.search(op.rpartition(".")[2])]
+    if missing:
+        return Trace(None, ops, uncounted, f"no formula for the FLOPs of {', '.join(missing)}")
+    return Trace(counter.get_total_flops(), ops, uncounted)
 
 
 class _Seen(TorchDispatchMode):
@@ -74,7 +126,8 @@ class _Seen(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket)
         self.ops.add(name)
-        if func.overloadpacket not in flop_registry and not self._only_moves(func, name):
+        known = func.overloadpacket in flop_registry or func.overloadpacket in FORMULAS
+        if not known and not self._only_moves(func, name):
             self.uncounted.add(name)
         return func(*args, **(kwargs or {}))
 

@@ -197,6 +197,7 @@ def stages_of(
                 speedup=timed.speedup(dense, stage),
                 share=timed.share(stage, WHOLE),
                 flops=traced.flops,
+                flops_note=traced.flops_note,
                 parameters=sum({id(p): p.numel() for m in modules for p in m.parameters()}.values()),
                 activation_peak_bytes=peak.activation_bytes,
                 allocator_peak_bytes=peak.allocator_bytes,

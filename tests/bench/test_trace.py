@@ -1,10 +1,12 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
-from attnzoo.bench.trace import missing_op, trace
+import attnzoo
+from attnzoo.bench.trace import FORMULAS, MULTIPLIES, missing_op, trace
 
 pytestmark = pytest.mark.compat
 
@@ -46,7 +48,66 @@ def test_every_fused_operator_of_every_device_has_a_formula():
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
     ):
-        assert getattr(aten, name) in flop_registry
+        for operator in (name, f"{name}_backward"):
+            assert getattr(aten, operator) in {**flop_registry, **FORMULAS}
+
+
+def test_gradients_of_flash_attention_are_counted_by_hand():
+    """Backward, the scores are computed again: five products of the size of each of the two of the forward."""
+    flash = trace(lambda: sdpa(SDPBackend.FLASH_ATTENTION, grad=True).sum().backward())
+    assert flash.flops == ATTENTION_FLOPS + 5 * (2 * B * H * N * N * D)
+    written_out = trace(lambda: sdpa(SDPBackend.MATH, grad=True).sum().backward())
+    assert written_out.flops == ATTENTION_FLOPS + 4 * (2 * B * H * N * N * D)
+
+
+def test_keys_are_as_many_and_values_as_wide_as_they_are():
+    q, k = torch.randn(1, 4, 7, 16), torch.randn(1, 2, 11, 16)
+    products = 2 * 4 * 7 * 11 * (16 + 16)
+    for enabled in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with torch.no_grad(), sdpa_kernel(enabled):
+            traced = trace(lambda: F.scaled_dot_product_attention(q, k, k, enable_gqa=True))
+        assert traced.flops == products, enabled
+
+
+@pytest.mark.parametrize("host", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_every_core_does_the_work_of_dense_attention(host):
+    def count(name):
+        model = timm.create_model(host, depth=1, img_size=64).eval()
+        if name is not None:
+            attnzoo.replace_attention(model, name)
+        with torch.no_grad():
+            traced = trace(lambda: model(torch.zeros(1, 3, 64, 64)))
+        assert traced.flops_note == ""
+        return traced.flops
+
+    dense = count(None)
+    for name in ("softmax", "sdpa", "flash", "flash_scored"):
+        assert count(name) == pytest.approx(dense, rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: torch.mv(torch.ones(3, 4), torch.ones(4)), lambda: torch.dot(torch.ones(4), torch.ones(4))]
+)
+def test_without_a_formula_there_is_no_figure_but_a_reason(call):
+    with torch.no_grad():
+        traced = trace(lambda: (torch.ones(2, 2) @ torch.ones(2, 2), call()))
+    assert traced.flops is None
+    assert traced.flops_note.startswith("no formula for the FLOPs of ")
+    assert traced.flops_note.rpartition(" ")[2] in traced.uncounted
+
+
+@pytest.mark.parametrize(
+    ("operator", "multiplies"),
+    [
+        ("mm", True), ("addmm", True), ("_int_mm", True), ("_grouped_mm", True), ("mv", True), ("dot", True),
+        ("_scaled_dot_product_flash_attention", True), ("depthwise_pair_backward", True), ("conv2d", True),
+        ("convolution_overrideable", True), ("_linear_pointwise", True), ("linear_backward", True), ("lstm", True),
+        ("gamma", False), ("cummax", False), ("_convert_weight", False), ("upsample_bilinear2d", False),
+        ("hadamard_chain", False), ("_softmax", False), ("mul", False), ("_fft_r2c", False),
+    ],
+)  # fmt: skip
+def test_operators_that_multiply_matrices_are_known_by_name(operator, multiplies):
+    assert bool(MULTIPLIES.search(operator)) is multiplies
 
 
 def test_the_backend_that_ran_is_named():
