@@ -355,6 +355,11 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
         problem = site.problem(info, core)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
+    able = [site for site in sites if site.path not in problems]
+    for kind in {type(site): None for site in able}:
+        for path, problem in kind.try_together([site for site in able if type(site) is kind], info).items():
+            site = next(one for one in able if one.path == path)
+            problems[path] = f"{type(site.module).__name__}: {problem}"
     if problems:
         lines = "\n".join(_lines(problems))
         able = [site.path for site in sites if site.path not in problems]

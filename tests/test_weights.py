@@ -71,7 +71,7 @@ CASES = {
         lambda: detectors.mmdet_detector("DETR"), _detect, "padre", {"where": "encoder.layers.*.self_attn", **SMALL}
     ),
     "vision, mixer": Case(_classifier("ViT"), _scores, "padre", SMALL, pretrained=True),
-    "vision, other names": Case(_classifier("Dinov2"), _scores, "padre", SMALL, pretrained=True),
+    "vision, another": _case(VISION[3], "padre", pretrained=True, **SMALL),
     "vision, gridless": Case(_classifier("DeiT"), _scores, "sima", {}, pretrained=True),
     "vision, core": _case(VISION[0], "flash", pretrained=True),
     "decoder, core": _case(LANGUAGE[0], "sdpa", pretrained=True),

@@ -18,7 +18,8 @@ An eviction policy takes the same way under a name of its own; what it needs of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import detector_mixer, saving, versions, vision_mixer
+from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
@@ -44,7 +45,7 @@ from attnzoo.hosts.site import (
     refuse_unable,
     share_state,
 )
-from attnzoo.registry import AttentionInfo
+from attnzoo.registry import AttentionInfo, build_policy, describe
 
 NAME = "attnzoo"
 _MASKS = ("sdpa", "eager", None)
@@ -69,7 +70,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
-            site.holders = [layers[outer] for outer in ancestors(site.path) if outer in layers]
+            site.outer = {outer: layers[outer] for outer in ancestors(site.path) if outer in layers}
             if "causal" not in site.needs:
                 site.detector = detector_mixer.layer_of(site.path, layers)
                 if site.detector is None:
@@ -158,7 +159,7 @@ class TransformersSite(Site):
     """A module that calls transformers' attention interface."""
 
     owner: Any = None
-    holders: list[Any] = field(default_factory=list)
+    outer: dict[str, Any] = field(default_factory=dict)
     between: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
@@ -180,6 +181,37 @@ class TransformersSite(Site):
             kind = type(self.own_cache).__name__
             return f"transformers gives it another cache than a plain one of keys and values ({kind})"
         return self._decoder_problem("eviction") or self._deaf(module)
+
+    @classmethod
+    def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:
+        """Try cached calls of decoders swapped at `sites`, on copies without weights; see `attnzoo.hosts.trial`."""
+        groups: dict[tuple[str, ...], list[TransformersSite]] = {}
+        for site in sites:
+            if isinstance(site, cls) and (info.kind == "eviction" or (info.kind == "mixer" and "causal" in site.needs)):
+                groups.setdefault(site.callers, []).append(site)
+        problems: dict[str, str] = {}
+        for callers, group in groups.items():
+            for caller in callers:
+                twin = trial.Twin.of(group[0].outer[caller])
+                if twin is not None:
+                    problems |= _tried(twin, caller, group, info)
+                    break
+        return problems
+
+    @property
+    def callers(self) -> tuple[str, ...]:
+        """Paths of the models round the layer that take a cache, the outermost first: that is the one called."""
+        takers = [path for path, m in self.outer.items() if hasattr(m, "config") and versions.takes_cache(m)]
+        return tuple(reversed(takers))
+
+    def substitute(self, info: AttentionInfo, module: Any, owner: Any) -> nn.Module:
+        """Make what a trial puts in the place of `module`, this layer's twin, in a model that holds `owner`'s twin."""
+        twin = dataclasses.replace(self, module=module, owner=owner)
+        cache.add_hook(owner)
+        if info.kind == "mixer":
+            return DecoderMixer(trial.PassOn(), module)
+        policy = build_policy(describe("knorm"), {"budget": 2 * sum(trial.TOKENS)})  # any: the model is on trial
+        return twin.put_bounded(BoundedAttention("trial", policy, trial.attend))
 
     def _decoder_problem(self, what: str) -> str | None:
         """Say why this layer cannot have a cache layer of its own, or give None."""
@@ -211,9 +243,9 @@ class TransformersSite(Site):
     def installed(self, layer: nn.Module) -> None:
         """Have the model look at its calls as long as any of its layers is bounded, and save its mixers as such."""
         if isinstance(layer, MixerLayer):
-            saving.attach(self.holders)
+            saving.attach(list(self.outer.values()))
         else:
-            saving.detach(self.holders)
+            saving.detach(list(self.outer.values()))
         if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
             self.patches.attach(layer)
         elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
@@ -225,7 +257,7 @@ class TransformersSite(Site):
 
     def removed(self) -> None:
         """Take the hook off a model none of whose layers is bounded, and let it save itself as before."""
-        saving.detach(self.holders)
+        saving.detach(list(self.outer.values()))
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
         if self.patches is not None:
@@ -265,6 +297,38 @@ class TransformersSite(Site):
         layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config
         return layer
+
+
+def _tried(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: AttentionInfo) -> dict[str, str]:
+    """Try `sites` of one model together; if that fails, find those at fault."""
+    together = _error(twin, caller, sites, info)
+    if together is None:
+        return {}
+    kinds: dict[tuple[type, type], list[TransformersSite]] = {}
+    for site in sites:
+        kinds.setdefault((type(site.module), type(site.own_cache)), []).append(site)
+    errors = {kind: _error(twin, caller, [some[0]], info) for kind, some in kinds.items()}
+    problems = {site.path: error for kind, some in kinds.items() if (error := errors[kind]) is not None for site in some}
+    rest = [site for site in sites if site.path not in problems]
+    error = _error(twin, caller, rest, info) if problems and rest else together if rest else None
+    return problems if error is None else problems | {site.path: error for site in rest}
+
+
+def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: AttentionInfo) -> str | None:
+    def inside(path: str) -> str:
+        return path[len(caller) + 1 :] if caller else path
+
+    put: dict[str, Callable[[nn.Module], nn.Module]] = {}
+    owners = []
+    for site in sites:
+        owner = twin.model.get_submodule(inside(next(path for path, m in site.outer.items() if m is site.owner)))
+        owners.append(owner)
+        put[inside(site.path)] = lambda module, site=site, owner=owner: site.substitute(info, module, owner)
+    try:
+        return twin.error(put)
+    finally:
+        for owner in owners:
+            cache.drop_hook(owner)
 
 
 def _causal_form(info: AttentionInfo) -> str:
