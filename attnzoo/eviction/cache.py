@@ -516,7 +516,7 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
         raise UnsupportedError(
             f"an attention mask ({type(mask).__name__}) cannot be honoured by layers that keep a bounded cache or a "
             "state: it holds masks that were made outside of the language model (as some vision-language models do, so "
-            "that the tokens of an image see one another); swap and call the language model without what is round it"
+            "that the tokens of an image see one another); load the language model alone, by its ...ForCausalLM class"
         )
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"

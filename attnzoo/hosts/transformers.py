@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -308,7 +309,9 @@ def _tried(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
     for site in sites:
         kinds.setdefault((type(site.module), type(site.own_cache)), []).append(site)
     errors = {kind: _error(twin, caller, [some[0]], info) for kind, some in kinds.items()}
-    problems = {site.path: error for kind, some in kinds.items() if (error := errors[kind]) is not None for site in some}
+    problems = {
+        site.path: error for kind, some in kinds.items() if (error := errors[kind]) is not None for site in some
+    }
     rest = [site for site in sites if site.path not in problems]
     error = _error(twin, caller, rest, info) if problems and rest else together if rest else None
     return problems if error is None else problems | {site.path: error for site in rest}
@@ -318,17 +321,15 @@ def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
     def inside(path: str) -> str:
         return path[len(caller) + 1 :] if caller else path
 
-    put: dict[str, Callable[[nn.Module], nn.Module]] = {}
-    owners = []
-    for site in sites:
-        owner = twin.model.get_submodule(inside(next(path for path, m in site.outer.items() if m is site.owner)))
-        owners.append(owner)
-        put[inside(site.path)] = lambda module, site=site, owner=owner: site.substitute(info, module, owner)
+    def put(site: TransformersSite, twin: nn.Module, module: nn.Module) -> nn.Module:
+        owner = next(path for path, m in site.outer.items() if m is site.owner)
+        return site.substitute(info, module, twin.get_submodule(inside(owner)))
+
     try:
-        return twin.error(put)
+        return twin.error({inside(site.path): partial(put, site) for site in sites})
     finally:
-        for owner in owners:
-            cache.drop_hook(owner)
+        for module in twin.model.modules():
+            cache.drop_hook(module)
 
 
 def _causal_form(info: AttentionInfo) -> str:

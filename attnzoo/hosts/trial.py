@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from attnzoo.errors import AttnZooError
 from attnzoo.hosts import versions
 
+Put = Mapping[str, Callable[[nn.Module, nn.Module], nn.Module]]
+"""What makes the substitute at each path, of the twin and of its layer there."""
+
 TOKENS = (3, 1)  # of a prompt, and of the call after it
+ON_CPU = 20_000_000_000  # parameters that a twin may have to be called on the CPU: some seconds
 
 
 @dataclass
@@ -49,19 +53,35 @@ class Twin:
                 with torch.device("meta"):
                     made = type(model)(copy.deepcopy(model.config)).eval().requires_grad_(False)
                 twin = cls(made.to(torch.bfloat16), torch.device("meta"))  # in which every operator runs on meta
-                if twin.error() is not None:
-                    twin = cls(_zeros(made), torch.device("cpu"))
-                return twin if twin.error() is None else None
+                if twin.error() is None:
+                    return twin
+                on_cpu = twin.on_cpu()
+                return on_cpu if on_cpu is not None and on_cpu.error() is None else None
         except Exception:  # whatever keeps a class from being built or called so
             return None
 
-    def error(self, put: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None) -> str | None:
+    def error(self, put: Put | None = None) -> str | None:
         """Call the twin with substitutes at some paths, and say what goes wrong; None if nothing does."""
+        error = self._error(put)
+        if put and error is not None and self.device.type == "meta" and "meta" in error:  # a number was looked at
+            twin = self.on_cpu()
+            error = None if twin is None else twin._error(put)
+            return error if twin is not None and error is not None and twin._error() is None else None
+        return error
+
+    def on_cpu(self) -> Self | None:
+        """The same with weights that are zeros, all in one place of the memory; None for a model too large to call."""
+        if sum(parameter.numel() for parameter in self.model.parameters()) > ON_CPU:
+            return None
+        zeros = copy.deepcopy(self.model)._apply(lambda x: torch.zeros((), dtype=_dtype(x.dtype)).expand(x.shape))
+        return type(self)(zeros, torch.device("cpu"))
+
+    def _error(self, put: Put | None = None) -> str | None:
         originals = {path: self.model.get_submodule(path) for path in put or {}}
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 for path, original in originals.items():
-                    self.model.set_submodule(path, (put or {})[path](original))
+                    self.model.set_submodule(path, (put or {})[path](self.model, original))
                 self._call()
         except AttnZooError as error:
             return str(error)
@@ -96,10 +116,5 @@ class PassOn(nn.Module):
         return x, (x[:, -1:],)
 
 
-def _zeros(model: nn.Module) -> nn.Module:
-    """Give a model on meta weights on the CPU: zeros, all of one tensor in one place."""
-    return model._apply(lambda x: torch.zeros((), dtype=_cpu_dtype(x.dtype)).expand(x.shape))
-
-
-def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+def _dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.bfloat16 else dtype
