@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from attnzoo.command import run_script
+from attnzoo.extras import require
 from attnzoo.mixers.padre import Padre
 
 DIM, SIDE, LAYERS, BATCH, SEED = 192, 14, 12, 8, 0
@@ -71,18 +73,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/records"), help="where both files go")
     parsed = parser.parse_args(arguments)
+    return run_script(lambda: measure_all(parsed.output), resume="nothing was written")
+
+
+def measure_all(folder: Path) -> None:
+    """Measure every case, write both files and print the table."""
+    require("matplotlib")
     rows = [measure(degree, dtype, output) for output in OUTPUTS for dtype in DTYPES for degree in DEGREES]
-    parsed.output.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, content in (("activations.jsonl", lines), ("activations.svg", draw(rows))):
-        part = parsed.output / f".{name}.part"
+        part = folder / f".{name}.part"
         part.write_text(content, encoding="utf-8")
-        os.replace(part, parsed.output / name)
+        os.replace(part, folder / name)
     print(f"degree {'dtype':9} {'output':5} root mean square   largest, of {LAYERS} layers")
     for row in rows:
         small, large = (f"{min(row[key]):8.2f} to {max(row[key]):8.2f}" for key in ("rms", "largest"))
         print(f"{row['degree']:6} {row['dtype']:9} {row['output']:5} {small} {large}")
-    return 0
 
 
 if __name__ == "__main__":

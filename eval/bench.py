@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.command import check_rows, run_script
+from attnzoo.errors import ConfigError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/bench/quickstart.yaml")
@@ -31,21 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
-    try:
+
+    def body() -> int:
         if parsed.report is not None:
             (report_operations if _of_operations(parsed.report) else report)(parsed.report, parsed.readme)
-        else:
-            lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
-            again = shlex.join(["python", "eval/bench.py", *lasting])
-            measure(parsed.config, parsed.overrides, again, parsed.readme)
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            return 0
+        lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
+        again = shlex.join(["python", "eval/bench.py", *lasting])
+        return measure(parsed.config, parsed.overrides, again, parsed.readme)
+
+    return run_script(body)
 
 
-def measure(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> None:
-    """Measure what a config asks for, then report."""
+def measure(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:
+    """Measure what a config asks for, report, and give the exit status: 1 where a row did not end as expected."""
     from attnzoo.bench.config import load_config
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.report import read_marked
@@ -53,23 +53,26 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
     from attnzoo.bench.strict import read_yaml
 
     if "operations" in read_yaml(config_path, overrides):
-        measure_operations(config_path, overrides, command, readme)
-        return
+        return measure_operations(config_path, overrides, command, readme)
     config = load_config(config_path, overrides)
     if readme is not None:
         read_marked(readme)  # rather now than after an hour
-    run(config, command)
+    records = run(config, command)
     report(config.folder / RECORDS_FILE, readme)
+    return check_rows(records, config.unsupported)
 
 
-def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> None:
-    """Measure single operations, then report."""
+def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:
+    """Measure single operations, report, and give the exit status."""
     from attnzoo.bench.operations.config import load_config
+    from attnzoo.bench.operations.record import read_records
     from attnzoo.bench.operations.run import run
 
     config = load_config(config_path, overrides)
     _no_readme(readme)
-    report_operations(run(config, command), None)
+    path = run(config, command)
+    report_operations(path, None)
+    return check_rows(read_records(path))
 
 
 def report_operations(records_path: Path, readme: Path | None) -> None:

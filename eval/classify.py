@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.errors import AttnZooError
+from attnzoo.command import check_rows, run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
@@ -29,17 +29,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.batch < 1:
         parser.error("--batch must be at least 1")
-    try:
-        evaluate(parsed.config, parsed.overrides, parsed.batch, shlex.join(["python", "eval/classify.py", *arguments]))
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    processes.leave()
-    return 0
+
+    def body() -> int:
+        command = shlex.join(["python", "eval/classify.py", *arguments])
+        status = evaluate(parsed.config, parsed.overrides, parsed.batch, command)
+        processes.leave()
+        return status
+
+    return run_script(body)
 
 
-def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> None:
-    """Score all runs, measure what they cost, and report."""
+def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> int:
+    """Score all runs, measure what they cost, report, and give the exit status."""
     from rich.console import Console
 
     from attnzoo.bench.page import html_page
@@ -55,7 +56,7 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
-        return
+        return 0
     qualities = qualities_of(config, scored)
     folders = record_all(config, scored, splits.classes, command, progress)
     measured: list[Record] = []
@@ -70,6 +71,7 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     out.print(report.console_table(qualities, steps))
     out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)
+    return check_rows(measured, {one.label for one in config.attentions if one.expect == "unsupported"})
 
 
 def _write(path: Path, text: str) -> None:

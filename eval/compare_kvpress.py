@@ -20,7 +20,8 @@ from attnzoo.bench.kvpress.config import load_config, rows_of
 from attnzoo.bench.kvpress.environment import KVPRESS, kvpress_python
 from attnzoo.bench.kvpress.run import run
 from attnzoo.bench.kvpress.table import report
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.command import run_script
+from attnzoo.errors import ConfigError
 
 
 def say(text: str) -> None:
@@ -29,7 +30,7 @@ def say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused or went wrong."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/kvpress.yaml")
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
-    try:
+
+    def body() -> None:
         path = parsed.report
         if path is None:
             config = load_config(parsed.config, parsed.overrides)
@@ -52,10 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = shlex.join(["python", "eval/compare_kvpress.py", str(parsed.config), *lasting])
             path = run(config, python, command, parsed.only, say)
         print(report(path), end="")
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.errors import AttnZooError
+from attnzoo.command import run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused or a canary failed."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/smoke.yaml")
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
-    try:
+
+    def body() -> None:
         if parsed.report is not None:
             report(parsed.report)
         elif parsed.so_far:
@@ -41,11 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
             evaluate(parsed.config, parsed.overrides, shlex.join(["python", "eval/decode.py", *lasting]))
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    processes.leave()
-    return 0
+        processes.leave()
+
+    return run_script(body)
 
 
 def evaluate(config_path: Path, overrides: Sequence[str], command: str) -> None:

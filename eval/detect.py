@@ -16,30 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.command import check_rows, run_script
+from attnzoo.errors import ConfigError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="CONFIG or key=value", help="configs, and keys to set in all")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
     parser.add_argument("--output", type=Path, help="folder of records and page (eval, beside the first config's runs)")
     parsed = parser.parse_intermixed_args(arguments)
-    try:
-        command = shlex.join(["python", "eval/detect.py", *arguments])
-        evaluate(parsed.inputs, parsed.launcher, parsed.output, command)
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command = shlex.join(["python", "eval/detect.py", *arguments])
+    return run_script(lambda: evaluate(parsed.inputs, parsed.launcher, parsed.output, command))
 
 
-def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> None:
-    """Test all runs, measure what they cost, and report."""
+def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> int:
+    """Test all runs, measure what they cost, report, and give the exit status."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -69,7 +65,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     main_process = is_main()
     processes.leave()  # what follows one process does alone
     if not main_process:
-        return
+        return 0
     facts = {
         "config_hash": evaluation.hash_of(configs),
         "benchmark": f"detect-{Path(paths[0]).stem}",
@@ -106,6 +102,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     os.replace(part, target)
     print_report(records, out)
     out.print(f"page: {target}", highlight=False, soft_wrap=True)
+    return check_rows(records)
 
 
 if __name__ == "__main__":

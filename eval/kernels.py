@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from attnzoo.command import run_script
+
 BATCH, SIDE, DIM, LENGTH = 2, 56, 384, 32768
 TOKENS = SIDE * SIDE
 
@@ -191,6 +193,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parsed = parser().parse_args(arguments)
+    return run_script(lambda: compile_all(parsed), resume="nothing was written")
+
+
+def compile_all(parsed: argparse.Namespace) -> int:
+    """Compile the cases, write and print what was found, and give the exit status."""
     console = Console()
     if os.environ.get("TRITON_INTERPRET") == "1":
         console.print("[red]unset TRITON_INTERPRET: under the interpreter nothing is compiled[/red]")

@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.errors import AttnZooError
+from attnzoo.command import run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, 2 where something was refused, 130 where it was interrupted."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
     parsed = parser.parse_intermixed_args(arguments)
-    try:
+
+    def body() -> None:
         from accelerate import PartialState
         from rich.console import Console
 
@@ -35,14 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = train_all(load_config(parsed.config, parsed.overrides))
         if PartialState().is_main_process:
             Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command, without resume=never, goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    processes.leave()
-    return 0
+        processes.leave()
+
+    return run_script(body, "the same command, without resume=never, goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo.errors import AttnZooError
+from attnzoo.command import run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/train_bytes.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
@@ -23,14 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
-    try:
+
+    def body() -> None:
         from attnzoo.bench.train_bytes import load_config, report, run
 
         print(report(parsed.report or run(load_config(parsed.config, parsed.overrides))))
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":

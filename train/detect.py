@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.errors import AttnZooError
+from attnzoo.command import run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status: 0, 2 where something was refused, 130 where it was interrupted."""
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a config of mmengine, such as configs/detect/trees_padre.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
     parser.add_argument("--amp", action="store_true", help="mixed precision, mmengine's AmpOptimWrapper")
     parsed = parser.parse_intermixed_args(arguments)
-    try:
+
+    def body() -> None:
         from attnzoo.detection import config as configs
         from attnzoo.detection import run
 
@@ -34,15 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(checked, file=sys.stderr)
         run.fit_to_machine(config, parsed.launcher)
         folder = run.train(config)
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 130
-    processes.leave()
-    print(f"trained: {folder}")
-    return 0
+        processes.leave()
+        print(f"trained: {folder}")
+
+    return run_script(body, "the same command goes on from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":

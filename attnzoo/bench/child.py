@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,12 @@ class Nursery:
             self._context.set_forkserver_preload(list(preload))
         else:
             self._context = multiprocessing.get_context("spawn")
+        self._running: set[BaseProcess] = set()
+
+    def kill(self) -> None:
+        """Kill every child that runs; whoever waits for one gets its end."""
+        for process in list(self._running):
+            process.kill()
 
     def run(self, target: Target, argument: str, timeout: float, on_word: Say = lambda word: None) -> ChildResult:
         """Call ``target(argument, say)`` in a child and wait for its end.
@@ -80,13 +87,16 @@ class Nursery:
         with tempfile.TemporaryDirectory(prefix="attnzoo-bench-") as folder:
             said = Path(folder) / "stderr"
             process = self._context.Process(target=_main, args=(target, argument, theirs, str(said)), daemon=True)
-            process.start()
-            theirs.close()
             try:
+                process.start()
+                self._running.add(process)
+                theirs.close()
                 result, stage = _listen(ours, process.sentinel, timeout, on_word)
             finally:
-                process.kill()
-                process.join()
+                if process.pid is not None:  # an interrupt may come while it starts
+                    process.kill()
+                    process.join()
+                self._running.discard(process)
                 ours.close()
             if result is not None:
                 return result
@@ -142,7 +152,10 @@ def _memory_kills() -> int | None:
 
 def _main(target: Target, argument: str, pipe: Connection, said: str) -> None:
     """What the child does. Its output goes to a file; it ends when the parent does."""
-    words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    except FileNotFoundError:  # the folder is gone: the parent was interrupted and wants no answer
+        return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(words, stream.fileno())

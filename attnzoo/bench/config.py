@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from attnzoo.bench.strict import Section, parse_override, read_yaml, validated
 from attnzoo.errors import AttnZooError, OptionError
@@ -49,12 +56,14 @@ class AttentionConfig(Section):
     """One attention of the zoo: its registered name, its options and how tables call it.
 
     `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
-    `tokens` are the token counts at which its cost is measured; all by default.
+    `tokens` are the token counts at which its cost is measured; all by default. `expect` says how it should end: a row
+    that is unsupported makes the benchmark exit with 1, unless that is expected.
     """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
     label: Annotated[str, Field(min_length=1)] = ""
+    expect: Literal["ok", "unsupported"] = "ok"
     fused: bool | None = None
     tokens: tuple[PositiveInt, ...] | None = None
 
@@ -68,6 +77,12 @@ class AttentionConfig(Section):
             listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
             data = {**data, "label": " ".join([data["name"], *listed])}
         return data
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_expected(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        _drop_defaults(content, {"expect": "ok"})
+        return content
 
 
 def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -96,6 +111,13 @@ def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
         for key in ("fused", "tokens"):
             if getattr(attention, key) is not None:
                 raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+
+
+def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention says `expect`, and the task refuses what is unsupported before any work."""
+    for index, attention in enumerate(attentions):
+        if attention.expect != "ok":
+            raise ValueError(f"attentions.{index}.expect has no meaning here: what is unsupported is refused at once")
 
 
 class BaselineConfig(Section):
@@ -290,6 +312,12 @@ class BenchConfig(Section):
         return self.output if self.output is not None else Path("runs") / self.name
 
     @property
+    def unsupported(self) -> set[str]:
+        """Labels of the attentions that are expected to be unsupported."""
+        attentions = [*self.attentions, *(() if self.language is None else self.language.attentions)]
+        return {attention.label for attention in attentions if attention.expect == "unsupported"}
+
+    @property
     def hash(self) -> str:
         """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
         left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
@@ -300,6 +328,8 @@ class BenchConfig(Section):
         if content["quality"] is not None:
             _drop_defaults(content["quality"], {"equal_parameters": False})
             _drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
+        for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
+            attention.pop("expect", None)  # it changes nothing that is measured
         for attention in content["attentions"]:
             _drop_defaults(attention, {"fused": None, "tokens": None})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -131,6 +131,7 @@ def check(config: BenchConfig) -> None:
     ConfigError
         With every problem, one a line.
     """
+    require("timm", "matplotlib")
     problems: list[str] = []
     hosts = {"host.model": config.host.model}
     if config.quality is not None:
@@ -152,7 +153,7 @@ def check(config: BenchConfig) -> None:
         from attnzoo.tasks.text import check_text_name
 
         try:
-            require("transformers", extra="llm")
+            require("transformers", "accelerate", extra="llm")
             check_text_name(config.language.text)
         except AttnZooError as error:
             problems.append(f"language: {error}")
@@ -208,10 +209,15 @@ class _Runner:
             for row in rows:
                 say = _teller(bars, bar, row.label(self.config))
                 futures[pool.submit(self._child, row, timeout, say)] = row
-            for future in as_completed(futures):
-                result, seconds = future.result()
-                self._keep(futures[future], _outcome(result), seconds, where, bars.console)
-                bars.advance(bar)
+            try:
+                for future in as_completed(futures):
+                    result, seconds = future.result()
+                    self._keep(futures[future], _outcome(result), seconds, where, bars.console)
+                    bars.advance(bar)
+            except BaseException:  # interrupted, or a record could not be written: do not wait for what still runs
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.nursery.kill()
+                raise
 
     def time(self, rows: Sequence[Row], bars: Progress) -> None:
         """Measure the cost of `rows`, one after another, so that none disturbs another."""

@@ -267,7 +267,10 @@ def memory_verdict(record: Record) -> Verdict:
         return "same"
     memory = record.cost.candidate.memory
     held = memory.activation_peak_bytes if memory.activation_peak_bytes is not None else memory.allocator_peak_bytes
-    near = abs(value - 1) <= SAME_MEMORY or (held is not None and abs(held - held / value) <= SAME_MEMORY_BYTES)
+    dense = record.cost.baseline.memory
+    other = dense.activation_peak_bytes if memory.activation_peak_bytes is not None else dense.allocator_peak_bytes
+    apart = None if held is None or other is None else abs(held - other)
+    near = abs(value - 1) <= SAME_MEMORY or (apart is not None and apart <= SAME_MEMORY_BYTES)
     return "same" if near else need_verdict(value)
 
 

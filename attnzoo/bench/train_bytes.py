@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
-from attnzoo.bench.config import AttentionConfig, without_stale_labels
+from attnzoo.bench.config import AttentionConfig, refuse_expect, without_stale_labels
 from attnzoo.bench.lines import FolderLock, append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.extras import require
 from attnzoo.tasks import train_bytes
 from attnzoo.tasks.paired import paired_difference
 from attnzoo.tasks.text import load_text
@@ -65,6 +66,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> TrainConfig:
+        refuse_expect(self.attentions)
         labels = [DENSE, *(attention.label for attention in self.attentions)]
         if len(set(labels)) < len(labels):
             raise ValueError(f"labels must differ, and none be {DENSE!r}: {labels[1:]}")
@@ -120,6 +122,7 @@ def run(config: TrainConfig) -> Path:
     """Train what is not in the records yet, the dense model first; give the records' path."""
     import torch
 
+    require("transformers", "accelerate", "matplotlib", extra="llm")
     torch.set_num_threads(config.threads)
     text = load_text(config.text)
     data = train_bytes.split(text.text, config.held_out, config.recipe.tokens)

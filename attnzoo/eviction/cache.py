@@ -17,11 +17,12 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class OwnLayer(CacheLayerMixin):
         What made it: a layer is for the modules that carry an equal one.
     columns
         Tokens seen, padding included.
+    torn
+        Whether tokens were being put in when the last call broke off.
     """
 
     is_sliding = False
@@ -59,6 +62,7 @@ class OwnLayer(CacheLayerMixin):
     def __init__(self, maker: Maker) -> None:
         self.maker = maker
         self.columns = 0
+        self.torn = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.maker}, seen={self.columns})"
@@ -75,8 +79,11 @@ class OwnLayer(CacheLayerMixin):
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of all that is kept: `change` maps ``(B, ...)`` to ``(B', ...)``."""
 
-    def begin(self) -> None:
+    def begin(self, call: Call) -> None:
         """A call begins."""
+
+    def end(self) -> None:
+        """The call is over, however it ended."""
 
     def flush(self) -> None:
         """Evict now, where anything is ever evicted."""
@@ -177,7 +184,7 @@ class BoundedLayer(OwnLayer):
         super().__init__(maker)
         self.name, self.policy = maker.name, maker.policy
         self.store = Store(self.policy, index)
-        self.open = False
+        self._call: weakref.ref[Call] | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -209,9 +216,18 @@ class BoundedLayer(OwnLayer):
         """Bytes held and allocated; see `attnzoo.kv_bytes`."""
         return self.store.bytes()
 
-    def begin(self) -> None:
-        """Take in the keys and values of one `update`."""
-        self.open, self.pending = True, None
+    @property
+    def open(self) -> bool:
+        """Whether a call is under way that has not put its keys and values in yet."""
+        return self._call is not None and self._call() is not None
+
+    def begin(self, call: Call) -> None:
+        """Take in the keys and values of one `update`, as long as `call` lives: an interrupt closes no hook."""
+        self._call, self.pending = weakref.ref(call), None
+
+    def end(self) -> None:
+        """Take in nothing more."""
+        self._call = self.pending = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Give the new keys and values back: the attention itself takes them in.
@@ -226,7 +242,7 @@ class BoundedLayer(OwnLayer):
                 "this cache is bounded by attnzoo and can only be used by a model swapped in the same way; "
                 "give this model a cache of its own"
             )
-        self.pending = key_states, value_states
+        self.pending, self.torn = (key_states, value_states), True
         return key_states, value_states
 
     def take(self, key: Tensor, value: Tensor) -> None:
@@ -242,7 +258,12 @@ class BoundedLayer(OwnLayer):
                 "the model hands its attention other keys and values than it put into the cache, or the same ones more "
                 "than once: such a model cannot be bounded"
             )
-        self.pending, self.open = None, False
+        self._call = self.pending = None
+
+    def taken(self, tokens: int) -> None:
+        """All tokens of the call are in."""
+        self.columns += tokens
+        self.torn = False
 
     def flush(self) -> None:
         """Evict now, though the block is not at its end."""
@@ -250,7 +271,7 @@ class BoundedLayer(OwnLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store, self.columns = Store(self.policy, self.store.layer), 0
+        self.store, self.columns, self.torn = Store(self.policy, self.store.layer), 0, False
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows."""
@@ -259,7 +280,7 @@ class BoundedLayer(OwnLayer):
     def copy(self) -> BoundedLayer:
         """A layer of its own with the same content."""
         other = BoundedLayer(MakesBounded(self.name, self.policy), self.store.layer)
-        other.store, other.columns = self.store.copy(), self.columns
+        other.store, other.columns, other.torn = self.store.copy(), self.columns, self.torn
         return other
 
 
@@ -267,7 +288,14 @@ class BoundedCache(DynamicCache):
     """A `DynamicCache` some or all of whose layers are attnzoo's own.
 
     It is never made by hand: a model whose attention was swapped turns any empty `DynamicCache` into one.
+
+    Attributes
+    ----------
+    real
+        ``(B, tokens seen)``, True where a token was real; None if all were.
     """
+
+    real: Tensor | None = None
 
     def get_mask_sizes(self, query: Any, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask.
@@ -286,6 +314,50 @@ class BoundedCache(DynamicCache):
             layer.flush()
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether every layer took tokens in."""
+        return bool(self.layers) and all(layer.is_initialized for layer in self.layers)
+
+    def check_whole(self) -> None:
+        """Refuse to go on from a call that broke off between layers or within one.
+
+        Raises
+        ------
+        UnsupportedError
+            If layers have seen different numbers of tokens.
+        """
+        seen = {layer.get_seq_length() for layer in self.layers if _counts(layer)}
+        if len(seen) > 1 or any(layer.torn for layer in self.own):
+            numbers = " and ".join(map(str, sorted(seen)))
+            raise UnsupportedError(
+                f"an earlier call with this cache broke off on its way through the layers, which have seen {numbers} "
+                "tokens; give the call a new cache, or a copy() that was made before"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows in another order (beam search)."""
+        super().reorder_cache(beam_idx)
+        self._map_real(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._map_real(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._map_real(lambda x: x[indices.to(x.device)])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.real = None
+
+    def _map_real(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.real = None if self.real is None else change(self.real)
+
+    @property
     def own(self) -> list[OwnLayer]:
         """The layers that are attnzoo's own."""
         return [layer for layer in self.layers if isinstance(layer, OwnLayer)]
@@ -302,10 +374,12 @@ class BoundedCache(DynamicCache):
         Raises
         ------
         UnsupportedError
-            If it holds layers that are neither bounded, nor plain, nor of a sliding window.
+            If it holds layers that are neither bounded, nor plain, nor of a sliding window, or a call that broke off.
         """
+        self.check_whole()
         path = Path(path)
-        content = {"format": FILE_FORMAT, "layers": [_layer_state(layer) for layer in self.layers]}
+        layers = [_layer_state(layer) for layer in self.layers]
+        content = {"format": FILE_FORMAT, "layers": layers, "real": None if self.real is None else self.real.clone()}
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -344,11 +418,12 @@ def load_cache(path: str | Path, device: str | torch.device | None = None) -> Bo
         if content["format"] != FILE_FORMAT:
             raise ValueError(f"format {content['format']}, expected {FILE_FORMAT}")
         layers = [_layer_from(state, index) for index, state in enumerate(content["layers"])]
+        real = content.get("real")
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged ({why})") from error
     cache = BoundedCache()
-    cache.layers = layers
+    cache.layers, cache.real = layers, real
     return cache
 
 
@@ -362,10 +437,10 @@ class Call:
 
 
 class Intake:
-    """The hook on a model that makes masks and caches; see the head of this file."""
+    """The hooks on a model that makes masks and caches; see the head of this file."""
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Look at the arguments of a call, and add what the bounded layers need."""
+        """Look at the arguments of a call, and add what the layers need; what is refused leaves all as it was."""
         names = list(versions.parameters(type(model).forward))
         given = dict(zip(names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
@@ -373,41 +448,51 @@ class Intake:
             tokens = given.get("inputs_embeds")
         if tokens is None:
             return args, kwargs  # the model's own error tells more
-        cache = self._cache(model, given, versions.pop_cache(dict(given)))
+        rows, new = tokens.shape[:2]
+        cache = self._cache(model, given, versions.pop_cache(dict(given)), rows)
         seen = 0 if cache is None else cache.get_seq_length()
-        real = _real_tokens(given.get("attention_mask"), tokens.shape[0], tokens.shape[1], seen)
-        _refuse_packed(given.get("position_ids"), real)
+        past = cache.real if isinstance(cache, BoundedCache) else None
+        real = _real_tokens(given.get("attention_mask"), rows, new, seen, past)
+        _refuse_packed(given.get("position_ids"), real, versions.separates(given, cache))
         if given.get("is_causal") is False:
             raise UnsupportedError("is_causal=False: a bounded cache is for causal attention")
         padding = None if real is None else Padding.of(real)
-        values, kwargs = list(args), {**kwargs, CALL: Call(cache, None if padding is None else real, padding)}
+        values, kwargs = list(args), dict(kwargs)
         if cache is not None:
-            for layer in cache.own:
-                if layer.batch_size not in (-1, tokens.shape[0]):
-                    raise ShapeError(f"the cache holds {layer.batch_size} rows, the call has {tokens.shape[0]}")
-            for layer in cache.own:
-                layer.begin()
+            bounded = _make_bounded(cache, model)
+            call = Call(bounded, None if padding is None else real, padding)
+            bounded.real = _with_new(past, None if padding is None else real, rows, seen, new)
+            for layer in bounded.own:
+                layer.begin(call)
             versions.pop_cache(kwargs)
-            (name,) = versions.cache_arguments(model, cache)
+            (name,) = versions.cache_arguments(model, bounded)
             if name in names[: len(values)]:
-                values[names.index(name)] = cache
+                values[names.index(name)] = bounded
             else:
-                kwargs[name] = cache
-        return tuple(values), kwargs
+                kwargs[name] = bounded
+        else:
+            call = Call(None, None if padding is None else real, padding)
+        return tuple(values), {**kwargs, CALL: call}
 
-    def _cache(self, model: Any, given: Mapping[str, Any], cache: Any) -> BoundedCache | None:
-        """The cache of a call: the one given, or a new one where the model would make one."""
+    def end(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Close what the call opened, however it ended."""
+        call = kwargs.get(CALL)
+        if isinstance(call, Call) and call.cache is not None:
+            for layer in call.cache.own:
+                layer.end()
+
+    def _cache(self, model: Any, given: Mapping[str, Any], cache: Any, rows: int) -> DynamicCache | None:
+        """The cache of a call, not changed yet: the one given, or a new one where the model would make one."""
         checkpointing = model.training and getattr(model, "gradient_checkpointing", False)
         if cache is not None and checkpointing:
             raise UnsupportedError("gradient checkpointing takes tokens in twice; in training with it, give no cache")
         if cache is None:
             wanted = given.get("use_cache")
             wanted = getattr(model.config, "use_cache", True) if wanted is None else wanted
-            if not wanted or checkpointing:
-                return None
-            cache = DynamicCache(config=model.config)
+            return DynamicCache(config=model.config) if wanted and not checkpointing else None
         if type(cache) is DynamicCache:
-            _make_bounded(cache, model)
+            _check_empty(cache)
+            return cache
         if not isinstance(cache, BoundedCache):
             raise UnsupportedError(
                 f"{type(cache).__name__} cannot be bounded: the swapped attention works with the default cache, "
@@ -420,6 +505,10 @@ class Intake:
                     f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is {maker}; "
                     "give the call a cache of its own"
                 )
+        cache.check_whole()
+        for layer in cache.own:
+            if layer.batch_size not in (-1, rows):
+                raise ShapeError(f"the cache holds {layer.batch_size} rows, the call has {rows}")
         return cache
 
 
@@ -460,7 +549,7 @@ def bounded_attention(
     store = Store(attention.policy, module.layer_idx) if layer is None else layer.store
     out = attention(store, query, key, value, call.padding, scale=scaling, dropout=dropout, softcap=softcap)
     if layer is not None:
-        layer.columns += query.shape[2]
+        layer.taken(query.shape[2])
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -476,7 +565,9 @@ def own_layers(model: nn.Module) -> Iterator[tuple[int, Maker]]:
 def add_hook(model: nn.Module) -> None:
     """Have `model` look at its calls."""
     if not any(isinstance(hook, Intake) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(Intake(), with_kwargs=True)
+        intake = Intake()
+        model.register_forward_pre_hook(intake, with_kwargs=True)
+        model.register_forward_hook(intake.end, with_kwargs=True, always_call=True)
 
 
 def drop_hook(model: nn.Module) -> None:
@@ -484,10 +575,14 @@ def drop_hook(model: nn.Module) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Intake)]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in [k for k, hook in model._forward_hooks.items() if isinstance(getattr(hook, "__self__", None), Intake)]:
+        del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
+        model._forward_hooks_always_called.pop(key, None)
 
 
-def _make_bounded(cache: DynamicCache, model: nn.Module) -> None:
-    """Turn an empty cache into a bounded one, in place: its maker may hold on to it."""
+def _check_empty(cache: DynamicCache) -> None:
+    """Refuse what cannot be turned into a bounded cache."""
     if cache.offloading:
         raise UnsupportedError("an offloaded cache cannot be bounded; leave cache_implementation unset")
     if any(_is_filled(layer) for layer in cache.layers):
@@ -495,11 +590,23 @@ def _make_bounded(cache: DynamicCache, model: nn.Module) -> None:
             "this cache was filled by another model, or before the swap: a bounded cache must see all tokens. Give the "
             "call an empty cache, or none"
         )
+
+
+def _make_bounded(cache: DynamicCache, model: nn.Module) -> BoundedCache:
+    """Turn an empty cache into a bounded one, in place: its maker may hold on to it.
+
+    The layers that were not swapped are those that the model's config asks for: a cache that was made without a config
+    would let layers with a sliding window grow without bound.
+    """
+    if isinstance(cache, BoundedCache):
+        return cache
+    cache.layers = DynamicCache(config=model.config).layers
     for index, maker in own_layers(model):
         while len(cache.layers) <= index:
             cache.layers.append(DynamicLayer())
         cache.layers[index] = maker(index)
     cache.__class__ = BoundedCache
+    return cast(BoundedCache, cache)
 
 
 def _is_filled(layer: Any) -> bool:
@@ -508,8 +615,23 @@ def _is_filled(layer: Any) -> bool:
     return tracks and layer.get_seq_length() > 0
 
 
-def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
-    """Which of the new tokens are real, ``(B, N)``; None if the mask does not say."""
+def _counts(layer: Any) -> bool:
+    """Whether a layer counts the tokens that it has seen."""
+    return isinstance(layer, (OwnLayer, DynamicLayer))
+
+
+def _with_new(past: Tensor | None, real: Tensor | None, rows: int, seen: int, new: int) -> Tensor | None:
+    """Which tokens are real, ``(B, seen + new)``; None if all are."""
+    if past is None and real is None:
+        return None
+    like = past if past is not None else real
+    assert like is not None
+    before = like.new_ones(rows, seen) if past is None else past
+    return torch.cat([before, like.new_ones(rows, new) if real is None else real.to(before.device)], 1)
+
+
+def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | None) -> Tensor | None:
+    """Which of the new tokens are real, ``(B, N)``; None if the mask does not say. `past` are those seen before."""
     if mask is None:
         return None
     if isinstance(mask, Mapping):
@@ -529,20 +651,31 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int) -> Tensor | None:
             f"attention_mask is {tuple(mask.shape)}, but the cache has seen {seen} tokens and {tokens} are new: it "
             f"must be {(rows, seen + tokens)}"
         )
-    return mask[:, seen:].bool()
+    mask = mask.bool()
+    before = mask[:, :seen]
+    if not bool(before.all() if past is None else torch.equal(before, past.to(before.device))):
+        raise UnsupportedError(
+            "attention_mask tells other padding among the tokens seen before than the calls that brought them; padding "
+            "must be told when its tokens come, for then it is decided what is kept"
+        )
+    return mask[:, seen:]
 
 
-def _refuse_packed(positions: Any, real: Tensor | None) -> None:
-    """Refuse sequences packed into one row: the cache would mix them."""
+def _refuse_packed(positions: Any, real: Tensor | None, separates: bool) -> None:
+    """Refuse sequences packed into one row: the cache would mix them.
+
+    Positions that run backwards are such; and all that do not rise by 1, where the host itself `separates` sequences.
+    """
     if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
         return
-    backwards = positions[:, 1:] < positions[:, :-1]
+    steps = positions.diff(dim=1)
+    packed = steps != 1 if separates else steps < 0
     if real is not None:
-        backwards = backwards & real[:, 1:] & real[:, :-1]
-    if bool(backwards.any()):
+        packed = packed & real[:, 1:] & real[:, :-1]
+    if bool(packed.any()):
         raise UnsupportedError(
-            "position_ids run backwards: several sequences packed into one row cannot share a bounded cache; give each "
-            "a row of its own"
+            "position_ids run backwards or jump, as those of several sequences packed into one row do, which cannot "
+            "share a bounded cache; give each a row of its own"
         )
 
 

@@ -83,7 +83,7 @@ class StateLayer(OwnLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.states, self.columns = (), 0
+        self.states, self.columns, self.torn = (), 0, False
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows."""
@@ -92,7 +92,8 @@ class StateLayer(OwnLayer):
     def copy(self) -> StateLayer:
         """A layer of its own with the same content."""
         other = StateLayer(self.made_by)
-        other.states, other.columns = tuple(state.detach().clone() for state in self.states), self.columns
+        other.states = tuple(state.detach().clone() for state in self.states)
+        other.columns, other.torn = self.columns, self.torn
         return other
 
 
@@ -124,6 +125,8 @@ class DecoderMixer(MixerLayer):
             return self.mixer(hidden_states, mask=call.real), None
         layer: Any = call.cache.layers[self.layer_idx]
         mixer: Any = self.mixer
+        layer.torn = True
         out, layer.states = mixer.extend(hidden_states, layer.states or None, call.real)
         layer.columns += hidden_states.shape[1]
+        layer.torn = False
         return out, None

@@ -45,10 +45,12 @@ from attnzoo.hosts.site import (
     looks_like_attention,
     refuse_unable,
     share_state,
+    swapped_record,
 )
 from attnzoo.registry import AttentionInfo, build_policy, describe
 
 NAME = "attnzoo"
+BATCHING = "init_continuous_batching"  # what makes the manager of transformers' continuous batching
 _MASKS = ("sdpa", "eager", None)
 
 
@@ -219,6 +221,8 @@ class TransformersSite(Site):
         module = self.module
         if self.owner is None or getattr(self.owner.config, "is_encoder_decoder", False):
             return f"{what} is for decoder-only language models: this layer's model takes no key/value cache of its own"
+        if getattr(self.owner.config, "use_bidirectional_attention", None) in (True, "all"):
+            return f"the model's config says use_bidirectional_attention, and {what} is for causal attention"
         if getattr(self.owner.config, "is_causal", True) is False:
             return f"the model's config says is_causal=False, and {what} is for causal attention"
         if self.own_cache is None:
@@ -255,10 +259,16 @@ class TransformersSite(Site):
             cache.add_hook(self.owner)
         else:
             self.removed()
+        for model in self.outer.values():
+            if hasattr(model, BATCHING):
+                vars(model)[BATCHING] = refuse_continuous_batching
 
     def removed(self) -> None:
-        """Take the hook off a model none of whose layers is bounded, and let it save itself as before."""
+        """Take off the models round this layer what only a swapped one needs."""
         saving.detach(list(self.outer.values()))
+        for model in self.outer.values():
+            if BATCHING in vars(model) and all(swapped_record(module) is None for module in model.modules()):
+                vars(model).pop(BATCHING, None)
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
         if self.patches is not None:
@@ -308,12 +318,13 @@ def _tried(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
     kinds: dict[tuple[type, type], list[TransformersSite]] = {}
     for site in sites:
         kinds.setdefault((type(site.module), type(site.own_cache)), []).append(site)
-    errors = {kind: _error(twin, caller, [some[0]], info) for kind, some in kinds.items()}
-    problems = {
-        site.path: error for kind, some in kinds.items() if (error := errors[kind]) is not None for site in some
-    }
+    problems: dict[str, str] = {}
+    for some in kinds.values():
+        error = _error(twin, caller, some[:1], info)
+        if error is not None:
+            problems |= {site.path: error for site in some}
     rest = [site for site in sites if site.path not in problems]
-    error = _error(twin, caller, rest, info) if problems and rest else together if rest else None
+    error = _error(twin, caller, rest, info) if problems and rest else together
     return problems if error is None else problems | {site.path: error for site in rest}
 
 
@@ -330,6 +341,20 @@ def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
     finally:
         for module in twin.model.modules():
             cache.drop_hook(module)
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    """Stand in a swapped model for what starts continuous batching, whose workers log errors and return no text.
+
+    Raises
+    ------
+    UnsupportedError
+        Always.
+    """
+    raise UnsupportedError(
+        "continuous batching (generate_batch) brings a cache and attention functions of its own, which a swapped model "
+        "cannot use; call generate, or restore_attention first"
+    )
 
 
 def _causal_form(info: AttentionInfo) -> str:

@@ -107,6 +107,14 @@ def output_cache(output: Any) -> Any:
     raise _missing(f"the output {type(output).__name__} has no field {' or '.join(CACHE_NAMES)}")
 
 
+def separates(arguments: Mapping[str, Any], cache: Any) -> bool:
+    """Whether the host takes positions that do not rise by 1 for several sequences packed into one row.
+
+    It does where a call has neither a mask nor a cache (``masking_utils.find_packed_sequence_indices``).
+    """
+    return cache is None and arguments.get("attention_mask") is None
+
+
 def takes_cache(module: Any) -> bool:
     """Whether a module makes masks and caches for its layers."""
     forward = type(module).forward

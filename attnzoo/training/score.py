@@ -69,7 +69,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     ConfigError
         If a run is not trained, or not by this config.
     """
-    require("timm", "accelerate", "safetensors", extra="train")
+    require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     from accelerate import Accelerator
 
     if config.threads is not None:
@@ -195,7 +195,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
         own = spec.options.get("tokens")  # weights for one number of tokens, the prefix included
         tokens = None if own is None else tuple(n for n in counts if n + prefix == own)
         if tokens != ():
-            attentions.append(AttentionConfig(name=spec.name, options=spec.options, label=spec.label, tokens=tokens))
+            attentions.append(spec_of_cost(spec, tokens))
     measured = {**cost.model_dump(exclude={"image_sizes", "batch"}), "tokens": counts, "batch": cost.batch}
     return BenchConfig(
         name=f"{config.name}-{cost.name}",
@@ -214,6 +214,11 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
         cost=BenchCost.model_validate({**measured, "equal_parameters": config.equal_parameters}),
         output=config.folder / FOLDER / cost.name,
     )
+
+
+def spec_of_cost(spec: AttentionConfig, tokens: tuple[int, ...] | None) -> AttentionConfig:
+    """An attention of a training, as the benchmark of its cost takes it."""
+    return AttentionConfig(name=spec.name, options=spec.options, label=spec.label, expect=spec.expect, tokens=tokens)
 
 
 def by_label(scored: Iterable[Scored]) -> dict[str, list[Scored]]:

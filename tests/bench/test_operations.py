@@ -99,7 +99,7 @@ def test_counts_of_bytes_and_operations():
 
 def test_a_wrong_operation_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "depthwise_pair", lambda x, *rest, grid: x)
-    assert bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))]) == 0
+    assert bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))]) == 1
     (record,) = read_records(tmp_path / "out/records.jsonl")
     assert record.status == "failed"
     assert not record.gate.passed

@@ -10,7 +10,7 @@ from rich.console import Console
 from attnzoo.bench.page import html_page
 from attnzoo.bench.record import Quantiles
 from attnzoo.bench.report import BEGIN, END, markdown_section, markdown_table, print_report, rewrite_readme
-from attnzoo.bench.summary import need_verdict, speed_verdict, spread, summarise
+from attnzoo.bench.summary import memory_verdict, need_verdict, speed_verdict, spread, summarise
 from attnzoo.errors import AttnZooError
 from tests.bench.data import cost
 
@@ -179,3 +179,23 @@ def test_labels_spread_apart_keep_their_order(values, gap):
     inside = spread(values, gap, within=(-200, 20))
     assert all(value <= 20 for value in inside)
     assert all(inside[b] - inside[a] >= gap - 1e-6 for a, b in itertools.pairwise(order))
+
+
+@pytest.mark.parametrize(("held", "verdict"), [(0, "better"), (1 << 30, "same"), (1 << 31, "worse")])
+def test_memory_is_judged_where_a_side_took_none_that_could_be_measured(make_record, held, verdict):
+    data = cost()
+    data["baseline"]["memory"]["activation_peak_bytes"] = 1 << 30
+    data["candidate"]["memory"]["activation_peak_bytes"] = held
+    data["ratios"]["activation_peak"] = held / (1 << 30)
+    record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
+    assert memory_verdict(record) == verdict
+    html_page([record])
+
+
+def test_flops_that_are_not_known_are_a_dash_with_the_reason(make_record):
+    data = cost()
+    data["candidate"] |= {"flops": None, "flops_note": "no formula for the FLOPs of aten.mv"}
+    data["ratios"]["flops"] = None
+    record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
+    assert "no formula for the FLOPs of aten.mv" in html_page([record])
+    assert "| - |" in markdown_table([record])

@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import NOT_HASHED, AttentionConfig, Dtype, refuse_vision_keys, without_stale_labels
+from attnzoo.bench.config import (
+    NOT_HASHED,
+    AttentionConfig,
+    Dtype,
+    refuse_expect,
+    refuse_vision_keys,
+    without_stale_labels,
+)
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks.needles import KINDS, Kind
@@ -97,6 +104,7 @@ class DecodeConfig(Section):
     @model_validator(mode="after")
     def _rows_and_windows_fit(self) -> DecodeConfig:
         refuse_vision_keys((*self.attentions, self.canary.tiny))
+        refuse_expect((*self.attentions, self.canary.tiny))
         labels = [DENSE, *(attention.label for attention in self.attentions)]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:

@@ -112,7 +112,7 @@ def check(config: DecodeConfig) -> None:
     ConfigError
         With every problem, one a line.
     """
-    require("transformers", "accelerate", extra="llm")
+    require("transformers", "accelerate", "matplotlib", extra="llm")
     problems: list[str] = []
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         problems.append(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")

@@ -27,6 +27,7 @@ from attnzoo.bench.record import CONFIG_FILE, FINAL, RECORDS_FILE, Gate
 from attnzoo.bench.summary import one_line
 from attnzoo.bench.system import environment
 from attnzoo.errors import ConfigError
+from attnzoo.extras import require
 from attnzoo.kernels.dispatch import record_paths
 
 COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -42,6 +43,7 @@ def run(config: OperationsConfig, command: str, console: Console | None = None) 
     ConfigError
         If the device is not there, or the folder holds records of another config.
     """
+    require("matplotlib")
     console = console or Console(stderr=True)
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,107 @@
+"""How the scripts of train/ and eval/ end: one sentence and an exit status, never a traceback for what users can mend.
+
+0: everything that was asked for is there. 1: something could not be written or read, or a row that the config asks for
+did not end well. 2: refused before any work. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable
+from typing import Protocol
+
+from attnzoo.errors import AttnZooError
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+GOES_ON = "what was finished is kept; the same command goes on from there"
+
+_OF_FILES = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EACCES", "EDQUOT", "EEXIST", "EFBIG", "EIO", "EISDIR", "ENAMETOOLONG", "ENOENT", "ENOSPC", "ENOTDIR", "EPERM",
+        "EROFS",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+
+
+class Ended(Protocol):
+    """A row of a benchmark, as far as its end goes."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+
+    @property
+    def status(self) -> str:
+        """``ok``, or what went wrong."""
+
+    @property
+    def message(self) -> str:
+        """Why; empty if it is ok."""
+
+
+def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
+    """Do what a script does and give its exit status.
+
+    Parameters
+    ----------
+    body
+        Gives the exit status of what it did; None is success.
+    resume
+        What a user who interrupts is told.
+    """
+    try:
+        return body() or OK
+    except AttnZooError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"interrupted; {resume}", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in _OF_FILES:
+            raise
+        where = f"{os.fspath(error.filename)!r}: " if error.filename is not None else ""
+        print(f"error: {where}{error.strerror}; {resume}", file=sys.stderr)
+        return FAILED
+
+
+def check_rows(rows: Iterable[Ended], unsupported: Collection[str] = ()) -> int:
+    """Say on stderr which rows did not end well, and give the exit status that follows.
+
+    Parameters
+    ----------
+    rows
+        All rows that the config asks for.
+    unsupported
+        Labels of which the config says ``expect: unsupported``.
+    """
+    rows = list(rows)
+    bad: dict[str, str] = {}
+    for row in rows:
+        if row.status != "ok" and not (row.status == "unsupported" and row.label in unsupported):
+            bad.setdefault(f"{_name(row)}: {row.status}", row.message)
+    for label in sorted({row.label for row in rows if row.label in unsupported and row.status == "ok"}):
+        print(f"note: {label} is expected to be unsupported, and works; the config can say so", file=sys.stderr)
+    if not bad:
+        return OK
+    print(f"error: {len(bad)} of {len(rows)} rows did not end well:", file=sys.stderr)
+    for name, message in bad.items():
+        print(f"  {name}{f': {_reason(message)}' if message.strip() else ''}", file=sys.stderr)
+    return FAILED
+
+
+def _reason(message: str) -> str:
+    """The first line of a message; of a traceback the last, which says what was raised."""
+    lines = message.strip().splitlines()
+    return lines[-1] if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", lines[-1]) else lines[0]
+
+
+def _name(row: Ended) -> str:
+    """The row's label, and what was measured of it where it says so."""
+    kind, tokens = getattr(row, "kind", ""), getattr(row, "tokens", 0)
+    return " ".join(filter(None, [kind and f"{kind} of", row.label, f"at {tokens:,} tokens" if tokens else ""]))

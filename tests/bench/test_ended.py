@@ -1,0 +1,221 @@
+"""How benchmarks and scripts end: exit status and sentence, with what was finished kept."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from attnzoo.bench.config import validate_config
+from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
+from attnzoo.command import check_rows, run_script
+from attnzoo.errors import ConfigError, MissingExtraError
+from eval import bench
+from tests.bench import test_language, test_run
+
+ROOT = Path(__file__).parents[2]
+folder = test_language.folder  # a language model and a text, as files
+
+BROKEN = """
+from dataclasses import dataclass
+from torch import nn
+from attnzoo import AttentionInfo
+from attnzoo.eviction.streaming import Streaming
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenPolicy(Streaming):
+    def score(self, live):
+        raise RuntimeError("this policy is broken")
+
+class BrokenMixer(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.ones_(__import__("torch").empty(dim)))
+    def forward(self, x, grid=None, prefix=0, mask=None):
+        raise RuntimeError("this mixer is broken")
+
+policy = AttentionInfo("broken_policy", "eviction", "broken:BrokenPolicy")
+mixer = AttentionInfo("broken_mixer", "mixer", "broken:BrokenMixer")
+"""
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A package that publishes a policy and a mixer that raise; gives the environment in which it is installed."""
+    site = tmp_path / "site"
+    info = site / "broken-1.dist-info"
+    info.mkdir(parents=True)
+    (site / "broken.py").write_text(BROKEN, encoding="utf-8")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n", encoding="utf-8")
+    points = "[attnzoo.attentions]\nbroken_policy = broken:policy\nbroken_mixer = broken:mixer\n"
+    (info / "entry_points.txt").write_text(points, encoding="utf-8")
+    path = os.pathsep.join([str(site), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def script(path, *arguments, **options):
+    command = [sys.executable, str(ROOT / "eval" / "bench.py"), str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
+
+
+def test_a_policy_and_a_mixer_that_raise_make_the_benchmark_fail_by_name(folder, tmp_path, published):
+    data = test_language.tiny(
+        folder, attentions=[{"name": "broken_policy", "options": {"budget": 24, "block_size": 8}}]
+    )
+    data = {**data, "attentions": ["sdpa", "broken_mixer"], "output": str(tmp_path / "run")}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    done = script(tmp_path / "tiny.yaml", env=published)
+    assert done.returncode == 1, done.stderr[-2000:]
+    told = done.stderr[done.stderr.index("error: ") :]
+    assert "rows did not end well" in told
+    assert "cost of broken_mixer at 16 tokens: failed: RuntimeError: this mixer is broken" in told
+    assert "quality of broken_policy block_size=8 budget=24: failed: RuntimeError: this policy is broken" in told
+    assert "sdpa" not in told
+    statuses = {(r.label, r.status) for r in read_records(tmp_path / "run" / RECORDS_FILE)}
+    assert ("sdpa", "ok") in statuses, "the others are measured all the same"
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("expect", "status"), [("ok", 1), ("unsupported", 0)])
+def test_an_unsupported_row_fails_unless_the_config_expects_it(tmp_path, capsys, expect, status):
+    half = {"tokens": [16], "dtype": "bfloat16", "repeats": 3, "min_seconds": 0, "gradient": True}
+    unable = {"name": "its_own", "label": "no gradient", "expect": expect}
+    from attnzoo.registry import register_attention, unregister_attention
+
+    register_attention("its_own", "core", test_language.Wrong, capabilities={"backward": False, "mask": True})
+    try:
+        data = test_run.tiny(tmp_path / "run", attentions=[unable], cost=half)
+        rows = [Row("dense", "ok"), Row("no gradient", "unsupported", "its_own has no gradient")]
+        assert check_rows(rows, validate_config(data).unsupported) == status
+    finally:
+        unregister_attention("its_own")
+    told = capsys.readouterr().err
+    assert ("no gradient: unsupported: its_own has no gradient" in told) is (status == 1)
+
+
+class Row:
+    def __init__(self, label, status, message=""):
+        self.label, self.status, self.message = label, status, message
+
+
+def test_what_is_expected_to_be_unsupported_and_works_is_told(capsys):
+    assert check_rows([Row("a", "ok"), Row("b", "ok")], {"a"}) == 0
+    assert "note: a is expected to be unsupported, and works" in capsys.readouterr().err
+    assert check_rows([Row("a", "timeout", "took long"), Row("b", "oom")], {"a"}) == 1
+    assert "2 of 2 rows did not end well" in capsys.readouterr().err
+
+
+def test_what_is_expected_changes_no_identity(tmp_path):
+    plain = validate_config(test_run.tiny(tmp_path, attentions=["flash"]))
+    expecting = validate_config(test_run.tiny(tmp_path, attentions=[{"name": "flash", "expect": "unsupported"}]))
+    assert plain.hash == expecting.hash
+    assert validate_config(yaml.safe_load(expecting.to_yaml())).unsupported == {"flash"}
+    assert "expect" not in plain.to_yaml()
+
+
+@pytest.mark.parametrize("task", ["bench", "decode", "train_decode"])
+def test_an_output_that_is_a_file_is_a_sentence(tmp_path, capsys, task, folder):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / "file" if task != "decode" else tmp_path / "file" / "below"
+    from eval import decode
+    from train import decode as train_decode
+
+    if task == "bench":
+        data, main = test_run.tiny(output), bench.main
+    elif task == "decode":
+        data = {"name": "tiny", "model": str(folder), "text": str(folder / "text.txt"), "attentions": ["sdpa"]}
+        data |= {"nll": {"windows": 2, "tokens": 32}, "canary": {"windows": 1}, "output": str(output)}
+        main = decode.main
+    else:
+        data = {"name": "tiny", "text": str(folder / "text.txt"), "attentions": [], "output": str(output)}
+        data["attentions"] = [{"name": "padre", "options": {"token_mixing": "causal_conv1d"}}]
+        data |= {"held_out": 2, "recipe": {"steps": 1, "tokens": 16, "batch": 1}}
+        main = train_decode.main
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert main([str(tmp_path / "tiny.yaml")]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path / "file") in told
+    assert "Traceback" not in told
+
+
+def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
+    from attnzoo.bench import record
+
+    append, room = record.append_line, 1
+
+    def full(path, entry):
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        room -= 1
+        append(path, entry)
+
+    monkeypatch.setattr(record, "append_line", full)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
+    assert bench.main([str(path)]) == 1
+    assert f"{tmp_path / 'run' / RECORDS_FILE}': No space left on device; what was finished is kept" in (
+        capsys.readouterr().err
+    )
+    assert [r.label for r in read_records(tmp_path / "run" / RECORDS_FILE)] == ["dense"]
+    monkeypatch.undo()
+    assert bench.main([str(path)]) == 0
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("delay", [0, 4])
+def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
+    path = tmp_path / "tiny.yaml"
+    long = {"tokens": [16], "min_seconds": 100, "repeats": 3}
+    path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run", cost=long)), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "eval" / "bench.py"), str(path)]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / CONFIG_FILE).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(delay)
+    running.send_signal(signal.SIGINT)
+    _, told = running.communicate(timeout=30)
+    assert running.returncode == 130, told
+    assert "interrupted; what was finished is kept" in told
+    assert "Traceback" not in told
+
+
+def test_errors_that_are_no_users_are_not_hidden():
+    def bug():
+        raise OSError("no number: a bug of ours")
+
+    with pytest.raises(OSError, match="a bug of ours"):
+        run_script(bug)
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda: 1 // 0)
+
+
+def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
+    assert bench.main([str(path)]) == 2
+    assert 'matplotlib not installed; run: pip install "attnzoo[vision]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    from attnzoo.bench.decode import run as decode
+
+    with pytest.raises(MissingExtraError, match="matplotlib not installed"):
+        decode.check(None)
+
+
+def test_expecting_means_nothing_where_all_is_refused_at_once(folder):
+    from attnzoo.bench.decode.config import validate_config as validate_decode
+
+    data = {"name": "tiny", "attentions": [{"name": "keydiff", "options": {"budget": 64}, "expect": "unsupported"}]}
+    with pytest.raises(ConfigError, match="has no meaning here"):
+        validate_decode(data)

@@ -1,0 +1,234 @@
+"""Calls that break off, and arguments that a swapped model reads as the dense one would, or refuses."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import attnzoo
+from attnzoo.errors import UnsupportedError
+from attnzoo.eviction.cache import BoundedCache
+from tests.eviction.models import CACHE, TEXT, bounded, cache_of, language_model, token_ids
+
+pytestmark = pytest.mark.compat
+
+CAUSAL = {"token_mixing": "causal_conv1d", "kernel_size": 4}
+SWAPS = {
+    "policy": lambda: bounded("keydiff", budget=16, block_size=8),
+    "causal mixer": lambda: attnzoo.replace_attention(language_model(), "padre", **CAUSAL),
+    "one layer": lambda: attnzoo.replace_attention(
+        language_model(), "h2o", budget=16, block_size=8, where="model.layers.0"
+    ),
+}
+BREAKS = {
+    "before any layer": ("model.layers.0.input_layernorm", RuntimeError("out of memory")),
+    "between layers": ("model.layers.1.input_layernorm", RuntimeError("out of memory")),
+    "an interrupt between layers": ("model.layers.1.input_layernorm", KeyboardInterrupt()),
+    "an interrupt before any": ("model.layers.0.input_layernorm", KeyboardInterrupt()),
+}
+
+
+def breaking(model, name, error):
+    """Have the next call break off where the module `name` begins."""
+
+    def raise_it(*args):
+        handle.remove()
+        raise error
+
+    handle = model.get_submodule(name).register_forward_pre_hook(raise_it)
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("where", BREAKS)
+def test_a_call_is_whole_or_refused_at_the_next(swap, where):
+    model, ids = SWAPS[swap](), token_ids(2, 30)
+    name, error = BREAKS[where]
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = cache_of(model(ids[:, :20]))
+        kept = cache.copy()
+        breaking(model, name, error)
+        with pytest.raises(type(error)):
+            model(ids[:, 20:], **{CACHE: cache})
+        if "between" in where:
+            for broken in (cache, cache.copy(), copy.deepcopy(cache)):
+                with pytest.raises(UnsupportedError, match=r"broke off .* have seen 20 and 30 tokens; .* copy\(\)"):
+                    model(ids[:, 20:], **{CACHE: broken})
+        else:
+            torch.testing.assert_close(model(ids[:, 20:], **{CACHE: cache}).logits, expected[:, 20:])
+        torch.testing.assert_close(model(ids[:, 20:], **{CACHE: kept}).logits, expected[:, 20:])
+
+
+def test_a_call_that_breaks_off_within_a_layer_is_refused(monkeypatch):
+    model, ids = bounded("keydiff", budget=16, block_size=8), token_ids(1, 30)
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :20]))
+        breaking(model, "model.layers.1.self_attn.o_proj", RuntimeError("after the last layer took its tokens"))
+        with pytest.raises(RuntimeError, match="after the last"):
+            model(ids[:, 20:], **{CACHE: cache})
+        assert cache.get_seq_length() == 30, "the call is whole as far as the cache goes"
+        layer = cache.layers[1]
+        monkeypatch.setattr(layer, "taken", lambda tokens: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids[:, :1], **{CACHE: cache})
+        monkeypatch.undo()
+        with pytest.raises(UnsupportedError, match="broke off"):
+            model(ids[:, :1], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=repr)
+def test_after_a_call_that_broke_off_no_other_model_can_use_the_cache(error):
+    model, ids = bounded("keydiff", budget=16, block_size=8), token_ids(1, 30)
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :20]))
+        breaking(model, "model.layers.0.input_layernorm", error)
+        with pytest.raises(type(error)):
+            model(ids[:, 20:], **{CACHE: cache})
+        error.__traceback__ = None
+        gc.collect()
+        with pytest.raises(UnsupportedError, match="bounded by attnzoo and can only be used by a model swapped"):
+            language_model()(ids[:, 20:], **{CACHE: cache})
+
+
+def test_beams_and_cut_prompts_go_on_from_whole_calls_alone(tmp_path):
+    model, ids = bounded("snapkv", budget=16, block_size=8), token_ids(2, 24)
+    with torch.no_grad():
+        cache = cache_of(model(ids))
+        breaking(model, "model.layers.1.mlp", RuntimeError("out of memory"))
+        breaking(model, "model.layers.1.input_layernorm", RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError):
+            model.generate(ids, max_new_tokens=3, num_beams=2, **{CACHE: DynamicCache()})
+        model.model.layers[1].mlp._forward_pre_hooks.clear()
+        breaking(model, "model.layers.1.input_layernorm", RuntimeError("out of memory"))
+        with pytest.raises(RuntimeError):
+            model(ids[:, :4], **{CACHE: cache})
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(UnsupportedError, match="broke off"):
+            model(ids[:, :4], **{CACHE: cache})
+        with pytest.raises(UnsupportedError, match="broke off"):
+            cache.save(tmp_path / "cache.pt")
+        assert not (tmp_path / "cache.pt").exists()
+
+
+# ---- arguments
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_padding_is_told_when_its_tokens_come(swap, tmp_path):
+    model, ids = SWAPS[swap](), token_ids(2, 30)
+    late = torch.ones(2, 30, dtype=torch.long)
+    late[1, :5] = 0
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :20]))
+        with pytest.raises(UnsupportedError, match="other padding among the tokens seen before"):
+            model(ids[:, 20:], attention_mask=late, **{CACHE: cache})
+        told = cache_of(model(ids[:, :20], attention_mask=late[:, :20]))
+        other = late.clone()
+        other[1, 4], other[0, 0] = 1, 0
+        with pytest.raises(UnsupportedError, match="other padding"):
+            model(ids[:, 20:], attention_mask=other, **{CACHE: told})
+        swapped = told.copy()
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        expected = model(ids[:, 20:], attention_mask=late, **{CACHE: told}).logits
+        found = model(ids[[1, 0], 20:], attention_mask=late[[1, 0]], **{CACHE: swapped}).logits
+    torch.testing.assert_close(found[[1, 0]], expected)
+
+
+@pytest.mark.parametrize("positions", [[[0, 0, 1, 2]], [[0, 1, 5, 6]], [[0, 1, 0, 1]]])
+@pytest.mark.parametrize("swap", ["policy", "causal mixer"])
+def test_sequences_packed_into_a_row_are_refused_by_the_hosts_own_rule(swap, positions):
+    model, ids = SWAPS[swap](), token_ids(1, 4)
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="packed into one row"):
+        model(ids, position_ids=torch.tensor(positions), use_cache=False)
+
+
+@pytest.mark.parametrize("positions", [[[3, 4, 5, 6]], [[0, 0, 1, 2]], [[0, 1, 5, 6]]])
+def test_positions_that_the_host_takes_for_one_sequence_are_taken(positions):
+    """With a cache the host reads positions as they are."""
+    dense, model, ids = language_model(), bounded("keydiff", budget=64), token_ids(1, 4)
+    at = torch.tensor(positions)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, position_ids=at).logits, dense(ids, position_ids=at).logits)
+        if positions[0][0] == 3:
+            found = model(ids, position_ids=at, use_cache=False).logits
+            torch.testing.assert_close(found, dense(ids, position_ids=at, use_cache=False).logits)
+
+
+SLIDING = {
+    **{**TEXT, "num_hidden_layers": 4, "hidden_size": 32},
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    "config", [transformers.Gemma3TextConfig, transformers.Cohere2Config], ids=lambda c: c.__name__
+)
+def test_an_empty_cache_without_a_config_keeps_sliding_layers_bounded(config):
+    model = transformers.AutoModelForCausalLM.from_config(config(**SLIDING), attn_implementation="sdpa").eval()
+    attnzoo.replace_attention(model, "keydiff", budget=16, block_size=8)
+    ids = token_ids(1, 100)
+    with torch.no_grad():
+        mine = DynamicCache()
+        model(ids[:, :90], **{CACHE: mine})
+        model(ids[:, 90:], **{CACHE: mine})
+        own = model(ids[:, 90:], **{CACHE: cache_of(model(ids[:, :90]))})
+    held = [layer.keys.shape[2] for layer in mine.layers]
+    assert held == [layer.keys.shape[2] for layer in cache_of(own).layers] == [11, 11, 20, 11]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 20, 20)}, "give a 2-D mask"),
+        ({"position_ids": torch.arange(10).repeat(2)[None].expand(2, -1)}, "packed"),
+        ({"is_causal": False}, "is_causal=False"),
+    ],
+    ids=["mask", "positions", "not causal"],
+)
+def test_a_refused_call_leaves_the_users_cache_as_it_was(arguments, error):
+    model, ids, mine = bounded("keydiff", budget=16, block_size=8), token_ids(2, 20), DynamicCache()
+    with torch.no_grad(), pytest.raises(UnsupportedError, match=error):
+        model(ids, **{CACHE: mine}, **arguments)
+    assert type(mine) is DynamicCache
+    with torch.no_grad():
+        dense = language_model()
+        assert torch.equal(dense(ids, **{CACHE: mine}).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_cache_in_use_says_so(swap):
+    model, mine = SWAPS[swap](), DynamicCache()
+    with torch.no_grad():
+        model(token_ids(1, 5), **{CACHE: mine})
+    assert isinstance(mine, BoundedCache)
+    assert mine.is_initialized
+    mine.reset()
+    assert not mine.is_initialized
+
+
+@pytest.mark.parametrize("config", [transformers.Gemma3TextConfig, transformers.Gemma2Config])
+@pytest.mark.parametrize("name", ["keydiff", "padre"])
+def test_models_made_to_look_both_ways_are_refused(name, config):
+    options = {"budget": 16} if name == "keydiff" else CAUSAL
+    sizes = {**TEXT, "num_key_value_heads": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    model = transformers.AutoModelForCausalLM.from_config(config(**sizes))
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedError, match="use_bidirectional_attention"):
+        attnzoo.replace_attention(model, name, **options)
+
+
+@pytest.mark.parametrize("name", ["keydiff", "padre", "sdpa"])
+def test_continuous_batching_is_refused_before_it_starts(name):
+    options = {"keydiff": {"budget": 16}, "padre": CAUSAL, "sdpa": {}}[name]
+    model = attnzoo.replace_attention(language_model(), name, **options)
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(UnsupportedError, match=r"continuous batching .*; call generate"):
+            one.generate_batch([[5, 6, 7], [8, 9]], max_new_tokens=3)
+    attnzoo.restore_attention(model)
+    assert "init_continuous_batching" not in vars(model)
