@@ -195,10 +195,11 @@ class TransformersSite(Site):
         problems: dict[str, str] = {}
         for callers, group in groups.items():
             for caller in callers:
-                twin = trial.Twin.of(group[0].outer[caller])
-                if twin is not None:
-                    problems |= _tried(twin, caller, group, info)
+                try:
+                    problems |= _tried(trial.Twin.of(group[0].outer[caller]), caller, group, info)
                     break
+                except trial.UntriedError:
+                    continue  # with the model inside it
         return problems
 
     @property
@@ -336,11 +337,7 @@ def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
         owner = next(path for path, m in site.outer.items() if m is site.owner)
         return site.substitute(info, module, twin.get_submodule(inside(owner)))
 
-    try:
-        return twin.error({inside(site.path): partial(put, site) for site in sites})
-    finally:
-        for module in twin.model.modules():
-            cache.drop_hook(module)
+    return twin.error({inside(site.path): partial(put, site) for site in sites})
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import AttnZooError
+from attnzoo.eviction import cache
 from attnzoo.hosts import versions
 
 Put = Mapping[str, Callable[[nn.Module, nn.Module], nn.Module]]
@@ -27,7 +28,10 @@ TOKENS = (3, 1)  # of a prompt, and of the call after it
 ON_CPU = 20_000_000_000  # parameters that a twin may have to be called on the CPU: some seconds
 
 
-@dataclass
+class UntriedError(Exception):
+    """A trial that says nothing: the copy cannot be built, or cannot be called with its own attention either."""
+
+
 class Twin:
     """A model of the class and the config of another, to try calls on.
 
@@ -39,49 +43,61 @@ class Twin:
         Where its calls run: meta, or the CPU.
     """
 
-    model: Any
-    device: torch.device
+    def __init__(self, model: Any, device: str) -> None:
+        self.model, self.device = model, torch.device(device)
 
     @classmethod
-    def of(cls, model: Any) -> Self | None:
-        """A twin of `model` that can be called with its own attention; None if there is none.
+    def of(cls, model: Any) -> Self:
+        """A twin of `model`, on meta.
 
-        Models whose class takes more than a config, or that are called with more than tokens, have none.
+        Raises
+        ------
+        UntriedError
+            If its class takes more than a config.
         """
         try:
-            with torch.random.fork_rng(devices=[]):
-                with torch.device("meta"):
-                    made = type(model)(copy.deepcopy(model.config)).eval().requires_grad_(False)
-                twin = cls(made.to(torch.bfloat16), torch.device("meta"))  # in which every operator runs on meta
-                if twin.error() is None:
-                    return twin
-                on_cpu = twin.on_cpu()
-                return on_cpu if on_cpu is not None and on_cpu.error() is None else None
-        except Exception:  # whatever keeps a class from being built or called so
-            return None
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                made = type(model)(copy.deepcopy(model.config))
+        except Exception as error:  # whatever a class of somebody else's raises
+            raise UntriedError from error
+        return cls(made.eval().requires_grad_(False).to(torch.bfloat16), "meta")  # in it, every operator runs on meta
 
-    def error(self, put: Put | None = None) -> str | None:
-        """Call the twin with substitutes at some paths, and say what goes wrong; None if nothing does."""
+    def error(self, put: Put) -> str | None:
+        """Call the twin with substitutes at some paths, and say what goes wrong; None if nothing does.
+
+        Raises
+        ------
+        UntriedError
+            If it goes wrong with its own attention too, or if the model is too large to be called on the CPU.
+        """
         error = self._error(put)
-        if put and error is not None and self.device.type == "meta" and "meta" in error:  # a number was looked at
-            twin = self.on_cpu()
-            error = None if twin is None else twin._error(put)
-            return error if twin is not None and error is not None and twin._error() is None else None
+        if error is None:
+            return None
+        if self.device.type == "meta" and ("meta" in error or not self._works):  # a number was looked at
+            return self._on_cpu.error(put)
+        if not self._works:
+            raise UntriedError
         return error
 
-    def on_cpu(self) -> Self | None:
-        """The same with weights that are zeros, all in one place of the memory; None for a model too large to call."""
-        if sum(parameter.numel() for parameter in self.model.parameters()) > ON_CPU:
-            return None
-        zeros = copy.deepcopy(self.model)._apply(lambda x: torch.zeros((), dtype=_dtype(x.dtype)).expand(x.shape))
-        return type(self)(zeros, torch.device("cpu"))
+    @cached_property
+    def _works(self) -> bool:
+        """Whether it can be called with its own attention."""
+        return self._error({}) is None
 
-    def _error(self, put: Put | None = None) -> str | None:
-        originals = {path: self.model.get_submodule(path) for path in put or {}}
+    @cached_property
+    def _on_cpu(self) -> Self:
+        """The same with weights that are zeros, all in one place of the memory."""
+        if sum(parameter.numel() for parameter in self.model.parameters()) > ON_CPU:
+            raise UntriedError
+        zeros = copy.deepcopy(self.model)._apply(lambda x: torch.zeros((), dtype=_dtype(x.dtype)).expand(x.shape))
+        return type(self)(zeros, "cpu")
+
+    def _error(self, put: Put) -> str | None:
+        originals = {path: self.model.get_submodule(path) for path in put}
         try:
             with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
                 for path, original in originals.items():
-                    self.model.set_submodule(path, (put or {})[path](self.model, original))
+                    self.model.set_submodule(path, put[path](self.model, original))
                 self._call()
         except AttnZooError as error:
             return str(error)
@@ -91,14 +107,16 @@ class Twin:
         finally:
             for path, original in originals.items():
                 self.model.set_submodule(path, original)
+            for module in self.model.modules():
+                cache.drop_hook(module)
         return None
 
     def _call(self) -> None:
-        cache: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         for tokens in TOKENS:
             ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
-            output = self.model(input_ids=ids, use_cache=True, **cache)
-            cache = versions.cache_arguments(self.model, versions.output_cache(output))
+            output = self.model(input_ids=ids, use_cache=True, **given)
+            given = versions.cache_arguments(self.model, versions.output_cache(output))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
