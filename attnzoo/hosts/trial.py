@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction import cache
@@ -95,7 +97,7 @@ class Twin:
     def _error(self, put: Put) -> str | None:
         originals = {path: self.model.get_submodule(path) for path in put}
         try:
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"), _ZeroLinear(), torch.no_grad():
                 for path, original in originals.items():
                     self.model.set_submodule(path, put[path](self.model, original))
                 self._call()
@@ -117,6 +119,16 @@ class Twin:
             ids = torch.ones(1, tokens, dtype=torch.long, device=self.device)
             output = self.model(input_ids=ids, use_cache=True, **given)
             given = versions.cache_arguments(self.model, versions.output_cache(output))
+
+
+class _ZeroLinear(TorchFunctionMode):
+    """Spare the multiplication by weights that are zeros."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.linear and len(args) >= 2:
+            x, weight = args[:2]
+            return x.new_zeros(*x.shape[:-1], len(weight))
+        return func(*args, **(kwargs or {}))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
