@@ -27,7 +27,6 @@ Put = Mapping[str, Callable[[nn.Module, nn.Module], nn.Module]]
 """What makes the substitute at each path, of the twin and of its layer there."""
 
 TOKENS = (3, 1)  # of a prompt, and of the call after it
-ON_CPU = 20_000_000_000  # parameters that a twin may have to be called on the CPU: some seconds
 
 
 class UntriedError(Exception):
@@ -70,7 +69,7 @@ class Twin:
         Raises
         ------
         UntriedError
-            If it goes wrong with its own attention too, or if the model is too large to be called on the CPU.
+            If it goes wrong with its own attention too.
         """
         error = self._error(put)
         if error is None:
@@ -89,8 +88,6 @@ class Twin:
     @cached_property
     def _on_cpu(self) -> Self:
         """The same with weights that are zeros, all in one place of the memory."""
-        if sum(parameter.numel() for parameter in self.model.parameters()) > ON_CPU:
-            raise UntriedError
         zeros = copy.deepcopy(self.model)._apply(lambda x: torch.zeros((), dtype=_dtype(x.dtype)).expand(x.shape))
         return type(self)(zeros, "cpu")
 
