@@ -45,8 +45,31 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ShapeError(f"q, k and v are (B, H, N, D), got {_shapes(q, k, v)}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ShapeError(f"q (B, H, N, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv) do not fit together: {_shapes(q, k, v)}")
+    if 0 in (q.shape[1], k.shape[1], q.shape[3]):
+        raise ShapeError(f"attention needs at least one head and a width of at least 1, got {_shapes(q, k, v)}")
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"{k.shape[1]} key/value heads do not divide {q.shape[1]} query heads")
+
+
+def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Raise `ShapeError` unless `mask` is boolean or floating and broadcasts to ``(B, H, N, S)``.
+
+    Masks of whole numbers are refused, as by torch: it would depend on the code that reads them whether 1 means seen,
+    hidden or a score of 1.
+    """
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ShapeError(
+            f"a mask is boolean (True where seen) or floating (added to the scores), not {mask.dtype}; "
+            "call mask.bool() if 1 means seen"
+        )
+    full = (*q.shape[:3], k.shape[2])  # (B, H, N, S)
+    fits = mask.dim() <= 4 and all(
+        wide == size or size == 1 for size, wide in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ShapeError(f"a mask must broadcast to (B, H, N, S) = {full}, got {tuple(mask.shape)}")
 
 
 def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:

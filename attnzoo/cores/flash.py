@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.checks import check_choice, check_qkv
-from attnzoo.cores.masks import additive, with_causal
+from attnzoo.checks import check_choice, check_mask, check_qkv
+from attnzoo.cores.masks import additive, with_causal, without_tokens
 from attnzoo.errors import MissingExtraError, UnsupportedError
 
 _CPU_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -81,12 +81,15 @@ class Flash:
             For anything that the chosen FlashAttention kernel cannot do; the message names it.
         """
         check_qkv(q, k, v)
+        check_mask(mask, q, k)
         if dropout > 0:
             raise self._refusal(f"attention dropout ({dropout})")
         if softcap is not None and self.backend == "torch":
             raise self._refusal("a soft cap on the scores")
         if v.shape[-1] != q.shape[-1]:
             raise self._refusal(f"values of width {v.shape[-1]} beside keys of width {q.shape[-1]}")
+        if 0 in (q.shape[0], q.shape[2], k.shape[2]):  # the kernels divide by their number of tiles
+            return without_tokens(q, k, v)
         if causal and q.shape[2] == 1:
             causal = False  # the one query is the last: it sees every key
         if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:

@@ -26,3 +26,10 @@ def with_causal(mask: Tensor | None, queries: int, keys: int, device: torch.devi
     if mask.dtype == torch.bool:
         return mask & causal
     return mask.masked_fill(~causal, float("-inf"))
+
+
+def without_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention where there is no row, no query or no key: zeros ``(B, H, N, Dv)`` with gradients of zero."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return (q @ k.mT) @ v  # sums over nothing

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.checks import check_qkv
+from attnzoo.checks import check_mask, check_qkv
 from attnzoo.cores.masks import with_causal
 from attnzoo.errors import UnsupportedError
 
@@ -44,6 +44,7 @@ class Sdpa:
             If a soft cap is asked for.
         """
         check_qkv(q, k, v)
+        check_mask(mask, q, k)
         refuse_softcap(softcap)
         return torch_sdpa(q, k, v, mask, causal, scale, dropout)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.checks import check_qkv
+from attnzoo.checks import check_mask, check_qkv
 from attnzoo.cores.masks import with_causal
 
 SCORES = 2**28  # computed at a time: 1 GiB in float32
@@ -40,6 +40,7 @@ class Softmax:
     ) -> Tensor:
         """Attend; see `attnzoo.cores` for the shapes."""
         check_qkv(q, k, v)
+        check_mask(mask, q, k)
         if causal:
             mask = with_causal(mask, q.shape[2], k.shape[2], q.device)
         rows = max(q.shape[2], 1)
@@ -67,6 +68,7 @@ class Softmax:
     ) -> tuple[Tensor, Tensor]:
         """Attend and also return the weights ``(B, H, N, S)``, after dropout, in the dtype of q."""
         check_qkv(q, k, v)
+        check_mask(mask, q, k)
         with torch.autocast(q.device.type, enabled=False):
             return _attend(q, k, v, mask, causal, scale, dropout, softcap)
 

@@ -33,7 +33,7 @@ from attnzoo.hosts.site import (
     looks_like_attention,
     refuse_unable,
 )
-from attnzoo.hosts.torch import merge, seen, seen_keys
+from attnzoo.hosts.torch import check_masks, merge, seen, seen_keys
 from attnzoo.registry import AttentionInfo
 
 ENCODERS = ("DetrTransformerEncoderLayer",)
@@ -226,7 +226,9 @@ class ConditionalCore(CoreLayer, ConditionalAttention):
         `query` and `key` ``(B, N, E)`` and ``(B, S, E)`` may be wider than `value` ``(B, S, C)``.
         """
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        mask = merge(seen(attn_mask, self.num_heads), seen_keys(_boolean(key_padding_mask)), q.dtype)
+        key_padding_mask = _boolean(key_padding_mask)
+        check_masks(self.num_heads, (len(q), q.shape[2], k.shape[2]), attn_mask, key_padding_mask)
+        mask = merge(seen(attn_mask, self.num_heads), seen_keys(key_padding_mask), q.dtype)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         refuse_unable(self, mask=mask is not None, dropout=dropout > 0)
         weights = None

@@ -144,14 +144,15 @@ class TimmSite(Site):
     grid: GridOfCall | None = None
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
-        """Mixers over a grid need a model that tells the grid, and all of its patches."""
-        if not info.capabilities.grid:
-            return None
-        if self.owner is None:
+        """Mixers over a grid need a model that tells the grid; those that read the order of tokens, all of them."""
+        if info.capabilities.grid and self.owner is None:
             return "no module round it tells the grid of the tokens (patch_embed.dynamic_feat_size)"
         drop = getattr(self.owner, "patch_drop", None)
-        if drop is not None and not isinstance(drop, nn.Identity):
-            return "patches are dropped in training (patch_drop_rate), so that what is left is no grid"
+        if getattr(drop, "prob", 0.0) > 0 and not getattr(info.load(), "any_order", False):
+            return (
+                "patches are dropped in training (patch_drop_rate), so that what is left is no grid and in no order; "
+                "build the model with patch_drop_rate=0"
+            )
         return None
 
     def put_core(self, core: Core) -> nn.Module:
@@ -269,7 +270,8 @@ class TimmMixer(MixerLayer):
             raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
-        size = None if self.grid is None else self.grid.size
+        any_order = getattr(self.mixer, "any_order", False)  # of as many tokens as there are
+        size = None if self.grid is None or any_order else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(
                 f"{x.shape[1]} tokens are not {self.prefix} prefix tokens and the {size[0]} x {size[1]} patches of the "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.cores.masks import additive
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
@@ -151,6 +151,7 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise UnsupportedError("is_causal=True is a hint that attn_mask is causal: give the attn_mask too")
         batched = query.dim() == 3
+        check_masks(self.num_heads, sizes(self, query, key), attn_mask, key_padding_mask, batched)
         if not batched:
             query, key, value = (t.unsqueeze(0 if self.batch_first else 1) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
@@ -224,6 +225,7 @@ class TorchMixer(MixerLayer):
         if attn_mask is not None or is_causal:
             raise UnsupportedError("a mixer cannot honour attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
+        check_masks(self.num_heads, sizes(self, query, key), None, key_padding_mask, batched)
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
         mask = seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
@@ -233,6 +235,56 @@ class TorchMixer(MixerLayer):
         out = self.mixer(x, grid=self.grid, prefix=self.prefix, mask=mask)
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), None
+
+
+def sizes(layer: Any, query: Tensor, key: Tensor) -> tuple[int, int, int]:
+    """Rows, queries and keys of a call of `nn.MultiheadAttention`; a call without a batch has one row."""
+    if query.dim() == 2:
+        return 1, len(query), len(key)
+    at = 1 if layer.batch_first else 0
+    return query.shape[1 - at], query.shape[at], key.shape[at]
+
+
+def check_masks(
+    heads: int,
+    size: tuple[int, int, int],
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    batched: bool = True,
+) -> None:
+    """Refuse the masks that `nn.MultiheadAttention` refuses.
+
+    Parameters
+    ----------
+    heads, size
+        Number of heads H; rows B, queries N and keys S.
+    attn_mask, key_padding_mask
+        As the caller gave them.
+    batched
+        Whether the call has a batch.
+
+    Raises
+    ------
+    ShapeError
+        Unless both are boolean or floating, `attn_mask` is ``(N, S)`` or ``(B * H, N, S)``, and `key_padding_mask` is
+        ``(B, S)``, or ``(S,)`` where the call has no batch.
+    """
+    batch, queries, keys = size
+    wanted: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+        "attn_mask": (attn_mask, [(queries, keys), (batch * heads, queries, keys)]),
+        "key_padding_mask": (key_padding_mask, [(batch, keys) if batched else (keys,)]),
+    }
+    for name, (mask, shapes) in wanted.items():
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ShapeError(f"{name} must be boolean (True where hidden) or floating, not {mask.dtype}")
+        if tuple(mask.shape) not in shapes:
+            said = " or ".join(map(str, shapes))
+            raise ShapeError(
+                f"{name} must be {said} (attn_mask: one for all or one for each head of each row; "
+                f"key_padding_mask: one for each row), not {tuple(mask.shape)}"
+            )
 
 
 def seen(attn_mask: Tensor | None, heads: int) -> Tensor | None:

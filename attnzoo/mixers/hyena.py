@@ -163,6 +163,8 @@ def long_convolution(x: Tensor, taps: Tensor) -> Tensor:
 
     Tap t of direction 0 weighs the token t before, tap t of direction 1 that t after (its tap 0 is not read).
     """
+    if x.numel() == 0:  # there is no transform of nothing
+        return x * taps.sum()
     tokens, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
     size = 2 * tokens
     kernel = F.pad(taps[0].to(wide), (0, tokens))

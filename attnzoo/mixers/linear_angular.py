@@ -72,7 +72,7 @@ class LinearAngular(nn.Module):
         y = angular(unit(q, 2.0, -1), unit(k, 2.0, -1), v)
         if self.auxiliary and self.training:
             y = y + above_threshold(q, k, line.patch_mask) @ v
-        out = unit(y, 2.0, -1) + self.dconv(v)
+        out = unit(y, 2.0, -1) + (self.dconv(v) if v.shape[-2] else v)  # a convolution needs a token
         return line.take(head, self.proj(join_heads(out)))
 
     def extra_repr(self) -> str:

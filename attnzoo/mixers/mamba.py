@@ -140,7 +140,17 @@ class Selective(nn.Module):
         step, b, c = self.x_proj(u).split([self.rank, self.state_size, self.state_size], dim=-1)
         wide = torch.promote_types(u.dtype, torch.float32)
         a = -self.A_log.to(wide).exp()
-        return selective_scan(u, F.linear(step, self.dt_proj.weight), a, b, c, self.D, self.dt_proj.bias)
+        dt, bias = self._step(step)
+        return selective_scan(u, dt, a, b, c, self.D, bias)
+
+    def _step(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The step of each channel ``(B, N, inner)`` and its bias, which the scan adds in float32.
+
+        What stands in the place of the linear map (quantized, or with an adapter) is called, and adds its bias itself.
+        """
+        if type(self.dt_proj) is nn.Linear:
+            return F.linear(step, self.dt_proj.weight), self.dt_proj.bias
+        return self.dt_proj(step), self.D.new_zeros(self.D.shape)
 
 
 def selective_scan(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, step_bias: Tensor) -> Tensor:
@@ -170,6 +180,8 @@ def selective_scan(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, d: 
         wide = {"D": d.float(), "delta_bias": step_bias.float(), "delta_softplus": True}
         y: Tensor = fast(u.mT.contiguous(), step.mT.contiguous(), a, b.mT.contiguous(), c.mT.contiguous(), **wide)
         return y.mT
+    if u.numel() == 0:
+        return u * step
     dt = F.softplus((step + step_bias).to(a.dtype))
     inputs = dt * u.to(a.dtype)
     h = u.new_zeros(u.shape[0], *a.shape, dtype=a.dtype)
