@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.errors import OptionError, ShapeError
+from attnzoo.errors import OptionError, ShapeError, short
 
 Grid = tuple[int, int] | Tensor
 
@@ -13,7 +13,7 @@ Grid = tuple[int, int] | Tensor
 def check_int(name: str, value: object, *, minimum: int) -> int:
     """Give `value` back if it is a whole number of at least `minimum`, else raise `OptionError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise OptionError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
+        raise OptionError(f"{name} must be a whole number of at least {minimum}, not {short(value)}")
     return value
 
 
@@ -28,14 +28,14 @@ def check_odd(name: str, value: object) -> int:
 def check_bool(name: str, value: object) -> bool:
     """Give `value` back if it is True or False, else raise `OptionError`."""
     if not isinstance(value, bool):
-        raise OptionError(f"{name} must be True or False, not {value!r}")
+        raise OptionError(f"{name} must be True or False, not {short(value)}")
     return value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Give `value` back if it is one of `choices`, else raise `OptionError`."""
     if not isinstance(value, str) or value not in choices:
-        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+        raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {short(value)}")
     return value
 
 
@@ -86,7 +86,7 @@ def check_tokens(x: Tensor, dim: int, mask: Tensor | None) -> None:
 def check_prefix(prefix: int, tokens: int) -> None:
     """Raise `ShapeError` unless `prefix` is a whole number of at most `tokens`."""
     if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= tokens:
-        raise ShapeError(f"prefix must be a whole number from 0 to the {tokens} tokens there are, not {prefix!r}")
+        raise ShapeError(f"prefix must be a whole number from 0 to the {tokens} tokens there are, not {short(prefix)}")
 
 
 def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
@@ -109,7 +109,7 @@ def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
         return
     pair = isinstance(grid, (tuple, list, torch.Size)) and len(grid) == 2
     if not pair or not all(isinstance(n, (int, torch.SymInt)) for n in grid) or min(grid) < 1:
-        raise ShapeError(f"grid must be (h, w), whole numbers of at least 1, not {grid!r}")
+        raise ShapeError(f"grid must be (h, w), whole numbers of at least 1, not {short(grid)}")
     if prefix + grid[0] * grid[1] != tokens:
         raise ShapeError(
             f"{tokens} tokens are not {prefix} prefix tokens and a grid of {grid[0]} x {grid[1]} = {grid[0] * grid[1]}"

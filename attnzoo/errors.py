@@ -47,3 +47,15 @@ class DataError(AttnZooError):
 
 class TrainingError(AttnZooError):
     """A training that cannot go on, or a checkpoint that cannot be used: the message says where and what is left."""
+
+
+def short(value: object, limit: int = 60) -> str:
+    """Give the repr of what a user handed over, or the name of its type where that takes lines (a model, a tensor)."""
+    try:
+        said = repr(value)
+    except Exception:  # a repr of someone else's
+        said = ""
+    if said and len(said) <= limit and "\n" not in said:
+        return said
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from attnzoo.errors import AttnZooError, OptionError, UnknownNameError, UnsupportedError
+from attnzoo.errors import AttnZooError, OptionError, UnknownNameError, UnsupportedError, short
 
 if TYPE_CHECKING:
     from attnzoo.eviction.policy import Policy
@@ -121,16 +121,27 @@ class AttentionInfo:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options and their defaults (`REQUIRED` where there is none): the keyword-only parameters of the class."""
-        parameters = inspect.signature(self.load()).parameters.values()
-        own = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        return {p.name: REQUIRED if p.default is inspect.Parameter.empty else p.default for p in own}
+        """The options and their defaults (`REQUIRED` where there is none): the keyword-only parameters of the class.
+
+        Where a class hands ``**options`` on, the parameters of the class that it inherits from are options too.
+        """
+        found: dict[str, Any] = {}
+        for parameter in itertools.chain(*_constructors(self.load())):
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                default = REQUIRED if parameter.default is inspect.Parameter.empty else parameter.default
+                found.setdefault(parameter.name, default)
+        return found
+
+    @property
+    def takes_any_option(self) -> bool:
+        """Whether the class takes ``**options`` and no class that it inherits from says which."""
+        return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _constructors(self.load())[-1])
 
     def check_options(self, options: Iterable[str]) -> None:
         """Raise `OptionError` on the first option that this method does not have."""
         known = self.options
         for option in options:
-            if option not in known:
+            if option not in known and not self.takes_any_option:
                 raise OptionError(
                     f"{self.name!r} has no option {option!r}{_nearest(option, known)} Its options: {_listed(known)}."
                 )
@@ -330,9 +341,11 @@ def describe(name: str) -> AttentionInfo:
     UnknownNameError
         If there is no such name; the message gives the nearest ones.
     """
-    if not isinstance(name, str) or name not in _table:
+    if not isinstance(name, str):
+        raise UnknownNameError(f"there is no attention {short(name)}: a name is a string such as 'padre'")
+    if name not in _table:
         _read_entry_points()
-    if not isinstance(name, str) or name not in _table:
+    if name not in _table:
         raise UnknownNameError(
             f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}."
         )
@@ -370,11 +383,11 @@ def register_attention(
     _check_kind(kind)
     _read_entry_points()
     if not isinstance(name, str) or not name.strip():
-        raise AttnZooError(f"an attention's name is a string with something in it, not {name!r}")
+        raise AttnZooError(f"an attention's name is a string with something in it, not {short(name)}")
     if name in _table:
         raise AttnZooError(f"the name {name!r} is taken by {_table[name].target!r}; choose another")
     if not isinstance(target, str) and not callable(target):
-        raise AttnZooError(f"target of {name!r} is a class or 'package.module:Class', not {target!r}")
+        raise AttnZooError(f"target of {name!r} is a class or 'package.module:Class', not {short(target)}")
     if isinstance(target, str) and not all(target.partition(":")):
         raise AttnZooError(f"target of {name!r} must read 'package.module:Class', not {target!r}")
     if not isinstance(target, (str, type)):
@@ -458,9 +471,24 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
     )
 
 
+def _constructors(target: Callable[..., Any]) -> list[list[inspect.Parameter]]:
+    """Parameters of a class's constructor, then of those that it hands ``**options`` on to."""
+    made = [target]
+    if isinstance(target, type):
+        bases = [base for base in target.__mro__ if base not in (nn.Module, object)]
+        made = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [target]
+    found = []
+    for function in made:
+        parameters = list(inspect.signature(function).parameters.values())
+        found.append(parameters)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
 def _check_kind(kind: str) -> None:
-    if kind not in get_args(Kind):
-        raise UnknownNameError(f"there is no kind {kind!r}; the kinds are {', '.join(get_args(Kind))}")
+    if not isinstance(kind, str) or kind not in get_args(Kind):
+        raise UnknownNameError(f"there is no kind {short(kind)}; the kinds are {', '.join(get_args(Kind))}")
 
 
 def _listed(options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from attnzoo.errors import OptionError, SwapError, UnsupportedError
+from attnzoo.errors import OptionError, SwapError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import RefusedSite, Site, Wanted, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
@@ -145,8 +145,10 @@ def replace_attention(
         The name or an option is unknown; the model has no attention; `where` matches none; or a chosen layer cannot be
         swapped (all such layers are listed with the reason). The model is then as it was.
     """
-    info = describe(name)
+    if isinstance(model, str) and isinstance(name, nn.Module):
+        raise SwapError(f"the arguments are the wrong way round: it is replace_attention(model, {model!r})")
     places = _places(model)
+    info = describe(name)
     layers = {path: _own(layer) for path, layer in places.items()}
     info = info.given({key: value for key, value in options.items() if key in info.options})
     wanted, options = _split_wanted(info, options)
@@ -285,12 +287,12 @@ def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted,
         grid = said["grid"]
         whole = isinstance(grid, Sequence) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
         if not whole:
-            raise OptionError(f"grid must be (h, w), two whole numbers of at least 1, not {grid!r}")
+            raise OptionError(f"grid must be (h, w), two whole numbers of at least 1, not {short(grid)}")
         said["grid"] = (grid[0], grid[1])
     if "prefix" in said and (type(said["prefix"]) is not int or said["prefix"] < 0):
-        raise OptionError(f"prefix must be a whole number of at least 0, not {said['prefix']!r}")
+        raise OptionError(f"prefix must be a whole number of at least 0, not {short(said['prefix'])}")
     if "positions" in said and type(said["positions"]) is not bool:
-        raise OptionError(f"positions must be True or False, not {said['positions']!r}")
+        raise OptionError(f"positions must be True or False, not {short(said['positions'])}")
     return Wanted(**said), rest
 
 
@@ -318,7 +320,7 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
         return sites
     patterns = [where] if isinstance(where, str) else where
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
-        raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {where!r}")
+        raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {short(where)}")
     for pattern in patterns:
         if not any(_matches(site.path, pattern) for site in sites):
             listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")

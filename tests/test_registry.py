@@ -8,7 +8,8 @@ from torch import nn
 
 import attnzoo
 from attnzoo import registry
-from attnzoo.errors import OptionError, ShapeError, UnknownNameError, UnsupportedError
+from attnzoo.errors import AttnZooError, OptionError, ShapeError, UnknownNameError, UnsupportedError
+from attnzoo.eviction.streaming import Streaming
 
 NAMES = attnzoo.list_attentions()
 # what stands alone, with any number of tokens; tests/mixers/test_contract.py has the others
@@ -197,3 +198,107 @@ assert not loaded, loaded
 assert took < 2, took
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- classes that hand their options on, and arguments of other types
+
+
+class Handed(Mean):
+    """A mixer that says nothing of its options."""
+
+    def __init__(self, dim, num_heads, *, offset: float = 0.0, **options):
+        super().__init__(dim, num_heads, **options)
+        self.offset = offset
+
+
+class Anything(nn.Module):
+    """A mixer that takes whatever it is given."""
+
+    def __init__(self, dim, num_heads, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, x, grid=None, prefix=0, mask=None):
+        return x
+
+
+class HandedPolicy(Streaming):
+    """A policy that says nothing of its options."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+
+
+class HandedCore:
+    """A core that takes whatever it is given."""
+
+    def __init__(self, **options):
+        self.options = options
+
+    def __call__(self, q, k, v, **options):
+        return q
+
+
+@pytest.fixture
+def handed():
+    entries = {"handed": ("mixer", Handed), "anything": ("mixer", Anything)}
+    entries |= {"handed_policy": ("eviction", HandedPolicy), "handed_core": ("core", HandedCore)}
+    for name, (kind, cls) in entries.items():
+        attnzoo.register_attention(name, kind, cls)
+    yield
+    for name in entries:
+        registry.unregister_attention(name)
+
+
+def test_options_that_a_class_hands_on_are_options(handed):
+    assert attnzoo.describe("handed").options == {"offset": 0.0, "gain": 1.0}
+    assert attnzoo.create_attention("handed", 8, 2, gain=2.0, offset=1.0).gain[0] == 2
+    with pytest.raises(OptionError, match="'handed' has no option 'gian'; did you mean 'gain'"):
+        attnzoo.create_attention("handed", 8, 2, gian=2.0)
+    assert attnzoo.create_attention("anything", 8, 2, whatever=3).options == {"whatever": 3}
+    policy = registry.build_policy(attnzoo.describe("handed_policy"), {"budget": 64})
+    assert policy.budget == 64
+    with pytest.raises(OptionError, match="'handed_policy' needs budget="):
+        registry.build_policy(attnzoo.describe("handed_policy"), {})
+    assert registry.build_core(attnzoo.describe("handed_core"), {"whatever": 3}).options == {"whatever": 3}
+
+
+def test_a_policy_that_hands_its_options_on_bounds_a_cache(handed):
+    from tests.eviction.models import cache_of, language_model, token_ids
+
+    model = attnzoo.replace_attention(language_model(), "handed_policy", budget=16, block_size=8)
+    with torch.no_grad():
+        assert cache_of(model(token_ids(1, 40))).layers[0].keys.shape[2] == 16
+
+
+LONG = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            lambda: attnzoo.replace_attention("padre", LONG),
+            r"wrong way round: it is replace_attention\(model, 'padre'\)",
+        ),
+        (lambda: attnzoo.replace_attention(LONG, LONG), "no attention a Sequential: a name is a string"),
+        (lambda: attnzoo.replace_attention(LONG, None), "no attention None: a name is a string"),
+        (lambda: attnzoo.replace_attention(3, "padre"), "expected a torch.nn.Module, got int"),
+        (lambda: attnzoo.restore_attention("padre"), "expected a torch.nn.Module, got str"),
+        (lambda: attnzoo.swap_report("padre"), "expected a torch.nn.Module, got str"),
+        (lambda: attnzoo.describe(LONG), "no attention a Sequential"),
+        (lambda: attnzoo.create_attention(16, 4, "padre"), "no attention 16: a name is a string"),
+        (
+            lambda: attnzoo.create_attention("padre", LONG, 4),
+            "dim must be a whole number of at least 1, not a Sequential",
+        ),
+        (lambda: attnzoo.create_attention("padre", 16, 4, degree=torch.ones(9, 9)), "not a Tensor"),
+        (lambda: attnzoo.register_attention(Mean, "mixer", "mean"), "a string with something in it, not "),
+        (lambda: attnzoo.register_attention("mean", LONG, Mean), "there is no kind a Sequential"),
+        (lambda: attnzoo.list_attentions(LONG), "there is no kind a Sequential"),
+    ],
+)
+def test_arguments_of_another_type_are_named_and_not_printed(call, says):
+    with pytest.raises(AttnZooError, match=says) as caught:
+        call()
+    assert len(str(caught.value)) < 200

@@ -285,6 +285,7 @@ class Environment(Entry):
     threads: Count
     commit: str | None
     dirty: bool | None
+    compiler: str = ""
 
 
 class Record(Entry):

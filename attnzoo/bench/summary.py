@@ -144,7 +144,8 @@ def versions(summary: Summary) -> list[str]:
         e = record.environment
         commit = "outside git" if e.commit is None else e.commit[:12] + (" with uncommitted changes" if e.dirty else "")
         libraries = f"torch {e.torch}, timm {e.timm}, transformers {e.transformers}, Python {e.python}"
-        lines[f"attnzoo {e.attnzoo} ({commit}), {libraries}, {e.system}"] = None
+        compiler = f", C++ compiler {e.compiler}" if e.compiler else ""
+        lines[f"attnzoo {e.attnzoo} ({commit}), {libraries}, {e.system}{compiler}"] = None
     return list(lines)
 
 

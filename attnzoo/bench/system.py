@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 
 from attnzoo.bench.record import Environment
+from attnzoo.kernels import native
+
+NO_COMPILER = "none: kernels for CPUs are computed by plain PyTorch, slower"
 
 
 def environment(device: str, threads: int | None) -> Environment:
@@ -26,6 +29,7 @@ def environment(device: str, threads: int | None) -> Environment:
         threads=threads or torch.get_num_threads(),
         commit=commit,
         dirty=dirty,
+        compiler=Path(native.compiler() or NO_COMPILER).name,
     )
 
 

@@ -2,7 +2,8 @@
 
 A source is one file that needs no header but the standard library's, and is called through plain C functions, so that
 it is compiled in seconds and knows no version of torch. It shares the threads of torch, whose OpenMP runtime is loaded
-already. Where there is no compiler, or it fails, there is None: the caller has a path in plain PyTorch.
+already. Where there is no compiler, or it fails, a warning says so once and there is None: the caller has a path in
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -34,28 +35,37 @@ log = logging.getLogger("attnzoo")
 
 @cache
 def library(name: str, symbols: tuple[str, ...]) -> ctypes.CDLL | None:
-    """Give the library compiled from ``attnzoo/kernels/<name>.cpp``; None where it cannot be had (the log says why).
+    """Give the library compiled from ``attnzoo/kernels/<name>.cpp``; None where it cannot be had, as a warning says.
 
     One in the cache that is damaged, that is cannot be loaded or lacks one of `symbols`, is compiled anew.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        log.info("no C++ compiler (%s): %s is computed by plain PyTorch, slower", ", ".join(COMPILERS), name)
+    path = compiler()
+    if path is None:
+        log.warning(
+            "no C++ compiler (%s): %s is computed by plain PyTorch, slower; install one, such as g++",
+            ", ".join(COMPILERS),
+            name,
+        )
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     try:
-        target = _target(source, compiler)
+        target = _target(source, path)
         if target.exists():
             try:
                 return _loaded(target, symbols)
             except (OSError, AttributeError) as error:
                 log.warning("%s is damaged (%s) and is compiled anew", target, error)
-        _compile(source, compiler, target)
+        _compile(source, path, target)
         return _loaded(target, symbols)
     except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", "") or ""
         log.warning("%s could not be compiled and is computed by plain PyTorch, slower: %s\n%s", name, error, said)
         return None
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler that is used; None if there is none."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def _loaded(path: Path, symbols: tuple[str, ...]) -> ctypes.CDLL:

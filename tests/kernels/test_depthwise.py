@@ -1,4 +1,3 @@
-import logging
 import subprocess
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnzoo.bench.system import environment
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.kernels import depthwise, native
 
@@ -265,10 +265,12 @@ def test_flops_are_counted():
 
 def test_without_a_compiler_torch_computes_it(fresh, monkeypatch, caplog):
     monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
-    caplog.set_level(logging.INFO, "attnzoo")
     inputs = problem(1, 4, 4, 8, 3)
     assert not depthwise.is_compiled()
+    assert not depthwise.is_compiled()
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
     assert "no C++ compiler (no-such-compiler)" in caplog.text
+    assert environment("cpu", 1).compiler == "none: kernels for CPUs are computed by plain PyTorch, slower"
     torch.testing.assert_close(depthwise.depthwise2d(*inputs, 4, 4), depthwise.reference(*inputs, 4, 4))
 
 
