@@ -401,10 +401,15 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
         problem = site.problem(info, core)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
+    able = [site for site in sites if site.path not in problems]
+    for kind in {type(site): None for site in able}:
+        for path, problem in kind.try_together([site for site in able if type(site) is kind], info).items():
+            site = next(one for one in able if one.path == path)
+            problems[path] = f"{type(site.module).__name__}: {problem}"
     if problems:
         lines = "\n".join(_lines(problems))
-        able = [site.path for site in sites if site.path not in problems]
-        hint = f" Choose layers with where=, for example where={_pattern(able, list(problems))!r}." if able else ""
+        paths = [site.path for site in sites if site.path not in problems]
+        hint = f" Choose layers with where=, for example where={_pattern(paths, list(problems))!r}." if paths else ""
         raise UnsupportedError(
             f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
             f"Nothing was swapped.{hint}"

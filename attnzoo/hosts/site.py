@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -108,6 +108,11 @@ class Site:
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Say why this mixer cannot stand here though others might, or give None."""
         return None
+
+    @classmethod
+    def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:
+        """Try `info` at all of `sites` at once, where no single one has a problem; say what is wrong, by path."""
+        return {}
 
     def put_core(self, core: Core) -> nn.Module:
         """Make the module that runs `core` on the host's own weights."""
