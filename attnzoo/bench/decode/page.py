@@ -70,7 +70,7 @@ def _how_to_read(records: Sequence[DecodeRecord]) -> str:
         "Every row reads the same windows and prompts through its own cache, which evicts while it reads. NLL to dense "
         "is in nats a token: the mean over windows of the difference to the dense model on the same window, with its "
         "95% bootstrap interval. Bytes are the largest over windows: held counts keys, values, positions and what "
-        "a policy keeps; allocated counts empty places too. "
+        "a policy keeps; allocated counts empty places too. MB are 10<sup>6</sup> bytes. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, only where '
         "the whole interval of paired differences is on one side of 0. "
     )
