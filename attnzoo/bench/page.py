@@ -361,7 +361,7 @@ def _gates(summary: Summary) -> str:
             continue  # the gate of the prefill
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            body += f"<tr><td>{escape(row.label)}</td><td>{group.tokens:,}</td>{_gate_cells(row.gate)}"
+            body += f"<tr><td>{escape(row.label)}</td><td>{group.tokens:,}</td>{gate_cells(row.gate)}"
             body += f'<td class="text">{escape(ran)}</td></tr>\n'
     if not body:
         return ""
@@ -374,7 +374,8 @@ def _gates(summary: Summary) -> str:
     )
 
 
-def _gate_cells(gate: Gate | None) -> str:
+def gate_cells(gate: Gate | None) -> str:
+    """Table cells of a gate: whether it passed, its error, the error allowed, and the oracle."""
     if gate is None:
         return '<td>-</td><td>-</td><td>-</td><td class="text">not reached</td>'
     error = "not finite" if gate.max_abs_error is None else f"{gate.max_abs_error:.1e}"
