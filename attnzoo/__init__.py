@@ -14,6 +14,7 @@ from attnzoo.registry import (
     unregister_attention,
 )
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
+from attnzoo.weights import load_weights
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "kv_bytes",
     "list_attentions",
     "load_cache",
+    "load_weights",
     "register_attention",
     "replace_attention",
     "restore_attention",

@@ -25,6 +25,10 @@ class SwapError(AttnZooError):
     """A swap or a restore that cannot be done: the model is as it was."""
 
 
+class WeightsError(AttnZooError):
+    """Weights that do not fit a model: the message says what to do, and the model is as it was."""
+
+
 class MissingExtraError(AttnZooError):
     """A package that is not installed: the message gives the install line."""
 

@@ -7,6 +7,7 @@ so a copy of a swapped model, or a part of it, can be reported on and restored l
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,11 +67,14 @@ class SwapReport:
         Every attention layer, swapped or not.
     parameters_before, parameters_after
         Numbers of parameters of the whole model.
+    standing
+        Layers that attend, by what their classes call, and that no host knows: no swap reaches them.
     """
 
     layers: tuple[LayerReport, ...]
     parameters_before: int
     parameters_after: int
+    standing: tuple[LayerReport, ...] = ()
 
     @property
     def swapped(self) -> tuple[LayerReport, ...]:
@@ -105,8 +109,18 @@ class SwapReport:
                 f"{len(self.layers)} attention layers found, {len(self.swapped)} swapped; "
                 f"parameters of the model {self.parameters_before:,} -> {self.parameters_after:,} "
                 f"(reused {self.reused:,}, added {self.added:,})",
+                *(["left alone: " + _told(self.standing)] if self.standing else []),
             ]
         )
+
+
+def _told(standing: Sequence[LayerReport]) -> str:
+    """Layers that attend and were left alone, by class."""
+    classes: dict[str, list[str]] = {}
+    for layer in standing:
+        classes.setdefault(f"{layer.host_class} ({layer.host})", []).append(layer.path)
+    said = [f"{len(paths)} of {name}, the first at {paths[0]}" for name, paths in classes.items()]
+    return "; ".join(said) + ": they attend, but no host of attnzoo knows their class"
 
 
 def replace_attention(
@@ -120,7 +134,9 @@ def replace_attention(
     """Put the attention `name` in the place of a model's own, in every layer or in those that `where` names.
 
     The model is changed in place and returned. A core or a policy runs on the host's own weights; a mixer brings its
-    own. A swap of a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is.
+    own. A swap of a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is. Layers
+    that attend though no host knows their class (the windows of a detector's Swin backbone, say) stay: a swap without
+    `where` warns of them, and `swap_report` names them.
 
     Parameters
     ----------
@@ -161,6 +177,8 @@ def replace_attention(
     if bounded is not None:
         sites = _without_own_window(sites)
     _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
+    if where is None:
+        _warn_of_standing(found)
     _check_wanted(wanted, sites)
     core = build_core(info, options) if info.kind == "core" else bounded
     swaps = [
@@ -210,7 +228,8 @@ def swap_report(model: nn.Module) -> SwapReport:
     sites = find_sites(model, own, Wanted())
     reports = []
     seen: set[int] = set()
-    hosts = {site.path: site for site in sites}
+    standing = _standing(sites)
+    hosts = {site.path: site for site in sites if not _stands(site)}
     for path, layer in places.items():
         record = swapped_record(layer)
         if (record is None and path not in hosts) or id(layer) in seen:
@@ -235,7 +254,7 @@ def swap_report(model: nn.Module) -> SwapReport:
             )
     after = _parameters(model)
     before = after - sum(r.parameters_after - r.parameters_before for r in reports)
-    return SwapReport(tuple(reports), before, after)
+    return SwapReport(tuple(reports), before, after, standing)
 
 
 def swapped_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -316,8 +335,9 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
             f"this {type(model).__name__} is itself the attention layer; pass the model that holds it, "
             "for example torch.nn.Sequential(layer)"
         )
+    known = [site for site in sites if not _stands(site)]
     if where is None:
-        return sites
+        return known or sites
     patterns = [where] if isinstance(where, str) else where
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {short(where)}")
@@ -325,7 +345,31 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
         if not any(_matches(site.path, pattern) for site in sites):
             listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
             raise SwapError(f"where={pattern!r} matches none of the {len(sites)} attention layers: {listed}")
-    return [site for site in sites if any(_matches(site.path, p) for p in patterns)]
+    chosen = [site for site in sites if any(_matches(site.path, p) for p in patterns)]
+    return [site for site in chosen if not _stands(site)] or chosen
+
+
+def _stands(site: Site) -> bool:
+    """Whether the layer is known to attend by what it does alone."""
+    return isinstance(site, RefusedSite) and site.standing
+
+
+def _standing(sites: Sequence[Site]) -> tuple[LayerReport, ...]:
+    found = []
+    for site in filter(_stands, sites):
+        n = _parameters(site.module)
+        found.append(LayerReport(site.path, site.host, type(site.module).__name__, None, {}, n, n, n))
+    return tuple(found)
+
+
+def _warn_of_standing(sites: Sequence[Site]) -> None:
+    """Say what attention a swap of a whole model leaves standing."""
+    left = _standing(sites)
+    if left:
+        warnings.warn(
+            f"this swap leaves attention standing: {_told(left)}. Choose layers with where= to swap a part on purpose",
+            stacklevel=3,
+        )
 
 
 def _matches(path: str, pattern: str) -> bool:
@@ -357,10 +401,15 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
         problem = site.problem(info, core)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
+    able = [site for site in sites if site.path not in problems]
+    for kind in {type(site): None for site in able}:
+        for path, problem in kind.try_together([site for site in able if type(site) is kind], info).items():
+            site = next(one for one in able if one.path == path)
+            problems[path] = f"{type(site.module).__name__}: {problem}"
     if problems:
         lines = "\n".join(_lines(problems))
-        able = [site.path for site in sites if site.path not in problems]
-        hint = f" Choose layers with where=, for example where={_pattern(able, list(problems))!r}." if able else ""
+        paths = [site.path for site in sites if site.path not in problems]
+        hint = f" Choose layers with where=, for example where={_pattern(paths, list(problems))!r}." if paths else ""
         raise UnsupportedError(
             f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
             f"Nothing was swapped.{hint}"

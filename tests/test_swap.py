@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -14,6 +15,7 @@ from torchvision.models import swin_t
 
 import attnzoo
 from attnzoo.errors import OptionError, SwapError, UnknownNameError, UnsupportedError
+from attnzoo.hosts.standing import attends
 from attnzoo.swap import _pattern, swapped_layers
 from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, Host, fingerprint, images, mha, seeded, torch_layer, vit
 
@@ -447,3 +449,72 @@ def test_the_report_reads():
     assert "padre(degree=2)" in text
     assert "(its own)" in text
     assert "2 attention layers found, 1 swapped" in text
+
+
+# ---- attention that no host knows
+
+UNKNOWN = {
+    "convit_tiny": "GPSA: it attends, but no host of attnzoo knows this class",
+    "shvit_s1": "SHSA: it attends, but no host of attnzoo knows this class",
+}
+WRAPPED = {
+    "cait_xxs24_224": r"blocks\.0\.attn: TalkingHeadAttn: talking heads",
+    "xcit_nano_12_p16_224": r"blocks\.0\.attn: XCA: cross-covariance attention",
+    "botnet26t_256": r"stages\.2\.1\.self_attn: BottleneckAttn: relative position bias",
+    "halonet26t": r"stages\.2\.1\.self_attn: HaloAttn: windows with relative position bias",
+    "volo_d1_224": r"network\.0\.0\.attn: OutlookAttention: outlook attention",
+}
+
+
+@pytest.mark.parametrize("name", [*UNKNOWN, *WRAPPED])
+def test_layers_that_attend_are_refused_with_the_reason_of_the_layer_itself(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedError, match={**UNKNOWN, **WRAPPED}[name]) as caught:
+        attnzoo.replace_attention(model, "sdpa")
+    assert "Block" not in str(caught.value), "a block that holds the layer is not a layer"
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "skresnet18", "resnest14d", "mixer_s32_224", "convnext_atto"])
+def test_gates_and_classifiers_do_not_attend(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert not any(attends(module) for module in model.modules())
+
+
+class Unknown(nn.Module):
+    """Attention by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.normalize = nn.Softmax(-1)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.normalize(q @ k.mT) @ v
+
+
+class Fused(Unknown):
+    """The same, by torch's own function."""
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+@pytest.mark.parametrize("unknown", [Unknown, Fused])
+def test_a_swap_says_what_attention_it_leaves_standing(unknown):
+    model = nn.Sequential(torch_layer(), unknown(), unknown())
+    with pytest.warns(UserWarning, match=rf"leaves attention standing: 2 of {unknown.__name__} .*, the first at 1:"):
+        attnzoo.replace_attention(model, "sdpa")
+    report = attnzoo.swap_report(model)
+    assert [layer.path for layer in report.swapped] == ["0.self_attn"]
+    assert [layer.path for layer in report.standing] == ["1", "2"]
+    assert f"left alone: 2 of {unknown.__name__}" in str(report)
+    attnzoo.restore_attention(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attnzoo.replace_attention(model, "sdpa", where="0")
+        attnzoo.replace_attention(model, "sdpa", where="*")
+    with pytest.raises(UnsupportedError, match=f"1: {unknown.__name__}: it attends, but"):
+        attnzoo.replace_attention(model, "sdpa", where="1")

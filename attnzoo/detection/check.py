@@ -2,24 +2,28 @@
 
 What happens to what is odd is mmdet's own doing: boxes past the edge are clipped for training where an image is
 resized, and scored as they are annotated; boxes without area or under a pixel wide, and those of classes that are not
-asked for, are left out; crowd regions are neither trained on nor counted against; images without a box are trained on
-unless the config filters them (``filter_empty_gt``). An image that cannot be read stops a run when it is its turn, with
-its name.
+asked for, are left out; crowd regions and boxes to be ignored are neither trained on nor counted against; images
+without a box are trained on unless the config filters them (``filter_empty_gt``). What is scored is the same: where the
+file holds boxes that are left out, the metric reads a copy without them. An image of which the header cannot be read,
+that has another size than the file says, or that is turned by EXIF, is refused; one that is damaged further on stops a
+run when it is its turn, with its name.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnzoo.detection import mmcv_ext
+from attnzoo.detection import coco_file, mmcv_ext
+from attnzoo.detection.voc import image_size
 from attnzoo.errors import DataError
 
 LISTED = 5
+READERS = 8  # of headers, at a time
 
 
 @dataclass
@@ -81,7 +85,9 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
             f"{file} lists the classes as {', '.join(ordered)}, and mmdet numbers them so; give metainfo's classes in "
             f"that order, not as {', '.join(classes)}"
         )
-    _images_are_there(content, root / (config.get("data_prefix") or {}).get("img", ""), file)
+    folder = root / (config.get("data_prefix") or {}).get("img", "")
+    _images_are_there(content, folder, file)
+    _images_are_as_told(content, folder, file)
     found = count(content, file, classes)
     if not found.trained and (config.get("filter_cfg") or {}).get("filter_empty_gt") and not config.get("test_mode"):
         raise DataError(f"{file} has no box to train on, and filter_cfg leaves out every image without one")
@@ -119,40 +125,20 @@ def read(file: Path) -> dict[str, Any]:
         If it is missing, broken, not COCO's, or without any image.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = coco_file.parse(file.read_bytes(), file)
     except OSError as error:
         raise DataError(f"annotations {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"annotations {file} are broken: {error}") from error
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{file} is no COCO file: it has no list {key!r}")
     if not content["images"]:
         raise DataError(f"{file} holds no image: there is nothing to train or test on")
-    for kind, keys in (("images", ("id", "file_name", "width", "height")), ("categories", ("id", "name"))):
-        for one in content[kind]:
-            lacking = [key for key in keys if key not in one]
-            if lacking:
-                raise DataError(f"{file}: one of its {kind} has no {', '.join(lacking)}: {one}")
     for kind in ("images", "annotations", "categories"):
-        twice = [number for number, times in Counter(one.get("id") for one in content[kind]).items() if times > 1]
+        twice = [number for number, times in Counter(one["id"] for one in content[kind]).items() if times > 1]
         if twice:
             raise DataError(f"{file}: two of its {kind} have the id {twice[0]}")
     images = {image["id"] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
-    for place, one in enumerate(content["annotations"]):
-        box = one.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, (int, float)) for n in box)):
-            raise DataError(f"{file}: annotation {one.get('id', place)} has no bbox of four numbers: {box!r}")
-        if one.get("image_id") not in images or one.get("category_id") not in categories:
-            raise DataError(
-                f"{file}: annotation {one.get('id', place)} is of an image or a category that is not listed"
-            )
-        if one.get("id") == 0:
-            raise DataError(f"{file}: an annotation has the id 0, which pycocotools takes for none; count from 1")
-        for key in ("area", "iscrowd"):
-            if key not in one:
-                raise DataError(f"{file}: annotation {one.get('id', place)} has no {key!r}, which COCO's metric needs")
+    for one in content["annotations"]:
+        if one["image_id"] not in images or one["category_id"] not in categories:
+            raise DataError(f"{file}: annotation {one['id']} is of an image or a category that is not listed")
     return content
 
 
@@ -168,6 +154,45 @@ def _images_are_there(content: Mapping[str, Any], folder: Path, file: Path) -> N
         raise DataError(f"{len(missing)} of {len(content['images'])} images of {file} are not in {folder}: {listed}")
 
 
+def _images_are_as_told(content: Mapping[str, Any], folder: Path, file: Path) -> None:
+    """Refuse images that have another size than the file says: their boxes would lie elsewhere. Headers alone are read.
+
+    Images that are turned by EXIF are refused too, for readers differ in whether they turn them.
+    """
+    images = content["images"]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = list(pool.map(lambda image: image_size(folder / image["file_name"]), images))
+    wrong = [
+        f"{image['file_name']} is {found[0]} x {found[1]}, annotated as {image['width']} x {image['height']}"
+        for image, found in zip(images, sizes, strict=True)
+        if found != (image["width"], image["height"])
+    ]
+    if wrong:
+        listed = "; ".join(wrong[:LISTED]) + ("; ..." if len(wrong) > LISTED else "")
+        raise DataError(
+            f"{len(wrong)} of {len(images)} images of {file} have another size than it says: {listed}. Annotate the "
+            "images as they are, or give those that were annotated"
+        )
+
+
+def left_out(annotation: Mapping[str, Any], size: tuple[int, int]) -> bool:
+    """Whether mmdet leaves a box out: it has no area, is under a pixel wide or high, or lies outside its image."""
+    x, y, width, height = annotation["bbox"]
+    across, down = size
+    inside = min(x + width, across) > max(x, 0) and min(y + height, down) > max(y, 0)
+    return annotation["area"] <= 0 or width < 1 or height < 1 or not inside
+
+
+def to_score(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the content of a COCO file as it is scored: without the boxes that are left out.
+
+    Boxes to be ignored, which are not trained on, become crowd regions: neither asked for nor counted against.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    kept = [one for one in content["annotations"] if not left_out(one, sizes[one["image_id"]])]
+    return {**content, "annotations": [{**one, "iscrowd": 1} if one.get("ignore") else one for one in kept]}
+
+
 def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> Checked:
     """Count what a COCO file holds, and what is odd."""
     asked = {category["id"] for category in content["categories"] if category["name"] in classes}
@@ -176,17 +201,18 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
     for one in content["annotations"]:
         x, y, width, height = one["bbox"]
         across, down = sizes[one["image_id"]]
-        inside = min(x + width, across) > max(x, 0) and min(y + height, down) > max(y, 0)
         if one["category_id"] not in asked:
             found.odd["boxes of other classes, left out"] += 1
             continue
-        if one["iscrowd"]:
-            found.odd["crowd regions"] += 1
-        found.trained += not one["iscrowd"] and one["area"] > 0 and width >= 1 and height >= 1 and inside
-        if one["area"] <= 0 or width < 1 or height < 1 or not inside:
+        out, hidden = left_out(one, (across, down)), bool(one["iscrowd"] or one.get("ignore"))
+        found.odd["crowd regions"] += bool(one["iscrowd"])
+        found.odd["boxes to be ignored, scored as crowd regions"] += bool(one.get("ignore"))
+        found.trained += not (out or hidden)
+        if out:
             found.odd["boxes without area or outside, left out"] += 1
         elif x < 0 or y < 0 or x + width > across or y + height > down:
             found.odd["boxes past the edge"] += 1
+    found.odd = +found.odd
     bare = len(sizes) - len({one["image_id"] for one in content["annotations"]})
     if bare:
         found.odd["images without a box"] += bare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from attnzoo import assets
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
+from attnzoo.detection.voc import write_json
 from attnzoo.errors import AttnZooError, ConfigError
 
 RUNS = Path("runs/detect")
@@ -128,6 +130,7 @@ def prepare(config: Any) -> list[check.Checked]:
     found = [one for part in loaders(config) for one in check.dataset(config[part].dataset)]
     for part in ("val", "test"):
         _check_metric(config, part)
+        _score_what_is_checked(config, part)
     head = config.model.get("bbox_head")
     for one in found:
         if isinstance(head, Mapping) and head.get("num_classes") not in (None, len(one.classes)):
@@ -145,11 +148,31 @@ def _check_metric(config: Any, part: str) -> None:
     if not told or loader is None:
         return
     read = [Path(one.get("data_root") or "") / one.get("ann_file", "") for one in check.innermost(loader.dataset)]
-    if Path(told) not in read:
+    if Path(told) not in read and Path(told) not in [_scored(config, one) for one in read]:
         raise ConfigError(
             f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
             "give that, or None"
         )
+
+
+def _scored(config: Any, file: Path) -> Path:
+    """Where a copy of an annotation file goes that holds what is scored."""
+    name = f"{file.stem}-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}.json"
+    return Path(config.work_dir) / "scored" / name
+
+
+def _score_what_is_checked(config: Any, part: str) -> None:
+    """Have the metric read a copy of its annotation file, where that holds boxes which the data set leaves out."""
+    metric = config.get(f"{part}_evaluator")
+    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
+    if not told or Path(told).parent == Path(config.work_dir) / "scored":
+        return
+    content = check.read(Path(told))
+    scored = check.to_score(content)
+    if scored["annotations"] != content["annotations"]:
+        copy = _scored(config, Path(told))
+        write_json(scored, copy)
+        metric["ann_file"] = str(copy)
 
 
 def _check_used(config: Any, root: str) -> None:

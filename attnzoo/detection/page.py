@@ -136,8 +136,10 @@ def picture_of(one: Judged, names: Sequence[str]) -> str:
     """
     from PIL import Image, ImageDraw
 
+    from attnzoo.pixels import to_mode
+
     with Image.open(one.path) as opened:
-        image = opened.convert("RGB")
+        image = to_mode(opened, "RGB")
     scale = SHOWN_PIXELS / max(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)))
     draw = ImageDraw.Draw(image)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -24,6 +25,7 @@ from typing import Any
 from attnzoo.errors import AttnZooError, DataError
 from attnzoo.extras import require
 
+UPRIGHT = 1  # EXIF's orientation of an image that is not turned
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -92,7 +94,7 @@ def read_voc(annotation: Path, image: Path, found: Converted) -> Photo:
         objects = [_box(thing) for thing in root.iter("object")]
     except (OSError, ElementTree.ParseError, ValueError, TypeError) as error:
         raise DataError(f"{annotation} is no annotation of Pascal VOC: {error}") from error
-    if said not in ([0, 0], [width, height]):
+    if min(said) < 0 or said not in ([0, 0], [width, height]):
         raise DataError(f"{annotation} is for an image of {said[0]} x {said[1]}, but {image} has {width} x {height}")
     boxes = []
     for box in objects:
@@ -108,30 +110,47 @@ def read_voc(annotation: Path, image: Path, found: Converted) -> Photo:
 
 
 def _box(thing: ElementTree.Element) -> Box:
-    left, top, right, bottom = (float(thing.findtext(f"bndbox/{corner}") or "nothing") for corner in CORNERS)
+    left, top, right, bottom = (_finite(thing.findtext(f"bndbox/{corner}"), corner) for corner in CORNERS)
     name = (thing.findtext("name") or "").strip()
     if not name:
         raise ValueError("an object without a name")
-    crowd = (thing.findtext("difficult") or "0").strip() == "1"
+    difficult = (thing.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise ValueError(f"difficult is {difficult!r}, not 0 or 1")
+    crowd = difficult == "1"
     return Box(name, left - 1, top - 1, right, bottom, crowd)
 
 
+def _finite(text: str | None, corner: str) -> float:
+    number = float(text or "nothing")
+    if not math.isfinite(number):
+        raise ValueError(f"{corner} is {text}")
+    return number
+
+
 def image_size(image: Path) -> tuple[int, int]:
-    """Width and height of an image file.
+    """Width and height of an image file, out of its header.
 
     Raises
     ------
     DataError
-        If it cannot be read.
+        If it cannot be read, or is turned by EXIF: OpenCV turns such images and PIL does not, so that boxes would lie
+        in one place in training and in another where they are drawn.
     """
     require("PIL", extra="detection")
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     try:
         with Image.open(image) as opened:
-            return opened.size
-    except OSError as error:
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{image} cannot be read as an image: {error}") from error
+    if turned not in (0, UPRIGHT):
+        raise DataError(
+            f"{image} is turned by EXIF (orientation {turned}), which readers of images do or do not follow; write it "
+            "upright, as PIL.ImageOps.exif_transpose does, and see that its boxes fit"
+        )
+    return size
 
 
 def coco(photos: Iterable[Photo], names: Sequence[str]) -> dict[str, Any]:

@@ -610,7 +610,9 @@ def _make_bounded(cache: DynamicCache, model: nn.Module) -> BoundedCache:
 
 
 def _is_filled(layer: Any) -> bool:
-    return bool(getattr(layer, "is_initialized", False)) and layer.get_seq_length() > 0
+    """Whether a layer holds tokens; one without a length (of no attention, or of shared keys) tells nothing."""
+    tracks = isinstance(layer, CacheLayerMixin) and bool(getattr(layer, "is_initialized", False))
+    return tracks and layer.get_seq_length() > 0
 
 
 def _counts(layer: Any) -> bool:
@@ -632,6 +634,12 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
     """Which of the new tokens are real, ``(B, N)``; None if the mask does not say. `past` are those seen before."""
     if mask is None:
         return None
+    if isinstance(mask, Mapping):
+        raise UnsupportedError(
+            f"an attention mask ({type(mask).__name__}) cannot be honoured by layers that keep a bounded cache or a "
+            "state: it holds masks that were made outside of the language model (as some vision-language models do, so "
+            "that the tokens of an image see one another); load the language model alone, by its ...ForCausalLM class"
+        )
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
         raise UnsupportedError(

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from attnzoo.hosts.site import RefusedSite, Site, Wanted, looks_like_attention, swapped_record
+from attnzoo.hosts.site import NOBODY, RefusedSite, Site, Wanted, looks_like_attention, swapped_record
+from attnzoo.hosts.standing import attends
 
 __all__ = ["RefusedSite", "Site", "Wanted", "find_sites"]
 
@@ -28,7 +29,8 @@ _HOSTS = {
 def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
     """Find every attention layer of `model`, in the model's order.
 
-    A layer that looks like attention, by its class's name, but that no host knows is a site too: one that refuses.
+    A layer that no host knows is a site too, one that refuses, if it is attention by its class's name or by what its
+    class calls (see `attnzoo.hosts.standing`).
     """
     packages = {base.__module__.partition(".")[0] for m in layers.values() for base in type(m).__mro__}
     sites: dict[str, Site] = {}
@@ -39,7 +41,12 @@ def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted
     found = set(sites) | {path for path, layer in layers.items() if swapped_record(layer) is not None}
     for path, layer in layers.items():
         if path not in sites and looks_like_attention(layer) and not _related(path, found):
-            sites[path] = RefusedSite(path, layer, "unknown", "no host of attnzoo knows this class")
+            sites[path] = RefusedSite(path, layer, "unknown", NOBODY)
+    found |= set(sites)
+    for path, layer in layers.items():
+        if path not in found and not _related(path, found) and attends(layer):
+            library = type(layer).__module__.partition(".")[0]
+            sites[path] = RefusedSite(path, layer, library, f"it attends, but {NOBODY}", standing=True)
     order = {path: i for i, path in enumerate(layers)}
     return sorted(sites.values(), key=lambda site: order[site.path])
 

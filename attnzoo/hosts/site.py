@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -14,6 +14,7 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer
 
+NOBODY = "no host of attnzoo knows this class"
 Core = Callable[..., Tensor]
 M = TypeVar("M", bound=nn.Module)
 
@@ -108,6 +109,11 @@ class Site:
         """Say why this mixer cannot stand here though others might, or give None."""
         return None
 
+    @classmethod
+    def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:
+        """Try `info` at all of `sites` at once, where no single one has a problem; say what is wrong, by path."""
+        return {}
+
     def put_core(self, core: Core) -> nn.Module:
         """Make the module that runs `core` on the host's own weights."""
         raise TypeError(f"{type(self).__name__} takes no core")
@@ -141,10 +147,12 @@ class RefusedSite(Site):
     """A layer that is attention, but where nothing can stand."""
 
     reason: str = ""
+    standing: bool = False
+    """Whether it is known by what it does alone: a swap of a whole model goes round it, and says so."""
 
-    def __init__(self, path: str, module: nn.Module, host: str, reason: str) -> None:
+    def __init__(self, path: str, module: nn.Module, host: str, reason: str, standing: bool = False) -> None:
         super().__init__(path, module, host)
-        self.reason = reason
+        self.reason, self.standing = reason, standing
 
     def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str:
         """Say why."""

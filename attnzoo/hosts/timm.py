@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.hosts.site import (
+    NOBODY,
     Core,
     CoreLayer,
     MixerLayer,
@@ -36,16 +37,19 @@ from attnzoo.registry import AttentionInfo
 _REFUSED = {
     "Attention2d": "convolutional attention over 2-D maps",
     "BottleneckAttn": "relative position bias",
+    "ClassAttention": "class attention: one query, cross-attention to the patches",
     "ClassAttn": "class attention: one query, cross-attention to the patches",
     "CrossAttention": "cross-attention",
     "DiffAttention": "differential attention: the difference of two softmaxes",
     "HaloAttn": "windows with relative position bias",
     "MaskUnitAttention": "attention inside mask units, with pooled queries",
     "MultiScaleAttention": "pooled queries and keys with relative position bias",
+    "OutlookAttention": "outlook attention: the weights of a window come from its middle, without keys",
     "PartitionAttention2d": "windows with relative position bias",
     "PartitionAttentionCl": "windows with relative position bias",
     "RelPosAttention": "relative position bias",
     "TalkingHeadAttn": "talking heads: weights are mixed across heads",
+    "XCA": "cross-covariance attention: channels attend to channels",
     "WindowMultiHeadAttention": "window shift and relative position bias",
 }
 
@@ -61,15 +65,29 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
             why = "attention pooling is cross-attention from a learned query, and a mixer has one input"
             site = TimmSite(path, layer, "timm", layer.kv.in_features, layer.num_heads, _needs(layer, cross=True), why)
             sites.append(site)
-        elif _is_other_attention(layer) and not any(path.startswith(f"{site.path}.") for site in sites):
-            reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or "no host of attnzoo knows this class"
+        elif _is_other_attention(layer):
+            reason = _REFUSED.get(type(layer).__name__) or _bias(layer) or NOBODY
             if type(layer).__name__ == "WindowAttention":
                 reason = "window shift and relative position bias" if _bias(layer) else "attention inside windows"
             sites.append(RefusedSite(path, layer, "timm", reason))
-    refused = {site.path for site in sites if isinstance(site, RefusedSite)}
-    known = [site.path for site in sites if site.path not in refused]
-    # a class that only wraps a layer we know (a block named ...Attention) is not a layer of its own
-    return [s for s in sites if s.path not in refused or not any(k.startswith(f"{s.path}.") for k in known)]
+    return _without_wrappers(sites)
+
+
+def _without_wrappers(sites: list[Site]) -> list[Site]:
+    """Leave out blocks named ...Attn that only hold another layer, whose own reason tells more.
+
+    A refused layer that has a reason of its own stands for what it holds, unless that is a layer that can be swapped.
+    """
+    able = [site for site in sites if not isinstance(site, RefusedSite)]
+    told = [site for site in sites if isinstance(site, RefusedSite) and site.reason != NOBODY]
+    kept = []
+    for site in sites:
+        holds = told if isinstance(site, RefusedSite) and site.reason == NOBODY else []
+        wraps = any(inner.path.startswith(f"{site.path}.") for inner in [*able, *holds])
+        inside = any(site.path.startswith(f"{outer.path}.") for outer in told)
+        if not isinstance(site, RefusedSite) or not (wraps or inside):
+            kept.append(site)
+    return kept
 
 
 def _is_other_attention(layer: nn.Module) -> bool:

@@ -18,8 +18,10 @@ An eviction policy takes the same way under a name of its own; what it needs of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,10 +32,11 @@ from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import detector_mixer, versions, vision_mixer
+from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.site import (
     Core,
+    MixerLayer,
     RefusedSite,
     Site,
     Wanted,
@@ -44,7 +47,7 @@ from attnzoo.hosts.site import (
     share_state,
     swapped_record,
 )
-from attnzoo.registry import AttentionInfo
+from attnzoo.registry import AttentionInfo, build_policy, describe
 
 NAME = "attnzoo"
 BATCHING = "init_continuous_batching"  # what makes the manager of transformers' continuous batching
@@ -70,7 +73,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
     for site in sites:
         if isinstance(site, TransformersSite):
             site.owner, site.between = _owner(site.path, layers)
-            site.generators = [layers[a] for a in ancestors(site.path) if hasattr(layers.get(a), BATCHING)]
+            site.outer = {outer: layers[outer] for outer in ancestors(site.path) if outer in layers}
             if "causal" not in site.needs:
                 site.detector = detector_mixer.layer_of(site.path, layers)
                 if site.detector is None:
@@ -159,8 +162,8 @@ class TransformersSite(Site):
     """A module that calls transformers' attention interface."""
 
     owner: Any = None
+    outer: dict[str, Any] = field(default_factory=dict)
     between: list[Any] = field(default_factory=list)
-    generators: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
     patches: vision_mixer.Patches | None = None
@@ -181,6 +184,38 @@ class TransformersSite(Site):
             kind = type(self.own_cache).__name__
             return f"transformers gives it another cache than a plain one of keys and values ({kind})"
         return self._decoder_problem("eviction") or self._deaf(module)
+
+    @classmethod
+    def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:
+        """Try cached calls of decoders swapped at `sites`, on copies without weights; see `attnzoo.hosts.trial`."""
+        groups: dict[tuple[str, ...], list[TransformersSite]] = {}
+        for site in sites:
+            if isinstance(site, cls) and (info.kind == "eviction" or (info.kind == "mixer" and "causal" in site.needs)):
+                groups.setdefault(site.callers, []).append(site)
+        problems: dict[str, str] = {}
+        for callers, group in groups.items():
+            for caller in callers:
+                try:
+                    problems |= _tried(trial.Twin.of(group[0].outer[caller]), caller, group, info)
+                    break
+                except trial.UntriedError:
+                    continue  # with the model inside it
+        return problems
+
+    @property
+    def callers(self) -> tuple[str, ...]:
+        """Paths of the models round the layer that take a cache, the outermost first: that is the one called."""
+        takers = [path for path, m in self.outer.items() if hasattr(m, "config") and versions.takes_cache(m)]
+        return tuple(reversed(takers))
+
+    def substitute(self, info: AttentionInfo, module: Any, owner: Any) -> nn.Module:
+        """Make what a trial puts in the place of `module`, this layer's twin, in a model that holds `owner`'s twin."""
+        twin = dataclasses.replace(self, module=module, owner=owner)
+        cache.add_hook(owner)
+        if info.kind == "mixer":
+            return DecoderMixer(trial.PassOn(), module)
+        policy = build_policy(describe("knorm"), {"budget": 2 * sum(trial.TOKENS)})  # any: the model is on trial
+        return twin.put_bounded(BoundedAttention("trial", policy, trial.attend))
 
     def _decoder_problem(self, what: str) -> str | None:
         """Say why this layer cannot have a cache layer of its own, or give None."""
@@ -212,7 +247,11 @@ class TransformersSite(Site):
         return layer
 
     def installed(self, layer: nn.Module) -> None:
-        """Have the model look at its calls as long as any of its layers is bounded."""
+        """Have the model look at its calls as long as any of its layers is bounded, and save its mixers as such."""
+        if isinstance(layer, MixerLayer):
+            saving.attach(list(self.outer.values()))
+        else:
+            saving.detach(list(self.outer.values()))
         if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
             self.patches.attach(layer)
         elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
@@ -221,13 +260,15 @@ class TransformersSite(Site):
             cache.add_hook(self.owner)
         else:
             self.removed()
-        for model in self.generators:
-            vars(model)[BATCHING] = refuse_continuous_batching
+        for model in self.outer.values():
+            if hasattr(model, BATCHING):
+                vars(model)[BATCHING] = refuse_continuous_batching
 
     def removed(self) -> None:
-        """Take the hook off a model none of whose layers is bounded, and the refusal off one that is not swapped."""
-        for model in self.generators:
-            if not any(swapped_record(module) is not None for module in model.modules()):
+        """Take off the models round this layer what only a swapped one needs."""
+        saving.detach(list(self.outer.values()))
+        for model in self.outer.values():
+            if BATCHING in vars(model) and all(swapped_record(module) is None for module in model.modules()):
                 vars(model).pop(BATCHING, None)
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
@@ -268,6 +309,35 @@ class TransformersSite(Site):
         layer.__dict__["attnzoo_core"] = core  # never a child, even if it is a module: the children are shared
         layer.attnzoo_model_config = self.module.config
         return layer
+
+
+def _tried(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: AttentionInfo) -> dict[str, str]:
+    """Try `sites` of one model together; if that fails, find those at fault."""
+    together = _error(twin, caller, sites, info)
+    if together is None:
+        return {}
+    kinds: dict[tuple[type, type], list[TransformersSite]] = {}
+    for site in sites:
+        kinds.setdefault((type(site.module), type(site.own_cache)), []).append(site)
+    problems: dict[str, str] = {}
+    for some in kinds.values():
+        error = _error(twin, caller, some[:1], info)
+        if error is not None:
+            problems |= {site.path: error for site in some}
+    rest = [site for site in sites if site.path not in problems]
+    error = _error(twin, caller, rest, info) if problems and rest else together
+    return problems if error is None else problems | {site.path: error for site in rest}
+
+
+def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: AttentionInfo) -> str | None:
+    def inside(path: str) -> str:
+        return path[len(caller) + 1 :] if caller else path
+
+    def put(site: TransformersSite, twin: nn.Module, module: nn.Module) -> nn.Module:
+        owner = next(path for path, m in site.outer.items() if m is site.owner)
+        return site.substitute(info, module, twin.get_submodule(inside(owner)))
+
+    return twin.error({inside(site.path): partial(put, site) for site in sites})
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:

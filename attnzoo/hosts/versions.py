@@ -151,6 +151,19 @@ def new_tokens(query: Any) -> int:
     return query if isinstance(query, int) else len(query)
 
 
+def saved_names(model: Any) -> dict[str, str]:
+    """Names of a model's weights by those under which ``save_pretrained`` writes them by default.
+
+    Weights that are saved in another shape (split or merged) are left out.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = model.state_dict()
+    names = {id(value): name for name, value in state.items()}
+    saved = revert_weight_conversion(model, dict(state))
+    return {name: names[id(value)] for name, value in saved.items() if id(value) in names}
+
+
 @lru_cache(maxsize=256)
 def parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """Parameters of a method, without self."""

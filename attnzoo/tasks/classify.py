@@ -93,8 +93,10 @@ def load_images(dataset: str, folder: Path, *, train_images: int | None = None, 
     Raises
     ------
     ConfigError
-        If there is no such data set, or it has fewer training images.
+        If there is no such data set, it has fewer training images, or `std` is not above 0.
     """
+    if not 0 < std < math.inf:
+        raise ConfigError(f"std: the deviation of the pixels must be above 0 and finite, not {std}")
     readers = {"digits": _read_digits, "fashion_mnist": _read_fashion_mnist}
     if dataset not in readers:
         raise ConfigError(f"there is no data set {dataset!r}; known: {', '.join(readers)}")

@@ -27,6 +27,11 @@ from attnzoo.errors import ConfigError
 
 CONFIG_VERSION = 1
 
+# what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
+FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+READERS = ("torch", "hfds", "hfids", "tfds", "wds")
+MOST_STD = 10  # more than that is a deviation of pixels from 0 to 255
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[PositiveFloat, PositiveFloat]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -63,10 +68,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Images and their classes.
 
-    Give either the `asset` of this package, or what timm's ``create_dataset`` takes: `name` (empty for a folder with
-    a folder a class; ``torch/cifar100``, ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`. `path` is where an asset
-    is that was fetched by hand. `options` go to timm's factory; for the test images, `test_options` where given. `mean`
-    and `std` standardise pixels; timm's for ImageNet by default.
+    Give either the `asset` of this package, or a `root` that has a folder for each split, in it a folder for each class
+    (see `attnzoo.training.folders`), or what timm's ``create_dataset`` takes: a `name` (``torch/cifar100``,
+    ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`. `path` is where an asset is that was fetched by hand.
+    `options` go to timm's factory; for the test images, `test_options` where given. `mean` and `std` standardize
+    pixels, which run from 0 to 1; timm's for ImageNet by default.
     """
 
     asset: Literal["digits", "fashion_mnist", "cifar10"] | None = None
@@ -94,10 +100,33 @@ class DataConfig(Section):
             raise ValueError("path is where an asset lies; a folder of images is `root`")
         if self.asset is None and not self.name and self.root is None:
             raise ValueError("give an asset, a root (a folder with a folder a class), or a name as timm takes it")
+        if self.name in FOLDERS[1:] and self.root is None:
+            raise ValueError(f"name {self.name!r} is a folder of images: give its root")
+        prefix, slash, _ = self.name.partition("/")
+        if self.name not in FOLDERS and not (slash and prefix.lower() in READERS):
+            raise ValueError(
+                f"name {self.name!r} is none that timm takes: it begins with {'/, '.join(READERS)}/; leave it out for "
+                "a folder of images (root)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scaled(self) -> DataConfig:
+        problems = []
         for key in ("mean", "std"):
             value = getattr(self, key)
             if value is not None and len(value) != self.channels:
-                raise ValueError(f"{key}: {len(value)} values for {self.channels} channels")
+                problems.append(f"{key}: {len(value)} values for {self.channels} channels")
+        mean, std = self.mean or (), self.std or ()
+        if any(m > 1 for m in mean) or any(s > MOST_STD for s in std):
+            given = {key: list(value) for key, value in (("mean", mean), ("std", std)) if value}
+            by_255 = {key: [round(v / 255, 4) for v in value] for key, value in given.items()}
+            told, meant = (", ".join(f"{key} {value}" for key, value in each.items()) for each in (given, by_255))
+            problems.append(f"{told}: pixels run from 0 to 1, not to 255; over 255 that is {meant}")
+        elif any(m < 0 for m in mean):
+            problems.append(f"mean {list(mean)}: pixels run from 0 to 1, so no mean is negative")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -121,6 +150,16 @@ class AugmentConfig(Section):
     mixup_switch_prob: Share = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     repeats: Annotated[PositiveInt, Field(description="copies of an image in a row, each augmented anew")] = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AugmentConfig:
+        for key in ("scale", "ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"{key}: [{low}, {high}] must be [least, most]")
+        if self.crop == "rrc" and self.scale[1] > 1:
+            raise ValueError(f"scale: {list(self.scale)} are parts of the image's area, at most 1")
+        return self
 
     @property
     def mixes(self) -> bool:

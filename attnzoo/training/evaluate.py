@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from attnzoo.training.images import NO_CLASS, TestImages, TestStream, Unreadable, share_of
+from attnzoo.training.images import NO_CLASS, TestImages, TestStream, Unreadable, check_classes, share_of
 from attnzoo.training.model import logits
 
 BINS = 15  # of the calibration error
@@ -88,7 +88,7 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     Raises
     ------
     TrainingError
-        If more than 1% of the images cannot be read.
+        If more than 1% of the images cannot be read, or one is of a class that the model does not have.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     training = model.training
@@ -97,6 +97,7 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     with torch.inference_mode():
         for x, y, index in loader:
             scores = logits(model, x.to(accelerator.device, non_blocking=True)).float()
+            check_classes(y, scores.shape[1])
             y, index = y.to(scores.device), index.to(scores.device)
             confidence, answer = scores.softmax(-1).max(-1)
             among = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).any(-1)

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, overload
 
@@ -16,13 +17,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from attnzoo import assets
-from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.errors import ConfigError, DataError, TrainingError
 from attnzoo.extras import require
-from attnzoo.training.config import AugmentConfig, DataConfig
+from attnzoo.pixels import Mode, to_mode
+from attnzoo.training.config import FOLDERS, AugmentConfig, DataConfig
+from attnzoo.training.folders import ImageFolder
 from attnzoo.training.randomness import reseed, seed_of
 
 UNREADABLE_SHARE = 0.01  # more than that of a data set stops a run
 MOST_TRIES = 100
+LOOKED_AT = 100  # images of each split, before any work
 NO_CLASS = -1
 ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 ORDER, AUGMENT, SUBSET = 1, 2, 3  # keys that keep the random numbers of different purposes apart
@@ -56,13 +60,17 @@ class Source(Protocol):
 
 @dataclass
 class Splits:
-    """What a config's data are: sources, or streams, which have an order of their own."""
+    """What a config's data are: sources, or streams, which have an order of their own.
+
+    `left_out` says, in a line for each split, what is in its folder and is not read.
+    """
 
     train: Source | IterableDataset[Any]
     test: Source | IterableDataset[Any]
     classes: int
     names: tuple[str, ...] | None
     train_images: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def streamed(self) -> bool:
@@ -83,7 +91,8 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     Raises
     ------
     ConfigError
-        If there is no such folder or data set, the splits' classes differ, or the number of classes is not known.
+        If there is no such folder or data set, the splits' classes differ, their number is not known or less than two,
+        or images have pixels of an unknown range.
     AssetError
         If an asset cannot be had.
     """
@@ -104,6 +113,17 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
         raise ConfigError(f"data.classes: {data.classes} asked for, but the data have {len(known[1] or ())}")
     if not counts:
         raise ConfigError("data.classes: must be given, for this reader does not tell how many there are")
+    if max(counts) < 2:
+        names = ", ".join(known[0] or known[1] or ())
+        raise ConfigError(
+            f"data: there is one class alone ({names}), and a classifier needs two or more. In folders, each folder in "
+            f"{data.train!r} and {data.test!r} is a class"
+        )
+    left_out = tuple(
+        f"{split}: left out {source.left_out}"
+        for split, source in ((data.train, train), (data.test, test))
+        if isinstance(source, ImageFolder) and source.left_out.counts
+    )
     images = len(cast(Any, train))
     if data.train_images is not None:
         if isinstance(train, IterableDataset):
@@ -112,7 +132,29 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
             raise ConfigError(f"data.train_images: {data.train_images} asked for, but there are {images}")
         chosen = np.random.default_rng(seed_of(SUBSET)).permutation(images)[: data.train_images]
         train, images = _Subset(train, np.sort(chosen)), data.train_images
-    return Splits(train, test, counts.pop(), next(filter(None, known), None), images)
+    for split, source in ((data.train, train), (data.test, test)):
+        if not isinstance(source, IterableDataset):
+            _look(source, split)
+    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, left_out)
+
+
+def _look(source: Source, split: str) -> None:
+    """Read some images all over a source, and refuse it if more than 1% of them have pixels of an unknown range.
+
+    Images that are broken are another matter: the few of them are skipped in training and counted.
+    """
+    images = len(source)
+    looked = sorted({at * images // LOOKED_AT for at in range(LOOKED_AT)}) if images else []
+    refused: list[str] = []
+    for index in looked:
+        try:
+            source.read(index)
+        except DataError as error:
+            refused.append(f"{source.name(index)}: {error}")
+        except ERRORS:
+            continue
+    if len(refused) > UNREADABLE_SHARE * len(looked):
+        raise ConfigError(f"data: of {len(looked)} images of {split!r}, {len(refused)} cannot be used. {refused[0]}")
 
 
 def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:
@@ -125,11 +167,38 @@ def _open(data: DataConfig, split: str, training: bool) -> Source | IterableData
         split = train if training else test
         if (root / "train").is_dir():  # an archive of folders, one a class
             name, split = "", "train" if training else "test"
-    elif not name and root is not None and not root.exists():
-        raise ConfigError(f"data.root: there is no folder {str(root)!r}")
-    if not name and root is not None and root.is_dir():
-        root = _split_folder(root, split)
+    if name in FOLDERS and root is not None:
+        if not root.is_dir():
+            unpack = "; it is a file: unpack it" if root.exists() else ""
+            raise ConfigError(f"data.root: there is no folder {str(root)!r}{unpack}")
+        return _folder(_split_folder(root, split), training, data)
     return _from_timm(name, root, split, training, data)
+
+
+def _folder(split: Path, training: bool, data: DataConfig) -> ImageFolder:
+    require("timm", extra="train")
+    from timm.data.readers.class_map import load_class_map
+
+    options = _options(data, training)
+    class_map, suffixes = options.pop("class_map", None), options.pop("input_key", None)
+    if options:
+        raise ConfigError(
+            f"data.options: {', '.join(options)}: for a folder of images there are class_map and input_key alone"
+        )
+    try:
+        numbers = load_class_map(class_map, str(split)) if class_map else None
+    except Exception as error:  # timm asserts
+        raise ConfigError(f"data.options.class_map: {class_map!r} cannot be read: {error}") from error
+    chosen = None if suffixes is None else frozenset(str(suffixes).lower().split(";"))
+    return ImageFolder(split, _mode(data), numbers, chosen)
+
+
+def _mode(data: DataConfig) -> Mode:
+    return "L" if data.channels == 1 else "RGB"
+
+
+def _options(data: DataConfig, training: bool) -> dict[str, Any]:
+    return dict(data.options if training or data.test_options is None else data.test_options)
 
 
 def _split_folder(root: Path, split: str) -> Path:
@@ -150,10 +219,12 @@ def _from_timm(
     require("timm", extra="train")
     from timm.data import create_dataset
 
-    mode = "L" if data.channels == 1 else "RGB"
-    options = dict(data.options if training or data.test_options is None else data.test_options)
-    if not name.startswith("torch/"):
-        options["input_img_mode"] = mode
+    mode, reader = _mode(data), name.partition("/")[0].lower()
+    options = _options(data, training)
+    if (
+        reader != "torch"
+    ):  # TensorFlow's reader decodes to 8 bits; the others give what PIL reads, which is converted here
+        options["input_img_mode"] = mode if reader == "tfds" else ""
     try:
         found: Any = create_dataset(
             name,
@@ -169,17 +240,25 @@ def _from_timm(
             f"data: {name or 'folder'!r}{where}, split {split!r}: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, IterableDataset):
+        cast(Any, found).transform = partial(to_mode, mode=mode)
         return found
     return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
 
 
-class _FromReader:
-    """A folder, an archive or a Hugging Face data set, through a reader of timm's."""
+def _class_of(target: Any) -> int:
+    """A label as a reader gives it; many data sets mark test images of unknown class by -1 or by nothing."""
+    if target is None or int(target) < 0:
+        raise DataError(f"it has no class (its label is {target})")
+    return int(target)
 
-    def __init__(self, dataset: Any, mode: str) -> None:
+
+class _FromReader:
+    """A Hugging Face data set, through a reader of timm's."""
+
+    def __init__(self, dataset: Any, mode: Mode) -> None:
         self.reader, self.mode = dataset.reader, mode
         by_index = getattr(self.reader, "class_to_idx", None)
-        self.classes = tuple(sorted(by_index, key=by_index.__getitem__)) if by_index else None
+        self.classes = tuple(map(str, sorted(by_index, key=by_index.__getitem__))) if by_index else None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -187,7 +266,7 @@ class _FromReader:
     def read(self, index: int) -> tuple[Image.Image, int]:
         handle, target, *_ = self.reader[index]
         with handle:
-            return Image.open(handle).convert(self.mode), int(target)
+            return to_mode(Image.open(handle), self.mode), _class_of(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index))
@@ -196,16 +275,20 @@ class _FromReader:
 class _FromTorchvision:
     """A data set of torchvision's."""
 
-    def __init__(self, dataset: Any, mode: str) -> None:
+    def __init__(self, dataset: Any, mode: Mode) -> None:
         self.dataset, self.mode = dataset, mode
-        self.classes = tuple(getattr(dataset, "classes", None) or ()) or None
+        if hasattr(dataset, "loader"):
+            dataset.loader = Image.open  # torchvision's own clips pixels of more than 8 bits
+        # ImageNet has several names for a class
+        names = [name if isinstance(name, str) else ", ".join(name) for name in getattr(dataset, "classes", None) or ()]
+        self.classes = tuple(names) or None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.dataset[index]
-        return image.convert(self.mode), int(target)
+        return to_mode(image, self.mode), _class_of(target)
 
     def name(self, index: int) -> str:
         return f"image {index}"
@@ -293,6 +376,16 @@ def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, An
     return train, test
 
 
+def check_classes(targets: Tensor, classes: int) -> None:
+    """Raise `TrainingError` where a class ``(B,)`` is beyond the classes that there are."""
+    most = int(targets.max()) if targets.numel() else NO_CLASS
+    if most >= classes:
+        raise TrainingError(
+            f"an image has class {most}, but there are {classes} classes, 0 to {classes - 1}: mend data.classes, or the "
+            "labels"
+        )
+
+
 class TrainImages(Dataset[tuple[Tensor, int, int]]):
     """Augmented images: ``images[draw]`` is image, class, and the index of an image that could not be read, or -1.
 
@@ -305,15 +398,17 @@ class TrainImages(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         reseed(self.seed, AUGMENT, *draw)
         unreadable = -1
+        reason = ""
         for ahead in range(min(MOST_TRIES, len(self.source))):
             index = (draw.image + ahead) % len(self.source)
             try:
                 image, target = self.source.read(index)
-            except ERRORS:
+            except ERRORS as error:
+                reason = reason or str(error)
                 unreadable = draw.image if unreadable < 0 else unreadable
                 continue
             return self.transform(image), target, unreadable
-        raise TrainingError(f"{self.source.name(draw.image)} and those after it cannot be read")
+        raise TrainingError(f"{self.source.name(draw.image)} and those after it cannot be read: {reason}")
 
 
 class TestImages(Dataset[tuple[Tensor, int, int]]):
@@ -452,13 +547,22 @@ class Unreadable:
         """
         for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
-            warnings.warn(f"{self.kind} {self.name(index)} cannot be read", stacklevel=2)
+            warnings.warn(f"{self.kind} {self.name(index)} cannot be read: {self.reason(index)}", stacklevel=2)
         if len(self.found) > UNREADABLE_SHARE * self.images:
-            names = [self.name(index) for index in sorted(self.found)[:20]]
+            found = sorted(self.found)
             raise TrainingError(
                 f"{len(self.found)} of {self.images} {self.kind}s cannot be read, more than {UNREADABLE_SHARE:.0%}: "
-                f"{', '.join(names)}. Mend or remove them."
+                f"{', '.join(map(self.name, found[:20]))}. Mend or remove them. The first: {self.reason(found[0])}"
             )
+
+    def reason(self, index: int) -> str:
+        """Why one cannot be read, found by reading it again."""
+        try:
+            if self.source is not None:
+                self.source.read(index)
+        except ERRORS as error:
+            return str(error) or type(error).__name__
+        return "no reason is known"
 
     def name(self, index: int) -> str:
         """What to call one."""

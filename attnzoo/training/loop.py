@@ -29,6 +29,7 @@ from attnzoo.training.images import (
     TestStream,
     TrainImages,
     Unreadable,
+    check_classes,
     test_options,
     transforms,
 )
@@ -145,6 +146,7 @@ class Training:
             start = time.perf_counter()
             x, y, unreadable = next(batches)
             self.unreadable.note(unreadable.tolist())
+            check_classes(y, self.splits.classes)
             progress.loss += self._step(x, y)
             self.step_seconds.append(seconds := time.perf_counter() - start)
             progress.step += 1
@@ -345,6 +347,7 @@ class Training:
             "environment": environment(accelerator.device.type, torch.get_num_threads()).model_dump(),
             "peak_memory_bytes": peak_of_cuda(accelerator.device),
             "unreadable": self.unreadable.names(),
+            "left_out": list(self.splits.left_out),
         }
         if self.step_seconds:  # none where a killed run had done all steps
             result["step_ms"] = quantiles(self.step_seconds, 1e3).model_dump()

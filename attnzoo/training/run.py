@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -52,14 +52,15 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
-    if config.device == "cuda" and state.device.type != "cuda":
-        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
+    check_device(config, state.device)
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError("precision: fp16 is not for CPUs, where it would train in float32; give bf16 or no")
     console = console or Console(stderr=True)
     console.quiet = console.quiet or not state.is_main_process
     with state.local_main_process_first():
         splits = open_splits(config.data, state.num_processes)
+    for line in splits.left_out:
+        console.print(line, highlight=False, markup=False)
     steps_an_epoch(config, splits)
     local_batch(config, state.num_processes)
     check_all(config, splits.classes)
@@ -77,6 +78,12 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
                     console.print(f"{run.name}: {said(_result(run))}", highlight=False)
             results.append(_result(run))
     return results
+
+
+def check_device(config: ClassifyConfig, device: torch.device) -> None:
+    """Raise `ConfigError` where a config asks for a device that Accelerate did not find."""
+    if config.device == "cuda" and device.type != "cuda":
+        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
 
 
 def said(result: dict[str, Any]) -> str:
@@ -173,7 +180,7 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
             if "run_hash" in odd:
                 what = f"another config ({changes(run)})"
             else:
-                what = f"other data or weights ({', '.join(odd)})"
+                what = f"other data or weights ({'; '.join(differences(found, identity) or odd)})"
             return ConfigError(
                 f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
                 "resume=never."
@@ -206,6 +213,37 @@ def facts(config: ClassifyConfig, splits: Splits) -> dict[str, Any]:
         "classes": splits.classes if splits.names is None else list(splits.names),
         "weights": None if weights is None else sha256_of(weights),
     }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the `facts` of two times, in words; empty where nothing does."""
+    told = []
+    if before.get("classes") != now["classes"]:
+        told.append(_classes_told(before.get("classes"), now["classes"]))
+    if before.get("images") != now["images"]:
+        kinds = ("training images", "test images")
+        for kind, old, new in zip(kinds, before.get("images") or (None, None), now["images"], strict=True):
+            if old != new:
+                told.append(f"{old} {kind}, now {new}")
+    if before.get("weights") != now["weights"]:
+        told.append("model.weights is another file")
+    return told
+
+
+def _classes_told(before: Any, now: Any) -> str:
+    if not isinstance(before, list) or not isinstance(now, list):
+        old, new = (f"{len(c)} classes with names" if isinstance(c, list) else f"{c} classes" for c in (before, now))
+        return f"{old}, now {new}"
+    gone, more = ([name for name in one if name not in other] for one, other in ((before, now), (now, before)))
+    if not gone and not more:
+        at = next(at for at, (old, other) in enumerate(zip(before, now, strict=True)) if old != other)
+        return f"the same classes in another order: class {at} was {before[at]}, now {now[at]}"
+    told = [f"{what} {_some(names)}" for what, names in (("missing classes", gone), ("new classes", more)) if names]
+    return ", ".join(told)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_TOLD]) + (f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else "")
 
 
 def _set_aside(folder: Path) -> None:

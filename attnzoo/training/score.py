@@ -6,7 +6,7 @@ Quality and cost go into the benchmark's own records, so that its tables and pag
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,8 +30,8 @@ from attnzoo.training.config import ClassifyConfig, CostConfig, Run
 from attnzoo.training.evaluate import evaluate
 from attnzoo.training.images import Splits, TestImages, TestStream, open_splits, transforms
 from attnzoo.training.loop import FINAL, RESULT
-from attnzoo.training.model import WEIGHTS, build, load_trained
-from attnzoo.training.run import changes, facts
+from attnzoo.training.model import ABOUT, WEIGHTS, build, load_trained
+from attnzoo.training.run import RUN, changes, check_device, differences, facts
 
 FOLDER = "eval"
 MISTAKES = 24
@@ -67,7 +67,8 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     Raises
     ------
     ConfigError
-        If a run is not trained, or not by this config.
+        If a run is not trained, or not by this config, or the data have other classes or images than it was trained
+        with.
     """
     require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     from accelerate import Accelerator
@@ -81,28 +82,23 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
             f"not trained yet: {', '.join(untrained)}. Train first, with train/classify.py and this config"
         )
     accelerator = Accelerator(cpu=config.device == "cpu")
+    check_device(config, accelerator.device)
     with accelerator.local_main_process_first():
         splits = open_splits(config.data, accelerator.num_processes)
+    if accelerator.is_main_process:
+        for line in splits.left_out:
+            console.print(line, highlight=False, markup=False)
+    known = facts(config, splits)
+    results = [_trained(run, known) for run in runs]
     _, transform = transforms(config.data, config.augment)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     if isinstance(splits.test, IterableDataset):
         images: TestImages | TestStream = TestStream(splits.test, transform)
     else:
         images = TestImages(splits.test, transform, shape)
-    known = facts(config, splits)
     found = []
-    for run in runs:
+    for run, result in zip(runs, results, strict=True):
         final = run.folder / FINAL
-        wrong = checkpoint.problem(final)
-        if wrong is not None:
-            raise ConfigError(
-                f"{final} cannot be used: {wrong}; train the run again with resume=never only='[{run.label}]'"
-            )
-        result = json.loads((final / RESULT).read_text(encoding="utf-8"))
-        if result["run_hash"] != run.hash:
-            raise ConfigError(
-                f"{final} is of another config ({changes(run)}); train that first, or evaluate this one's"
-            )
         weights = json.loads((final / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"][WEIGHTS][1]
         kept = config.folder / FOLDER / f"{run.name}.json"
         earlier = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
@@ -126,6 +122,34 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
             console.print(f"{run.name}: top-1 {counted['top1'] / counted['images']:.2%}", highlight=False)
         found.append(Scored(run, result, earlier["counted"], earlier["mistakes"], splits.classes))
     return found, splits
+
+
+def _trained(run: Run, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a run that is whole, and of this config and these data."""
+    final = run.folder / FINAL
+    wrong = checkpoint.problem(final)
+    if wrong is not None:
+        raise ConfigError(
+            f"{final} cannot be used: {wrong}; train the run again with resume=never only='[{run.label}]'"
+        )
+    result: dict[str, Any] = json.loads((final / RESULT).read_text(encoding="utf-8"))
+    if result["run_hash"] != run.hash:
+        raise ConfigError(f"{final} is of another config ({changes(run)}); train that first, or evaluate this one's")
+    try:
+        begun = json.loads((run.folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{run.folder / RUN}, which says what data the run was trained with, cannot be read ({error}); train the "
+            f"run again with resume=never only='[{run.label}]'"
+        ) from error
+    about = json.loads((final / ABOUT).read_text(encoding="utf-8"))  # the classes that its weights are of
+    odd = differences({**begun, "classes": about["class_names"] or about["classes"]}, known)
+    if odd:
+        raise ConfigError(
+            f"{run.folder} was trained with other data or weights ({'; '.join(odd)}). Evaluate with those that it was "
+            "trained with, or train it again with resume=never."
+        )
+    return result
 
 
 def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:

@@ -1,11 +1,15 @@
 """COCO files are checked before any work."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 from PIL import Image
 
-from attnzoo.detection import check
+from attnzoo.detection import check, coco_file, score, voc
+from attnzoo.detection import config as configs
 from attnzoo.errors import DataError
 
 
@@ -20,11 +24,25 @@ def content(*boxes, images=1, crowd=0):
     }
 
 
+def changed(kind, **values):
+    told = content([1, 1, 2, 2])
+    told[kind][0] |= values
+    return told
+
+
+def without(kind, *keys):
+    told = content([1, 1, 2, 2])
+    told[kind][0] = {key: value for key, value in told[kind][0].items() if key not in keys}
+    return told
+
+
 @pytest.fixture
 def dataset(tmp_path):
     def make(told, **more):
         (tmp_path / "a.json").write_text(told if isinstance(told, str) else json.dumps(told), encoding="utf-8")
         for image in told["images"] if isinstance(told, dict) else []:
+            if not image.get("file_name"):
+                continue
             Image.new("RGB", (20, 10)).save(tmp_path / image["file_name"])
         data = {"type": "CocoDataset", "data_root": str(tmp_path), "ann_file": "a.json", "data_prefix": {"img": ""}}
         return {**data, "metainfo": {"classes": ("cat",)}, **more}
@@ -66,21 +84,28 @@ def test_training_needs_a_box_where_images_without_one_are_left_out(dataset):
         ("{", r"a\.json are broken"),
         ({"images": []}, r"a\.json is no COCO file: it has no list 'annotations'"),
         (content(images=0), r"a\.json holds no image"),
-        ({**content(), "annotations": [{"id": 4, "bbox": [1, 2]}]}, "annotation 4 has no bbox of four numbers"),
-        (
-            {**content(), "annotations": [{"id": 4, "image_id": 9, "category_id": 7, "bbox": [1, 1, 2, 2]}]},
-            "annotation 4 is of an image or a category that is not listed",
-        ),
-        (
-            {**content(), "annotations": [{"id": 4, "image_id": 0, "category_id": 7, "bbox": [1, 1, 2, 2]}]},
-            "annotation 4 has no 'area'",
-        ),
-        ({**content(), "images": [{"id": 1, "file_name": "1.png"}]}, "one of its images has no width, height"),
+        (changed("annotations", bbox=[1, 2]), r"a\.json: annotations\.0\.bbox: list should have at least 4 items"),
+        (changed("annotations", image_id=9), "annotation 1 is of an image or a category that is not listed"),
+        (changed("annotations", category_id=9), "annotation 1 is of an image or a category that is not listed"),
+        (changed("annotations", area=None), r"annotations\.0\.area: input should be a valid number, not None"),
+        (without("annotations", "area"), r"annotations\.0\.area: field required$"),
+        (without("images", "width", "height"), r"images\.0\.width: field required \(and 1 more\)"),
         ({**content(), "images": [*content()["images"], *content()["images"]]}, "two of its images have the id 0"),
-        (
-            {**content(), "annotations": [{"id": 0, "image_id": 0, "category_id": 7, "bbox": [1, 1, 2, 2]}]},
-            "id 0, which pycocotools takes for none",
-        ),
+        (changed("annotations", id=0), r"annotations\.0\.id: .* pycocotools takes the id 0 for none"),
+        (changed("annotations", id="7"), r"annotations\.0\.id: input should be a valid integer, not '7'"),
+        (changed("annotations", iscrowd=None), r"annotations\.0\.iscrowd: input should be 0 or 1, not None"),
+        (changed("annotations", iscrowd="0"), r"annotations\.0\.iscrowd: input should be 0 or 1, not '0'"),
+        (changed("annotations", bbox=[1, 1, "2", 2]), r"annotations\.0\.bbox\.2: input should be a valid number"),
+        (changed("annotations", bbox=[1, 1, float("nan"), 2]), r"annotations\.0\.bbox\.2: .* finite number, not nan"),
+        (changed("annotations", area=float("inf")), r"annotations\.0\.area: .* finite number, not inf"),
+        (changed("annotations", ignore="yes"), r"annotations\.0\.ignore"),
+        (changed("images", width=None), r"images\.0\.width: input should be a valid integer, not None"),
+        (changed("images", height="10"), r"images\.0\.height: input should be a valid integer, not '10'"),
+        (changed("images", width=-1), r"images\.0\.width: input should be greater than 0, not -1"),
+        (changed("images", file_name=""), r"images\.0\.file_name: string should have at least 1 character"),
+        (changed("categories", name=3), r"categories\.0\.name: input should be a valid string, not 3"),
+        (changed("categories", id="7"), r"categories\.0\.id: input should be a valid integer, not '7'"),
+        ({**content(), "annotations": "none"}, "it has no list 'annotations'"),
     ],
 )
 def test_what_is_wrong_is_named(dataset, told, message):
@@ -118,3 +143,100 @@ def test_classes_are_those_of_the_file_in_its_order(dataset):
         check.dataset(dataset(told, metainfo={"classes": ("cat", "dog")}))
     with pytest.raises(DataError, match="has no category person, bicycle"):  # mmdet would take COCO's own, unasked
         check.dataset(dataset(told, metainfo=None))
+
+
+def test_a_large_file_is_read_in_seconds():
+    told = content(*[[1, 1, 5, 5]] * 100_000)
+    text = json.dumps(told).encode()
+    start = time.process_time()
+    assert len(coco_file.parse(text, Path("large.json"))["annotations"]) == 100_000
+    assert time.process_time() - start < 5
+
+
+# ---- pictures against the file's word
+
+
+@pytest.mark.parametrize("size", [(10, 20), (40, 20)], ids=["turned", "resized"])
+def test_images_of_another_size_than_annotated_are_refused(dataset, tmp_path, size):
+    data = dataset(content([1, 1, 5, 5], images=3))
+    Image.new("RGB", size).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=rf"1 of 3 images .*: 1\.png is {size[0]} x {size[1]}, annotated as 20 x 10"):
+        check.dataset(data)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_images_turned_by_exif_are_refused_by_coco_and_voc(dataset, tmp_path, orientation):
+    told = content([1, 1, 5, 5])
+    told["images"][0]["file_name"] = "0.jpg"
+    data = dataset(told)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (20, 10)).save(tmp_path / "0.jpg", exif=exif)
+    with pytest.raises(DataError, match=rf"0\.jpg is turned by EXIF \(orientation {orientation}\)"):
+        check.dataset(data)
+    with pytest.raises(DataError, match="turned by EXIF"):
+        voc.read_voc(tmp_path / "none.xml", tmp_path / "0.jpg", voc.Converted())
+    exif[0x0112] = 1
+    Image.new("RGB", (20, 10)).save(tmp_path / "0.jpg", exif=exif)
+    assert check.dataset(data)
+
+
+def test_a_file_that_is_no_image_is_refused_before_work(dataset, tmp_path):
+    data = dataset(content([1, 1, 5, 5], images=2))
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"1\.png cannot be read as an image"):
+        check.dataset(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("<xmin>2", "<xmin>nan"), "xmin is nan"),
+        (("<ymax>9", "<ymax>inf"), "ymax is inf"),
+        (("<difficult>0", "<difficult>maybe"), "difficult is 'maybe', not 0 or 1"),
+        (("<width>20", "<width>-1"), r"is for an image of -1 x 10"),
+        (("<width>20", "<width>10"), r"is for an image of 10 x 10, but .* has 20 x 10"),
+    ],
+)
+def test_the_same_is_checked_of_voc(tmp_path, change, says):
+    box = "<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    text = f"<a><size><width>20</width><height>10</height></size><object><name>cat</name><difficult>0</difficult>{box}"
+    text += "</object></a>"
+    Image.new("RGB", (20, 10)).save(tmp_path / "0.png")
+    (tmp_path / "0.xml").write_text(text, encoding="utf-8")
+    assert len(voc.read_voc(tmp_path / "0.xml", tmp_path / "0.png", voc.Converted()).boxes) == 1
+    assert change[0] in text
+    (tmp_path / "0.xml").write_text(text.replace(*change), encoding="utf-8")
+    with pytest.raises(DataError, match=says):
+        voc.read_voc(tmp_path / "0.xml", tmp_path / "0.png", voc.Converted())
+
+
+# ---- what is scored is what the check says
+
+ODD = {
+    "no area": {"bbox": [1, 1, 0, 5], "area": 0},
+    "said to have no area": {"area": 0},
+    "under a pixel wide": {"bbox": [1, 1, 0.5, 5], "area": 2.5},
+    "outside": {"bbox": [30, 1, 5, 5]},
+    "to be ignored": {"ignore": 1},
+    "a crowd": {"iscrowd": 1},
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_perfect_detector_is_perfect(dataset, tmp_path, odd):
+    """It finds all that a data set gives it to find; the rest must not count as missed."""
+    told = content([1, 1, 6, 6], [10, 2, 6, 6])
+    told["annotations"][1] |= ODD[odd]
+    (found,) = check.dataset(dataset(told))
+    assert found.trained == 1
+    assert sum(found.odd.values()) == 1
+    config = Config({"work_dir": str(tmp_path / "run"), "val_evaluator": {"ann_file": str(tmp_path / "a.json")}})
+    configs._score_what_is_checked(config, "val")
+    configs._score_what_is_checked(config, "val")
+    predicted = [{"image_id": 0, "category_id": 7, "bbox": [1, 1, 6, 6], "score": 0.9}]
+    (tmp_path / "found.json").write_text(json.dumps(predicted), encoding="utf-8")
+    truth = Path(config.val_evaluator["ann_file"])
+    found = score.scores(truth, tmp_path / "found.json", {0: "0.png"}, ["cat"])
+    assert found.ap == pytest.approx(1.0)
+    assert (truth == tmp_path / "a.json") is (odd == "a crowd"), "the user's own file where nothing is left out"

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 import attnzoo
 from attnzoo import list_attentions
@@ -287,3 +288,15 @@ def test_a_mixer_elsewhere_is_refused_in_transformers(kind):
     with pytest.raises(UnsupportedError, match="cross-attention"):
         attnzoo.replace_attention(detector, "padre", where="*decoder*encoder_attn*")
     assert not attnzoo.swap_report(detector).swapped
+
+
+def test_the_windows_of_a_swin_backbone_are_told_of():
+    from mmdet.models.backbones.swin import SwinTransformer
+
+    backbone = SwinTransformer(pretrain_img_size=32, embed_dims=8, num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))
+    model = nn.ModuleDict({"backbone": backbone, "encoder": nn.TransformerEncoderLayer(8, 2, 16)})
+    with pytest.warns(UserWarning, match=r"leaves attention standing: 4 of WindowMSA \(mmdet\)"):
+        attnzoo.replace_attention(model, "sdpa")
+    report = attnzoo.swap_report(model)
+    assert len(report.swapped) == 1
+    assert [layer.host_class for layer in report.standing] == ["WindowMSA"] * 4

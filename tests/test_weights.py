@@ -1,0 +1,212 @@
+"""Weights of swapped models: saved, and loaded in another process, for every kind of host."""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import attnzoo
+from attnzoo.errors import UnsupportedError, WeightsError
+from tests import zoo
+from tests.detection import models as detectors
+from tests.zoo import _VISION, LANGUAGE, TIMM, TORCH, VISION, Host, images, seeded
+
+SMALL = {"degree": 2, "kernel_size": 3}
+CAUSAL = {**SMALL, "token_mixing": "causal_conv1d"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A swapped model, how it is saved, and what it answers."""
+
+    build: Callable[[], nn.Module]
+    call: Callable[[nn.Module], Tensor]
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+
+    def swapped(self) -> nn.Module:
+        return attnzoo.replace_attention(self.build(), self.name, **self.options)
+
+    def save(self, model: nn.Module, path: Path) -> None:
+        if self.pretrained:
+            model.save_pretrained(path)
+        else:
+            torch.save(model.state_dict(), path)
+
+
+def _case(host: Host, name: str, pretrained: bool = False, **options: Any) -> Case:
+    return Case(lambda: host.build().eval(), lambda m: host.call(m, host.inputs()), name, options, pretrained)
+
+
+def _classifier(kind: str) -> Callable[[], nn.Module]:
+    config = getattr(transformers, f"{kind}Config")
+    return lambda: getattr(transformers, f"{kind}ForImageClassification")(config(**_VISION, num_labels=3)).eval()
+
+
+def _detect(model: nn.Module) -> Tensor:
+    features = torch.randn(1, detectors.WIDTH, 3, 4, generator=torch.Generator().manual_seed(1))
+    return detectors.mmdet_call(model, features, [(3, 4)])[0]
+
+
+def _scores(model: nn.Module) -> Tensor:
+    return model(pixel_values=images()).logits
+
+
+CASES = {
+    "timm, mixer": _case(TIMM[0], "padre", **SMALL),
+    "timm, core": _case(TIMM[0], "flash"),
+    "torch, mixer": _case(TORCH[1], "padre", grid=(4, 4), **SMALL),
+    "torchvision, core": _case(TORCH[0], "softmax"),
+    "mmdet": Case(
+        lambda: detectors.mmdet_detector("DETR"), _detect, "padre", {"where": "encoder.layers.*.self_attn", **SMALL}
+    ),
+    "vision, mixer": Case(_classifier("ViT"), _scores, "padre", SMALL, pretrained=True),
+    "vision, another": _case(VISION[3], "padre", pretrained=True, **SMALL),
+    "vision, gridless": Case(_classifier("DeiT"), _scores, "sima", {}, pretrained=True),
+    "vision, core": _case(VISION[0], "flash", pretrained=True),
+    "decoder, core": _case(LANGUAGE[0], "sdpa", pretrained=True),
+    "decoder, policy": _case(LANGUAGE[0], "keydiff", budget=6, block_size=2, pretrained=True),
+    "decoder, causal mixer": _case(LANGUAGE[0], "padre", pretrained=True, **CAUSAL),
+    "decoder, tied weights": _case(LANGUAGE[4], "padre", pretrained=True, **CAUSAL),
+}
+
+
+def load_all(folder: str) -> None:
+    """What the other process does: build, swap, load, call."""
+    answers = {}
+    for i, (name, case) in enumerate(CASES.items()):
+        torch.manual_seed(1000 + i)  # other weights than those to load
+        model = attnzoo.load_weights(case.swapped(), Path(folder, str(i)))
+        with torch.no_grad():
+            answers[name] = case.call(model)
+    torch.save(answers, Path(folder, "answers.pt"))
+
+
+@pytest.mark.compat
+def test_weights_of_every_host_are_loaded_in_another_process(tmp_path):
+    expected = {}
+    for i, (name, case) in enumerate(CASES.items()):
+        torch.manual_seed(i)
+        model = seeded(case.swapped)
+        with torch.no_grad():
+            expected[name] = case.call(model)
+        case.save(model, tmp_path / str(i))
+    code = f"from tests.test_weights import load_all; load_all({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = torch.load(tmp_path / "answers.pt")
+    apart = {name: (answers[name] - expected[name]).abs().max().item() for name in CASES}
+    assert max(apart.values()) <= 1e-6, apart
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", ["ViT", "DeiT"])
+def test_the_documented_recipe_with_a_folder_of_save_pretrained(kind, tmp_path):
+    """The keys in the file are the model's own, so that `load_state_dict` takes them."""
+    build = _classifier(kind)
+    model = attnzoo.replace_attention(seeded(build), "padre", **SMALL)
+    model.save_pretrained(tmp_path)
+    fresh = attnzoo.replace_attention(build(), "padre", **SMALL)
+    fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(_scores(fresh), _scores(model))
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("build", "options"), [(_classifier("ViT"), SMALL), (LANGUAGE[0].build, CAUSAL)], ids=["vision", "decoder"]
+)
+def test_from_pretrained_stops_with_what_to_do(build, options, tmp_path):
+    model = attnzoo.replace_attention(seeded(build), "padre", **options)
+    model.save_pretrained(tmp_path)
+    for loader in (type(model), transformers.AutoModel):
+        with pytest.raises(ValueError, match=r"replace_attention\(model, 'padre', degree=2.*then attnzoo.load_weights"):
+            loader.from_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    fresh = attnzoo.replace_attention(type(model)._from_config(config), "padre", **options)
+    attnzoo.load_weights(fresh, tmp_path)
+    fresh.save_pretrained(tmp_path / "again")
+    assert not attnzoo.load_weights(model, tmp_path / "again").training
+
+
+def test_a_restored_model_saves_as_before(tmp_path):
+    model = seeded(_classifier("ViT"))
+    expected = _scores(model)
+    attnzoo.replace_attention(model, "padre", **SMALL)
+    attnzoo.restore_attention(model)
+    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "restored")
+    assert torch.equal(_scores(type(model).from_pretrained(tmp_path / "restored").eval()), expected)
+    attnzoo.replace_attention(model, "padre", **SMALL)
+    attnzoo.replace_attention(model, "softmax")
+    model.save_pretrained(tmp_path / "core")
+    torch.testing.assert_close(_scores(type(model).from_pretrained(tmp_path / "core").eval()), expected)
+
+
+def test_a_model_of_the_same_config_saves_as_itself(tmp_path):
+    config = transformers.ViTConfig(**_VISION)
+    swapped, plain = transformers.ViTModel(config), transformers.ViTModel(config)
+    attnzoo.replace_attention(swapped, "padre", **SMALL)
+    swapped.save_pretrained(tmp_path / "swapped")
+    plain.save_pretrained(tmp_path / "plain")
+    assert type(plain).from_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_under_the_names_of_the_first_release(sharded, tmp_path):
+    """What an earlier attnzoo wrote, or a model whose inner part was swapped, has these."""
+    model = seeded(_classifier("ViT"))
+    attnzoo.replace_attention(model.vit, "padre", **SMALL)
+    model.save_pretrained(tmp_path, max_shard_size="20KB" if sharded else "1GB")
+    assert (tmp_path / "model.safetensors").is_file() is not sharded
+    fresh = attnzoo.replace_attention(_classifier("ViT")(), "padre", **SMALL)
+    assert torch.equal(_scores(attnzoo.load_weights(fresh, tmp_path)), _scores(model))
+
+
+def test_a_copy_saves_itself(tmp_path):
+    model = attnzoo.replace_attention(seeded(_classifier("ViT")), "padre", **SMALL)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.classifier.bias.fill_(3.0)
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["classifier.bias"], torch.full((3,), 3.0))
+    with pytest.raises(UnsupportedError, match=r"push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+
+
+@pytest.mark.parametrize("host", [TIMM[0], TORCH[1], VISION[0]], ids=str)
+def test_swapped_weights_and_an_unswapped_model_say_what_to_do(host, tmp_path):
+    options = {**SMALL, **({"grid": (4, 4)} if host is TORCH[1] else {})}
+    model, plain = attnzoo.replace_attention(seeded(host.build), "padre", **options), host.build()
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "swapped.pt")
+    with pytest.raises(WeightsError, match=r"mixers where this one has attention of its own.*replace_attention"):
+        attnzoo.load_weights(plain, tmp_path / "swapped.pt")
+    with pytest.raises(WeightsError, match="unswapped model before the swap"):
+        attnzoo.load_weights(model, before)
+    other = attnzoo.replace_attention(host.build(), "padre", **{**options, "degree": 3})
+    with pytest.raises(WeightsError, match=r"other mixers.*same options"):
+        attnzoo.load_weights(other, model.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def test_what_are_no_weights_is_named(tmp_path):
+    model = zoo.vit()
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for path, said in [("text.pt", "cannot be read"), ("list.pt", "holds no state dict"), ("", "holds no weights")]:
+        with pytest.raises(WeightsError, match=said):
+            attnzoo.load_weights(model, tmp_path / path)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        attnzoo.load_weights(model, tmp_path / "none.safetensors")
+    with pytest.raises(WeightsError, match="not of this VisionTransformer: missing"):
+        attnzoo.load_weights(model, {"a": torch.zeros(1)})
