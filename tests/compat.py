@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import os
 import re
 import subprocess
@@ -31,7 +32,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / ".venv-compat"
 PAGE = ROOT / "docs" / "compat.md"
-OF_TORCH = re.compile(r"torch|torchvision|triton|nvidia-.*|cuda-.*")
+OF_TORCH = re.compile(r"torch|torchvision|triton|setuptools")
 WORKERS = "2"
 
 
@@ -188,14 +189,18 @@ def _version(name: str) -> str | None:
 
 
 def _alone(library: str, release: str, folder: Path, wanted: dict[str, object]) -> tuple[str, list[str]]:
-    """Make an environment of its own: this release, and all else as the lock has it, as far as the two go together."""
+    """Make an environment of its own: this release, and what attnzoo asks for beside it as the lock has it."""
     python = folder / "bin" / "python"
     if not python.is_file():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    own = {canonicalize_name(Requirement(one).name) for one in asked}
+    lock = re.findall(r"^([\w.-]+)==(\S+)(.*)", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
     locked = {
-        name: version
-        for name, version in re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text("utf-8"), re.M)
-        if not OF_TORCH.fullmatch(name) and _version(name) == version
+        name: version  # what attnzoo itself asks for; what torch needs beside is torch's to choose
+        for name, version, rest in lock
+        if name in own and not OF_TORCH.fullmatch(name) and ";" not in rest
     }
     pins = folder / "constraints.txt"
     pins.write_text("".join(f"{name}=={version}\n" for name, version in locked.items()), encoding="utf-8")
