@@ -30,6 +30,7 @@ from attnzoo.detection import config as detection
 from attnzoo.registry import _table, unregister_attention
 from attnzoo.training import config as classify
 from attnzoo.training import report as training_report
+from attnzoo.units import megabytes
 from eval import kernels
 
 ROOT = Path(__file__).parents[1]
@@ -231,10 +232,10 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
         token = [batch[side]["token"]["p50"] * 1e3 for side in ("dense", "candidate")]
         assert f"| {token[0]:,.0f} ms | {token[1]:,.0f} ms | {spread(batch['token_speedup'])} |" in text
     for what in ("entries", "allocated"):
-        held = [cost[cache][what] / 1e6 for cache in ("cache_dense", "cache")]
-        assert f"| {held[0]:.1f} MB | {held[1]:.1f} MB | {held[1] / held[0]:.2f}x |" in text
-    peak = [cost[memory]["activation_peak_bytes"] / 1e6 for memory in ("memory_dense", "memory")]
-    assert f"| {peak[0]:.0f} MB | {peak[1]:.0f} MB | {peak[1] / peak[0]:.2f}x |" in text
+        held = [cost[cache][what] for cache in ("cache_dense", "cache")]
+        assert f"| {megabytes(held[0])} | {megabytes(held[1])} | {held[1] / held[0]:.2f}x |" in text
+    peak = [cost[memory]["activation_peak_bytes"] for memory in ("memory_dense", "memory")]
+    assert f"| {megabytes(peak[0])} | {megabytes(peak[1])} | {peak[1] / peak[0]:.2f}x |" in text
     assert spread(dense["cost"]["batches"][0]["first_token_speedup"]) in text
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from attnzoo.bench.measure import Run
+from attnzoo.units import MIB
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -22,7 +23,7 @@ RESET_PEAK = "5"  # proc(5): sets the peak resident set ("high water mark") to t
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # mallopt(3)
 OWN_MAPPING_BYTES = 128 * 1024  # glibc's threshold at start
-LARGEST_THRESHOLD_BYTES = 32 * 2**20  # what glibc's own adjustment goes up to on 64-bit systems
+LARGEST_THRESHOLD_BYTES = 32 * MIB  # what glibc's own adjustment goes up to on 64-bit systems
 MOST_MAPPINGS = 65536  # glibc's own
 NEVER = -1
 RESIDENT = "resident set: VmHWM after a reset, less VmRSS before"

@@ -9,6 +9,7 @@ from attnzoo.bench import plots
 from attnzoo.bench import summary as words
 from attnzoo.bench.record import Cost, Detection, Gate, Part, Perplexity, Quality, Quantiles, Record, Side, Stage
 from attnzoo.bench.summary import Group, Qualities, Summary, Verdict, summarise
+from attnzoo.units import megabytes
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d7dce1; --paper: #ffffff; --card: #f5f7f9;
@@ -173,7 +174,7 @@ def _row(group: Group, row: Record) -> str:
         _cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {A_SECOND[group.phase]}/s"),
         _cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
         _cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
-        _cell(words.ratio(peak), words.memory_verdict(row), words.megabytes(held) if held else ""),
+        _cell(words.ratio(peak), words.memory_verdict(row), megabytes(held) if held else ""),
         _cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
         _cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
         _cell(words.absolute(row.quality), kept),
@@ -186,7 +187,7 @@ def _cache_small(cost: Cost) -> str:
     memory = cost.candidate.memory
     if memory.cache_held_bytes is None:
         return ""
-    held, allocated = words.megabytes(memory.cache_held_bytes), words.megabytes(memory.cache_allocated_bytes)
+    held, allocated = megabytes(memory.cache_held_bytes), megabytes(memory.cache_allocated_bytes)
     return f"{held}\n{words.ratio(cost.ratios.cache_allocated)} {allocated}"
 
 
@@ -210,7 +211,7 @@ def _how_to_read() -> str:
         "of seeds). "
         "The dense row is dense against a second copy of itself, so its spread is the noise of the machine. "
         "Milliseconds of two rows were not taken in turn: compare speed-ups. FLOPs are those of matrix products, "
-        "convolutions and attention; element by element work is not counted.</p>"
+        "convolutions and attention; element by element work is not counted. MB are 10<sup>6</sup> bytes.</p>"
     )
 
 
@@ -331,7 +332,7 @@ def _stage_row(row: Record, stage: Stage, still: Quantiles | None, dense: Side |
         ),
         _cell(f"{stage.share:.0%}"),
         _cell(_giga(stage.flops), small=stage.flops_note),
-        _cell(words.megabytes(held) if held else "-"),
+        _cell(megabytes(held) if held else "-"),
         _cell(f"{stage.parameters:,}"),
     ]
     return opening + "".join(cells) + "</tr>\n"
@@ -360,7 +361,7 @@ def _gates(summary: Summary) -> str:
             continue  # the gate of the prefill
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            body += f"<tr><td>{escape(row.label)}</td><td>{group.tokens:,}</td>{_gate_cells(row.gate)}"
+            body += f"<tr><td>{escape(row.label)}</td><td>{group.tokens:,}</td>{gate_cells(row.gate)}"
             body += f'<td class="text">{escape(ran)}</td></tr>\n'
     if not body:
         return ""
@@ -373,7 +374,8 @@ def _gates(summary: Summary) -> str:
     )
 
 
-def _gate_cells(gate: Gate | None) -> str:
+def gate_cells(gate: Gate | None) -> str:
+    """Table cells of a gate: whether it passed, its error, the error allowed, and the oracle."""
     if gate is None:
         return '<td>-</td><td>-</td><td>-</td><td class="text">not reached</td>'
     error = "not finite" if gate.max_abs_error is None else f"{gate.max_abs_error:.1e}"

@@ -11,6 +11,7 @@ from typing import Any
 from attnzoo.bench.record import Part, Quality, Record
 from attnzoo.bench.summary import Group, Summary, activation_ratio, spread
 from attnzoo.extras import require
+from attnzoo.units import MB
 
 INK = "#010203"  # stands for the page's text colour, which is put in afterwards
 COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
@@ -37,7 +38,7 @@ def memory_plot(summary: Summary) -> str:
             return None
         memory = record.cost.candidate.memory
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
-        return held / 2**20 / _batch(record) if held else None
+        return held / MB / _batch(record) if held else None
 
     return _against_tokens(summary, peak, "peak activation memory, MB an image")
 

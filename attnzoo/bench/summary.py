@@ -171,11 +171,6 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
-def megabytes(value: int | None) -> str:
-    """Bytes as MB of 2**20."""
-    return "-" if value is None else f"{_figures(value / 2**20)} MB"
-
-
 def absolute(quality: Qualities | None) -> str:
     """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``; a perplexity: ``ppl 17.2``; or COCO's: ``AP 41.2``."""
     if quality is None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from attnzoo.assets import sha256_of
 from attnzoo.errors import TrainingError
+from attnzoo.units import megabytes
 
 MANIFEST = "manifest.json"
 PART = ".part-"
@@ -68,11 +69,13 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
             _sync(folder.parent)
         wait()
     except Exception as error:  # safetensors and torch.save have errors of their own for a full disk
-        free = shutil.disk_usage(folder.parent).free // 2**20 if folder.parent.is_dir() else 0
+        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, TrainingError):
             raise
-        raise TrainingError(f"{folder} could not be written: {error} ({free:,} MiB were free there). {kept}") from error
+        raise TrainingError(
+            f"{folder} could not be written: {error} ({megabytes(free)} were free there). {kept}"
+        ) from error
 
 
 def problem(folder: Path) -> str | None:

@@ -25,6 +25,7 @@ from attnzoo.training.config import ClassifyConfig, Run, flat, load_config
 from attnzoo.training.images import Splits, open_splits
 from attnzoo.training.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.training.model import check_all
+from attnzoo.units import megabytes
 
 RUN, CONFIG = "run.json", "config.yaml"
 MOST_TOLD = 8  # keys of a config that differ
@@ -118,7 +119,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             f"{test['loss']:.3f}",
             f"{result['parameters']:,}",
             "-" if step is None else f"{step['p50']:.1f}",
-            "-" if result["peak_memory_bytes"] is None else f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            megabytes(result["peak_memory_bytes"]),
         )
     return shown
 

@@ -10,15 +10,15 @@ import torch
 from attnzoo.bench import memory
 from attnzoo.bench.child import Nursery
 from attnzoo.bench.memory import map_buffers, peak_memory
+from attnzoo.units import MIB
 
 pytestmark = pytest.mark.serial
 
-MB = 2**20
 CPU = torch.device("cpu")
 
 
 def buffer(megabytes):
-    return torch.ones(megabytes * MB // 4)
+    return torch.ones(megabytes * MIB // 4)
 
 
 def one_buffer():
@@ -49,7 +49,7 @@ def measure(name, say):
     for _ in range(2):
         RUNS[name]()
     first, peak = peak_memory([two_buffers_at_once, RUNS[name]], CPU)
-    assert first.allocator_bytes >= 128 * MB
+    assert first.allocator_bytes >= 128 * MIB
     return json.dumps([peak.activation_bytes, peak.allocator_bytes, peak.note])
 
 
@@ -61,11 +61,11 @@ def test_known_buffers_are_seen_as_what_they_are(run, megabytes):
     result = Nursery(["torch"]).run(measure, run, 120)
     assert result.end == "done", result.message
     resident, allocated, note = json.loads(result.answer)
-    assert allocated == pytest.approx(megabytes * MB, rel=0.001)
+    assert allocated == pytest.approx(megabytes * MIB, rel=0.001)
     if resident is None:
         assert note
     else:
-        assert resident == pytest.approx(megabytes * MB, rel=0.05)
+        assert resident == pytest.approx(megabytes * MIB, rel=0.05)
 
 
 def faults(which, say):
@@ -87,9 +87,9 @@ def test_all_that_is_freed_is_kept_where_that_is_asked_for():
         result = Nursery(["torch"]).run(faults, which, 120)
         assert result.end == "done", result.message
         given[which] = int(result.answer) * 4096
-    assert given["keep_all_buffers"] < 1 * MB
+    assert given["keep_all_buffers"] < 1 * MIB
     if Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().find("[always]") < 0:
-        assert given["keep_buffers"] > 60 * MB
+        assert given["keep_buffers"] > 60 * MIB
 
 
 def test_where_the_peak_cannot_be_reset_there_is_no_figure_but_a_reason(monkeypatch, tmp_path):
@@ -97,7 +97,7 @@ def test_where_the_peak_cannot_be_reset_there_is_no_figure_but_a_reason(monkeypa
     (peak,) = peak_memory([one_buffer], CPU)
     assert peak.activation_bytes is None
     assert "clear_refs" in peak.note
-    assert peak.allocator_bytes == pytest.approx(64 * MB, rel=0.001)
+    assert peak.allocator_bytes == pytest.approx(64 * MIB, rel=0.001)
 
 
 def test_on_another_system_there_is_no_figure_but_a_reason(monkeypatch):
@@ -109,5 +109,5 @@ def test_on_another_system_there_is_no_figure_but_a_reason(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_sees_a_known_buffer():
-    (peak,) = peak_memory([lambda: torch.ones(16 * MB, device="cuda")], torch.device("cuda"))
-    assert peak.activation_bytes == 64 * MB
+    (peak,) = peak_memory([lambda: torch.ones(16 * MIB, device="cuda")], torch.device("cuda"))
+    assert peak.activation_bytes == 64 * MIB

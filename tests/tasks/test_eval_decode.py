@@ -9,13 +9,18 @@ import pytest
 import yaml
 from rich.console import Console
 
+import attnzoo
 from attnzoo.bench.decode import canary
 from attnzoo.bench.decode import run as runner
 from attnzoo.bench.decode.config import DecodeConfig, load_config, validate_config
+from attnzoo.bench.decode.page import html_page
 from attnzoo.bench.decode.plan import canary_rows, quality_units, remaining
 from attnzoo.bench.decode.record import read_records, read_samples
-from attnzoo.errors import ConfigError
+from attnzoo.cores.softmax import Softmax
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.eviction.cache import BoundedLayer
 from attnzoo.eviction.size import CacheBytes
+from attnzoo.registry import unregister_attention
 from attnzoo.tasks import decode
 
 ROOT = Path(__file__).parents[2]
@@ -302,3 +307,87 @@ def test_two_processes_give_what_one_gives(settings, tmp_path):
     assert figures(records) == alone
     (folder / "samples.1.jsonl").unlink()  # half of the work is lost, and one process does it again
     assert figures(run({**data, "output": str(folder)})) == alone
+
+
+COST = {"prompt_tokens": 64, "new_tokens": 2, "batches": [1], "repeats": 1}
+
+
+def interrupt_before_timings(monkeypatch, data):
+    """Run all but the timings, as a process that is interrupted then."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "measure_cost", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(data)
+
+
+class Faulty(Softmax):
+    """The softmax core, until it is told to be wrong."""
+
+    wrong = False
+
+    def __call__(self, q, k, v, **options):
+        out = super().__call__(q, k, v, **options)
+        return out * 1.5 if Faulty.wrong else out
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """A core of which a later process may have a broken kernel."""
+    attnzoo.register_attention("faulty", "core", Faulty, capabilities=attnzoo.describe("softmax").capabilities)
+    yield lambda: monkeypatch.setattr(Faulty, "wrong", True)
+    unregister_attention("faulty")
+
+
+@pytest.mark.parametrize(("dtype", "row"), [("float32", 0), ("bfloat16", 1)])
+def test_a_run_that_goes_on_checks_a_core_again_before_it_is_timed(settings, monkeypatch, faulty, dtype, row):
+    rows = [{"name": "faulty"}, POLICIES[0]][:: 1 if row == 0 else -1]
+    data = settings(attentions=rows, cost=COST, retrieval=None, dtype=dtype)
+    interrupt_before_timings(monkeypatch, data)
+    faulty()
+    with pytest.raises(AttnZooError, match="faulty: the gate did not pass, so nothing was timed"):
+        run(data)
+    timed = [line.label for line in read_samples(Path(data["output"])) if line.task == "cost"]
+    assert timed == ["dense", "keydiff"][: 1 + row]
+
+
+def test_a_run_that_goes_on_checks_a_policy_again_before_it_is_timed(settings, monkeypatch):
+    """The bounded cache of the later process returns values that are off."""
+    data = settings(attentions=[POLICIES[1]], cost=COST, retrieval=None)
+    interrupt_before_timings(monkeypatch, data)
+    original = BoundedLayer.update
+
+    def off(self, keys, values, *args, **kwargs):
+        return original(self, keys, values * 1.5, *args, **kwargs)
+
+    monkeypatch.setattr(BoundedLayer, "update", off)
+    with pytest.raises(AttnZooError, match="tova: the gate did not pass"):
+        run(data)
+    assert "tova" not in [line.label for line in read_samples(Path(data["output"])) if line.task == "cost"]
+
+
+def test_the_record_and_the_page_carry_the_gate_of_what_was_timed(settings, monkeypatch):
+    data = settings(attentions=[POLICIES[0]], cost=COST, retrieval=None)
+    interrupt_before_timings(monkeypatch, data)
+    records = run(data)
+    for record in records:
+        assert record.cost.gate.passed
+        assert record.cost.baseline_gate.passed
+    assert "budget 52 of 52 tokens" in records[1].cost.gate.oracle
+    assert "budget 52 of 52 tokens" in html_page(records)
+
+
+def test_timings_without_a_gate_are_made_again(settings):
+    data = settings(attentions=[POLICIES[0]], cost=COST, retrieval=None)
+    run(data)
+    path = Path(data["output"]) / "samples.0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for key in ("gate", "baseline_gate"):
+            (line["cost"] or {}).pop(key, None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert all(record.cost.gate.passed for record in run(data))
+    assert len(path.read_text().splitlines()) == len(lines) + 2

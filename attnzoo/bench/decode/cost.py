@@ -1,4 +1,4 @@
-"""The cost of one row, beside the dense model in the same process."""
+"""The cost of one row, beside the dense model in the same process, which has checked both before the clock."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import attnzoo
+from attnzoo.bench import language
 from attnzoo.bench.config import AttentionConfig
 from attnzoo.bench.decode.config import DecodeConfig
 from attnzoo.bench.decode.record import BatchCost, Bytes, DecodeCost, Spread
+from attnzoo.bench.jobs import attention_paths, gate_message
 from attnzoo.bench.measure import Interleaved, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers
-from attnzoo.bench.record import Memory
-from attnzoo.errors import ConfigError
+from attnzoo.bench.record import Gate, Memory
+from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.eviction.size import CacheBytes
-from attnzoo.tasks.decode_cost import BatchTimes, timings, twin
+from attnzoo.tasks.decode_cost import BatchTimes, timings
 from attnzoo.tasks.text import Window
+
+
+class GateError(AttnZooError):
+    """What was to be timed does not match its oracle."""
 
 
 def measure_cost(
@@ -25,19 +31,23 @@ def measure_cost(
 ) -> DecodeCost:
     """Time a swapped twin of `model` and `model` itself in turn; for None, dense against a second copy of itself.
 
+    Before that both pass the gate of `attnzoo.bench.language.check`. The canaries do not stand in for it: another
+    process may have run them, of this run or of one that it goes on from.
+
     Raises
     ------
     ConfigError
         If the config asks for no timings.
+    GateError
+        If the candidate or dense does not match its oracle; nothing is timed then.
     """
     if config.cost is None:
         raise ConfigError("this config asks for no timings")
-    candidate = twin(model)
-    if attention is not None:
-        attnzoo.replace_attention(candidate, attention.name, **attention.options)
+    candidate = language.swapped_twin(model, attention)
     ids = torch.tensor([prompt.ids for prompt in prompts], device=model.device)
     map_buffers()
     try:
+        gate, baseline_gate = _passed(model, attention, ids)
         found = timings(
             candidate,
             model,
@@ -53,12 +63,25 @@ def measure_cost(
     return DecodeCost(
         prompt_tokens=config.cost.prompt_tokens,
         new_tokens=config.cost.new_tokens,
+        gate=gate,
+        baseline_gate=baseline_gate,
         batches=tuple(_batch(times) for times in found.times),
         cache=Bytes.of(found.cache),
         cache_dense=Bytes.of(found.cache_dense),
         memory=_memory(found.peak, weights, found.cache),
         memory_dense=_memory(found.peak_dense, weights, found.cache_dense),
     )
+
+
+@torch.inference_mode()
+def _passed(model: Any, attention: AttentionConfig | None, prompts: Tensor) -> tuple[Gate, Gate]:
+    """Give the gates of candidate and dense, both passed."""
+    found = language.check(model, attention_paths(model), attention, prompts)
+    label = "dense" if attention is None else attention.label
+    for name, gate in zip((f"{label}: the gate", f"{label}: the baseline's gate"), found, strict=True):
+        if not gate.passed:
+            raise GateError(gate_message(name, gate))
+    return found
 
 
 def _batch(times: BatchTimes) -> BatchCost:

@@ -9,7 +9,7 @@ from attnzoo.bench import summary as words
 from attnzoo.bench.decode import plots
 from attnzoo.bench.decode.record import DecodeRecord
 from attnzoo.bench.decode.report import KIND_TITLES, cells, columns, difference, machine, title
-from attnzoo.bench.page import STYLE
+from attnzoo.bench.page import STYLE, gate_cells
 
 
 def html_page(records: Sequence[DecodeRecord], config: str | None = None) -> str:
@@ -24,6 +24,7 @@ def html_page(records: Sequence[DecodeRecord], config: str | None = None) -> str
         _plots(records),
         _pairs(records),
         _batches(records),
+        _gates(records),
         _canaries(records[0]),
         "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
     ]
@@ -70,7 +71,7 @@ def _how_to_read(records: Sequence[DecodeRecord]) -> str:
         "Every row reads the same windows and prompts through its own cache, which evicts while it reads. NLL to dense "
         "is in nats a token: the mean over windows of the difference to the dense model on the same window, with its "
         "95% bootstrap interval. Bytes are the largest over windows: held counts keys, values, positions and what "
-        "a policy keeps; allocated counts empty places too. "
+        "a policy keeps; allocated counts empty places too. MB are 10<sup>6</sup> bytes. "
         '<span class="better">Green</span> is better than dense and <span class="worse">red</span> worse, only where '
         "the whole interval of paired differences is on one side of 0. "
     )
@@ -132,6 +133,21 @@ def _batches(records: Sequence[DecodeRecord]) -> str:
     )
     asked += "batch size; larger ones decode on from its caches, rows repeated."
     return f'<h2>Speed by batch size</h2><p>{asked}</p><div class="wide">{table}</div>'
+
+
+def _gates(records: Sequence[DecodeRecord]) -> str:
+    body = ""
+    for record in records:
+        if record.cost is not None and record.cost.gate is not None:
+            body += f"<tr><td>{escape(record.label)}</td>{gate_cells(record.cost.gate)}</tr>\n"
+    if not body:
+        return ""
+    head = "<th>attention</th><th>passed</th><th>error</th><th>allowed</th><th>against</th>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        "<h2>Gates</h2><p>Nothing is timed before the same process has compared it with its oracle. The error is the "
+        f'largest, in the tensor that is worst.</p><div class="wide">{table}</div>'
+    )
 
 
 def _canaries(record: DecodeRecord) -> str:

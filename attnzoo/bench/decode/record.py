@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from attnzoo.bench.lines import read_lines
-from attnzoo.bench.record import Count, Entry, Environment, Memory, NonNegative, Quantiles
+from attnzoo.bench.record import Count, Entry, Environment, Gate, Memory, NonNegative, Quantiles
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.size import CacheBytes
 
@@ -54,10 +54,16 @@ class BatchCost(Entry):
 
 
 class DecodeCost(Entry):
-    """What decoding costs, beside the dense model in the same process; cache and memory at the first batch size."""
+    """What decoding costs, beside the dense model in the same process; cache and memory at the first batch size.
+
+    `gate` and `baseline_gate` are the checks of candidate and dense that this process made before the clock; null in
+    records that are older than these fields.
+    """
 
     prompt_tokens: Count
     new_tokens: Count
+    gate: Gate | None = None
+    baseline_gate: Gate | None = None
     batches: tuple[BatchCost, ...]
     cache: Bytes
     cache_dense: Bytes
@@ -186,6 +192,8 @@ class DecodeRecord(Entry):
 def read_samples(folder: Path, mend: bool = False) -> list[SampleLine]:
     """Read the lines that all processes of all runs have left in a folder; of two for the same work the first counts.
 
+    Timings without the gate of the process that made them are left out: they are made again.
+
     Raises
     ------
     AttnZooError
@@ -194,7 +202,8 @@ def read_samples(folder: Path, mend: bool = False) -> list[SampleLine]:
     found: dict[Key, SampleLine] = {}
     for path in sorted(folder.glob(SAMPLES.format("*"))):
         for line in read_lines(path, SampleLine, SCHEMA_VERSION, mend=mend):
-            found.setdefault(line.key, line)
+            if line.cost is None or line.cost.gate is not None:
+                found.setdefault(line.key, line)
     return list(found.values())
 
 

@@ -13,6 +13,7 @@ from attnzoo.bench.decode.record import DecodeRecord, Interval, KindResult
 from attnzoo.bench.record import Quantiles
 from attnzoo.bench.report import STYLES
 from attnzoo.bench.summary import Verdict
+from attnzoo.units import megabytes
 
 KIND_TITLES = {"single": "pass key", "multi_key": "one of 4 keys", "multi_value": "3 values"}
 
@@ -33,8 +34,8 @@ def cells(record: DecodeRecord) -> list[tuple[str, Verdict]]:
     found: list[tuple[str, Verdict]] = [
         (f"{nll.perplexity:.2f}", "same"),
         (difference(nll.difference), verdict(nll.difference, less_is_better=True)),
-        (f"{words.megabytes(nll.cache.held)}{_share(ratio.held if ratio else None)}", "same"),
-        (f"{words.megabytes(nll.cache.allocated)}{_share(ratio.allocated if ratio else None)}", "same"),
+        (f"{megabytes(nll.cache.held)}{_share(ratio.held if ratio else None)}", "same"),
+        (f"{megabytes(nll.cache.allocated)}{_share(ratio.allocated if ratio else None)}", "same"),
     ]
     found += [(recall(result), verdict(result.difference)) for result in record.retrieval]
     if record.cost is not None:

@@ -13,6 +13,7 @@ from attnzoo.bench.kvpress.run import RECORDS
 from attnzoo.bench.measure import quantiles
 from attnzoo.tasks.classify import wilson_interval
 from attnzoo.tasks.paired import paired_difference
+from attnzoo.units import megabytes
 
 TABLE = "table.md"
 TITLES: dict[Setting, str] = {
@@ -22,7 +23,7 @@ TITLES: dict[Setting, str] = {
 
 HEAD = (
     "| policy | method | kept | pass keys found | attnzoo's less this one's | first token, s: p20 / **p50** / p80 "
-    "| over attnzoo's | peak cache, MB | peak memory, MB |"
+    "| over attnzoo's | peak cache | peak memory |"
 )
 
 
@@ -85,7 +86,7 @@ READING = (
     "before its hook compresses that layer, so one layer is whole). attnzoo's has room for a block beyond the budget "
     "in every layer, positions, and what a policy keeps. Keys and values that are on their way into the cache count "
     "in neither, nor do copies that live for a moment; all of them do in peak memory.",
-    "- peak memory: of the resident set, above that of the loaded model.",
+    "- peak memory: of the resident set, above that of the loaded model. MB are 10^6 bytes.",
     "- Options are the same on both sides where both have them; what else differs:",
 )
 
@@ -160,14 +161,10 @@ def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLin
         difference,
         f"{times.p20:.2f} / **{times.p50:.2f}** / {times.p80:.2f}",
         ratio,
-        _megabytes(max(line.cache_peak_bytes for line in lines)),
-        _megabytes(max(memory)) if memory else "not known",
+        megabytes(max(line.cache_peak_bytes for line in lines)),
+        megabytes(max(memory)) if memory else "not known",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f}"
 
 
 def _ahead(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) -> list[str]:
@@ -185,10 +182,10 @@ def _ahead(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) 
         said.append(f"first token in {ratio:.2f} of attnzoo's time")
     cache = [max(line.cache_peak_bytes for line in side) for side in zip(*pairs, strict=True)]
     if cache[1] < cache[0]:
-        said.append(f"peak cache {_megabytes(cache[1])} MB, attnzoo {_megabytes(cache[0])} MB")
+        said.append(f"peak cache {megabytes(cache[1])}, attnzoo {megabytes(cache[0])}")
     memory = [[line.memory_peak_bytes or 0 for line in side] for side in zip(*pairs, strict=True)]
     if 0 < max(memory[1]) < max(memory[0]):
-        said.append(f"peak memory {_megabytes(max(memory[1]))} MB, attnzoo {_megabytes(max(memory[0]))} MB")
+        said.append(f"peak memory {megabytes(max(memory[1]))}, attnzoo {megabytes(max(memory[0]))}")
     return [f"{row.policy}, `{row.method}`: {'; '.join(said)}"] if said else []
 
 
