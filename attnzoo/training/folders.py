@@ -86,10 +86,7 @@ class ImageFolder:
         if not any(found.values()):
             told = f"; left out: {self.left_out}" if self.left_out.counts else ""
             raise ConfigError(f"data: Found 0 images in {str(folder)!r}: it should have a folder for each class{told}")
-        if class_map is None:
-            ordered = tuple(sorted(found, key=_natural))
-        else:
-            ordered = _in_order(class_map)
+        ordered = tuple(sorted(found, key=_natural)) if class_map is None else _in_order(class_map)
         self.classes: tuple[str, ...] | None = ordered
         # (path, class), in the order of timm's reader
         self.files = sorted(

@@ -153,6 +153,10 @@ def _look(source: Source, split: str) -> None:
             refused.append(f"{source.name(index)}: {error}")
         except ERRORS:
             continue
+        except Exception as error:  # readers of many libraries
+            raise ConfigError(
+                f"data: {split!r}, image {index} cannot be read: {type(error).__name__}: {error}; see data.options"
+            ) from error
     if len(refused) > UNREADABLE_SHARE * len(looked):
         raise ConfigError(f"data: of {len(looked)} images of {split!r}, {len(refused)} cannot be used. {refused[0]}")
 
@@ -381,8 +385,8 @@ def check_classes(targets: Tensor, classes: int) -> None:
     most = int(targets.max()) if targets.numel() else NO_CLASS
     if most >= classes:
         raise TrainingError(
-            f"an image has class {most}, but there are {classes} classes, 0 to {classes - 1}: mend data.classes, or the "
-            "labels"
+            f"an image has class {most}, but there are {classes} classes, 0 to {classes - 1}: mend data.classes, or "
+            "the labels"
         )
 
 
