@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# one more than the cores, for tests often wait for processes that start
-JOBS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+# for two cores, since tests often wait for processes that start
+JOBS ?= 3
 TORCH ?=
 
 .PHONY: help setup lock test lint bench compat clean
