@@ -6,6 +6,7 @@ to the counter of each trace. Where an operator that multiplies matrices ran wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 Shape = tuple[int, ...]
+WITHOUT_PRODUCT = 2  # how `torch.cdist` hands down compute_mode="donot_use_mm_for_euclid_dist"
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset(
     {
@@ -55,6 +57,11 @@ def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *re
     return 2 * batch * heads * queries * key[-2] * (3 * width + 2 * value[-1])
 
 
+def _distances(a: Shape, b: Shape, p: float = 2, mode: int | None = None, *rest: Any, **options: Any) -> int:
+    """One product where distances are made of it; none where differences are taken, which is work by the element."""
+    return 0 if mode == WITHOUT_PRODUCT or p != 2 else 2 * math.prod(a) * b[-2]
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
     own: dict[str, Callable[..., int]] = {
@@ -62,6 +69,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "_scaled_dot_product_flash_attention_for_cpu": _attention,
         "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
         "_scaled_dot_product_fused_attention_overrideable": _attention,
+        "_cdist_forward": _distances,
+        "_euclidean_dist": _distances,
     }
     return {getattr(aten, name): formula for name, formula in own.items() if hasattr(aten, name)}
 
@@ -70,7 +79,7 @@ FORMULAS = _formulas()
 
 MULTIPLIES = re.compile(
     r"(^|_)((add|baddb|addb|b|int|grouped|scaled|foreach)*mm|(add)?mv|v?dot|addr|matmul|(bi)?linear|conv\d?d?|convolution|"
-    r"depthwise\w*|attention|einsum|cdist|rnn|lstm|gru)(_|$)"
+    r"depthwise\w*|attention|einsum|cdist|dist|rnn|lstm|gru)(_|$)"
 )
 """Names of operators that multiply matrices: without a formula for one of them there is no count."""
 

@@ -96,6 +96,14 @@ def test_without_a_formula_there_is_no_figure_but_a_reason(call):
     assert traced.flops_note.rpartition(" ")[2] in traced.uncounted
 
 
+@pytest.mark.parametrize(("mode", "products"), [("donot_use_mm_for_euclid_dist", 0), ("use_mm_for_euclid_dist", 1)])
+def test_distances_cost_the_product_that_they_are_made_of(mode, products):
+    a, b = torch.randn(2, 30, 8), torch.randn(2, 40, 8)
+    with torch.no_grad():
+        traced = trace(lambda: torch.cdist(a, b, compute_mode=mode))
+    assert traced.flops == products * 2 * 2 * 30 * 40 * 8
+
+
 @pytest.mark.parametrize(
     ("operator", "multiplies"),
     [
