@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# for two cores, since tests often wait for processes that start
-JOBS ?= 3
+JOBS ?= 2
 TORCH ?=
 
 .PHONY: help setup lock test lint bench compat clean
