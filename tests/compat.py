@@ -207,13 +207,16 @@ def _alone(library: str, release: str, folder: Path, wanted: dict[str, object]) 
     chosen = library if release == "newest" else f"{library}=={release}"
     others = wanted.get("with", [])
     assert isinstance(others, list)
-    _install("--constraint", pins, "--upgrade", chosen, *others, f"{ROOT}[dev]", python=python)
+    _run("uv", "pip", "install", "--python", python, "--constraint", pins, chosen, *others, f"{ROOT}[dev]")
     return str(python), []
 
 
-def _install(*arguments: object, python: Path | str = sys.executable) -> None:
-    command = [str(python), "-m", "pip", "install", "--quiet", "--upgrade", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True)
+def _install(*arguments: object) -> None:
+    _run("pip", "install", "--quiet", "--upgrade", *arguments)
+
+
+def _run(module: str, *arguments: object) -> None:
+    ended = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
     if ended.returncode != 0:
         raise InstallError(" ".join(ended.stderr.strip().splitlines()[-2:]))
 
