@@ -111,38 +111,6 @@ def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_
         score_all(validate_config(config), 7, Console(quiet=True))
 
 
-def rename(*pairs):
-    def change(images):
-        for old, new in pairs:
-            for split in ("train", "val"):
-                (images / split / old).rename(images / split / new)
-
-    return change
-
-
-def add_class(images):
-    for split in ("train", "val"):
-        shutil.copytree(images / split / "dark", images / split / "night")
-
-
-def remove_class(images):
-    for split in ("train", "val"):
-        shutil.rmtree(images / split / "left")
-
-
-def add_test_image(images):
-    shutil.copy(images / "val/dark/000.png", images / "val/dark/new.png")
-
-
-DATA_CHANGES = {
-    "renamed": (rename(("dark", "night")), r"missing classes dark, new classes night"),
-    "renamed last": (rename(("bright", "sunny")), r"missing classes bright, new classes sunny"),
-    "new": (add_class, r"new classes night; 96 training images, now 128; 30 test images, now 40"),
-    "missing": (remove_class, r"missing classes left; 96 training images, now 64; 30 test images, now 20"),
-    "more images": (add_test_image, r"\(30 test images, now 31\)"),
-}
-
-
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
     """A folder of images and a run that was trained with them, for tests that work on copies."""
@@ -157,22 +125,14 @@ def once_config(folder, **changes):
     return tiny(folder / "images", folder / "runs", **{"only": ["dense"], "recipe__epochs": 2, **changes})
 
 
-@pytest.mark.parametrize("kind", DATA_CHANGES)
-def test_data_are_held_against_those_of_the_run_in_evaluation_as_in_training(once, tmp_path, capsys, kind):
+def test_the_command_refuses_other_classes_with_a_sentence(once, tmp_path, capsys):
     shutil.copytree(once, tmp_path / "copy")
-    change, said = DATA_CHANGES[kind]
-    change(tmp_path / "copy/images")
-    config = once_config(tmp_path / "copy")
-    for check in (
-        lambda: score_all(validate_config(config), 7, Console(quiet=True)),
-        lambda: train_all(validate_config(config), Console(quiet=True)),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            check()
+    for split in ("train", "val"):
+        (tmp_path / "copy/images" / split / "left").rename(tmp_path / "copy/images" / split / "right")
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(once_config(tmp_path / "copy")))
     assert script().main([str(path)]) == 2
-    assert "trained with other data" in capsys.readouterr().err
+    assert "trained with other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
 
 
 def test_classes_in_another_order_are_refused(once, tmp_path):
