@@ -24,7 +24,7 @@ lock: setup  ## renew requirements.lock: the newest release of everything that p
 		--no-header --quiet --output-file requirements.lock
 
 test: setup  ## run the tests: most side by side, then those that must run alone
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not serial"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not serial"
 	$(BIN)/python -m pytest -m serial
 
 lint: setup  ## check style and types, as CI and pre-commit do
