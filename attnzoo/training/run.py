@@ -180,7 +180,8 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
             if "run_hash" in odd:
                 what = f"another config ({changes(run)})"
             else:
-                what = f"other data or weights ({'; '.join(differences(found, identity) or odd)})"
+                told = "; ".join(differences(found, identity))
+                what = f"other data or weights ({', '.join(odd)})" + (f": {told}" if told else "")
             return ConfigError(
                 f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
                 "resume=never."

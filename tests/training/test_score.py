@@ -1,10 +1,13 @@
 """Evaluation: calibration, mistakes, and records that the benchmark's own reports take."""
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
 from attnzoo.bench.record import Record, Training, read_records
 from attnzoo.errors import ConfigError
@@ -15,7 +18,7 @@ from attnzoo.training.run import train_all
 from attnzoo.training.score import benchmark_of, quality_of, score_all
 
 from ..bench.data import cost, record_data
-from .conftest import ROOT, tiny
+from .conftest import ROOT, tiny, write_images
 
 COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}
 
@@ -92,8 +95,6 @@ def test_trained_models_are_evaluated_recorded_and_shown(images, tmp_path, capsy
 
 
 def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_path):
-    from rich.console import Console
-
     config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2, augment__interpolation="bilinear")
     config["data"] = {**config["data"], "crop_pct": 0.8}  # so that images are resized
     (result,) = train_all(validate_config(config))
@@ -108,6 +109,61 @@ def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"cannot be used: model\.safetensors has .* resume=never"):
         score_all(validate_config(config), 7, Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A folder of images and a run that was trained with them, for tests that work on copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_images(folder / "images/train", 32)
+    write_images(folder / "images/val", 10, seed=1)
+    train_all(validate_config(once_config(folder)), Console(quiet=True))
+    return folder
+
+
+def once_config(folder, **changes):
+    return tiny(folder / "images", folder / "runs", **{"only": ["dense"], "recipe__epochs": 2, **changes})
+
+
+def test_the_command_refuses_other_classes_with_a_sentence(once, tmp_path, capsys):
+    shutil.copytree(once, tmp_path / "copy")
+    for split in ("train", "val"):
+        (tmp_path / "copy/images" / split / "left").rename(tmp_path / "copy/images" / split / "right")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(once_config(tmp_path / "copy")))
+    assert script().main([str(path)]) == 2
+    assert "trained with other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
+
+
+def test_classes_in_another_order_are_refused(once, tmp_path):
+    """Numbers of classes come from a class map here, whose file is no part of a run's identity."""
+    shutil.copytree(once / "images", tmp_path / "images")
+    class_map = tmp_path / "classes.txt"
+    class_map.write_text("bright\ndark\nleft\n")
+    config = validate_config(once_config(tmp_path, data__options={"class_map": str(class_map)}))
+    train_all(config, Console(quiet=True))
+    score_all(config, 7, Console(quiet=True))
+    class_map.write_text("dark\nbright\nleft\n")
+    with pytest.raises(ConfigError, match="the same classes in another order: class 0 was bright, now dark"):
+        score_all(config, 7, Console(quiet=True))
+
+
+def test_all_runs_are_checked_before_one_is_evaluated(once, tmp_path):
+    shutil.copytree(once, tmp_path / "copy")
+    folder = tmp_path / "copy"
+    shutil.copytree(folder / "runs/dense-seed0", folder / "runs/dense-seed1")
+    with pytest.raises(ConfigError, match="dense-seed1/final is of another config"):
+        score_all(validate_config(once_config(folder, seeds=[0, 1])), 7, Console(quiet=True))
+    assert not (folder / "runs/eval").exists()
+    (folder / "runs/dense-seed0/run.json").unlink()
+    with pytest.raises(ConfigError, match=r"run\.json, which says what data the run was trained with, cannot be read"):
+        score_all(validate_config(once_config(folder)), 7, Console(quiet=True))
+
+
+def test_a_device_that_is_not_there_is_refused_in_evaluation_too(once, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no CUDA device here"):
+        score_all(validate_config(once_config(once, device="cuda")), 7, Console(quiet=True))
 
 
 def test_the_cost_is_of_the_models_that_were_trained(images):
