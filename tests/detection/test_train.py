@@ -143,6 +143,18 @@ def test_two_processes_train_and_test_as_one(tmp_path):
     assert qualities[0] == qualities[1]
 
 
+@pytest.mark.parametrize("task", ["train", "eval"])
+def test_an_output_that_is_a_file_is_a_sentence(trained, tmp_path, capsys, task):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    if task == "train":
+        assert train([str(trained[0]), f"work_dir={tmp_path}/file/seed0"]) == 1
+    else:
+        assert evaluate([str(trained[0]), "--output", str(tmp_path / "file")]) == 1
+    told = capsys.readouterr().err
+    assert str(tmp_path / "file") in told
+    assert "Traceback" not in told
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -113,6 +113,30 @@ def test_beams_and_cut_prompts_go_on_from_whole_calls_alone(tmp_path):
         assert not (tmp_path / "cache.pt").exists()
 
 
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_prompt_that_generate_cuts_is_whole_or_refused(swap):
+    """With `prefill_chunk_size` generate itself calls the model once per chunk."""
+    model, ids = SWAPS[swap](), token_ids(2, 24)
+    with torch.no_grad():
+        expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+        found = model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=7)
+        assert torch.equal(found, expected)
+        mine, calls = DynamicCache(), []
+
+        def break_the_second_chunk(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                raise RuntimeError("out of memory")
+
+        handle = model.get_submodule("model.layers.1.input_layernorm").register_forward_pre_hook(break_the_second_chunk)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate(ids, max_new_tokens=4, prefill_chunk_size=7, **{CACHE: mine})
+        handle.remove()
+        with pytest.raises(UnsupportedError, match="broke off .* have seen 7 and 14 tokens"):
+            model(ids[:, 14:], **{CACHE: mine})
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=7), expected)
+
+
 # ---- arguments
 
 
@@ -167,7 +191,9 @@ SLIDING = {
 
 
 @pytest.mark.parametrize(
-    "config", [transformers.Gemma3TextConfig, transformers.Cohere2Config], ids=lambda c: c.__name__
+    "config",
+    [transformers.Gemma3TextConfig, transformers.Cohere2Config, transformers.Exaone4Config],
+    ids=lambda c: c.__name__,
 )
 def test_an_empty_cache_without_a_config_keeps_sliding_layers_bounded(config):
     model = transformers.AutoModelForCausalLM.from_config(config(**SLIDING), attn_implementation="sdpa").eval()

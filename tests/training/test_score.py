@@ -17,6 +17,8 @@ from attnzoo.training.report import markdown_table, step_costs
 from attnzoo.training.run import train_all
 from attnzoo.training.score import benchmark_of, quality_of, score_all
 
+from train.classify import main as train
+
 from ..bench.data import cost, record_data
 from .conftest import ROOT, tiny, write_images
 
@@ -133,6 +135,20 @@ def test_the_command_refuses_other_classes_with_a_sentence(once, tmp_path, capsy
     path.write_text(yaml.safe_dump(once_config(tmp_path / "copy")))
     assert script().main([str(path)]) == 2
     assert "trained with other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["train", "eval"])
+def test_an_output_that_is_a_file_is_a_sentence(once, tmp_path, capsys, task):
+    shutil.copytree(once, tmp_path / "copy")
+    config = once_config(tmp_path / "copy")
+    blocked = tmp_path / "copy/runs/eval" if task == "eval" else tmp_path / "copy/file"
+    blocked.write_text("")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config if task == "eval" else {**config, "output": str(blocked)}))
+    assert (script().main if task == "eval" else train)([str(path)]) == 1
+    told = capsys.readouterr().err
+    assert str(blocked) in told
+    assert "Traceback" not in told
 
 
 def test_classes_in_another_order_are_refused(once, tmp_path):
