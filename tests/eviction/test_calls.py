@@ -132,7 +132,7 @@ def test_a_prompt_that_generate_cuts_is_whole_or_refused(swap):
         with pytest.raises(RuntimeError, match="out of memory"):
             model.generate(ids, max_new_tokens=4, prefill_chunk_size=7, **{CACHE: mine})
         handle.remove()
-        with pytest.raises(UnsupportedError, match="broke off .* have seen 7 and 14 tokens"):
+        with pytest.raises(UnsupportedError, match=r"broke off .* have seen 7 and 14 tokens"):
             model(ids[:, 14:], **{CACHE: mine})
         assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=7), expected)
 

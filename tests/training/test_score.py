@@ -16,7 +16,6 @@ from attnzoo.training.evaluate import BINS, Answers
 from attnzoo.training.report import markdown_table, step_costs
 from attnzoo.training.run import train_all
 from attnzoo.training.score import benchmark_of, quality_of, score_all
-
 from train.classify import main as train
 
 from ..bench.data import cost, record_data
