@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from attnzoo import files
 from attnzoo.command import run_script
 from attnzoo.extras import require
 from attnzoo.mixers.padre import Padre
@@ -80,12 +80,9 @@ def measure_all(folder: Path) -> None:
     """Measure every case, write both files and print the table."""
     require("matplotlib")
     rows = [measure(degree, dtype, output) for output in OUTPUTS for dtype in DTYPES for degree in DEGREES]
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, content in (("activations.jsonl", lines), ("activations.svg", draw(rows))):
-        part = folder / f".{name}.part"
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, folder / name)
+        files.write(folder / name, content)
     print(f"degree {'dtype':9} {'output':5} root mean square   largest, of {LAYERS} layers")
     for row in rows:
         small, large = (f"{min(row[key]):8.2f} to {max(row[key]):8.2f}" for key in ("rms", "largest"))

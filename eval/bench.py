@@ -9,12 +9,12 @@ A config that lists `operations` is one of single operations beside PyTorch's, a
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from attnzoo import files
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import ConfigError
 
@@ -112,9 +112,7 @@ def _write_page(records_path: Path, html: Callable[[str | None], str]) -> Path:
 
     config = records_path.with_suffix(".yaml")
     page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
-    part = page.with_name(f".{page.name}.part")
-    part.write_text(html(config.read_text(encoding="utf-8") if config.is_file() else None), encoding="utf-8")
-    os.replace(part, page)
+    files.write(page, html(config.read_text(encoding="utf-8") if config.is_file() else None))
     return page
 
 

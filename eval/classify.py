@@ -7,13 +7,12 @@ accelerate launch eval/classify.py configs/classify/digits.yaml [key=value ...] 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.command import check_rows, run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
@@ -63,21 +62,15 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     for folder in folders:
         records = read_records(folder / RECORDS_FILE)
         measured += records
-        _write(folder / "report.html", html_page(records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        files.write(folder / "report.html", html_page(records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
         print_report(records, out)
     page = config.folder / FOLDER / "report.html"
     steps = report.step_costs(measured)
-    _write(page, report.html_page(scored, qualities, steps, splits, folders))
+    files.write(page, report.html_page(scored, qualities, steps, splits, folders))
     out.print(report.console_table(qualities, steps))
     out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)
     return check_rows(measured, {one.label for one in config.attentions if one.expect == "unsupported"})
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ python eval/decode.py --report RECORDS.jsonl                       report again 
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.command import run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
@@ -81,10 +80,7 @@ def report(records_path: Path) -> None:
     records = read_records(records_path)
     config = records_path.with_suffix(".yaml")
     page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
-    html = html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None)
-    part = page.with_name(f".{page.name}.part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, page)
+    files.write(page, html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None))
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     print_report(records, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)

@@ -9,13 +9,12 @@ A config that trains nothing, such as configs/detect/detr_r50_cost.py, is measur
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import ConfigError
 
@@ -97,9 +96,8 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
             page.drawn({label: first[label] for label in labels}, evaluation.classes_of(runs[0].config)),
         ]
     text = "\n\n".join(config.pretty_text for config in configs)
-    target, part = folder / "report.html", folder / ".report.html.part"
-    part.write_text(html_page(records, text, sections), encoding="utf-8")
-    os.replace(part, target)
+    target = folder / "report.html"
+    files.write(target, html_page(records, text, sections))
     print_report(records, out)
     out.print(f"page: {target}", highlight=False, soft_wrap=True)
     return check_rows(records)

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from attnzoo import files
 from attnzoo.command import run_script
 
 BATCH, SIDE, DIM, LENGTH = 2, 56, 384, 32768
@@ -209,10 +210,7 @@ def compile_all(parsed: argparse.Namespace) -> int:
         parts = track(pool.map(compiled, tasks), "compiling", len(tasks), console=console)
         rows = [{**row, "triton": triton.__version__} for part in parts for row in part]
     if parsed.output is not None:
-        parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        part = parsed.output.with_name(f".{parsed.output.name}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(part, parsed.output)
+        files.write(parsed.output, "".join(json.dumps(row) + "\n" for row in rows))
     print(markdown(rows))
     found = problems(rows)
     for problem in found:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import AttnZooError
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -84,52 +83,9 @@ def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stac
     return entries
 
 
-class FolderLock:
-    """Holds a folder for one run; the system lets go when the process ends, however it ends.
-
-    Raises
-    ------
-    ConfigError
-        On entering, if another run holds it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._handle: IO[str] | None = None
-
-    def __enter__(self) -> FolderLock:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._handle = open(self.folder / ".lock", "a", encoding="ascii")  # held until __exit__
-        try:
-            _lock_or_refuse(self._handle, self.folder)
-        except BaseException:
-            self._handle.close()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._handle is not None:
-            self._handle.close()
-
-
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
     except ValueError:
         return False
     return True
-
-
-def _lock_or_refuse(handle: IO[str], folder: Path) -> None:
-    message = f"another run is writing into {folder}; wait for it, or give another folder with output=PATH"
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(message) from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from attnzoo.bench.lines import FolderLock, append_line, read_lines
+from attnzoo import files
+from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
 SCHEMA_VERSION = 3  # 2 added the language model, 3 detection; what they added has defaults, so older lines are read
@@ -375,19 +377,17 @@ class RecordStore:
         self.config_hash = config_hash
         self.fresh = fresh
         self.records: dict[Key, Record] = {}
-        self._lock = FolderLock(folder)
+        self._lock = ExitStack()
 
     def __enter__(self) -> RecordStore:
-        self._lock.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(files.locked(self.folder))
             self._load()
-        except BaseException:
-            self._lock.__exit__()
-            raise
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._lock.__exit__()
+        self._lock.close()
 
     def append(self, record: Record) -> None:
         """Put one record on disk, whole, before returning."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -15,8 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
+from attnzoo import files
 from attnzoo.bench.config import AttentionConfig, refuse_expect, without_stale_labels
-from attnzoo.bench.lines import FolderLock, append_line, read_lines
+from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.bench.system import environment
@@ -128,7 +128,7 @@ def run(config: TrainConfig) -> Path:
     data = train_bytes.split(text.text, config.held_out, config.recipe.tokens)
     recipe = train_bytes.Recipe(**config.recipe.model_dump())
     path = config.folder / RECORDS
-    with FolderLock(config.folder):
+    with files.locked(config.folder):
         done = {record.label for record in _own(path, config, text.sha256)}
         for attention in (None, *config.attentions):
             label = DENSE if attention is None else attention.label
@@ -196,8 +196,6 @@ def report(path: Path) -> str:
     axes.set_xlabel("steps")
     axes.set_ylabel("training loss, nats a byte")
     add_legend(axes)
-    part = path.with_name(f".{PLOT}.part")
     picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
-    part.write_text(picture, encoding="utf-8")
-    os.replace(part, path.with_name(PLOT))
+    files.write(path.with_name(PLOT), picture)
     return table(path)

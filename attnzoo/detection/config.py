@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnzoo import assets
+from attnzoo import assets, files
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
-from attnzoo.detection.voc import write_json
 from attnzoo.errors import AttnZooError, ConfigError
 
 RUNS = Path("runs/detect")
@@ -171,7 +170,7 @@ def _score_what_is_checked(config: Any, part: str) -> None:
     scored = check.to_score(content)
     if scored["annotations"] != content["annotations"]:
         copy = _scored(config, Path(told))
-        write_json(scored, copy)
+        files.write_json(copy, scored)
         metric["ann_file"] = str(copy)
 
 

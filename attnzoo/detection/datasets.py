@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
-from attnzoo.detection.voc import Converted, Photo, coco, convert, read_voc, write_json
+from attnzoo import files
+from attnzoo.detection.voc import Converted, Photo, coco, convert, read_voc
 from attnzoo.errors import DataError
 
 TILE = 224  # pixels
@@ -24,7 +26,7 @@ def bccd(source: Path, folder: Path) -> None:
     for split in ("train", "val", "test"):
         names = (base / "ImageSets" / "Main" / f"{split}.txt").read_text(encoding="utf-8").split()
         content, _ = convert(base / "Annotations", base / "JPEGImages", names)
-        write_json(content, folder / "annotations" / f"instances_{split}.json")
+        files.write(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
         (folder / split).mkdir()
         for image in content["images"]:
             shutil.copyfile(base / "JPEGImages" / image["file_name"], folder / split / image["file_name"])
@@ -55,4 +57,4 @@ def tree_crowns(source: Path, folder: Path) -> None:
                             tile.boxes.append(type(box)(**{**vars(inside), "crowd": crowd}))
                     opened.crop(window).save(folder / split / tile.file)
                     tiles.append(tile)
-        write_json(coco(tiles, ["Tree"]), folder / "annotations" / f"instances_{split}.json")
+        files.write(folder / "annotations" / f"instances_{split}.json", json.dumps(coco(tiles, ["Tree"])))

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from attnzoo import assets
+from attnzoo import assets, files
 from attnzoo.bench.kept import against
 from attnzoo.bench.record import Detecting, Detection, Record, RecordStore
 from attnzoo.bench.system import environment
@@ -26,7 +26,6 @@ from attnzoo.detection import cost as costs
 from attnzoo.detection import score
 from attnzoo.detection.config import prepare
 from attnzoo.detection.run import FITTED, changes, is_main
-from attnzoo.detection.voc import write_json
 from attnzoo.errors import ConfigError
 
 FOLDER = "eval"
@@ -79,11 +78,11 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
             say(f"{config.work_dir} was tested before; its scores are kept")
     else:
         say(f"test {config.work_dir}")
-        true, predicted, files = score.predict(config, folder)
+        true, predicted, images = score.predict(config, folder)
         if not is_main():
             return Run(config, costs.variant_of(config), _no_scores())
-        earlier = {**known, "scores": asdict(score.scores(true, predicted, files, classes_of(config)))}
-        write_json(earlier, kept)
+        earlier = {**known, "scores": asdict(score.scores(true, predicted, images, classes_of(config)))}
+        files.write_json(kept, earlier)
     found = dict(earlier["scores"])
     found["judged"] = tuple(
         score.Judged(one["path"], tuple(map(tuple, one["true"])), tuple(map(tuple, one["predicted"])), one["f1"])

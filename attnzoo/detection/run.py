@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from attnzoo.bench.lines import FolderLock
+from attnzoo import files
 from attnzoo.detection import mmcv_ext
-from attnzoo.detection.voc import write_json
 from attnzoo.errors import ConfigError, DataError
 
 TRAINED_BY = "trained_by.json"
@@ -92,7 +91,7 @@ def train(config: Any) -> Path:
     begins = not (config.resume and last_checkpoint(config))
     if given and begins and "://" not in given and not Path(given).expanduser().is_file():
         raise ConfigError(f"load_from={given!r} does not exist")
-    with FolderLock(folder) if is_main() else contextlib.nullcontext():
+    with files.locked(folder) if is_main() else contextlib.nullcontext():
         if not config.resume and is_main():
             _set_aside(folder)
         barrier()
@@ -109,7 +108,7 @@ def train(config: Any) -> Path:
         trained_by = _trained_by(config)
         runner = Runner.from_cfg(config)
         if not begun and is_main():
-            write_json(trained_by, folder / TRAINED_BY)
+            files.write_json(folder / TRAINED_BY, trained_by)
         runner.train()
     return folder
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from attnzoo import files
 from attnzoo.errors import AttnZooError, DataError
 from attnzoo.extras import require
 
@@ -182,14 +182,6 @@ def coco(photos: Iterable[Photo], names: Sequence[str]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def write_json(content: object, path: Path) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(part, path)
-
-
 def convert(
     annotations: Path, images: Path, names: Sequence[str] | None = None, classes: Sequence[str] | None = None
 ) -> tuple[dict[str, Any], Converted]:
@@ -244,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         names = None if parsed.list is None else _listed(parsed.list)
         content, found = convert(parsed.annotations, parsed.images, names, classes)
-        write_json(content, parsed.output)
+        files.write(parsed.output, json.dumps(content))
     except (AttnZooError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

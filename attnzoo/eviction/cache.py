@@ -15,8 +15,6 @@ differ by head. Padding and order are all there is to know.
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from attnzoo import files
 from attnzoo.errors import AssetError, ShapeError, UnsupportedError
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention, Padding
@@ -380,17 +379,8 @@ class BoundedCache(DynamicCache):
         path = Path(path)
         layers = [_layer_state(layer) for layer in self.layers]
         content = {"format": FILE_FORMAT, "layers": layers, "real": None if self.real is None else self.real.clone()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        with files.atomic(path) as part:
+            torch.save(content, part)
 
 
 def load_cache(path: str | Path, device: str | torch.device | None = None) -> BoundedCache:

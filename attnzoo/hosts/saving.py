@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from attnzoo import files
 from attnzoo.errors import UnsupportedError
 from attnzoo.hosts.site import MixerLayer, Swapped, swapped_record
 
@@ -97,6 +98,4 @@ def advice(swapped: list[tuple[str, Swapped]]) -> str:
 def _mark(config: Path, said: str) -> None:
     content = json.loads(config.read_text(encoding="utf-8"))
     content[FIELD] = said
-    written = config.with_name(f"{config.name}.part")
-    written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(written, config)
+    files.write(config, json.dumps(content, indent=2, sort_keys=True) + "\n")

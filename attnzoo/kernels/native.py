@@ -11,13 +11,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
+
+from attnzoo import files
 
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -88,19 +88,10 @@ def _target(source: Path, compiler: str) -> Path:
 
 def _compile(source: Path, compiler: str, target: Path) -> None:
     """Compile `source` to `target`, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, part_name = tempfile.mkstemp(dir=target.parent, prefix=f".{source.stem}.", suffix=".so")
-    os.close(handle)
-    part = Path(part_name)
-    try:
-        command = [compiler, *FLAGS, str(source), "-o", part_name]
+    with files.atomic(target, suffix=".so") as part:
+        command = [compiler, *FLAGS, str(source), "-o", str(part)]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
         part.chmod(0o755)  # a cache may be shared
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -12,10 +12,10 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from attnzoo import files
 from attnzoo.assets import sha256_of
 from attnzoo.errors import TrainingError
 from attnzoo.units import megabytes
@@ -81,8 +81,8 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
 def problem(folder: Path) -> str | None:
     """Say what is wrong with a folder that was written here, or give None."""
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in files.items()}
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     if not listed:
@@ -128,29 +128,6 @@ def tidy(parent: Path, step: int) -> None:
             os.replace(folder, aside)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all; see `write_text`."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a file, whole or not at all.
-
-    Raises
-    ------
-    TrainingError
-        If it cannot be written.
-    """
-    part = path.with_name(PART + path.name)
-    try:
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise TrainingError(f"{path} could not be written: {error}") from error
-
-
 def _discard(folder: Path) -> None:
     """Remove a folder, if it is there, without ever leaving a part of it under its name."""
     gone = folder.with_name(f"{PART}gone-{folder.name}")
@@ -161,11 +138,11 @@ def _discard(folder: Path) -> None:
 
 
 def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
         _sync(path)
-    listed = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in files}
-    write_json(folder / MANIFEST, {"files": listed})
+    listed = {str(path.relative_to(folder)): [path.stat().st_size, sha256_of(path)] for path in paths}
+    files.write_json(folder / MANIFEST, {"files": listed})
     _sync(folder / MANIFEST)
 
 

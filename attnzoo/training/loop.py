@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from attnzoo import files
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.system import environment
 from attnzoo.errors import ConfigError, TrainingError
@@ -294,13 +295,13 @@ class Training:
         with checkpoint.writing(target, kept, main, wait) as part:
             accelerator.save_state(str(part))
             if main:
-                checkpoint.write_json(part / ABOUT, self.about)
-                checkpoint.write_json(part / PROGRESS, asdict(progress))
+                files.write_json(part / ABOUT, self.about)
+                files.write_json(part / PROGRESS, asdict(progress))
                 if self.average is not None:
                     save_file(_on_cpu(self.average.module.state_dict()), part / AVERAGED)
         if main:
             checkpoint.prune(parent, self.config.keep_checkpoints)
-            checkpoint.write_text(self.run.folder / LOG, "".join(json.dumps(row) + "\n" for row in progress.epochs))
+            files.write(self.run.folder / LOG, "".join(json.dumps(row) + "\n" for row in progress.epochs))
 
     def _share_unreadable(self) -> None:
         """Have every process know what any could not read, and all stop together where that is too much."""
@@ -359,8 +360,8 @@ class Training:
                 save_file(state, part / WEIGHTS, metadata={"format": "pt"})
                 if self.average is not None:
                     save_file(_on_cpu(self.average.module.state_dict()), part / AVERAGED, metadata={"format": "pt"})
-                checkpoint.write_json(part / ABOUT, self.about)
-                checkpoint.write_json(part / RESULT, result)
+                files.write_json(part / ABOUT, self.about)
+                files.write_json(part / RESULT, result)
         return result
 
 

@@ -6,7 +6,7 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from attnzoo import files
 from attnzoo.assets import sha256_of
-from attnzoo.bench.lines import FolderLock
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import wilson_interval
@@ -155,16 +155,13 @@ def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | Config
     if not main:
         yield None
         return
-    lock = FolderLock(run.folder)
-    try:
-        lock.__enter__()
-    except ConfigError:
-        yield "busy"
-        return
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(run.folder))
+        except ConfigError:
+            yield "busy"
+            return
         yield _decision(run, splits)
-    finally:
-        lock.__exit__()
 
 
 def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
@@ -186,8 +183,8 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
                 f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
                 "resume=never."
             )
-    checkpoint.write_json(about, identity)
-    checkpoint.write_text(run.folder / CONFIG, run.config.to_yaml())
+    files.write_json(about, identity)
+    files.write(run.folder / CONFIG, run.config.to_yaml())
     final = run.folder / FINAL
     return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import IterableDataset
 
+from attnzoo import files
 from attnzoo.bench import run as bench
 from attnzoo.bench.config import AttentionConfig, BaselineConfig, BenchConfig, HostConfig
 from attnzoo.bench.config import CostConfig as BenchCost
@@ -116,8 +117,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
             ]
             earlier = {"weights": weights, "facts": known, "counted": answers.counted(), "mistakes": mistakes}
             if accelerator.is_main_process:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_json(kept, earlier)
+                files.write_json(kept, earlier)
             counted = earlier["counted"]
             console.print(f"{run.name}: top-1 {counted['top1'] / counted['images']:.2%}", highlight=False)
         found.append(Scored(run, result, earlier["counted"], earlier["mistakes"], splits.classes))

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.bench.lines import FolderLock
 from attnzoo.detection import check, mmcv_ext, run, score
 from attnzoo.detection import config as configs
 from attnzoo.errors import ConfigError, DataError
+from attnzoo.files import locked
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
 from train.detect import main as train
@@ -340,7 +340,7 @@ def test_what_fails_before_it_begins_leaves_no_trace_of_its_config(trained, tmp_
 
 
 def test_one_folder_is_trained_into_by_one_process(trained, tmp_path, capsys):
-    with FolderLock(tmp_path):
+    with locked(tmp_path):
         assert train([str(trained[0]), f"work_dir={tmp_path}"]) == 2
     assert "another run is writing into" in capsys.readouterr().err
 

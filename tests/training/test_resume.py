@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from attnzoo.bench.lines import FolderLock
 from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.files import locked
 from attnzoo.training import checkpoint, nonfinite
 from attnzoo.training.config import validate_config
 from attnzoo.training.run import train_all
@@ -256,6 +256,6 @@ def test_a_run_that_is_done_is_kept_and_one_of_another_config_refused(images, tm
 
 def test_a_run_that_another_process_has_is_left_to_it(images, tmp_path):
     config = validate_config(tiny(images, tmp_path / "runs"))
-    with FolderLock(tmp_path / "runs/dense-seed0"):
+    with locked(tmp_path / "runs/dense-seed0"):
         assert [result["label"] for result in train_all(config)] == ["padre"]
     assert [result["label"] for result in train_all(config)] == ["dense", "padre"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from attnzoo import files
 from attnzoo.bench.lines import read_lines
 from attnzoo.bench.record import Count, Entry, Environment, Gate, Memory, NonNegative, Quantiles
 from attnzoo.errors import AttnZooError
@@ -210,9 +210,7 @@ def read_samples(folder: Path, mend: bool = False) -> list[SampleLine]:
 def write_records(folder: Path, records: list[DecodeRecord]) -> Path:
     """Put all records of a folder in place in one step."""
     path = folder / RECORDS_FILE
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(record.model_dump_json() + "\n" for record in records), encoding="utf-8")
-    os.replace(part, path)
+    files.write(path, "".join(record.model_dump_json() + "\n" for record in records))
     return path
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import attnzoo
+from attnzoo import files
 from attnzoo.bench.decode import canary, summary
 from attnzoo.bench.decode import plan as plans
 from attnzoo.bench.decode.config import DecodeConfig
@@ -34,7 +35,7 @@ from attnzoo.bench.decode.record import (
     read_samples,
     write_records,
 )
-from attnzoo.bench.lines import FolderLock, append_line
+from attnzoo.bench.lines import append_line
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -74,7 +75,7 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
     tokenizer = decode.load_tokenizer(config.model)
     text = load_text(config.text)
     samples = plans.make_samples(config, text, tokenizer)
-    with FolderLock(config.folder) if world.is_main else contextlib.nullcontext():
+    with files.locked(config.folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             _prepare(config, text)
         world.wait()

@@ -6,8 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from attnzoo import assets
-from attnzoo.bench.lines import FolderLock
+from attnzoo import assets, files
 from attnzoo.errors import ConfigError
 
 KVPRESS = "0.5.5"
@@ -38,7 +37,7 @@ def kvpress_python(given: str | None, say: Callable[[str], None]) -> str:
     python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
     if _kvpress_version(python)[0] == KVPRESS:
         return python
-    with FolderLock(home):
+    with files.locked(home):
         say(f"making an environment with kvpress {KVPRESS} in {folder} (about 6 GB, several minutes, once) ...")
         steps = (
             [sys.executable, "-m", "venv", "--clear", str(folder)],

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from attnzoo import files
 from attnzoo.bench.kvpress.config import Comparison, Key, Row, Setting, Side, rows_of
 from attnzoo.bench.kvpress.process import WorkerProcess, worker_command
 from attnzoo.bench.kvpress.prompts import Prompt, prompts_of
 from attnzoo.bench.kvpress.record import AnyLine, Line, ResultLine, RunLine, VersionsLine, first_line, read_records
-from attnzoo.bench.lines import FolderLock, append_line
+from attnzoo.bench.lines import append_line
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks import decode
@@ -23,7 +24,7 @@ def run(config: Comparison, python: str, command: str, only: Sequence[str], say:
     """Run what is not in the records yet; give the records' path."""
     groups = [group for group in rows_of(config) if not only or group[0].policy in only]
     prompts, text_sha256 = prompts_of(config)
-    with FolderLock(config.folder):
+    with files.locked(config.folder):
         path = config.folder / RECORDS
         lines = _prepare(path, config, text_sha256, command)
         done = {line.key for line in lines if isinstance(line, ResultLine)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from attnzoo import files
 from attnzoo.bench.kvpress.config import DENSE, Key, Row, Setting, rows_of
 from attnzoo.bench.kvpress.environment import KVPRESS
 from attnzoo.bench.kvpress.record import AnyLine, ResultLine, RunLine, VersionsLine, first_line, read_records
@@ -193,7 +193,5 @@ def report(path: Path) -> str:
     """Write the table beside the records, and give it."""
     text = table(read_records(path), path)
     target = path.with_name(TABLE) if path.name == RECORDS else path.with_suffix(".md")
-    part = target.with_name(f".{target.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, target)
+    files.write(target, text)
     return text

@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from attnzoo import files
 from attnzoo.bench import gate as gates
 from attnzoo.bench.jobs import gate_message, is_out_of_memory, set_threads
-from attnzoo.bench.lines import FolderLock, append_line
+from attnzoo.bench.lines import append_line
 from attnzoo.bench.measure import Clock, clock_for, quantiles
 from attnzoo.bench.operations.cases import Function, Work, work
 from attnzoo.bench.operations.config import OperationsConfig
@@ -49,7 +50,7 @@ def run(config: OperationsConfig, command: str, console: Console | None = None) 
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     set_threads(config.threads)
-    with FolderLock(config.folder):
+    with files.locked(config.folder):
         path = config.folder / RECORDS_FILE
         if config.fresh and path.exists():
             os.replace(path, path.with_name("records.old.jsonl"))

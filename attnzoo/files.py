@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, and folders that one process at a time may write into."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from attnzoo.errors import ConfigError
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
+    """Give the path of a new file beside `path`, which takes the place of `path` when the block ends.
+
+    The folder is made if it is not there. The content is on disk before the name is; if the block raises, `path` stays
+    as it was and nothing is left beside it.
+
+    Parameters
+    ----------
+    path
+        What the file will be called.
+    suffix
+        How the name of the new file ends, for tools that go by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write(path: str | Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all; text as UTF-8 with the line ends that it has."""
+    with atomic(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Write a JSON file, whole or not at all, for people to read as well."""
+    write(path, json.dumps(content, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it is not there, for one process; the system lets go when that ends, however it ends.
+
+    Raises
+    ------
+    ConfigError
+        If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / LOCK, timeout=0).acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another run is writing into {folder}; wait for it, or give another folder with output=PATH"
+        ) from None
+    with lock:
+        yield

@@ -1,0 +1,73 @@
+"""Files are written whole or not at all; a folder has one writer."""
+
+import json
+import multiprocessing
+import os
+import stat
+
+import pytest
+
+from attnzoo import files
+from attnzoo.errors import ConfigError
+
+
+def test_a_file_is_replaced_in_one_step_and_its_folder_is_made(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    files.write_json(path, {"x": [1, 2]})
+    assert json.loads(path.read_text()) == {"x": [1, 2]}
+    files.write(path, "line\r\nend\n")
+    assert path.read_bytes() == b"line\r\nend\n"
+    files.write(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["b.json"]
+
+
+def test_permissions_are_those_of_any_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    files.write(tmp_path / "atomic", "")
+    assert len({stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic")}) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_what_breaks_off_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "kept.txt"
+    path.write_text("before")
+
+    def half_of_it():
+        with files.atomic(path, suffix=".so") as part:
+            assert part.parent == tmp_path
+            assert part.suffix == ".so"
+            part.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        half_of_it()
+    assert path.read_text() == "before"
+    assert os.listdir(tmp_path) == ["kept.txt"]
+
+
+def hold(folder, held, release):
+    with files.locked(folder):
+        held.set()
+        release.wait(30)
+
+
+def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path / "run", held, release))
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(ConfigError, match="another run is writing into"), files.locked(tmp_path / "run"):
+        pass
+    other.kill()
+    other.join()
+    for _ in range(2):  # it was let go, and is again
+        with files.locked(tmp_path / "run"), pytest.raises(ConfigError), files.locked(tmp_path / "run"):
+            pass
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), files.locked(tmp_path / "file"):
+        pass
