@@ -151,10 +151,11 @@ def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
 
 def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
     data = make_data(tmp_path / "data", images=4)
+    one_size = {**SMALL, "sizes": SMALL["sizes"][:1]}
     paths = []
     for name, attention in (("own", None), ("padre", PADRE)):
         work = str(tmp_path / "runs" / name / "seed0")
-        paths.append(str(make_config(tmp_path / f"{name}.py", data, attention, epochs=2, cost=SMALL, work_dir=work)))
+        paths.append(str(make_config(tmp_path / f"{name}.py", data, attention, epochs=2, cost=one_size, work_dir=work)))
         assert train([paths[-1]]) == 0
     more = configs.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
     run.train(more)
