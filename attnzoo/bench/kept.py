@@ -6,18 +6,16 @@ import math
 from collections.abc import Sequence
 
 from attnzoo.bench.config import LanguageConfig, QualityConfig
-from attnzoo.bench.record import Canary, Detection, Interval, Perplexity, Quality, Training
+from attnzoo.bench.record import Canary, Detection, Perplexity, Quality, Training
+from attnzoo.bench.stats import paired_difference, ratio_of_shares, wilson_interval
 from attnzoo.bench.summary import Qualities
 from attnzoo.tasks import classify
-from attnzoo.tasks.paired import paired_difference
-
-Z = 1.959963984540054  # of a 95% interval of the normal distribution
 
 
 def accuracy_of(config: QualityConfig, trainings: Sequence[Training]) -> Quality:
     """Put the trainings of one attention together; the ratio to dense is left open."""
     correct, images = sum(t.correct for t in trainings), sum(t.images for t in trainings)
-    low, high = classify.wilson_interval(correct, images)
+    low, high = wilson_interval(correct, images)
     tokens = (classify.IMAGE_SIDE[config.dataset] // config.host.patch_size) ** 2
     options = ", ".join(f"{key}={value}" for key, value in config.host.options.items())
     seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
@@ -67,27 +65,17 @@ def against(quality: Qualities, dense: Qualities | None) -> Qualities:
     """
     update: dict[str, object] = {"ratio": None, "ratio_low": None, "ratio_high": None}
     if isinstance(quality, Quality) and isinstance(dense, Quality):
-        update |= _accuracy_ratio(quality, dense)
+        right, right_dense = (sum(t.correct for t in q.trainings) for q in (quality, dense))
+        ratio, low, high = ratio_of_shares(right, quality.images, right_dense, dense.images)
+        update = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
     elif isinstance(quality, Detection) and isinstance(dense, Detection):
         update["ratio"] = quality.ap / dense.ap if dense.ap else None
     elif isinstance(quality, Perplexity) and isinstance(dense, Perplexity):
         found = paired_difference(quality.window_nll, dense.window_nll)
         update = {
-            "difference": Interval(mean=found.mean, low=found.low, high=found.high, n=found.n),
+            "difference": found,
             "ratio": math.exp(-found.mean),
             "ratio_low": math.exp(-found.high),
             "ratio_high": math.exp(-found.low),
         }
     return quality.model_copy(update=update)
-
-
-def _accuracy_ratio(quality: Quality, dense: Quality) -> dict[str, object]:
-    """Ratio of two shares and its interval on the logarithmic scale (Katz et al. 1978), as of independent images."""
-    right, right_dense = (sum(t.correct for t in q.trainings) for q in (quality, dense))
-    if not right_dense:
-        return {}
-    ratio = quality.accuracy / dense.accuracy
-    if not right:
-        return {"ratio": ratio}
-    error = math.sqrt(max(1 / right - 1 / quality.images + 1 / right_dense - 1 / dense.images, 0.0))
-    return {"ratio": ratio, "ratio_low": ratio * math.exp(-Z * error), "ratio_high": ratio * math.exp(Z * error)}

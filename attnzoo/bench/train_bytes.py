@@ -18,12 +18,12 @@ from attnzoo import files
 from attnzoo.bench.config import AttentionConfig, refuse_expect, without_stale_labels
 from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
+from attnzoo.bench.stats import paired_difference
 from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks import train_bytes
-from attnzoo.tasks.paired import paired_difference
 from attnzoo.tasks.text import load_text
 
 DENSE = "dense"

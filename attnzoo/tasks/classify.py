@@ -20,7 +20,6 @@ IMAGE_SIDE = {"digits": 8, "fashion_mnist": 28}
 SPLIT_SEED = 0
 NEARLY_EQUAL = 0.03  # parameters of two models
 DIGITS_TEST_IMAGES = 597
-Z95 = 1.959963984540054  # two-sided 95% of the normal distribution
 
 
 @dataclass(frozen=True)
@@ -267,23 +266,6 @@ def count_correct(model: nn.Module, images: Images, batch: int = 256, device: to
         for x, y in zip(images.test_x.split(batch), images.test_y.split(batch), strict=True):
             correct += int((model(x.to(device)).argmax(-1) == y.to(device)).sum())
     return correct
-
-
-def wilson_interval(correct: int, images: int) -> tuple[float, float]:
-    """95% confidence interval of an accuracy (Wilson, 1927), both ends between 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        Unless ``0 <= correct <= images`` and there are images.
-    """
-    if not 0 <= correct <= images or images == 0:
-        raise ValueError(f"{correct} correct of {images} images is no accuracy")
-    share = correct / images
-    centre = share + Z95**2 / (2 * images)
-    half = Z95 * math.sqrt(share * (1 - share) / images + Z95**2 / (4 * images**2))
-    low, high = (centre - half) / (1 + Z95**2 / images), (centre + half) / (1 + Z95**2 / images)
-    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def _read_digits(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from attnzoo import files
 from attnzoo.assets import sha256_of
+from attnzoo.bench.stats import wilson_interval
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.classify import wilson_interval
 from attnzoo.training import checkpoint
 from attnzoo.training.config import ClassifyConfig, Run, flat, load_config
 from attnzoo.training.images import Splits, open_splits

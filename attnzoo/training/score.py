@@ -22,10 +22,10 @@ from attnzoo.bench.config import AttentionConfig, BaselineConfig, BenchConfig, H
 from attnzoo.bench.config import CostConfig as BenchCost
 from attnzoo.bench.kept import against
 from attnzoo.bench.record import Quality, Record, RecordStore, Training
+from attnzoo.bench.stats import wilson_interval
 from attnzoo.bench.system import environment
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.classify import wilson_interval
 from attnzoo.training import checkpoint
 from attnzoo.training.config import ClassifyConfig, CostConfig, Run
 from attnzoo.training.evaluate import evaluate

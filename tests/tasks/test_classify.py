@@ -1,14 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import attnzoo
 from attnzoo import assets
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import classify
-from attnzoo.tasks.classify import Recipe, build_model, count_correct, load_images, train, wilson_interval
+from attnzoo.tasks.classify import Recipe, build_model, count_correct, load_images, train
 
 VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10}
 OPTIONS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "weight_init": "jax"}
@@ -99,21 +97,6 @@ def test_the_order_of_the_images_is_the_seeds_alone(digits, monkeypatch):
         train(Spy(64, 10), digits, Recipe(2, 256, 1e-3, 0.0, 1, 0.0, 1.0), seed=3)
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
-
-
-@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_interval_holds_the_accuracy_and_stays_between_0_and_1(pair):
-    correct, images = pair
-    low, high = wilson_interval(correct, images)
-    assert 0 <= low <= correct / images <= high <= 1
-
-
-def test_the_interval_is_wilsons():
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
-    assert wilson_interval(0, 20)[0] == 0
-    assert wilson_interval(0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
-    with pytest.raises(ValueError, match="no accuracy"):
-        wilson_interval(3, 2)
 
 
 def test_side_lengths_are_those_of_the_data(digits):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from attnzoo import files
 from attnzoo.bench.lines import read_lines
-from attnzoo.bench.record import Count, Entry, Environment, Gate, Memory, NonNegative, Quantiles
+from attnzoo.bench.record import Count, Entry, Environment, Gate, Interval, Memory, NonNegative, Quantiles
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.size import CacheBytes
 
@@ -99,15 +99,6 @@ class SampleLine(Entry):
     def key(self) -> Key:
         """What makes two lines stand for the same work."""
         return self.task, self.kind, self.sample, self.label
-
-
-class Interval(Entry):
-    """A mean of differences to dense with its 95% bootstrap interval over `n` samples."""
-
-    mean: float
-    low: float
-    high: float
-    n: Count
 
 
 class Ratios(Entry):

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnzoo.bench import summary as words
-from attnzoo.bench.decode.record import DecodeRecord, Interval, KindResult
-from attnzoo.bench.record import Quantiles
+from attnzoo.bench.decode.record import DecodeRecord, KindResult
+from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.bench.report import STYLES
 from attnzoo.bench.summary import Verdict
 from attnzoo.units import megabytes

@@ -13,16 +13,14 @@ from attnzoo.bench.decode.record import (
     Bytes,
     CanaryResult,
     DecodeRecord,
-    Interval,
     KindResult,
     NllResult,
     Ratios,
     SampleLine,
 )
-from attnzoo.bench.record import Environment
+from attnzoo.bench.record import Environment, Interval
+from attnzoo.bench.stats import mcnemar, paired_difference, wilson_interval
 from attnzoo.errors import AttnZooError
-from attnzoo.tasks.classify import wilson_interval
-from attnzoo.tasks.paired import mcnemar, paired_difference
 from attnzoo.tasks.text import Text
 
 CURVE_POINTS = 20
@@ -108,7 +106,7 @@ def _nll(lines: list[SampleLine], dense: list[SampleLine], tokens: int, row: Row
     difference: Interval | None = None
     drawn: tuple[float, ...] = ()
     if row.attention is not None:
-        difference = _interval(means, [math.fsum(line.nll) / len(line.nll) for line in dense])
+        difference = paired_difference(means, [math.fsum(line.nll) / len(line.nll) for line in dense])
         drawn = curve([[a - b for a, b in zip(x.nll, y.nll, strict=True)] for x, y in zip(lines, dense, strict=True)])
     return NllResult(
         windows=len(lines),
@@ -146,7 +144,7 @@ def _retrieval(found: Found, config: DecodeConfig, row: Row) -> tuple[KindResult
                 recall=sum(hits) / len(hits),
                 low=low,
                 high=high,
-                difference=_interval(_recalls(lines), _recalls(dense)) if candidate else None,
+                difference=paired_difference(_recalls(lines), _recalls(dense)) if candidate else None,
                 p_value=mcnemar(hits, [hit for line in dense for hit in line.hits]) if candidate else None,
                 by_depth=tuple(zip(depths, hits, strict=True)),
                 cache=_largest(lines),
@@ -157,11 +155,6 @@ def _retrieval(found: Found, config: DecodeConfig, row: Row) -> tuple[KindResult
 
 def _recalls(lines: Sequence[SampleLine]) -> list[float]:
     return [sum(line.hits) / len(line.hits) for line in lines]
-
-
-def _interval(a: Sequence[float], b: Sequence[float]) -> Interval:
-    found = paired_difference(a, b)
-    return Interval(mean=found.mean, low=found.low, high=found.high, n=found.n)
 
 
 def _largest(lines: Sequence[SampleLine]) -> Bytes:

@@ -11,8 +11,7 @@ from attnzoo.bench.kvpress.environment import KVPRESS
 from attnzoo.bench.kvpress.record import AnyLine, ResultLine, RunLine, VersionsLine, first_line, read_records
 from attnzoo.bench.kvpress.run import RECORDS
 from attnzoo.bench.measure import quantiles
-from attnzoo.tasks.classify import wilson_interval
-from attnzoo.tasks.paired import paired_difference
+from attnzoo.bench.stats import paired_difference, wilson_interval
 from attnzoo.units import megabytes
 
 TABLE = "table.md"

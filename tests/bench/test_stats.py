@@ -1,10 +1,14 @@
+"""Intervals and tests against what their papers say."""
+
+import math
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.tasks.paired import mcnemar, paired_difference
+from attnzoo.bench.record import Interval
+from attnzoo.bench.stats import mcnemar, paired_difference, ratio_of_shares, wilson_interval
 
 FLOATS = st.floats(-1e3, 1e3)
 
@@ -50,7 +54,6 @@ def test_what_is_no_pair_is_refused(a, b):
 
 
 def test_one_sample_has_no_interval_and_no_verdict():
-    from attnzoo.bench.decode.record import Interval
     from attnzoo.bench.decode.report import difference, verdict
 
     one = Interval(mean=0.5, low=0.5, high=0.5, n=1)
@@ -59,3 +62,29 @@ def test_one_sample_has_no_interval_and_no_verdict():
     several = one.model_copy(update={"n": 4})
     assert difference(several) == "+0.500 (+0.500 to +0.500)"
     assert (verdict(several), verdict(several, less_is_better=True)) == ("better", "worse")
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_holds_the_accuracy_and_stays_between_0_and_1(pair):
+    correct, images = pair
+    low, high = wilson_interval(correct, images)
+    assert 0 <= low <= correct / images <= high <= 1
+
+
+def test_the_interval_is_wilsons():
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+    assert wilson_interval(0, 20)[0] == 0
+    assert wilson_interval(0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
+    with pytest.raises(ValueError, match="no share"):
+        wilson_interval(3, 2)
+
+
+def test_the_ratio_of_shares_is_katzs():
+    """By the formula: the logarithm of the ratio has variance 1/a - 1/n + 1/b - 1/m."""
+    ratio, low, high = ratio_of_shares(80, 100, 160, 180)
+    error = 1.959963984540054 * math.sqrt(1 / 80 - 1 / 100 + 1 / 160 - 1 / 180)
+    assert ratio == pytest.approx(0.8 / (160 / 180))
+    assert (low, high) == pytest.approx((ratio * math.exp(-error), ratio * math.exp(error)))
+    assert ratio_of_shares(0, 10, 5, 10) == (0.0, None, None)
+    assert ratio_of_shares(3, 10, 0, 10) == (None, None, None)
+    assert ratio_of_shares(10, 10, 10, 10) == pytest.approx((1, 1, 1))
