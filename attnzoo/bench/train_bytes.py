@@ -23,6 +23,7 @@ from attnzoo.bench.strict import Section, read_yaml, validated
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
+from attnzoo.tables import Table
 from attnzoo.tasks import train_bytes
 from attnzoo.tasks.text import load_text
 
@@ -171,19 +172,15 @@ def table(path: Path) -> str:
     """The results in Markdown; differences are paired window by window."""
     records = read_lines(path, TrainRecord, SCHEMA)
     dense = next(record for record in records if record.label == DENSE)
-    rows = [
-        "| attention | parameters | training loss, first and last | held out, bits a byte | above dense (95%) |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    heads = ("attention", "parameters", "training loss, first and last", "held out, bits per byte", "above dense (95%)")
+    rows = Table(heads)
     for record in records:
         bits, bits_dense = ([nats / math.log(2) for nats in one.nats] for one in (record, dense))
         d = paired_difference(bits, bits_dense)
         above = "" if record is dense else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-        rows.append(
-            f"| {record.label} | {record.parameters:,} | {record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f} | "
-            f"{sum(bits) / len(bits):.3f} | {above} |"
-        )
-    return "\n".join(rows)
+        losses = f"{record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f}"
+        rows.add(record.label, f"{record.parameters:,}", losses, f"{sum(bits) / len(bits):.3f}", above)
+    return rows.markdown()
 
 
 def report(path: Path) -> str:
@@ -194,7 +191,7 @@ def report(path: Path) -> str:
     for record in read_lines(path, TrainRecord, SCHEMA):
         axes.plot(*zip(*record.losses, strict=True), label=record.label, lw=1.8)
     axes.set_xlabel("steps")
-    axes.set_ylabel("training loss, nats a byte")
+    axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
     picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
     files.write(path.with_name(PLOT), picture)
