@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
 from attnzoo import files
-from attnzoo.bench.config import AttentionConfig, refuse_expect, without_stale_labels
+from attnzoo.bench.config import AttentionConfig, refuse_expect
 from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
-from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.strict import RunConfig, Section, Seed
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -52,18 +50,17 @@ class RecipeConfig(Section):
     weight_decay: NonNegative = 0.05
 
 
-class TrainConfig(Section):
-    """What is trained on what. `output` says where to write and is no part of its identity."""
+class TrainConfig(RunConfig):
+    """What is trained on what, on the CPU."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: Literal["cpu"] = "cpu"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     threads: PositiveInt = 1
     host: HostConfig = HostConfig()
     recipe: RecipeConfig = RecipeConfig()
     held_out: Annotated[int, Field(ge=2, description="windows kept for testing")] = 40
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    output: Path | None = None
 
     @model_validator(mode="after")
     def _labels_differ(self) -> TrainConfig:
@@ -73,16 +70,32 @@ class TrainConfig(Section):
             raise ValueError(f"labels must differ, and none be {DENSE!r}: {labels[1:]}")
         return self
 
-    @property
-    def folder(self) -> Path:
-        """Where records and checkpoints go."""
-        return self.output if self.output is not None else Path("runs") / self.name
+    def identity(self) -> dict[str, Any]:
+        """All that the results hang on."""
+        return self.model_dump(mode="json", exclude={"output", "device"})
 
-    @property
-    def hash(self) -> str:
-        """Identity: 16 hex digits over the full content."""
-        content = self.model_dump(mode="json", exclude={"output"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    @classmethod
+    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
+        """Check plain data: every attention must stand in the model that it is for.
+
+        Raises
+        ------
+        ConfigError
+            With every problem, one a line.
+        """
+        config = super().check(data, source)
+        problems = []
+        for index, attention in enumerate(config.attentions):
+            try:
+                _model(config, attention)
+            except AttnZooError as error:
+                problems.append(f"attentions.{index}: {error}")
+        if problems:
+            raise ConfigError(f"{source}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        return config
+
+
+load_config = TrainConfig.load
 
 
 class TrainRecord(Entry):
@@ -97,26 +110,6 @@ class TrainRecord(Entry):
     losses: tuple[tuple[int, float], ...]
     seconds: NonNegative
     environment: Environment
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read and check a config: every attention must stand in the model that it is for.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    config = validated(TrainConfig, without_stale_labels(read_yaml(path, overrides), overrides), [], str(path))
-    problems = []
-    for index, attention in enumerate(config.attentions):
-        try:
-            _model(config, attention)
-        except AttnZooError as error:
-            problems.append(f"attentions.{index}: {error}")
-    if problems:
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return config
 
 
 def run(config: TrainConfig) -> Path:
