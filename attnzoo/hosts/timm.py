@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
 from timm.models import register_notrace_module
 from timm.models.eva import EvaAttention
@@ -220,7 +221,8 @@ class TimmCore(CoreLayer):
         dropout = self.attn_drop.p if self.training else 0.0
         refuse_unable(self, mask=mask is not None, causal=is_causal, dropout=dropout > 0)
         out = self.core(q, k, v, mask=mask, causal=is_causal, dropout=dropout)
-        out = self.norm(out.transpose(1, 2).flatten(2)) if hasattr(self, "norm") else out.transpose(1, 2).flatten(2)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        out = self.norm(out) if hasattr(self, "norm") else out
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -234,9 +236,9 @@ class TimmCore(CoreLayer):
                 qkv = self.qkv(x) + torch.cat((q_bias, self.k_bias, self.v_bias))
             else:
                 qkv = F.linear(x, self.qkv.weight, torch.cat((q_bias, self.k_bias, self.v_bias)))
-            return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        head = self.head_dim
-        return tuple(p(x).unflatten(-1, (-1, head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            return tuple(rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(rearrange(p(x), "b n (h d) -> b h n d", d=self.head_dim) for p in projections)
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         head, patches = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
@@ -252,11 +254,11 @@ class TimmPoolCore(CoreLayer):
         """Pool tokens ``(B, N, C)`` into ``(B, C)``, or ``(B, latents, C)`` where the layer keeps them."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = rearrange(self.q(self.latent.expand(x.shape[0], -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.kv(x), "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
         refuse_unable(self, mask=attn_mask is not None)
         out = self.core(self.q_norm(q), self.k_norm(k), v, mask=attn_mask)
-        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
         if self.pool == "token":

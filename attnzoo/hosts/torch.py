@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,7 +158,7 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(query, key, value))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in self._project(query, key, value))
         mask = merge(seen(attn_mask, self.num_heads), seen_keys(key_padding_mask), q.dtype)
         dropout = self.dropout if self.training else 0.0
         refuse_unable(self, mask=mask is not None, dropout=dropout > 0)
@@ -169,7 +170,9 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = self.core(q, k, v, **options)
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)  # as torch does
+        out = F.linear(
+            rearrange(out, "b h n d -> b n (h d)"), self.out_proj.weight, self.out_proj.bias
+        )  # as torch does
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), weights
 
