@@ -1,7 +1,7 @@
 """How the scripts of train/ and eval/ end: one sentence and an exit status, never a traceback for what users can mend.
 
-0: everything that was asked for is there. 1: something could not be written or read, or a row that the config asks for
-did not end well. 2: refused before any work. 130: interrupted.
+0: everything that was asked for is there. 1: the run broke off, something could not be written or read, or a row
+that the config asks for did not end well. 2: refused before any work. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import AttnZooError, RunError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 GOES_ON = "what was finished is kept; the same command goes on from there"
@@ -52,10 +52,15 @@ def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
     body
         Gives the exit status of what it did; None is success.
     resume
-        What a user who interrupts is told.
+        What a user is told where the run broke off.
     """
     try:
         return body() or OK
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.resumes:
+            print(resume, file=sys.stderr)
+        return FAILED
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED

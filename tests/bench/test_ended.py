@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from attnzoo.bench.config import validate_config
+from attnzoo.bench.decode.canary import CanaryError
+from attnzoo.bench.decode.cost import GateError
 from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
 from attnzoo.command import check_rows, run_script
-from attnzoo.errors import ConfigError, MissingExtraError
+from attnzoo.errors import ConfigError, DataError, MissingExtraError, RunError, TrainingError
 from eval import bench
 from tests.bench import test_language, test_run
 
@@ -185,6 +187,25 @@ def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
     assert running.returncode == 130, told
     assert "interrupted; what was finished is kept" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "hint"),
+    [
+        (RunError, 1, True),
+        (TrainingError, 1, True),
+        (GateError, 1, True),
+        (CanaryError, 1, False),
+        (ConfigError, 2, False),
+        (DataError, 2, False),
+    ],
+)
+def test_what_breaks_off_a_run_is_told_from_what_refuses_it(kind, status, hint, capsys):
+    def body():
+        raise kind("it is so")
+
+    assert run_script(body, "do it again") == status
+    assert capsys.readouterr().err == "error: it is so\n" + "do it again\n" * hint
 
 
 def test_errors_that_are_no_users_are_not_hidden():
