@@ -10,8 +10,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 from attnzoo.errors import AttnZooError, RunError
 
@@ -42,6 +42,9 @@ class Ended(Protocol):
     @property
     def message(self) -> str:
         """Why; empty if it is ok."""
+
+
+Row = TypeVar("Row", bound=Ended)
 
 
 def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
@@ -75,7 +78,7 @@ def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
         return FAILED
 
 
-def check_rows(rows: Iterable[Ended], unsupported: Collection[str] = ()) -> int:
+def check_rows(rows: Iterable[Row], unsupported: Callable[[Row], bool] = lambda row: False) -> int:
     """Say on stderr which rows did not end well, and give the exit status that follows.
 
     Parameters
@@ -83,14 +86,14 @@ def check_rows(rows: Iterable[Ended], unsupported: Collection[str] = ()) -> int:
     rows
         All rows that the config asks for.
     unsupported
-        Labels of which the config says ``expect: unsupported``.
+        Whether the config says ``expect: unsupported`` of a row.
     """
     rows = list(rows)
     bad: dict[str, str] = {}
     for row in rows:
-        if row.status != "ok" and not (row.status == "unsupported" and row.label in unsupported):
+        if row.status != "ok" and not (row.status == "unsupported" and unsupported(row)):
             bad.setdefault(f"{_name(row)}: {row.status}", row.message)
-    for label in sorted({row.label for row in rows if row.label in unsupported and row.status == "ok"}):
+    for label in sorted({row.label for row in rows if row.status == "ok" and unsupported(row)}):
         print(f"note: {label} is expected to be unsupported, and works; the config can say so", file=sys.stderr)
     if not bad:
         return OK

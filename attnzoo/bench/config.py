@@ -312,10 +312,15 @@ class BenchConfig(Section):
         return self.output if self.output is not None else Path("runs") / self.name
 
     @property
-    def unsupported(self) -> set[str]:
-        """Labels of the attentions that are expected to be unsupported."""
-        attentions = [*self.attentions, *(() if self.language is None else self.language.attentions)]
-        return {attention.label for attention in attentions if attention.expect == "unsupported"}
+    def unsupported(self) -> set[tuple[str, str]]:
+        """Part and label of the attentions that are expected to be unsupported; both parts may have the same label."""
+        parts = {"vision": self.attentions, "language": () if self.language is None else self.language.attentions}
+        return {
+            (part, attention.label)
+            for part, attentions in parts.items()
+            for attention in attentions
+            if attention.expect == "unsupported"
+        }
 
     @property
     def hash(self) -> str:
