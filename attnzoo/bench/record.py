@@ -275,7 +275,7 @@ class Perplexity(Entry):
 
 
 class Environment(Entry):
-    """Where a measurement was made."""
+    """Where a measurement was made; `compiler` is that of the kernels for CPUs, with what came of it, and empty on a GPU."""
 
     attnzoo: str
     python: str
