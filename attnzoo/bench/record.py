@@ -275,7 +275,7 @@ class Perplexity(Entry):
 
 
 class Environment(Entry):
-    """Where a measurement was made; `compiler` is that of the kernels for CPUs, with what came of it, and empty on a GPU."""
+    """Where a measurement was made; `compiler` says which made the kernels for CPUs, or why none did."""
 
     attnzoo: str
     python: str
