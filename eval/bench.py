@@ -59,7 +59,8 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
         read_marked(readme)  # rather now than after an hour
     records = run(config, command)
     report(config.folder / RECORDS_FILE, readme)
-    return check_rows(records, config.unsupported)
+    unsupported = config.unsupported
+    return check_rows(records, lambda row: (row.part, row.label) in unsupported)
 
 
 def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:

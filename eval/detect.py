@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attnzoo import files, processes
 from attnzoo.command import check_rows, run_script
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, RunError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
@@ -84,7 +84,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     for problem in problems:
         progress.print(f"[red]{escape(problem)}[/red]", highlight=False)
     if not records:
-        raise ConfigError("nothing could be measured")
+        raise RunError("nothing could be measured")
     folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = [page.sizes(costs)]

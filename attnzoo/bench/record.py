@@ -275,7 +275,7 @@ class Perplexity(Entry):
 
 
 class Environment(Entry):
-    """Where a measurement was made."""
+    """Where a measurement was made; `compiler` says which made the kernels for CPUs, or why none did."""
 
     attnzoo: str
     python: str

@@ -433,6 +433,14 @@ class TestImages(Dataset[tuple[Tensor, int, int]]):
         return torch.zeros(self.shape), NO_CLASS, index
 
 
+def _usable(stream: Iterable[Any]) -> Iterator[Any]:
+    """Pass a stream on; where one of its images cannot be used, there is no other to stand in."""
+    try:
+        yield from stream
+    except DataError as error:
+        raise TrainingError(f"an image of the stream cannot be used: {error}") from error
+
+
 class TestStream(IterableDataset[tuple[Tensor, int, int]]):
     """Images of a stream as they are tested, in its order: image, class, number."""
 
@@ -442,7 +450,7 @@ class TestStream(IterableDataset[tuple[Tensor, int, int]]):
         self.stream, self.transform = stream, transform
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for number, (image, target) in enumerate(self.stream):
+        for number, (image, target) in enumerate(_usable(self.stream)):
             yield self.transform(image), int(target), number
 
 
@@ -455,7 +463,7 @@ class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         worker = torch.utils.data.get_worker_info()
         number = 0 if worker is None else worker.id
-        for count, (image, target) in enumerate(self.stream):
+        for count, (image, target) in enumerate(_usable(self.stream)):
             reseed(self.seed, AUGMENT, self.epoch, self.rank, number, count)
             yield self.transform(image), int(target), -1
 
