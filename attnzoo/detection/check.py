@@ -67,10 +67,10 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
     parts = _inner(config)
     if parts:
         return [one for part in parts for one in dataset(part)]
-    if config.get("type", "CocoDataset") != "CocoDataset" or "ann_file" not in config:
+    if not is_of(config, "CocoDataset") or "ann_file" not in config:
         return []
     root = Path(config.get("data_root") or ".")
-    file = root / config["ann_file"]
+    file = annotations_of(config)
     content = read(file)
     names = [category["name"] for category in content["categories"]]
     classes = tuple((config.get("metainfo") or {}).get("classes") or _coco_classes())
@@ -97,6 +97,26 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
 def _inner(config: Mapping[str, Any]) -> list[Any]:
     """What a wrapper, such as RepeatDataset or ConcatDataset, holds."""
     return list(config.get("datasets") or ([config["dataset"]] if config.get("dataset") is not None else []))
+
+
+def is_of(config: Mapping[str, Any], kind: str) -> bool:
+    """Whether a config is of a registered class, which it names by itself or with a scope: ``mmdet.CocoMetric``."""
+    named = config.get("type", kind)
+    return getattr(named, "__name__", str(named)).rpartition(".")[2] == kind
+
+
+def annotations_of(config: Mapping[str, Any]) -> Path:
+    """The annotation file of a data set."""
+    return Path(config.get("data_root") or "") / config.get("ann_file", "")
+
+
+def metrics(evaluator: Any) -> list[Any]:
+    """Configs of the metrics of an evaluator, which may be one of them, a list, or an ``Evaluator`` of several."""
+    if isinstance(evaluator, (list, tuple)):
+        return [one for part in evaluator for one in metrics(part)]
+    if not isinstance(evaluator, Mapping):
+        return []
+    return metrics(evaluator["metrics"]) if "metrics" in evaluator else [evaluator]
 
 
 def roots(config: Mapping[str, Any]) -> set[str]:
