@@ -218,6 +218,7 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
     asked = {category["id"] for category in content["categories"] if category["name"] in classes}
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     found = Checked(file, len(sizes), len(content["annotations"]), classes)
+    bare = set(sizes)
     for one in content["annotations"]:
         x, y, width, height = one["bbox"]
         across, down = sizes[one["image_id"]]
@@ -230,12 +231,13 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
         found.trained += not (out or hidden)
         if out:
             found.odd["boxes without area or outside, left out"] += 1
-        elif x < 0 or y < 0 or x + width > across or y + height > down:
+            continue
+        bare.discard(one["image_id"])
+        if x < 0 or y < 0 or x + width > across or y + height > down:
             found.odd["boxes past the edge"] += 1
     found.odd = +found.odd
-    bare = len(sizes) - len({one["image_id"] for one in content["annotations"]})
     if bare:
-        found.odd["images without a box"] += bare
+        found.odd["images without a box"] = len(bare)
     return found
 
 

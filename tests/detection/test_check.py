@@ -65,6 +65,15 @@ def test_what_is_odd_is_counted(dataset):
     more["categories"].append({"id": 8, "name": "cow"})
     more["annotations"].append({**more["annotations"][0], "id": 2, "category_id": 8})
     assert check.dataset(dataset(more))[0].odd == {"boxes of other classes, left out": 1}
+    more["annotations"] = more["annotations"][1:]
+    assert check.dataset(dataset(more))[0].odd == {"boxes of other classes, left out": 1, "images without a box": 1}
+    assert check.dataset(dataset(content([1, 1, 0, 5], [30, 1, 5, 5])))[0].odd == {
+        "boxes without area or outside, left out": 2,
+        "images without a box": 1,
+    }
+    hidden = content([1, 1, 5, 5])
+    hidden["annotations"][0]["ignore"] = 1
+    assert check.dataset(dataset(hidden))[0].odd == {"boxes to be ignored, scored as crowd regions": 1}
     assert "a.json: 3 images, 6 boxes (2 boxes past the edge" in str(found)
 
 
