@@ -8,17 +8,17 @@ from dataclasses import fields
 
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import Capabilities, describe, list_attentions
+from attnzoo.tables import Column, Table
 
 
 def capability_table() -> str:
     """Give every registered attention with what it can honour, as a Markdown table."""
     columns = [f.name for f in fields(Capabilities)]
-    head = ["name", "kind", *columns]
-    lines = [head, ["---", "---", *[":-:"] * len(columns)]]
+    table = Table(("name", Column("kind", left=True), *columns))
     for info in map(describe, list_attentions()):
         can = ["yes" if getattr(info.capabilities, column) else "" for column in columns]
-        lines.append([f"`{info.name}`", info.kind, *can])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table.add(f"`{info.name}`", info.kind, *can)
+    return table.markdown()
 
 
 def main(arguments: Sequence[str]) -> int:

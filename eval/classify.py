@@ -67,7 +67,7 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     page = config.folder / FOLDER / "report.html"
     steps = report.step_costs(measured)
     files.write(page, report.html_page(scored, qualities, steps, splits, folders))
-    out.print(report.console_table(qualities, steps))
+    out.print(report.results_table(qualities, steps).rich())
     out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)
     return check_rows(measured, {one.label for one in config.attentions if one.expect == "unsupported"})

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from attnzoo import files
 from attnzoo.command import run_script
+from attnzoo.tables import Column, Table
 
 BATCH, SIDE, DIM, LENGTH = 2, 56, 384, 32768
 TOKENS = SIDE * SIDE
@@ -165,10 +166,8 @@ def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each kernel and configuration, the largest figure of all its cases."""
-    lines = [
-        "| kernel | configuration | most registers | most shared bytes | spilled | tensor cores in half precision |"
-    ]
-    lines.append("|---|---|---:|---:|---:|---|")
+    configuration, cores = (Column(head, left=True) for head in ("configuration", "tensor cores in half precision"))
+    table = Table(("kernel", configuration, "most registers", "most shared bytes", "spilled", cores))
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         shape = ", ".join(f"{name.lower()} {value}" for name, value in row["configuration"].items())
@@ -176,10 +175,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for (kernel, shape), group in groups.items():
         most = {key: max(row[key] for row in group) for key in ("registers", "shared_bytes", "spilled_bytes")}
         halves = [row["matrix_products"] for row in group if row["dtype"] != "float32"]
-        cores = "yes" if halves and all(halves) else "no"
-        cells = (f"`{kernel}`", shape, most["registers"], f"{most['shared_bytes']:,}", most["spilled_bytes"], cores)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        figures = (str(most["registers"]), f"{most['shared_bytes']:,}", str(most["spilled_bytes"]))
+        table.add(f"`{kernel}`", shape, *figures, "yes" if halves and all(halves) else "no")
+    return table.markdown()
 
 
 def parser() -> argparse.ArgumentParser:

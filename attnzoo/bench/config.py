@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     PositiveFloat,
@@ -19,11 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from attnzoo.bench.strict import Section, parse_override, read_yaml, validated
+from attnzoo.bench.strict import RunConfig, Section, Seed, refuse_twins
 from attnzoo.errors import AttnZooError, OptionError
-
-CONFIG_VERSION = 1
-NOT_HASHED = frozenset({"output", "fresh"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DatasetName = Literal["digits", "fashion_mnist"]
@@ -83,26 +76,6 @@ class AttentionConfig(Section):
         content: dict[str, Any] = dump(self)
         _drop_defaults(content, {"expect": "ok"})
         return content
-
-
-def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Leave out the labels of attentions whose name or options were overridden, unless the label was, too.
-
-    A row must not be called by what it was before.
-    """
-    paths = [parse_override(override)[0] for override in overrides]
-    for path in paths:
-        if "attentions" not in path:
-            continue
-        at = path.index("attentions") + 2  # after the index
-        if path[at : at + 1] not in (["name"], ["options"]) or [*path[:at], "label"] in paths:
-            continue
-        entry: Any = data
-        for key in path[:at]:
-            entry = entry[int(key)] if isinstance(entry, list) else entry[key]
-        if isinstance(entry, dict):
-            entry.pop("label", None)
-    return data
 
 
 def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
@@ -285,20 +258,16 @@ class LanguageConfig(Section):
         return f"transformers:{self.model}"
 
 
-class BenchConfig(Section):
-    """A whole benchmark. `output` and `fresh` say where and how to write and are no part of its identity."""
+class BenchConfig(RunConfig):
+    """A whole benchmark."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    threads: PositiveInt | None = None
+    seed: Seed = 0
     host: HostConfig = HostConfig()
     baseline: BaselineConfig = BaselineConfig()
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
     quality: QualityConfig | None = None
     language: LanguageConfig | None = None
-    output: Path | None = None
     fresh: bool = False
 
     @model_validator(mode="after")
@@ -307,21 +276,16 @@ class BenchConfig(Section):
         return self
 
     @property
-    def folder(self) -> Path:
-        """Where records and the page go."""
-        return self.output if self.output is not None else Path("runs") / self.name
-
-    @property
     def unsupported(self) -> set[str]:
         """Labels of the attentions that are expected to be unsupported."""
         attentions = [*self.attentions, *(() if self.language is None else self.language.attentions)]
         return {attention.label for attention in attentions if attention.expect == "unsupported"}
 
-    @property
-    def hash(self) -> str:
-        """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
-        left_out = NOT_HASHED if self.language is not None else NOT_HASHED | {"language"}  # as before there was one
-        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(left_out))}
+    def identity(self) -> dict[str, Any]:
+        """All that is measured; keys that came later are left out where they say what was so before."""
+        content = super().identity()
+        if self.language is None:
+            del content["language"]
         later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
         _drop_defaults(content["cost"], later)
         _drop_defaults(content["host"], {"channels": 3, "classes": 1000})
@@ -332,50 +296,24 @@ class BenchConfig(Section):
             attention.pop("expect", None)  # it changes nothing that is measured
         for attention in content["attentions"]:
             _drop_defaults(attention, {"fused": None, "tokens": None})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
 
-    def to_yaml(self) -> str:
-        """The whole config, defaults and overrides included, as YAML that `load_config` reads back."""
-        content = self.model_dump(mode="json", exclude=set(NOT_HASHED))
-        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> BenchConfig:
-    """Read a YAML config, apply ``key=value`` overrides and check it.
-
-    Parameters
-    ----------
-    path
-        A YAML file.
-    overrides
-        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
-
-    Raises
-    ------
-    ConfigError
-        With every problem of file and overrides that could be found, one a line.
-    """
-    return validate_config(without_stale_labels(read_yaml(path, overrides), overrides), source=str(path))
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What the registry says of the attentions."""
+        problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
+        language = data.get("language")
+        if isinstance(language, Mapping):
+            problems += attention_problems(language.get("attentions"), "language.attentions", language_problems)
+            quality = language.get("quality")
+            if isinstance(quality, Mapping) and "canary" in quality:
+                problems += attention_problems([quality["canary"]], "language.quality.canary", language_problems)
+            if not problems:
+                problems += _block_problems(language)
+        return problems
 
 
-def validate_config(data: Mapping[str, Any], source: str = "config") -> BenchConfig:
-    """Check plain data against the schema and the registry of attentions.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
-    language = data.get("language")
-    if isinstance(language, Mapping):
-        problems += attention_problems(language.get("attentions"), "language.attentions", _language_problems)
-        quality = language.get("quality")
-        if isinstance(quality, Mapping) and "canary" in quality:
-            problems += attention_problems([quality["canary"]], "language.quality.canary", _language_problems)
-        if not problems:
-            problems += _block_problems(language)
-    return validated(BenchConfig, data, problems, source)
+load_config, validate_config = BenchConfig.load, BenchConfig.check
 
 
 def _drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
@@ -383,13 +321,6 @@ def _drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
     for key, value in later.items():
         if content[key] == value:
             del content[key]
-
-
-def refuse_twins(labels: list[str]) -> None:
-    """Raise `ValueError` where two rows have the same label."""
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
 
 
 _Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
@@ -441,7 +372,7 @@ def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[s
     return []
 
 
-def _language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
     """A mixer, or the first option that the method refuses."""
     from attnzoo.registry import build_core, build_policy
 

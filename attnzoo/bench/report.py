@@ -7,22 +7,41 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from attnzoo.bench import summary as words
-from attnzoo.bench.record import Part, Quantiles, Record
-from attnzoo.bench.summary import Qualities, Summary, Verdict, summarise
+from attnzoo.bench.record import Cost, Part, Record
+from attnzoo.bench.summary import Group, Qualities, Summary, summarise
 from attnzoo.errors import AttnZooError
+from attnzoo.tables import Cell, Column, Table
+from attnzoo.units import megabytes
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-STYLES: dict[Verdict, str] = {"better": "green", "worse": "red", "same": ""}
+SPREAD = "p50 (p20-p80)"
+HEAD = (
+    "attention",
+    Column("ms", SPREAD),
+    Column("speed-up", SPREAD),
+    "FLOPs",
+    "peak memory",
+    Column("cache held", "allocated"),
+    "parameters",
+    Column("quality", "95% interval"),
+    Column("quality kept", "95% interval"),
+)
+PER_CALL = {
+    "forward": "ms per forward",
+    "training": "ms per forward and backward",
+    "prefill": "ms per prompt",
+    "decode": "ms per token",
+}
+PER_SECOND = {"forward": "images", "training": "images", "prefill": "tokens", "decode": "tokens"}
 
 
 def print_report(records: Iterable[Record], console: Console) -> None:
     """Print one table of all rows of cost, in groups that were measured alike, and why rows are missing."""
     summary = summarise(records)
     if summary.groups:
-        console.print(_terminal_table(summary))
+        console.print(cost_table(summary).rich())
     for record in (row for group in summary.groups for row in group.rows if row.cost is None):
         why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
@@ -30,6 +49,58 @@ def print_report(records: Iterable[Record], console: Console) -> None:
         for record in summary.quality:
             console.print(f"{record.label}: {record.status}, {words.absolute(record.quality)}", highlight=False)
     console.print(f"[dim]{escape(words.machine(summary))}; {escape(words.dates(summary))}[/dim]", highlight=False)
+
+
+def cost_table(summary: Summary) -> Table:
+    """All rows of cost, in sections that were measured alike."""
+    table = Table(HEAD)
+    for group in summary.groups:
+        table.section(f"{group.host}: {group.title}", PER_CALL[group.phase])
+        dense = next((row.quality for row in group.rows if row.is_baseline), None)
+        for row in group.rows:
+            table.add(row.label, *_cost_cells(row, group, dense), base=row.is_baseline)
+    return table.without_empty_columns()
+
+
+def _cost_cells(row: Record, group: Group, dense: Qualities | None) -> list[Cell]:
+    if row.cost is None:
+        return [failed(row)]
+    side, ratios, peak = row.cost.candidate, row.cost.ratios, words.activation_ratio(row)
+    held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
+    kept = words.quality_verdict(row.quality, dense)
+    return [
+        Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {PER_SECOND[group.phase]}/s"),
+        Cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
+        Cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
+        Cell(words.ratio(peak), words.memory_verdict(row), megabytes(held) if held else ""),
+        Cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
+        Cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
+        Cell(words.absolute(row.quality), kept),
+        Cell(words.kept(row.quality), kept),
+    ]
+
+
+def _cache_small(cost: Cost) -> str:
+    memory = cost.candidate.memory
+    if memory.cache_held_bytes is None:
+        return ""
+    held, allocated = megabytes(memory.cache_held_bytes), megabytes(memory.cache_allocated_bytes)
+    return f"{held}\n{words.ratio(cost.ratios.cache_allocated)} {allocated}"
+
+
+def _flops_small(cost: Cost) -> str:
+    """The candidate's FLOPs; where there is no ratio, why."""
+    return cost.candidate.flops_note or cost.baseline.flops_note or giga(cost.candidate.flops)
+
+
+def giga(flops: int | None) -> str:
+    """FLOPs in units of 10^9."""
+    return "-" if flops is None else f"{flops / 1e9:,.2f} G"
+
+
+def failed(row: Record) -> Cell:
+    """What stands in the place of figures that there are none of."""
+    return Cell(row.status, "worse", words.one_line(row.message))
 
 
 def markdown_table(records: Iterable[Record]) -> str:
@@ -45,13 +116,13 @@ def markdown_table(records: Iterable[Record]) -> str:
     head = ["attention", *["speed-up"] * speeds, "peak memory", "FLOPs", "parameters", *caches]
     qualities = any(row.quality is not None for row in summary.records)
     head += ["quality (95% interval)", "quality kept (95% interval)"] if qualities else []
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    table = Table(head)
     for part in summary.parts:
         vision, groups = part != "language", summary.of(part)
         needs = _needs_group(summary, part).title.replace(", ", " at ").removesuffix(" tokens") if vision else "prefill"
         title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
         title += ["" if vision else "after decoding"] * len(caches)
-        lines.append(title + ([words.METRIC[part], ""] if qualities else []))
+        table.add(*title, *([words.METRIC[part], ""] if qualities else []))
         for label in summary.labels[part]:
             quality = summary.quality_of(part, label)
             kept = (
@@ -59,8 +130,8 @@ def markdown_table(records: Iterable[Record]) -> str:
                 if qualities
                 else []
             )
-            lines.append(_markdown_line(summary, part, label, speeds, bool(caches)) + kept)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            table.add(*_markdown_line(summary, part, label, speeds, bool(caches)), *kept)
+    return table.markdown()
 
 
 def _markdown_line(summary: Summary, part: Part, label: str, speeds: int, caches: bool) -> list[str]:
@@ -169,46 +240,6 @@ def rewrite_readme(path: Path, records: Iterable[Record]) -> None:
     text = read_marked(path)
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     path.write_text(f"{before}\n{markdown_section(records)}\n{after}", encoding="utf-8")
-
-
-def _terminal_table(summary: Summary) -> Table:
-    table = Table()
-    table.add_column("attention")
-    for name in ("ms, p50 (p20-p80)", "speed-up", "FLOPs", "memory", "cache", "params", "quality", "kept"):
-        table.add_column(name, justify="right")
-    host = ""
-    for group in summary.groups:
-        table.add_section()
-        if group.host != host:
-            table.add_row(f"[bold]{escape(group.host)}[/bold]")
-        host = group.host
-        table.add_row(f"[bold]{group.title}[/bold]")
-        dense = next((row.quality for row in group.rows if row.is_baseline), None)
-        still = words.noise(group.rows)
-        for row in group.rows:
-            table.add_row(escape(row.label), *_terminal_cells(row, dense, still))
-    return table
-
-
-def _terminal_cells(row: Record, dense: Qualities | None, still: Quantiles | None) -> list[str]:
-    if row.cost is None:
-        return [f"[red]{row.status}[/red]"]
-    ratios, verdict = row.cost.ratios, words.quality_verdict(row.quality, dense)
-    return [
-        words.milliseconds(row.cost.candidate.latency_ms),
-        _coloured(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, still)),
-        _coloured(words.ratio(ratios.flops), words.need_verdict(ratios.flops)),
-        _coloured(words.ratio(words.activation_ratio(row)), words.memory_verdict(row)),
-        _coloured(words.cache(row), words.need_verdict(ratios.cache_held)),
-        _coloured(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row))),
-        words.absolute(row.quality).partition(" (")[0],
-        _coloured(words.kept(row.quality), verdict),
-    ]
-
-
-def _coloured(text: str, verdict: Verdict) -> str:
-    style = STYLES[verdict]
-    return f"[{style}]{text}[/{style}]" if style else text
 
 
 def _speed_cell(row: Record | None) -> str:

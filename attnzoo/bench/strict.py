@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from attnzoo.errors import ConfigError
 
+CONFIG_VERSION = 1
+NOT_HASHED = frozenset({"output", "fresh"})
+Seed = Annotated[int, Field(ge=0)]
 M = TypeVar("M", bound=BaseModel)
 # YAML 1.1 takes a number with an exponent for text unless it has both a point and a sign
 EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
@@ -24,6 +29,72 @@ class Section(BaseModel):
     """A part of the config: unknown keys are refused and values cannot change later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """What every config has: a name, where it runs, and where it writes.
+
+    What is written follows from `identity`: `output` and `fresh` are no part of it. A task's config adds its keys, and
+    `problems` that the schema cannot find.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    threads: PositiveInt | None = None
+    output: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where records and the page go."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits over the `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, Any]:
+        """All that the results hang on, defaults and overrides included."""
+        return {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults and overrides included, as YAML that `load` reads back."""
+        content = self.model_dump(mode="json", exclude=set(NOT_HASHED))
+        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What is wrong with plain data besides what the schema finds, such as what the registry refuses."""
+        return []
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML config, apply ``key=value`` overrides and check it.
+
+        Parameters
+        ----------
+        path
+            A YAML file.
+        overrides
+            ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+
+        Raises
+        ------
+        ConfigError
+            With every problem of file and overrides that could be found, one a line.
+        """
+        return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
+
+    @classmethod
+    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
+        """Check plain data against the schema and `problems`.
+
+        Raises
+        ------
+        ConfigError
+            With every problem, one a line.
+        """
+        return validated(cls, data, cls.problems(data), source)
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -103,6 +174,33 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         return keys, yaml.load(raw, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
+
+
+def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Leave out the labels of attentions whose name or options were overridden, unless the label was, too.
+
+    A row must not be called by what it was before.
+    """
+    paths = [parse_override(override)[0] for override in overrides]
+    for path in paths:
+        if "attentions" not in path:
+            continue
+        at = path.index("attentions") + 2  # after the index
+        if path[at : at + 1] not in (["name"], ["options"]) or [*path[:at], "label"] in paths:
+            continue
+        entry: Any = data
+        for key in path[:at]:
+            entry = entry[int(key)] if isinstance(entry, list) else entry[key]
+        if isinstance(entry, dict):
+            entry.pop("label", None)
+    return data
+
+
+def refuse_twins(labels: list[str]) -> None:
+    """Raise `ValueError` where two rows have the same label."""
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from attnzoo.bench.record import Detection, Part, Perplexity, Phase, Quality, Quantiles, Record
 from attnzoo.errors import AttnZooError
+from attnzoo.tables import Verdict
 
-Verdict = Literal["better", "worse", "same"]
 Qualities = Quality | Detection | Perplexity
 METRIC: dict[Part, str] = {"vision": "top-1 %", "detection": "AP %", "language": "perplexity"}
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -154,6 +154,26 @@ def dates(summary: Summary) -> str:
     times = sorted(record.utc for record in summary.records)
     first, last = times[0][:16].replace("T", " "), times[-1][:16].replace("T", " ")
     return f"{first} UTC" if first == last else f"{first} to {last} UTC"
+
+
+def verdict(summary: Summary) -> str:
+    """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower."""
+    groups = [group for group in summary.groups if any(row.cost is not None for row in group.rows)]
+    told = []
+    for part in summary.parts:
+        group = next((group for group in reversed(groups) if group.part == part), None)
+        rows = [row for row in group.rows if not row.is_baseline and row.cost is not None] if group else []
+        if group is None or not rows:
+            continue
+        best = max(rows, key=lambda row: row.cost.ratios.speedup.p50 if row.cost is not None else 0.0)
+        verdicts = [speed_verdict(row.cost.ratios.speedup, noise(group.rows)) for row in rows if row.cost is not None]
+        speed = times(best.cost.ratios.speedup) if best.cost is not None else "-"
+        keeps = f", keeping {kept(best.quality)} of dense's quality" if kept(best.quality) != "-" else ""
+        told.append(
+            f"{group.host}, {group.title}: {best.label} is fastest, {speed} dense's speed{keeps}; of {len(rows)} "
+            f"measured, {verdicts.count('better')} faster than dense, {verdicts.count('worse')} slower."
+        )
+    return " ".join(told)
 
 
 def milliseconds(q: Quantiles) -> str:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
 from attnzoo import files
-from attnzoo.bench.config import AttentionConfig, refuse_expect, without_stale_labels
+from attnzoo.bench.config import AttentionConfig, refuse_expect
 from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
-from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.strict import RunConfig, Section, Seed
 from attnzoo.bench.system import environment
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
+from attnzoo.tables import Table
 from attnzoo.tasks import train_bytes
 from attnzoo.tasks.text import load_text
 
@@ -51,18 +50,17 @@ class RecipeConfig(Section):
     weight_decay: NonNegative = 0.05
 
 
-class TrainConfig(Section):
-    """What is trained on what. `output` says where to write and is no part of its identity."""
+class TrainConfig(RunConfig):
+    """What is trained on what, on the CPU."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: Literal["cpu"] = "cpu"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     threads: PositiveInt = 1
     host: HostConfig = HostConfig()
     recipe: RecipeConfig = RecipeConfig()
     held_out: Annotated[int, Field(ge=2, description="windows kept for testing")] = 40
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    output: Path | None = None
 
     @model_validator(mode="after")
     def _labels_differ(self) -> TrainConfig:
@@ -72,16 +70,32 @@ class TrainConfig(Section):
             raise ValueError(f"labels must differ, and none be {DENSE!r}: {labels[1:]}")
         return self
 
-    @property
-    def folder(self) -> Path:
-        """Where records and checkpoints go."""
-        return self.output if self.output is not None else Path("runs") / self.name
+    def identity(self) -> dict[str, Any]:
+        """All that the results hang on."""
+        return self.model_dump(mode="json", exclude={"output", "device"})
 
-    @property
-    def hash(self) -> str:
-        """Identity: 16 hex digits over the full content."""
-        content = self.model_dump(mode="json", exclude={"output"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    @classmethod
+    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
+        """Check plain data: every attention must stand in the model that it is for.
+
+        Raises
+        ------
+        ConfigError
+            With every problem, one a line.
+        """
+        config = super().check(data, source)
+        problems = []
+        for index, attention in enumerate(config.attentions):
+            try:
+                _model(config, attention)
+            except AttnZooError as error:
+                problems.append(f"attentions.{index}: {error}")
+        if problems:
+            raise ConfigError(f"{source}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        return config
+
+
+load_config = TrainConfig.load
 
 
 class TrainRecord(Entry):
@@ -96,26 +110,6 @@ class TrainRecord(Entry):
     losses: tuple[tuple[int, float], ...]
     seconds: NonNegative
     environment: Environment
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read and check a config: every attention must stand in the model that it is for.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    config = validated(TrainConfig, without_stale_labels(read_yaml(path, overrides), overrides), [], str(path))
-    problems = []
-    for index, attention in enumerate(config.attentions):
-        try:
-            _model(config, attention)
-        except AttnZooError as error:
-            problems.append(f"attentions.{index}: {error}")
-    if problems:
-        raise ConfigError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return config
 
 
 def run(config: TrainConfig) -> Path:
@@ -171,19 +165,15 @@ def table(path: Path) -> str:
     """The results in Markdown; differences are paired window by window."""
     records = read_lines(path, TrainRecord, SCHEMA)
     dense = next(record for record in records if record.label == DENSE)
-    rows = [
-        "| attention | parameters | training loss, first and last | held out, bits a byte | above dense (95%) |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    heads = ("attention", "parameters", "training loss, first and last", "held out, bits per byte", "above dense (95%)")
+    rows = Table(heads)
     for record in records:
         bits, bits_dense = ([nats / math.log(2) for nats in one.nats] for one in (record, dense))
         d = paired_difference(bits, bits_dense)
         above = "" if record is dense else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-        rows.append(
-            f"| {record.label} | {record.parameters:,} | {record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f} | "
-            f"{sum(bits) / len(bits):.3f} | {above} |"
-        )
-    return "\n".join(rows)
+        losses = f"{record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f}"
+        rows.add(record.label, f"{record.parameters:,}", losses, f"{sum(bits) / len(bits):.3f}", above)
+    return rows.markdown()
 
 
 def report(path: Path) -> str:
@@ -194,7 +184,7 @@ def report(path: Path) -> str:
     for record in read_lines(path, TrainRecord, SCHEMA):
         axes.plot(*zip(*record.losses, strict=True), label=record.label, lw=1.8)
     axes.set_xlabel("steps")
-    axes.set_ylabel("training loss, nats a byte")
+    axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
     picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
     files.write(path.with_name(PLOT), picture)

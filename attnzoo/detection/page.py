@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from attnzoo.bench.html import Section, pictures, plots
 from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
 from attnzoo.bench.record import Detection, Record, Stage
 from attnzoo.detection.score import Judged, Scores
@@ -16,29 +16,23 @@ from attnzoo.errors import DataError
 
 SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320
+COLUMN = 240
 TRUE, PREDICTED = "#00b050", "#ff8c00"
-STYLE = """<style>
-.drawn { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px; }
-.drawn img { width: 100%; height: auto; display: block; }
-.learning { max-width: 640px; }
-.sizes { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 24px; }
-.key { display: inline-block; width: 14px; height: 14px; border: 3px solid; vertical-align: -2px; }
-</style>"""
 
 
-def sizes(records: Sequence[Record]) -> str:
+def sizes(records: Sequence[Record]) -> Section | None:
     """Speed-up of the encoder and of its attention alone against token count, where several were measured."""
     measured = [one for one in records if one.cost is not None and one.cost.candidate.stage(ENCODER) is not None]
     if len({one.tokens for one in measured}) < 2:
-        return ""
-    drawn = "".join(
-        f"<figure><figcaption>{caption}</figcaption>{_speed_plot(measured, stage)}</figure>"
+        return None
+    drawn = plots(
+        (caption, _speed_plot(measured, stage))
         for stage, caption in (
             (ATTENTION, "The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80"),
             (ENCODER, "The whole encoder; dashed: Amdahl's bound, were its attention to take no time"),
         )
     )
-    return f'{STYLE}<h2>Speed-up against size</h2><div class="sizes">{drawn}</div>'
+    return Section(drawn, "Speed-up against size")
 
 
 def _speed_plot(records: Sequence[Record], stage: str) -> str:
@@ -74,7 +68,7 @@ def _stage(record: Record, name: str) -> Stage | None:
     return None if record.cost is None else record.cost.candidate.stage(name)
 
 
-def curves(qualities: Mapping[str, Detection]) -> str:
+def curves(qualities: Mapping[str, Detection]) -> Section | None:
     """AP50 on the test images after each epoch: a line an attention, the mean of its seeds, with their range shaded."""
     shown = {
         label: [(one.epochs, one.epoch_ap50) for one in found.trainings if one.epochs]
@@ -82,7 +76,7 @@ def curves(qualities: Mapping[str, Detection]) -> str:
     }
     shown = {label: seeds for label, seeds in shown.items() if seeds}
     if not shown:
-        return ""
+        return None
     figure, axes = new_figure()
     for number, (label, seeds) in enumerate(shown.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -95,44 +89,42 @@ def curves(qualities: Mapping[str, Detection]) -> str:
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP50, % of the test images")
     add_legend(axes)
-    plot = to_svg(figure, "ap-curves")
     caption = "AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest"
-    return (
-        f'{STYLE}<h2>Learning</h2><div class="learning"><figure><figcaption>{caption}</figcaption>{plot}</figure></div>'
-    )
+    return Section(plots([(caption, to_svg(figure, "ap-curves"))]), "Learning")
 
 
-def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> str:
+def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> Section:
     """Images with their boxes, the best and the worst of each attention's first seed."""
-    parts = [STYLE, "<h2>Drawn boxes</h2>"]
-    parts.append(
-        f'<p class="soft"><span class="key" style="border-color:{TRUE}"></span> true, '
-        f'<span class="key" style="border-color:{PREDICTED}"></span> predicted, of the score that gives the best F1 '
-        "over all images; images are put in order by their own F1 at an IoU of 0.5.</p>"
+    body = (
+        f'<p><span class="key" style="border-color:{TRUE}"></span> true, '
+        f'<span class="key" style="border-color:{PREDICTED}"></span> predicted</p>'
     )
     for label, found in scores.items():
         judged = found.judged
         best, worst = judged[:SHOWN], judged[max(SHOWN, len(judged) - SHOWN) :][::-1]
         for title, images in (("best", best), ("worst", worst)):
             if images:
-                figures = "".join(_figure(one, names) for one in images)
                 head = f"{escape(label)}: {title} of {len(judged)} images (score of {found.threshold:.2f} or more)"
-                parts.append(f'<h3>{head}</h3><div class="drawn">{figures}</div>')
-    return "\n".join(parts)
+                body += f"<h3>{head}</h3>" + pictures((_picture(one, names) for one in images), COLUMN)
+    return Section(
+        body,
+        "Drawn boxes",
+        "Predicted boxes are those of the score that gives the best F1 over all images; images are put in order by "
+        "their own F1 at an IoU of 0.5.",
+    )
 
 
-def _figure(one: Judged, names: Sequence[str]) -> str:
-    name = escape(one.path.rsplit("/", 1)[-1])
+def _picture(one: Judged, names: Sequence[str]) -> tuple[str, bytes, str]:
+    name = one.path.rsplit("/", 1)[-1]
     told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
     try:
-        picture = f'<img src="data:image/jpeg;base64,{picture_of(one, names)}" alt="{told}">'
+        return name, picture_of(one, names), told
     except DataError as error:  # by now all is scored: one image must not cost the page
-        picture = f'<p class="soft">Not drawn: {escape(str(error))}.</p>'
-    return f"<figure>{picture}<figcaption>{told}</figcaption></figure>\n"
+        return name, b"", f"{told}\nNot drawn: {error}"
 
 
-def picture_of(one: Judged, names: Sequence[str]) -> str:
-    """Draw an image's boxes; gives a JPEG in base64.
+def picture_of(one: Judged, names: Sequence[str]) -> bytes:
+    """Draw an image's boxes; gives a JPEG.
 
     Where there are several classes, the name of each stands at its boxes.
 
@@ -163,4 +155,4 @@ def picture_of(one: Judged, names: Sequence[str]) -> str:
                 draw.text((x + 3, y + (1 if colour == TRUE else 11)), names[int(box[4])], fill=colour)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
-    return base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()

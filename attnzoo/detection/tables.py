@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from attnzoo.bench import summary as words
 from attnzoo.bench.record import Detection, Record, Stage
 from attnzoo.bench.summary import summarise
 from attnzoo.detection.stages import ATTENTION, ENCODER
 from attnzoo.errors import AttnZooError
+from attnzoo.tables import Table
 
 ENCODER_HEAD = (
     "images",
@@ -55,7 +56,7 @@ def encoder_table(records: Iterable[Record]) -> str:
                     "" if row.is_baseline else words.times(row.cost.ratios.speedup),
                 ]
             )
-    return _markdown(ENCODER_HEAD, lines)
+    return Table(ENCODER_HEAD, lines).markdown()
 
 
 def _stage(row: Record, name: str) -> Stage:
@@ -76,9 +77,4 @@ def quality_table(records: Iterable[Record]) -> str:
         figures = ["-" if value is None else f"{100 * value:.1f}" for value in parts]
         seeds = ", ".join(f"{100 * one.ap:.1f}" for one in q.trainings)
         lines.append([f"`{row.label}`", f"{100 * q.ap:.1f}", seeds, *figures, words.ratio(q.ratio)])
-    return _markdown(QUALITY_HEAD, lines)
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    text = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in text)
+    return Table(QUALITY_HEAD, lines).markdown()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -17,15 +17,11 @@ from attnzoo.bench.config import (
     AttentionConfig,
     Dtype,
     attention_problems,
-    refuse_twins,
     refuse_vision_keys,
     vision_problems,
-    without_stale_labels,
 )
-from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.strict import CONFIG_VERSION, RunConfig, Section, refuse_twins
 from attnzoo.errors import ConfigError
-
-CONFIG_VERSION = 1
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
@@ -235,10 +231,9 @@ class CostConfig(Section):
         return f"{'training' if self.gradient else 'forward'}-batch{self.batch}"
 
 
-class ClassifyConfig(Section):
+class ClassifyConfig(RunConfig):
     """A whole comparison. Where and how it is run is no part of its identity: see `Run.hash`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig | None = None
@@ -252,12 +247,10 @@ class ClassifyConfig(Section):
 
     only: tuple[str, ...] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: PositiveInt | None = None
     checkpoint_steps: PositiveInt | None = None
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     resume: Literal["auto", "never"] = "auto"
-    output: Path | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ClassifyConfig:
@@ -287,11 +280,6 @@ class ClassifyConfig(Section):
             raise ValueError(f"augment.mixup and cutmix pair images, and a part of batch {self.recipe.batch} is odd")
         return self
 
-    @property
-    def folder(self) -> Path:
-        """Where the runs go, a folder each."""
-        return self.output if self.output is not None else Path("runs") / self.name
-
     def runs(self) -> list[Run]:
         """All trainings, the dense baseline's first, but for those that `only` leaves out."""
         runs = [Run(self, None, self.baseline, seed) for seed in self.seeds]
@@ -302,6 +290,30 @@ class ClassifyConfig(Section):
     def to_yaml(self) -> str:
         """The whole config, defaults and overrides included."""
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What the registry says of the attentions."""
+        return attention_problems(data.get("attentions"), "attentions", vision_problems)
+
+    @classmethod
+    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
+        """Check plain data against the schema, the registry and the disk.
+
+        Raises
+        ------
+        ConfigError
+            With every problem, one a line.
+        """
+        config = super().check(data, source)
+        weights = config.model.weights
+        if weights is not None and not weights.is_file():
+            inside = " (a folder; give the file of weights in it)" if weights.is_dir() else ""
+            raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}{inside}")
+        return config
+
+
+load_config, validate_config = ClassifyConfig.load, ClassifyConfig.check
 
 
 @dataclass(frozen=True)
@@ -355,39 +367,3 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def slug(label: str) -> str:
     """A label as a file name."""
     return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "x"
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ClassifyConfig:
-    """Read a YAML config, apply ``key=value`` overrides and check it.
-
-    Parameters
-    ----------
-    path
-        A YAML file.
-    overrides
-        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
-
-    Raises
-    ------
-    ConfigError
-        With every problem of file and overrides that could be found, one a line.
-    """
-    data = without_stale_labels(read_yaml(path, overrides), overrides)
-    return validate_config(data, str(path))
-
-
-def validate_config(data: Mapping[str, Any], source: str = "config") -> ClassifyConfig:
-    """Check plain data against the schema and the registry of attentions.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
-    config = validated(ClassifyConfig, data, problems, source)
-    weights = config.model.weights
-    if weights is not None and not weights.is_file():
-        inside = " (a folder; give the file of weights in it)" if weights.is_dir() else ""
-        raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}{inside}")
-    return config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,22 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.table import Table
 
 from attnzoo.bench import summary as words
-from attnzoo.bench.page import STYLE
+from attnzoo.bench.html import Section, page, pictures, plots
 from attnzoo.bench.record import Quality, Record
+from attnzoo.tables import Column, Table
 from attnzoo.training import curves
 from attnzoo.training.images import Splits
 from attnzoo.training.score import Scored
 
 SHOWN_PIXELS = 96
-MORE = """
-.mistakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }
-.mistakes img { width: 96px; height: 96px; object-fit: contain; image-rendering: pixelated; background: var(--card); }
-.mistakes figcaption { font-size: .8rem; line-height: 1.3; }
-"""
-HEAD = ("attention", "top-1 %", "each seed", "top-5 %", "calibration error", "parameters")
+HEAD = (Column("attention", code=True), "top-1 %", "each seed", "top-5 %", "calibration error", "parameters")
 COST = ("training step", "speed-up", "its memory")
 
 
@@ -72,7 +66,7 @@ def _cost_cells(record: Record | None) -> list[str]:
     ]
 
 
-def heading(steps: Mapping[str, Record]) -> tuple[str, ...]:
+def heading(steps: Mapping[str, Record]) -> tuple[Column | str, ...]:
     """What the columns are called."""
     return HEAD + COST if steps else HEAD
 
@@ -100,24 +94,15 @@ def how_to_read(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -
     return said
 
 
-def console_table(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> Table:
-    """The table for a terminal."""
-    table = Table()
-    for name in heading(steps):
-        table.add_column(name, justify="left" if name == "attention" else "right")
-    for row in rows(qualities, steps):
-        table.add_row(*row)
-    return table
+def results_table(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> Table:
+    """A row per attention; arguments as those of `rows`."""
+    return Table(heading(steps), rows(qualities, steps))
 
 
 def markdown_table(records: Sequence[Record]) -> str:
     """The table in Markdown, from a file of records of cost and quality."""
     qualities = {r.label: r.quality for r in records if r.kind == "quality" and isinstance(r.quality, Quality)}
-    steps = step_costs(records)
-    head = heading(steps)
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    lines += ["| " + " | ".join([f"`{row[0]}`", *row[1:]]) + " |" for row in rows(qualities, steps)]
-    return "\n".join(lines)
+    return results_table(qualities, step_costs(records)).markdown()
 
 
 def html_page(
@@ -141,66 +126,56 @@ def html_page(
         Folders of records of cost, each with a ``report.html``, beside the page.
     """
     config = scored[0].run.config
-    name = escape(config.name)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heading(steps))
-    lines = rows(qualities, steps)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in lines)
-    plots = {
-        "Test accuracy after each epoch": curves.learning_plot(qualities),
-        "Training loss": curves.loss_plot(qualities),
-        "Test accuracy: every seed a dot, their mean a stroke; one seed has its 95% interval": curves.accuracy_plot(
-            qualities, config.baseline
+    drawn = (
+        ("Test accuracy after each epoch", curves.learning_plot(qualities)),
+        ("Training loss", curves.loss_plot(qualities)),
+        (
+            "Test accuracy: every seed a dot, their mean a stroke; one seed has its 95% interval",
+            curves.accuracy_plot(qualities, config.baseline),
         ),
-    }
-    figures = "".join(f"<figure><figcaption>{title}</figcaption>{svg}</figure>" for title, svg in plots.items() if svg)
+    )
     links = ", ".join(f'<a href="{escape(f.name)}/report.html">{escape(f.name)}</a>' for f in costs)
     shown, seen = "", set[str]()
     for one in scored:
         if one.run.label not in seen and one.mistakes:
             seen.add(one.run.label)
             shown += f"<h3>{escape(one.run.label)}, seed {one.run.seed}</h3>{_mistakes(one, splits)}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>{STYLE}{MORE}</style></head><body><main>
-<h1>{name}</h1>
-<p class="soft">{escape(how_to_read(qualities, steps))}</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<p>{f"What they cost: {links}." if costs else "No cost was measured: the config lists none."}</p>
-<h2>Plots</h2><div class="plots">{figures}</div>
-<h2>Most confidently got wrong</h2>
-<p class="soft">Test images whose wrong answer was given the highest probability, of each attention's first seed.</p>
-{shown}
-<h2>Config</h2><pre>{escape(config.to_yaml())}</pre>
-</main></body></html>
-"""
+    return page(
+        config.name,
+        [
+            Section(plots(drawn)),
+            Section(results_table(qualities, steps).html(), "Results", how_to_read(qualities, steps)),
+            Section(links, "Cost", "" if costs else "No cost was measured: the config lists none."),
+            Section(
+                shown,
+                "Most confidently got wrong",
+                "Test images whose wrong answer was given the highest probability, of each attention's first seed.",
+            ),
+        ],
+        config=config.to_yaml(),
+    )
 
 
 def _mistakes(one: Scored, splits: Splits) -> str:
-    figures = ""
+    shown = []
     for mistake in one.mistakes:
         source: Any = splits.test
         try:
             picture, name = _picture(source.read(mistake["index"])[0]), source.name(mistake["index"])
         except (AttributeError, OSError):  # a stream has no places
-            picture, name = "", f"image {mistake['index']}"
+            picture, name = b"", f"image {mistake['index']}"
         target, answer = (_class(splits, mistake[key]) for key in ("target", "answer"))
-        image = (
-            f'<img src="data:image/png;base64,{picture}" alt="{escape(name)}" title="{escape(name)}">'
-            if picture
-            else ""
-        )
-        caption = f"{target}<br>taken for {answer}<br>{mistake['confidence']:.0%} sure"
-        figures += f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
-    return f'<div class="mistakes">{figures}</div>'
+        shown.append((name, picture, f"{target}\ntaken for {answer}\n{mistake['confidence']:.0%} sure"))
+    return pictures(shown, SHOWN_PIXELS)
 
 
 def _class(splits: Splits, number: int) -> str:
-    return escape(splits.names[number] if splits.names else str(number))
+    return splits.names[number] if splits.names else str(number)
 
 
-def _picture(image: Image.Image) -> str:
+def _picture(image: Image.Image) -> bytes:
     image = image.copy()
     image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     content = io.BytesIO()
     image.save(content, "PNG")
-    return base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()

@@ -160,7 +160,7 @@ def test_what_runs_out_of_memory_is_told(tmp_path, monkeypatch):
     bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))])
     (record,) = read_records(tmp_path / "out/records.jsonl")
     assert (record.status, record.latency_ms) == ("oom", None)
-    assert "Nothing was measured" in speed_plot([record])
+    assert speed_plot([record]) == ""
 
 
 def test_the_config_for_a_gpu():

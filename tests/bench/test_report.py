@@ -71,7 +71,7 @@ def test_slower_is_as_plain_as_faster_and_what_failed_is_told(run_records):
     assert '<span class="worse">0.50x (0.49-0.51)</span>' in page
     assert '<span class="better">2.00x (1.96-2.04)</span>' in page
     assert '<span class="worse">70.0 (68.0-72.0)</span>' in page
-    assert '<span class="worse">oom</span>: no memory &lt;left&gt;' in page
+    assert '<span class="worse">oom</span><br><small>no memory &lt;left&gt; at all</small>' in page
 
 
 def test_every_row_is_in_the_terminal_table(run_records):

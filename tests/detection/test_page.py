@@ -19,7 +19,7 @@ PLAIN = Image.new("RGB", (20, 10))
 
 def drawn(paths):
     judged = tuple(Judged(str(path), (BOX,), ((*BOX, 0.9),), 1.0) for path in paths)
-    return page.drawn({"dense": Scores(1, 1, 1, None, None, None, 2, 2, 0.5, judged)}, ["<cat>", "dog"])
+    return page.drawn({"dense": Scores(1, 1, 1, None, None, None, 2, 2, 0.5, judged)}, ["cat", "dog"]).body
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_an_image_that_cannot_be_drawn_says_why_in_its_place(tmp_path, name, ima
     assert found.count("<figure>") == 2
     assert found.count("data:image/jpeg") == 1
     assert f"Not drawn: {reason}" in found
-    assert f"<figcaption>{name}: 1 true, 1 predicted, F1 1.00</figcaption>" in found
+    assert f"<figcaption>{name}: 1 true, 1 predicted, F1 1.00<br>" in found
 
 
 @pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (3, 3)])

@@ -146,12 +146,12 @@ def test_links_of_two_classes_to_one_folder_are_an_error(tmp_path, cat, dog, sha
     put(tmp_path / "own", *(f"{link.split('/')[0]}/own.png" for link in (cat, dog) if "/" in link))
     put(tmp_path, "pool/1.png", "pool/inner/2.png")
     for split in SPLITS:
-        (tmp_path / "own" / split / "dog/deep").mkdir(parents=True, exist_ok=True) if "/" in dog else None
         for link, place in ((cat, shared), (dog, "pool")):
-            (tmp_path / "own" / split / link).symlink_to(tmp_path / split / place, target_is_directory=True)
-    with pytest.raises(
-        ConfigError, match=rf"{dog}\S*' leads to .*/{shared}', whose images are of another class .*'cat'"
-    ):
+            target = tmp_path / "own" / split / link
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(tmp_path / split / place, target_is_directory=True)
+    said = rf"{dog}\S*' leads to .*/{shared}', whose images are of another class .*'cat'"
+    with pytest.raises(ConfigError, match=said):
         opened(tmp_path / "own")
 
 

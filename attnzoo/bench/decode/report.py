@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from attnzoo.bench import summary as words
 from attnzoo.bench.decode.record import DecodeRecord, KindResult
 from attnzoo.bench.record import Interval, Quantiles
-from attnzoo.bench.report import STYLES
-from attnzoo.bench.summary import Verdict
+from attnzoo.tables import Cell, Column, Table, Verdict
 from attnzoo.units import megabytes
 
 KIND_TITLES = {"single": "pass key", "multi_key": "one of 4 keys", "multi_value": "3 values"}
@@ -75,28 +73,24 @@ def verdict(interval: Interval | None, less_is_better: bool = False) -> Verdict:
     return "better" if (interval.mean < 0) == less_is_better else "worse"
 
 
+def results_table(records: Sequence[DecodeRecord]) -> Table:
+    """A row per attention."""
+    table = Table((Column("attention", code=True), *columns(records)))
+    for record in records:
+        table.add(record.label, *(Cell(text, verdict) for text, verdict in cells(record)), base=record.is_baseline)
+    return table
+
+
 def print_report(records: Sequence[DecodeRecord], console: Console) -> None:
     """Print the table."""
-    table = Table(title=title(records), title_justify="left", title_style="bold")
-    table.add_column("attention")
-    for name in columns(records):
-        table.add_column(name, justify="right")
-    for record in records:
-        styled = [
-            f"[{STYLES[v]}]{escape(text)}[/{STYLES[v]}]" if STYLES[v] else escape(text) for text, v in cells(record)
-        ]
-        table.add_row(escape(record.label), *styled)
-    console.print(table)
+    console.print(results_table(records).rich(title(records)))
     one = records[0]
     console.print(f"[dim]{escape(machine(one))}; {one.utc[:16].replace('T', ' ')} UTC[/dim]", highlight=False)
 
 
 def markdown_table(records: Sequence[DecodeRecord]) -> str:
     """Give the table for a page in Markdown."""
-    head = ["attention", *columns(records)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    lines += [[f"`{record.label}`", *(text for text, _ in cells(record))] for record in records]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return results_table(records).markdown()
 
 
 def title(records: Sequence[DecodeRecord]) -> str:

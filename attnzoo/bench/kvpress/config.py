@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import Dtype
 from attnzoo.bench.record import Entry
-from attnzoo.bench.strict import Section, read_yaml, validated
+from attnzoo.bench.strict import RunConfig, Section, Seed
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import build_policy, describe
 
@@ -58,15 +55,15 @@ class Policy(Section):
     note: str = ""
 
 
-class Comparison(Section):
-    """The config. `output` says where to write and is no part of its identity."""
+class Comparison(RunConfig):
+    """The config; kvpress is compared with on the CPU."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: Literal["cpu"] = "cpu"
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
     threads: PositiveInt = 1
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     tokens: Annotated[int, Field(ge=2)] = 2000
     samples: PositiveInt = 24
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -74,7 +71,6 @@ class Comparison(Section):
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("question_inside", "question_after")
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)]
     timeout_seconds: PositiveFloat = 600.0
-    output: Path | None = None
 
     @model_validator(mode="after")
     def _rows_differ(self) -> Comparison:
@@ -88,16 +84,26 @@ class Comparison(Section):
                 raise ValueError(f"{policy.policy}: a press stands twice among {labels}")
         return self
 
-    @property
-    def folder(self) -> Path:
-        """Where records and table go."""
-        return self.output if self.output is not None else Path("runs") / self.name
+    def identity(self) -> dict[str, Any]:
+        """All that the results hang on."""
+        return self.model_dump(mode="json", exclude={"output", "device", "timeout_seconds"})
 
-    @property
-    def hash(self) -> str:
-        """Identity: 16 hex digits over the full content."""
-        content = self.model_dump(mode="json", exclude={"output", "timeout_seconds"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What the registry says of the policies."""
+        problems: list[str] = []
+        for index, entry in enumerate(data.get("policies") or []):
+            ours = entry.get("attnzoo") if isinstance(entry, dict) else None
+            if not isinstance(ours, dict) or not isinstance(ours.get("name"), str):
+                continue  # the schema says what is wrong
+            try:
+                build_policy(describe(ours["name"]), {**(ours.get("options") or {}), "budget": 1_000_000})
+            except AttnZooError as error:
+                problems.append(f"policies.{index}.attnzoo: {error}")
+        return problems
+
+
+load_config = Comparison.load
 
 
 class Row(Entry):
@@ -112,27 +118,6 @@ class Row(Entry):
     def key(self, setting: Setting, sample: int) -> Key:
         """As `ResultLine.key`."""
         return setting, self.policy, f"{self.side} {self.method}", sample
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
-    """Read and check a config.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    data = read_yaml(path, overrides)
-    problems: list[str] = []
-    for index, entry in enumerate(data.get("policies") or []):
-        ours = entry.get("attnzoo") if isinstance(entry, dict) else None
-        if not isinstance(ours, dict) or not isinstance(ours.get("name"), str):
-            continue  # the schema says what is wrong
-        try:
-            build_policy(describe(ours["name"]), {**(ours.get("options") or {}), "budget": 1_000_000})
-        except AttnZooError as error:
-            problems.append(f"policies.{index}.attnzoo: {error}")
-    return validated(Comparison, data, problems, str(path))
 
 
 def rows_of(config: Comparison) -> list[list[Row]]:

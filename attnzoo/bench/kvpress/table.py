@@ -12,6 +12,7 @@ from attnzoo.bench.kvpress.record import AnyLine, ResultLine, RunLine, VersionsL
 from attnzoo.bench.kvpress.run import RECORDS
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.stats import paired_difference, wilson_interval
+from attnzoo.tables import Column, Table
 from attnzoo.units import megabytes
 
 TABLE = "table.md"
@@ -21,8 +22,15 @@ TITLES: dict[Setting, str] = {
 }
 
 HEAD = (
-    "| policy | method | kept | pass keys found | attnzoo's less this one's | first token, s: p20 / **p50** / p80 "
-    "| over attnzoo's | peak cache | peak memory |"
+    "policy",
+    Column("method", left=True),
+    "kept",
+    "pass keys found",
+    "attnzoo's less this one's",
+    "TTFT, s: p20 / **p50** / p80",
+    "over attnzoo's",
+    "peak cache",
+    "peak memory",
 )
 
 
@@ -33,20 +41,19 @@ def table(lines: Sequence[AnyLine], path: Path) -> str:
     results = {line.key: line for line in lines if isinstance(line, ResultLine)}
     parts = [_opening(begun, lines)]
     for setting in config.settings:
-        rows, ahead = [], []
+        rows, ahead = Table(HEAD), []
         for group in rows_of(config):
             ours = _results_of(group[0], setting, results, config.samples)
             for row in group:
                 these = _results_of(row, setting, results, config.samples)
                 if these:
-                    rows.append(_table_row(row, these, ours))
+                    rows.add(*_table_row(row, these, ours))
                     ahead += [] if row is group[0] else _ahead(row, these, ours)
-        if not rows:
+        if not rows.rows:
             continue
-        rule = "|---|---|---|---|---|---|---|---|---|"
         said = [f"- {line}" for line in ahead] or ["- nowhere"]
         parts.append(
-            "\n".join([f"## {TITLES[setting]}", "", HEAD, rule, *rows, "", "Where kvpress is ahead:", "", *said])
+            "\n".join([f"## {TITLES[setting]}", "", rows.markdown(), "", "Where kvpress is ahead:", "", *said])
         )
     notes = [f"- {policy.policy}: {policy.note}" for policy in config.policies if policy.note]
     parts.append("\n".join(["## How to read it", "", *READING, *notes]))
@@ -58,15 +65,15 @@ def found(lines: Sequence[AnyLine], path: Path) -> str:
     config = first_line(lines, path).config
     results = {line.key: line for line in lines if isinstance(line, ResultLine)}
     heads = [setting.replace("_", " ") for setting in config.settings]
-    rows = ["| policy | method | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
+    rows = Table(("policy", Column("method", left=True), *heads))
     for group in rows_of(config):
         for row in group:
             cells = []
             for setting in config.settings:
                 these = _results_of(row, setting, results, config.samples)
                 cells.append(f"{sum(all(line.hits) for line in these.values())} of {len(these)}")
-            rows.append(f"| {row.policy} | {row.side} `{row.method}` | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+            rows.add(row.policy, f"{row.side} `{row.method}`", *cells)
+    return rows.markdown()
 
 
 READING = (
@@ -139,7 +146,7 @@ def _time_ratio(pairs: Sequence[tuple[ResultLine, ResultLine]]) -> float:
     return quantiles([b.first_token_seconds / a.first_token_seconds for a, b in pairs]).p50
 
 
-def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) -> str:
+def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) -> list[str]:
     lines = list(these.values())
     hits, n = sum(all(line.hits) for line in lines), len(lines)
     low, high = wilson_interval(hits, n)
@@ -152,7 +159,7 @@ def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLin
         ratio = f"{_time_ratio(pairs):.2f}"
     memory = [line.memory_peak_bytes for line in lines if line.memory_peak_bytes is not None]
     kept = sorted({n for line in lines for n in line.kept})
-    cells = [
+    return [
         row.policy,
         f"{row.side} `{row.method}`",
         f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}",
@@ -163,7 +170,6 @@ def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLin
         megabytes(max(line.cache_peak_bytes for line in lines)),
         megabytes(max(memory)) if memory else "not known",
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _ahead(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) -> list[str]:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import NOT_HASHED, Dtype
-from attnzoo.bench.strict import Section, read_yaml, validated
-
-CONFIG_VERSION = 1
+from attnzoo.bench.config import Dtype
+from attnzoo.bench.strict import RunConfig, Section, Seed
 
 
 class PairCase(Section):
@@ -98,7 +91,7 @@ class ScoredCase(Section):
 Case = Annotated[PairCase | ChainCase | ModuleCase | ScoredCase, Field(discriminator="op")]
 
 
-class OperationsConfig(Section):
+class OperationsConfig(RunConfig):
     """A whole benchmark of operations.
 
     `tokens` are those of a batch in all, of `width` channels and `heads` heads. Inputs go round among as many sets as
@@ -106,10 +99,7 @@ class OperationsConfig(Section):
     baselines of the operations.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
-    threads: PositiveInt | None = None
+    seed: Seed = 0
     dtype: Dtype = "bfloat16"
     width: PositiveInt = 384
     heads: PositiveInt = 6
@@ -119,7 +109,6 @@ class OperationsConfig(Section):
     spread_bytes: PositiveInt = 2**28
     repeats: Annotated[int, Field(ge=3)] = 20
     min_seconds: NonNegativeFloat = 1.0
-    output: Path | None = None
     fresh: bool = False
 
     @model_validator(mode="after")
@@ -135,32 +124,8 @@ class OperationsConfig(Section):
             raise ValueError(f"kv_heads {shared} must divide heads {self.heads}")
         return self
 
-    @property
-    def folder(self) -> Path:
-        """Where records and the page go."""
-        return self.output if self.output is not None else Path("runs") / self.name
 
-    @property
-    def hash(self) -> str:
-        """Identity of the benchmark: 16 hex digits over its full content, defaults and overrides included."""
-        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_yaml(self) -> str:
-        """The whole config, defaults and overrides included."""
-        content = self.model_dump(mode="json", exclude=set(NOT_HASHED))
-        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> OperationsConfig:
-    """Read a YAML config, apply ``key=value`` overrides and check it.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one a line.
-    """
-    return validated(OperationsConfig, read_yaml(path, overrides), [], str(path))
+load_config = OperationsConfig.load
 
 
 def _both(backward: bool) -> str:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from rich.console import Console
-from rich.table import Table
 
+from attnzoo.bench.html import Section, page
 from attnzoo.bench.operations.record import OperationRecord
-from attnzoo.bench.page import STYLE
 from attnzoo.bench.plots import INK, new_figure, plain_ticks, to_svg
 from attnzoo.bench.summary import milliseconds, one_line, times
+from attnzoo.tables import Column, Table
 
-HEADS = ("operation", "ms", "fastest rival", "its ms", "speed-up", "of bandwidth", "of arithmetic", "path", "error")
+HEADS = (
+    "operation",
+    "ms",
+    Column("fastest rival", left=True),
+    "its ms",
+    "speed-up",
+    "of bandwidth",
+    "of arithmetic",
+    Column("path", left=True),
+    "error",
+)
 HOW = (
     "Speed-up is the rival's time over the operation's, round by round: p50 (p20-p80); above 1x the operation is "
     "faster. Shares are of the ceilings above, by the fewest bytes and operations that the work takes. The error is "
@@ -22,20 +31,20 @@ HOW = (
 )
 
 
+def results_table(records: Sequence[OperationRecord]) -> Table:
+    """A row per operation."""
+    return Table(HEADS, [cells(record) for record in records])
+
+
 def print_report(records: Sequence[OperationRecord], console: Console) -> None:
     """Print the table."""
-    table = Table(title=f"{records[0].benchmark} on {records[0].environment.device}, {records[0].dtype}")
-    for head in HEADS:
-        table.add_column(head, justify="left" if head in ("operation", "fastest rival", "path") else "right")
-    for record in records:
-        table.add_row(*cells(record))
-    console.print(table)
+    title = f"{records[0].benchmark} on {records[0].environment.device}, {records[0].dtype}"
+    console.print(results_table(records).rich(title))
 
 
 def markdown_table(records: Sequence[OperationRecord]) -> str:
     """The table in Markdown."""
-    lines = ["| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells(record)) + " |" for record in records)])
+    return results_table(records).markdown()
 
 
 def cells(record: OperationRecord) -> list[str]:
@@ -60,9 +69,8 @@ def cells(record: OperationRecord) -> list[str]:
 
 
 def html_page(records: Sequence[OperationRecord], config: str | None = None) -> str:
-    """The page: what was run, the table, the plot, every rival."""
+    """The page: what was run, the plot, the table, every rival."""
     one = records[0]
-    ceilings = one.ceilings
     facts = {
         "Machine": one.environment.device,
         "Versions": f"attnzoo {one.environment.attnzoo}, torch {one.environment.torch}, commit {one.environment.commit}"
@@ -71,37 +79,26 @@ def html_page(records: Sequence[OperationRecord], config: str | None = None) -> 
         "Numbers": one.dtype,
         "Again": one.command,
     }
-    if ceilings is not None:
+    if one.ceilings is not None:
         facts["Ceilings"] = (
-            f"{ceilings.bytes_per_second / 1e9:,.0f} GB/s of a large copy, {ceilings.flops_per_second / 1e12:,.1f} "
-            "TFLOP/s of a large product of matrices"
+            f"{one.ceilings.bytes_per_second / 1e9:,.0f} GB/s of a large copy, "
+            f"{one.ceilings.flops_per_second / 1e12:,.1f} TFLOP/s of a large product of matrices"
         )
-    told = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    rows = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells(record)) + "</tr>" for record in records)
-    rivals = "".join(
-        f"<tr><td>{escape(record.label)}</td><td>{escape(rival.name)}</td><td>"
-        + (milliseconds(rival.latency_ms) if rival.latency_ms else escape(one_line(rival.message, 100)))
-        + "</td></tr>"
-        for record in records
-        for rival in record.rivals
-    )
-    title = f"attnzoo operations: {one.benchmark}"
-    head = "".join(f"<th>{name}</th>" for name in HEADS)
-    three = "".join(f"<th>{name}</th>" for name in ("operation", "rival", "ms"))
-    parts = [
-        f"<h1>{escape(title)}</h1><dl>{told}</dl>",
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div><p>{HOW}</p>',
-        f"<h2>Speed-up over the fastest rival</h2>{speed_plot(records)}",
-        "<h2>Every rival</h2>",
-        f'<div class="wide"><table><thead><tr>{three}</tr></thead><tbody>{rivals}</tbody></table></div>',
-        "" if config is None else f"<h2>Config</h2><pre>{escape(config)}</pre>",
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
+    rivals = Table(("operation", Column("rival", left=True), "ms"))
+    for record in records:
+        for rival in record.rivals:
+            took = milliseconds(rival.latency_ms) if rival.latency_ms else one_line(rival.message, 100)
+            rivals.add(record.label, rival.name, took)
+    plot = speed_plot(records)
+    return page(
+        f"attnzoo operations: {one.benchmark}",
+        [
+            Section(plot, "Speed-up over the fastest rival", "" if plot else "Nothing was measured."),
+            Section(results_table(records).html(), "Operations", HOW),
+            Section(rivals.html(), "Every rival"),
+        ],
+        facts=facts,
+        config=config,
     )
 
 
@@ -109,7 +106,7 @@ def speed_plot(records: Sequence[OperationRecord]) -> str:
     """Speed-ups with their spread, an operation a line; empty where nothing was measured."""
     shown = [record for record in reversed(records) if record.speedup is not None]
     if not shown:
-        return "<p>Nothing was measured.</p>"
+        return ""
     height = 0.9 + 0.3 * len(shown)  # inches
     figure, axes = new_figure(height=height)
     figure.subplots_adjust(left=0.45, bottom=0.65 / height)

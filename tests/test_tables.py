@@ -1,0 +1,65 @@
+"""A table is described once, and says the same wherever it is shown."""
+
+import csv
+import io
+
+import pytest
+from rich.console import Console
+
+from attnzoo.tables import Cell, Column, Table
+
+
+@pytest.fixture
+def table():
+    found = Table((Column("attention", code=True), Column("ms", "p50"), Column("path", left=True), "cache"))
+    found.section("vit & more", "ms per forward")
+    found.add("dense", "1.0", "sdpa", "-", base=True)
+    found.add("a|b", Cell("<2.0>", "worse", "3 images/s\nmore"), "", "")
+    found.add("broken", Cell("oom", "worse", "no memory"))
+    return found
+
+
+def test_markdown_has_equal_columns_and_escapes_what_would_add_one(table):
+    lines = table.markdown().splitlines()
+    assert lines[0] == "| attention | ms | path | cache |"
+    assert lines[1] == "| --- | ---: | --- | ---: |"
+    assert lines[2] == "| **vit & more** |  |  |  |"
+    assert lines[4] == "| `a\\|b` | <2.0> |  |  |"
+    assert lines[5] == "| `broken` | oom |  |  |"
+
+
+def test_columns_in_which_there_is_nothing_are_left_out(table):
+    shown = table.without_empty_columns()
+    assert [column.head for column in shown.columns] == ["attention", "ms", "path"]
+    assert shown.markdown().splitlines()[-1] == "| `broken` | oom |  |"
+    assert [c.head for c in Table(("a", "b"), [("x", Cell("-", small="why"))]).without_empty_columns().columns] == [
+        "a",
+        "b",
+    ]
+    assert len(Table(("a", "b")).without_empty_columns().columns) == 2
+
+
+def test_a_page_shows_verdicts_and_small_lines_and_no_markup_of_its_content(table):
+    page = table.html()
+    assert '<span class="worse">&lt;2.0&gt;</span><br><small>3 images/s</small><br><small>more</small>' in page
+    assert '<tr class="base"><td class="text">dense</td>' in page
+    assert '<td colspan="4"><span>vit &amp; more <small>(ms per forward)</small></span>' in page
+    assert '<td class="text" colspan="3"><span class="worse">oom</span><br><small>no memory</small></td>' in page
+
+
+def test_a_terminal_and_csv_have_the_same_figures(table):
+    console = Console(record=True, width=100)
+    console.print(table.rich("title [x]"))
+    text = console.export_text()
+    for part in ("title [x]", "vit & more", "dense", "<2.0>", "oom"):
+        assert part in text
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert rows[0] == ["section", "attention", "ms", "path", "cache"]
+    assert rows[2] == ["vit & more", "a|b", "<2.0>", "", ""]
+
+
+def test_a_row_that_does_not_fit_is_refused(table):
+    with pytest.raises(ValueError, match="5 cells for 4 columns"):
+        table.add(*"abcde")
+    with pytest.raises(ValueError, match="0 cells"):
+        table.add()
