@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attnzoo import files, processes
 from attnzoo.command import check_rows, run_script
-from attnzoo.errors import ConfigError, RunError
+from attnzoo.errors import ConfigError
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> int:
     """Test all runs, measure what they cost, report, and give the exit status."""
     from rich.console import Console
-    from rich.markup import escape
 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.progress import bars
@@ -73,7 +72,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     qualities = evaluation.qualities(runs)
     with bars(progress) as shown:
         bar = shown.add_task("cost", total=1, stage="", visible=configs[0].get("cost") is not None)
-        costs, problems = evaluation.cost_records(
+        costs = evaluation.cost_records(
             configs,
             qualities,
             facts,
@@ -81,10 +80,6 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
             lambda part: shown.update(bar, completed=part),
         )
     records = [*evaluation.quality_records(runs, qualities, facts), *costs]
-    for problem in problems:
-        progress.print(f"[red]{escape(problem)}[/red]", highlight=False)
-    if not records:
-        raise RunError("nothing could be measured")
     folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = [page.sizes(costs)]

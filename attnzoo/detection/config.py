@@ -102,12 +102,13 @@ def _move_data(config: Any, before: str, now: str) -> None:
     """Have the data sets and metrics look under another root."""
     now = os.path.join(now, "")
     for part in ("train", "val", "test"):
-        dataset, metric = (config.get(f"{part}_{what}") or {} for what in ("dataloader", "evaluator"))
+        dataset = config.get(f"{part}_dataloader") or {}
         for one in check.innermost(dataset.get("dataset", {})):
             if os.path.normpath(one.get("data_root") or "") == os.path.normpath(before):
                 one["data_root"] = now
-        if isinstance(metric, dict) and str(metric.get("ann_file", "")).startswith(before):
-            metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
+        for metric in check.metrics(config.get(f"{part}_evaluator")):
+            if str(metric.get("ann_file", "")).startswith(before):
+                metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
     config.data_root = now
 
 
@@ -142,16 +143,20 @@ def prepare(config: Any) -> list[check.Checked]:
 
 def _check_metric(config: Any, part: str) -> None:
     """Refuse a metric that would hold predictions against the annotations of other images."""
-    metric, loader = config.get(f"{part}_evaluator"), config.get(f"{part}_dataloader")
-    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
-    if not told or loader is None:
-        return
-    read = [Path(one.get("data_root") or "") / one.get("ann_file", "") for one in check.innermost(loader.dataset)]
-    if Path(told) not in read and Path(told) not in [_scored(config, one) for one in read]:
-        raise ConfigError(
-            f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
-            "give that, or None"
-        )
+    read = [check.annotations_of(one) for one in _tested(config, part)]
+    for metric in check.metrics(config.get(f"{part}_evaluator")):
+        told = metric.get("ann_file")
+        if told and read and Path(told) not in [*read, *(_scored(config, one) for one in read)]:
+            raise ConfigError(
+                f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
+                "give that, or None"
+            )
+
+
+def _tested(config: Any, part: str) -> list[Any]:
+    """Configs of the data sets that are tested on."""
+    loader = config.get(f"{part}_dataloader")
+    return [] if loader is None else check.innermost(loader.dataset)
 
 
 def _scored(config: Any, file: Path) -> Path:
@@ -161,17 +166,21 @@ def _scored(config: Any, file: Path) -> Path:
 
 
 def _score_what_is_checked(config: Any, part: str) -> None:
-    """Have the metric read a copy of its annotation file, where that holds boxes which the data set leaves out."""
-    metric = config.get(f"{part}_evaluator")
-    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
-    if not told or Path(told).parent == Path(config.work_dir) / "scored":
-        return
-    content = check.read(Path(told))
-    scored = check.to_score(content)
-    if scored["annotations"] != content["annotations"]:
-        copy = _scored(config, Path(told))
-        files.write_json(copy, scored)
-        metric["ann_file"] = str(copy)
+    """Have COCO's metric read a copy of its annotation file, where that holds boxes which the data set leaves out.
+
+    Other metrics, and annotation files of other data sets than COCO's, such as LVIS, are left alone.
+    """
+    checked = [check.annotations_of(one) for one in _tested(config, part) if check.is_of(one, "CocoDataset")]
+    for metric in check.metrics(config.get(f"{part}_evaluator")):
+        told = metric.get("ann_file")
+        if not told or not check.is_of(metric, "CocoMetric") or Path(told) not in checked:
+            continue
+        content = check.read(Path(told))
+        scored = check.to_score(content)
+        if scored["annotations"] != content["annotations"]:
+            copy = _scored(config, Path(told))
+            files.write_json(copy, scored)
+            metric["ann_file"] = str(copy)
 
 
 def _check_used(config: Any, root: str) -> None:

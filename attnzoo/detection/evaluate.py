@@ -206,19 +206,19 @@ def cost_records(
     facts: Mapping[str, Any],
     say: Callable[[str], None],
     done: Callable[[float], None],
-) -> tuple[list[Record], list[str]]:
-    """Records of cost where the first config asks for it, with the quality of each attention, and what went wrong."""
+) -> list[Record]:
+    """Records of cost where the first config asks for it, with the quality of each attention."""
     asked = costs.read(configs[0])
     if asked is None:
-        return [], []
+        return []
     variants = costs.variants(asked, [costs.variant_of(config) for config in configs])
-    measured, problems = costs.measure(configs[0], asked, variants, facts, say, done)
+    measured = costs.measure(configs[0], asked, variants, facts, say, done)
     records = []
     for record in measured:
         quality = found.get(record.label)
         note = "not measured" if quality is None else quality.note
         records.append(record.model_copy(update={"quality": quality, "quality_note": note}))
-    return records, problems
+    return records
 
 
 def hash_of(configs: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, overload
 
@@ -244,8 +243,7 @@ def _from_timm(
             f"data: {name or 'folder'!r}{where}, split {split!r}: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, IterableDataset):
-        cast(Any, found).transform = partial(to_mode, mode=mode)
-        return found
+        return Stream(found, mode)
     return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
 
 
@@ -296,6 +294,33 @@ class _FromTorchvision:
 
     def name(self, index: int) -> str:
         return f"image {index}"
+
+
+class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
+    """A stream of timm's: image, class and "", or for an image that cannot be used None, -1 and the reason."""
+
+    def __init__(self, dataset: Any, mode: Mode) -> None:
+        self.dataset, self.mode = dataset, mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image | None, int, str]]:
+        for image, target in self.dataset:
+            try:
+                used = to_mode(image, self.mode), _class_of(target), ""
+            except ERRORS as error:
+                yield None, NO_CLASS, str(error) or type(error).__name__
+            else:
+                yield used
+
+    def set_epoch(self, epoch: int) -> None:
+        """As timm's streams have it: the epoch, by which they are shuffled."""
+        self.dataset.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        """As timm's streams have it: how many processes will read."""
+        self.dataset.set_loader_cfg(num_workers=num_workers)
 
 
 class _Digits:
@@ -381,12 +406,12 @@ def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, An
 
 
 def check_classes(targets: Tensor, classes: int) -> None:
-    """Raise `TrainingError` where a class ``(B,)`` is beyond the classes that there are."""
-    most = int(targets.max()) if targets.numel() else NO_CLASS
-    if most >= classes:
+    """Raise `TrainingError` where a class ``(B,)`` is none of those that there are."""
+    wrong = targets[(targets < 0) | (targets >= classes)]
+    if wrong.numel():
         raise TrainingError(
-            f"an image has class {most}, but there are {classes} classes, 0 to {classes - 1}: mend data.classes, or "
-            "the labels"
+            f"an image has class {int(wrong[0])}, but there are {classes} classes, 0 to {classes - 1}: mend "
+            "data.classes, or the labels"
         )
 
 
@@ -433,39 +458,59 @@ class TestImages(Dataset[tuple[Tensor, int, int]]):
         return torch.zeros(self.shape), NO_CLASS, index
 
 
-def _usable(stream: Iterable[Any]) -> Iterator[Any]:
-    """Pass a stream on; where one of its images cannot be used, there is no other to stand in."""
-    try:
-        yield from stream
-    except DataError as error:
-        raise TrainingError(f"an image of the stream cannot be used: {error}") from error
+class TestStream(IterableDataset[tuple[Tensor, int, int, str]]):
+    """Images of a stream as they are tested, in its order: image, class, number, and why it cannot be used.
 
-
-class TestStream(IterableDataset[tuple[Tensor, int, int]]):
-    """Images of a stream as they are tested, in its order: image, class, number."""
+    Class -1, of what cannot be used, does not count.
+    """
 
     __test__ = False
 
-    def __init__(self, stream: Any, transform: Any) -> None:
-        self.stream, self.transform = stream, transform
+    def __init__(self, stream: Any, transform: Any, shape: tuple[int, int, int]) -> None:
+        self.stream, self.transform, self.shape = stream, transform, shape
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for number, (image, target) in enumerate(_usable(self.stream)):
-            yield self.transform(image), int(target), number
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
+        for number, (image, target, reason) in enumerate(self.stream):
+            yield torch.zeros(self.shape) if image is None else self.transform(image), target, number, reason
 
 
-class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
-    """A stream of timm's, augmented by keys that count its images."""
+class StreamImages(IterableDataset[tuple[Tensor, int, int, str]]):
+    """A `Stream`, augmented by keys that count its images: image, class, and number and reason of what it stands for.
 
-    def __init__(self, stream: Any, transform: Any, seed: int, rank: int) -> None:
-        self.stream, self.transform, self.seed, self.rank, self.epoch = stream, transform, seed, rank, 0
+    The number is -1, but where the image stands in for one that cannot be used, so that batches keep their size: the
+    next that can be used does, at the stream's end the last.
+    """
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+    def __init__(self, stream: Any, transform: Any, seed: int, rank: int, world: int = 1) -> None:
+        self.stream, self.transform, self.seed, self.rank, self.world = stream, transform, seed, rank, world
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
         worker = torch.utils.data.get_worker_info()
-        number = 0 if worker is None else worker.id
-        for count, (image, target) in enumerate(_usable(self.stream)):
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        bad: list[tuple[int, str]] = []
+        last: tuple[Image.Image, int] | None = None
+
+        def augmented(image: Image.Image, target: int, count: int, reason: str) -> tuple[Tensor, int, int, str]:
             reseed(self.seed, AUGMENT, self.epoch, self.rank, number, count)
-            yield self.transform(image), int(target), -1
+            place = (count * workers + number) * self.world + self.rank
+            return self.transform(image), target, place if reason else -1, reason
+
+        for count, (image, target, reason) in enumerate(self.stream):
+            if image is None:
+                bad.append((count, reason))
+                if len(bad) == MOST_TRIES:
+                    break
+                continue
+            last = image, target
+            for place, why in (*bad, (count, "")):
+                yield augmented(image, target, place, why)
+            bad = []
+        if bad and (last is None or len(bad) == MOST_TRIES):
+            raise TrainingError(f"{len(bad)} images of the stream, one after the other, cannot be used: {bad[0][1]}")
+        for place, why in bad:
+            assert last is not None
+            yield augmented(*last, place, why)
 
 
 class Epoch(Sequence[Draw]):
@@ -544,19 +589,25 @@ def share_of(
 
 
 class Unreadable:
-    """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run."""
+    """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run.
+
+    Without `source` they are those of a stream, which tells the reasons itself.
+    """
 
     def __init__(self, source: Source | None, images: int, kind: str = "image") -> None:
         self.source, self.images, self.kind, self.found = source, images, kind, set[int]()
+        self.reasons: dict[int, str] = {}
 
-    def note(self, indices: Iterable[int]) -> None:
-        """Take note of some; -1 stands for none.
+    def note(self, indices: Iterable[int], reasons: Sequence[str] = ()) -> None:
+        """Take note of some, and of the reasons where they are told; -1 stands for none.
 
         Raises
         ------
         TrainingError
             If they are too many.
         """
+        indices = list(indices)
+        self.reasons.update(zip(indices, reasons, strict=False))
         for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
             warnings.warn(f"{self.kind} {self.name(index)} cannot be read: {self.reason(index)}", stacklevel=2)
@@ -568,7 +619,9 @@ class Unreadable:
             )
 
     def reason(self, index: int) -> str:
-        """Why one cannot be read, found by reading it again."""
+        """Why one cannot be read: what was told, or found by reading it again."""
+        if index in self.reasons:
+            return self.reasons[index]
         try:
             if self.source is not None:
                 self.source.read(index)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ Decision = Literal["train", "done", "busy"]
 def train_all(config: ClassifyConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Train every run of `config` that is not done yet, and give the results of all that are.
 
-    A run that another process is training is left to it, so that the same command, started twice, shares the work.
+    A run that another process is training is left to it, so that the same command, started twice, shares the work; it
+    is looked at once more at the end. See `left_to_others`.
 
     Raises
     ------
@@ -64,20 +66,35 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     steps_an_epoch(config, splits)
     local_batch(config, state.num_processes)
     check_all(config, splits.classes)
-    results = []
-    for run in config.runs():
-        with _claimed(run, splits, state.is_main_process) as claim:
-            decision = _agreed(claim, state.num_processes)
-            if decision == "busy":
-                console.print(f"{run.name}: another process is training it", highlight=False)
-                continue
-            if decision == "train":
-                with _bar(console, run.name) as tell:
-                    _train(run, splits, tell, console)
-                if state.is_main_process:
-                    console.print(f"{run.name}: {said(_result(run))}", highlight=False)
-            results.append(_result(run))
-    return results
+    results: dict[str, dict[str, Any]] = {}
+    runs = config.runs()
+    busy = [run for run in runs if not _done(run, splits, state, console, results)]
+    for run in busy:  # it may be done by now, or broken off; what another process did is not set aside
+        again = replace(run, config=config.model_copy(update={"resume": "auto"}))
+        _done(again, splits, state, console, results)
+    return [results[run.name] for run in runs if run.name in results]
+
+
+def left_to_others(config: ClassifyConfig, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the runs of `config` that are not among the results of `train_all`: other processes are training them."""
+    there = {(result["label"], result["seed"]) for result in results}
+    return [run.name for run in config.runs() if (run.label, run.seed) not in there]
+
+
+def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[str, dict[str, Any]]) -> bool:
+    """Train a run, if that is still to be done, and add its result; False where another process is training it."""
+    with _claimed(run, splits, state.is_main_process) as claim:
+        decision = _agreed(claim, state.num_processes)
+        if decision == "busy":
+            console.print(f"{run.name}: another process is training it", highlight=False)
+            return False
+        if decision == "train":
+            with _bar(console, run.name) as tell:
+                _train(run, splits, tell, console)
+            if state.is_main_process:
+                console.print(f"{run.name}: {said(_result(run))}", highlight=False)
+        results[run.name] = _result(run)
+    return True
 
 
 def check_device(config: ClassifyConfig, device: torch.device) -> None:

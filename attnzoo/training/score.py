@@ -94,7 +94,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     _, transform = transforms(config.data, config.augment)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     if isinstance(splits.test, IterableDataset):
-        images: TestImages | TestStream = TestStream(splits.test, transform)
+        images: TestImages | TestStream = TestStream(splits.test, transform, shape)
     else:
         images = TestImages(splits.test, transform, shape)
     found = []

@@ -200,5 +200,5 @@ def test_a_stream_of_16_bit_images_keeps_their_range(tmp_path):
             Image.fromarray(SIXTEEN).save(tmp_path / "images" / split / name / "0.png")
     data = {"name": f"hfids/{tmp_path / 'images'}", "root": tmp_path / "cache", "classes": 2, "image_size": 8}
     found = open_splits(DataConfig(**data, options={"num_samples": 2}, test_options={"num_samples": 2}))
-    for image, _ in found.test:
+    for image, _, _ in found.test:
         assert np.abs(np.asarray(image) - 255 * RAMP[..., None]).max() <= 0.51

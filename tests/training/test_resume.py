@@ -7,17 +7,20 @@ import random
 import re
 import resource
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.files import locked
-from attnzoo.training import checkpoint, nonfinite
+from attnzoo.training import checkpoint, nonfinite, run
 from attnzoo.training.config import validate_config
 from attnzoo.training.run import train_all
+from train.classify import main as train
 
 from .conftest import finish, launch, tiny
 
@@ -259,4 +262,38 @@ def test_a_run_that_another_process_has_is_left_to_it(images, tmp_path):
     config = validate_config(tiny(images, tmp_path / "runs"))
     with locked(tmp_path / "runs/dense-seed0"):
         assert [result["label"] for result in train_all(config)] == ["padre"]
+    assert [result["label"] for result in train_all(config)] == ["dense", "padre"]
+
+
+def test_runs_left_to_another_process_are_named_and_in_the_exit_status(images, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny(images, tmp_path / "runs", recipe__epochs=2)))
+    with locked(tmp_path / "runs/padre-seed0"):
+        assert train([str(path)]) == 1
+        assert "for other processes are training them: padre-seed0. When" in capsys.readouterr().err
+        with locked(tmp_path / "runs/dense-seed0"):
+            assert train([str(path)]) == 1
+            assert "training them: dense-seed0, padre-seed0." in capsys.readouterr().err
+    assert train([str(path)]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_another_process_finished_meanwhile_is_found_at_the_end(images, tmp_path, monkeypatch, resume):
+    config = validate_config(tiny(images, tmp_path / "runs", recipe__epochs=2))
+    dense = train_all(config.model_copy(update={"only": ("dense",)}))[0]
+    lock = ExitStack()
+    lock.enter_context(locked(tmp_path / "runs/dense-seed0"))
+    monkeypatch.setattr(run, "_train", lambda *given, real=run._train: (real(*given), lock.close()))
+    found = train_all(config.model_copy(update={"resume": resume}))
+    assert [result["label"] for result in found] == ["dense", "padre"]
+    assert found[0] == dense, "what another process trained is not trained again"
+    assert not list((tmp_path / "runs").glob("dense-seed0.old*"))
+
+
+def test_a_run_that_another_process_broke_off_meanwhile_is_taken_on(images, tmp_path, monkeypatch):
+    config = validate_config(tiny(images, tmp_path / "runs", recipe__epochs=2))
+    lock = ExitStack()
+    lock.enter_context(locked(tmp_path / "runs/dense-seed0"))
+    monkeypatch.setattr(run, "_train", lambda *given, real=run._train: (real(*given), lock.close()))
     assert [result["label"] for result in train_all(config)] == ["dense", "padre"]
