@@ -664,10 +664,9 @@ def _refuse_packed(positions: Any, real: Tensor | None, separates: bool) -> None
     if positions.dim() == 3 and len(positions) == 4:
         positions = positions[0]
     steps = positions.diff(dim=-1)
+    packed = steps != 1 if separates and positions.dim() == 2 else steps < 0
     if positions.dim() == 3:
-        packed = (steps < 0).all(0)
-    else:
-        packed = steps != 1 if separates else steps < 0
+        packed = packed.all(0)
     if real is not None:
         packed = packed & real[:, 1:] & real[:, :-1]
     if bool(packed.any()):
