@@ -25,6 +25,7 @@ from torch import nn
 
 from attnzoo import files
 from attnzoo.errors import UnsupportedError
+from attnzoo.hosts import versions
 from attnzoo.hosts.site import MixerLayer, Swapped, swapped_record
 
 METHOD = "save_pretrained"
@@ -50,7 +51,7 @@ class SavePretrained:
         if not swapped:
             return save(self.model, *args, **kwargs)
         given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
-        named = given | given.get("kwargs", {})
+        named = given | given.get(versions.keywords(save) or "", {})
         if named.get("push_to_hub"):
             raise UnsupportedError(
                 "a model with mixers is not uploaded while it is saved; call model.push_to_hub(repo_id) instead"

@@ -166,7 +166,7 @@ class TimmSite(Site):
         if info.capabilities.grid and self.owner is None:
             return "no module round it tells the grid of the tokens (patch_embed.dynamic_feat_size)"
         drop = getattr(self.owner, "patch_drop", None)
-        if getattr(drop, "prob", 0.0) > 0 and not getattr(info.load(), "any_order", False):
+        if getattr(drop, "prob", 0.0) > 0 and not info.capabilities.any_order:
             return (
                 "patches are dropped in training (patch_drop_rate), so that what is left is no grid and in no order; "
                 "build the model with patch_drop_rate=0"
@@ -288,7 +288,8 @@ class TimmMixer(MixerLayer):
             raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
-        any_order = getattr(self.mixer, "any_order", False)  # of as many tokens as there are
+        layer: Any = self
+        any_order = layer.attnzoo_swap.info.capabilities.any_order  # of as many tokens as there are
         size = None if self.grid is None or any_order else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(

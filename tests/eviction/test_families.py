@@ -217,3 +217,15 @@ def test_a_class_that_takes_more_than_a_config_is_not_tried():
     expected = answers(model)
     attnzoo.replace_attention(model, "keydiff", **DENSE)
     torch.testing.assert_close(answers(model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_forward_hands_a_cache_on_under_whichever_name_it_takes_the_rest():
+    class Wrapper(torch.nn.Module):
+        def forward(self, input_ids=None, **more): ...
+
+    class Positional(torch.nn.Module):
+        def forward(self, kwargs=None, *rest): ...
+
+    assert versions.cache_arguments(Wrapper(), 1) == {versions.facts().cache_argument: 1}
+    with pytest.raises(UnsupportedError, match="Positional takes no key/value cache"):
+        versions.cache_arguments(Positional(), 1)
