@@ -431,6 +431,9 @@ class Intake:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Look at the arguments of a call, and add what the layers need; what is refused leaves all as it was."""
+        if next(own_layers(model), None) is None:  # a part of the model was restored by itself
+            drop_hook(model)
+            return args, kwargs
         names = list(versions.parameters(type(model).forward))
         given = dict(zip(names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")

@@ -49,6 +49,7 @@ class SavePretrained:
         save = getattr(type(self.model), METHOD)
         swapped = list(mixers(self.model))
         if not swapped:
+            detach([self.model])
             return save(self.model, *args, **kwargs)
         given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
         named = given | given.get(versions.keywords(save) or "", {})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import CallHook, Listening, take_off
 from attnzoo.hosts.site import (
     NOBODY,
     Core,
@@ -126,7 +127,7 @@ def _knows_grid(module: nn.Module) -> bool:
     return hasattr(module, "num_prefix_tokens") and hasattr(getattr(module, "patch_embed", None), "dynamic_feat_size")
 
 
-class GridOfCall:
+class GridOfCall(CallHook):
     """The token grid of the call under way: a hook on the patch embedding writes it, mixers read it.
 
     It is one for the model. So where images of several sizes go through a model: with gradient checkpointing, run the
@@ -135,12 +136,15 @@ class GridOfCall:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
         self.size = size
 
     def __call__(self, patch_embed: Any, inputs: tuple[Any, ...]) -> None:
         """Read the grid from the image ``(B, C, H, W)`` that goes in; torch.fx traces for the model's own size."""
         if isinstance(inputs[0], torch.fx.Proxy):
             self.size = tuple(patch_embed.grid_size)
+            return
+        if self.leave_unheard(patch_embed):
             return
         height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.size = (height, width)
@@ -192,15 +196,14 @@ class TimmSite(Site):
                 hook = layer.grid
                 self.owner.patch_embed.register_forward_pre_hook(hook)
             layer.grid = hook
+            layer.listening = None if hook is None else hook.listen()
         elif not any(isinstance(m, TimmMixer) for m in self.owner.modules()):
             self.removed()
 
     def removed(self) -> None:
         """Take the hook off the patch embedding."""
         if self.owner is not None:
-            hooks = self.owner.patch_embed._forward_pre_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
-                del hooks[key]
+            take_off(self.owner.patch_embed, GridOfCall)
 
 
 @register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
@@ -271,6 +274,7 @@ class TimmMixer(MixerLayer):
     def __init__(self, mixer: nn.Module, grid: GridOfCall | None, prefix: int) -> None:
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
+        self.listening: Listening | None = None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
