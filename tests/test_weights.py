@@ -174,6 +174,44 @@ def test_weights_under_the_names_of_the_first_release(sharded, tmp_path):
     assert torch.equal(_scores(attnzoo.load_weights(fresh, tmp_path)), _scores(model))
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("build", "part", "options"),
+    [
+        (LANGUAGE[0].build, "model", CAUSAL),
+        (LANGUAGE[0].build, "model.layers", {}),
+        (_classifier("ViT"), "vit", SMALL),
+        (_classifier("ViT"), "", SMALL),
+    ],
+    ids=["decoder", "core", "vision", "whole"],
+)
+def test_from_pretrained_stops_after_a_swap_through_an_inner_module(build, part, options, tmp_path):
+    model = seeded(build)
+    keys = set(model.state_dict())
+    name = "padre" if options else "softmax"
+    attnzoo.replace_attention(model.get_submodule(part), name, **options)
+    type(model).save_pretrained(model, tmp_path)  # whatever stands on the object
+    if name == "softmax":  # a core, on the host's own weights
+        assert set(model.state_dict()) == keys
+        type(model).from_pretrained(tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"replace_attention\(model, 'padre', degree=2.*then attnzoo.load_weights"):
+        type(model).from_pretrained(tmp_path)
+    fresh = build()
+    attnzoo.replace_attention(fresh.get_submodule(part), name, **options)
+    attnzoo.load_weights(fresh, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+
+def test_a_timm_model_inside_transformers_is_saved_as_swapped(tmp_path):
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args={"depth": 1})
+    model = transformers.TimmWrapperModel(config)
+    attnzoo.replace_attention(model, "padre", **SMALL)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"then attnzoo\.load_weights"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_a_copy_saves_itself(tmp_path):
     model = attnzoo.replace_attention(seeded(_classifier("ViT")), "padre", **SMALL)
     twin = copy.deepcopy(model)
@@ -183,6 +221,8 @@ def test_a_copy_saves_itself(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["classifier.bias"], torch.full((3,), 3.0))
     with pytest.raises(UnsupportedError, match=r"push_to_hub\(repo_id\)"):
         model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(UnsupportedError, match=r"push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path, True, None, True)
 
 
 @pytest.mark.parametrize("host", [TIMM[0], TORCH[1], VISION[0]], ids=str)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import CallHook, Listening, take_off
 from attnzoo.hosts.site import (
     NOBODY,
     Core,
@@ -127,7 +128,7 @@ def _knows_grid(module: nn.Module) -> bool:
     return hasattr(module, "num_prefix_tokens") and hasattr(getattr(module, "patch_embed", None), "dynamic_feat_size")
 
 
-class GridOfCall:
+class GridOfCall(CallHook):
     """The token grid of the call under way: a hook on the patch embedding writes it, mixers read it.
 
     It is one for the model. So where images of several sizes go through a model: with gradient checkpointing, run the
@@ -136,12 +137,15 @@ class GridOfCall:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
         self.size = size
 
     def __call__(self, patch_embed: Any, inputs: tuple[Any, ...]) -> None:
         """Read the grid from the image ``(B, C, H, W)`` that goes in; torch.fx traces for the model's own size."""
         if isinstance(inputs[0], torch.fx.Proxy):
             self.size = tuple(patch_embed.grid_size)
+            return
+        if self.leave_unheard(patch_embed):
             return
         height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.size = (height, width)
@@ -167,7 +171,7 @@ class TimmSite(Site):
         if info.capabilities.grid and self.owner is None:
             return "no module round it tells the grid of the tokens (patch_embed.dynamic_feat_size)"
         drop = getattr(self.owner, "patch_drop", None)
-        if getattr(drop, "prob", 0.0) > 0 and not getattr(info.load(), "any_order", False):
+        if getattr(drop, "prob", 0.0) > 0 and not info.capabilities.any_order:
             return (
                 "patches are dropped in training (patch_drop_rate), so that what is left is no grid and in no order; "
                 "build the model with patch_drop_rate=0"
@@ -193,15 +197,14 @@ class TimmSite(Site):
                 hook = layer.grid
                 self.owner.patch_embed.register_forward_pre_hook(hook)
             layer.grid = hook
+            layer.listening = None if hook is None else hook.listen()
         elif not any(isinstance(m, TimmMixer) for m in self.owner.modules()):
             self.removed()
 
     def removed(self) -> None:
         """Take the hook off the patch embedding."""
         if self.owner is not None:
-            hooks = self.owner.patch_embed._forward_pre_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
-                del hooks[key]
+            take_off(self.owner.patch_embed, GridOfCall)
 
 
 @register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
@@ -273,6 +276,7 @@ class TimmMixer(MixerLayer):
     def __init__(self, mixer: nn.Module, grid: GridOfCall | None, prefix: int) -> None:
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
+        self.listening: Listening | None = None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -290,7 +294,8 @@ class TimmMixer(MixerLayer):
             raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
-        any_order = getattr(self.mixer, "any_order", False)  # of as many tokens as there are
+        layer: Any = self
+        any_order = layer.attnzoo_swap.info.capabilities.any_order  # of as many tokens as there are
         size = None if self.grid is None or any_order else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(

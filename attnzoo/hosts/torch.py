@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from attnzoo.cores.masks import additive
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import holds_swapped, take_off
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
@@ -126,12 +127,29 @@ class TorchSite(Site):
         if self.encoder is not None and not hasattr(self.encoder, _NESTED):
             setattr(self.encoder, _NESTED, self.encoder.use_nested_tensor)
             self.encoder.use_nested_tensor = False
+            self.encoder.register_forward_pre_hook(NestedTensors())
 
     def removed(self) -> None:
         """Let the encoder do as before."""
-        if self.encoder is not None and hasattr(self.encoder, _NESTED):
-            self.encoder.use_nested_tensor = getattr(self.encoder, _NESTED)
-            delattr(self.encoder, _NESTED)
+        if self.encoder is not None:
+            NestedTensors.allow(self.encoder)
+
+
+class NestedTensors:
+    """A hook that lets an encoder make nested tensors again once none of its layers is swapped."""
+
+    def __call__(self, encoder: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Look whether a swapped layer is left."""
+        if not torch.compiler.is_compiling() and not holds_swapped(encoder):
+            self.allow(encoder)
+
+    @staticmethod
+    def allow(encoder: nn.Module) -> None:
+        """Let `encoder` do as before the swap."""
+        if hasattr(encoder, _NESTED):
+            encoder.use_nested_tensor = getattr(encoder, _NESTED)
+            delattr(encoder, _NESTED)
+            take_off(encoder, NestedTensors)
 
 
 class TorchCore(CoreLayer, nn.MultiheadAttention):
