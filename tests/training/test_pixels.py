@@ -177,19 +177,20 @@ def test_labels_beyond_the_classes_are_an_error_and_no_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_an_image_of_a_stream_that_cannot_be_used_breaks_off_the_training(split, tmp_path):
+def test_images_of_a_stream_that_cannot_be_used_break_off_the_training(split, tmp_path):
     """By then hours may have passed: it is no refusal of a config."""
     write_images(tmp_path / "images/train", 16)
     write_images(tmp_path / "images/val", 16, seed=1)
     folder = next(path for path in (tmp_path / "images" / split).iterdir() if path.is_dir())
-    Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)).save(folder / "odd.tif")
+    for number in range(2):
+        Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)).save(folder / f"odd{number}.tif")
     config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"])
     config["data"] = {
         **config["data"],
         **{"name": f"hfids/{tmp_path / 'images'}", "root": str(tmp_path / "cache"), "classes": 3},
-        **{"options": {"num_samples": 49}, "test_options": {"num_samples": 49}},
+        **{"options": {"num_samples": 50}, "test_options": {"num_samples": 50}},
     }
-    with pytest.raises(TrainingError, match="an image of the stream cannot be used: its pixels are 32-bit integers"):
+    with pytest.raises(TrainingError, match=r"2 of 50 .* images cannot be read, .* its pixels are 32-bit integers"):
         train_all(validate_config(config))
 
 
