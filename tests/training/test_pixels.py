@@ -182,15 +182,15 @@ def test_images_of_a_stream_that_cannot_be_used_break_off_the_training(split, tm
     write_images(tmp_path / "images/train", 16)
     write_images(tmp_path / "images/val", 16, seed=1)
     folder = next(path for path in (tmp_path / "images" / split).iterdir() if path.is_dir())
-    for number in range(2):
+    for number in range(6):
         Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)).save(folder / f"odd{number}.tif")
     config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"])
     config["data"] = {
         **config["data"],
         **{"name": f"hfids/{tmp_path / 'images'}", "root": str(tmp_path / "cache"), "classes": 3},
-        **{"options": {"num_samples": 50}, "test_options": {"num_samples": 50}},
+        **{"options": {"num_samples": 54}, "test_options": {"num_samples": 54}},
     }
-    with pytest.raises(TrainingError, match=r"2 of 50 .* images cannot be read, .* its pixels are 32-bit integers"):
+    with pytest.raises(TrainingError, match=r"[2-6] of 54 .* images cannot be read, .* its pixels are 32-bit integers"):
         train_all(validate_config(config))
 
 
