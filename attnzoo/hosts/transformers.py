@@ -202,10 +202,10 @@ class TransformersSite(Site):
                 except trial.UntriedError:
                     continue  # with the model inside it
             else:
-                kinds = " and ".join(dict.fromkeys(type(site.outer[caller]).__name__ for caller in callers))
+                kinds = " and ".join(dict.fromkeys(type(group[0].outer[caller]).__name__ for caller in callers))
                 warnings.warn(
-                    f"{info.name!r} was not tried in {kinds} before the swap, as no copy without weights could be built "
-                    "from its config and called: compare a cached call with the model as it was",
+                    f"{info.name!r} was not tried in {kinds} before the swap, as no copy without weights could be "
+                    "built from its config and called: compare a cached call with the model as it was",
                     stacklevel=4,
                 )
         return problems

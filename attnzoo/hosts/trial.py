@@ -4,7 +4,8 @@ What a model does with its cache is not to be read from its code: some make a ca
 into it than they attend to, some make masks for their layers that a hook cannot read. So the swap is tried: a model of
 the same class and config, on PyTorch's meta device, is swapped and called twice, for a prompt and for a token more.
 Where that fails, it is tried again on the CPU, with weights that are zeros and share one number's memory: a model may
-look at numbers on its way, which meta has not. The user's model is neither called nor copied, and no random number is drawn.
+look at numbers on its way, which meta has not. The user's model is neither called nor copied, and no random number is
+drawn.
 """
 
 from __future__ import annotations
