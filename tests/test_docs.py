@@ -327,11 +327,12 @@ def test_the_guides_table_is_that_of_the_registry():
 
 
 def test_the_command_line_lists_and_describes(capsys):
-    assert main([]) == 0
-    assert "| `padre` | mixer |" in capsys.readouterr().out
-    assert main(["padre"]) == 0
+    for arguments in ([], ["list"]):
+        assert main(arguments) == 0
+        assert "| `padre` | mixer |" in capsys.readouterr().out
+    assert main(["describe", "padre"]) == 0
     assert "degree=3" in capsys.readouterr().out
-    assert main(["pader"]) == 2
+    assert main(["describe", "pader"]) == 2
     assert "did you mean 'padre'" in capsys.readouterr().err
 
 
