@@ -134,7 +134,8 @@ def replace_attention(
     """Put the attention `name` in the place of a model's own, in every layer or in those that `where` names.
 
     The model is changed in place and returned. A core or a policy runs on the host's own weights; a mixer brings its
-    own. A swap of a swapped layer replaces the first swap. If any chosen layer cannot be swapped, nothing is. Layers
+    own. A swap of a swapped layer replaces the first swap, also where the new method leaves the layer's own attention
+    (an eviction policy, in layers with a sliding window). If any chosen layer cannot be swapped, nothing is. Layers
     that attend though no host knows their class (the windows of a detector's Swin backbone, say) stay: a swap without
     `where` warns of them, and `swap_report` names them.
 
@@ -173,9 +174,9 @@ def replace_attention(
     bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, wanted) if site.path not in {g.path for g in gone}]
-    sites = _choose(model, [*found, *gone], where)
-    if bounded is not None:
-        sites = _without_own_window(sites)
+    chosen = _choose(model, [*found, *gone], where)
+    sites = chosen if bounded is None else _without_own_window(chosen)
+    left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
     _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
     if where is None:
         _warn_of_standing(found)
@@ -185,7 +186,12 @@ def replace_attention(
         (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
     ]
     # nothing below can fail: the model changes here, and whole
-    _put(model, {id(places[site.path]): layer for site, layer in swaps})
+    for site in left:
+        site.module.training = places[site.path].training
+    put = {id(places[site.path]): layer for site, layer in swaps}
+    _put(model, put | {id(places[site.path]): site.module for site in left})
+    for site in left:
+        site.removed()
     for site, layer in swaps:
         site.installed(layer)
     return model
@@ -283,6 +289,10 @@ def _own(layer: nn.Module) -> nn.Module:
     """The host's own module at this place: what a swap put there gives way to what it stands for."""
     original = original_of(layer)
     return layer if original is None else original
+
+
+def _is_swapped(layer: nn.Module) -> bool:
+    return swapped_record(layer) is not None
 
 
 def _gone(places: Mapping[str, nn.Module]) -> list[Site]:

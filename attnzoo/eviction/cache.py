@@ -644,6 +644,12 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
             f"attention_mask is {tuple(mask.shape)}, but the cache has seen {seen} tokens and {tokens} are new: it "
             f"must be {(rows, seen + tokens)}"
         )
+    if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
+        raise UnsupportedError(
+            "attention_mask (B, tokens) must hold 1 where a token is real and 0 where it is padding, and holds other "
+            "numbers: a mask that is added to the scores cannot be honoured by layers that keep a bounded cache or a "
+            "state; give (mask == 0).long() if 0 means seen"
+        )
     mask = mask.bool()
     before = mask[:, :seen]
     if not bool(before.all() if past is None else torch.equal(before, past.to(before.device))):

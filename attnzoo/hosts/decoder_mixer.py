@@ -122,11 +122,12 @@ class DecoderMixer(MixerLayer):
                 "known"
             )
         if call.cache is None:
-            return self.mixer(hidden_states, mask=call.real), None
+            return self.mix_tokens(hidden_states, mask=call.real), None
         layer: Any = call.cache.layers[self.layer_idx]
         mixer: Any = self.mixer
         layer.torn = True
-        out, layer.states = mixer.extend(hidden_states, layer.states or None, call.real)
+        out, states = mixer.extend(hidden_states, layer.states or None, call.real)
+        out, layer.states = self.checked(hidden_states, out), states
         layer.columns += hidden_states.shape[1]
         layer.torn = False
         return out, None

@@ -65,7 +65,7 @@ class FeatureMapMixer(MixerLayer):
                 "from the detector, so call the whole detector"
             )
         refuse_unable(self, mask=mask is not None)
-        return self.mixer(x, grid=(height, width), prefix=0, mask=mask)
+        return self.mix_tokens(x, grid=(height, width), prefix=0, mask=mask)
 
     def extra_repr(self) -> str:
         """Say what the mixer gets."""

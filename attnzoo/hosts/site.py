@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import ShapeError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer
 
@@ -203,6 +203,28 @@ class MixerLayer(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.mixer = mixer
+
+    def mix_tokens(self, x: Tensor, **given: Any) -> Tensor:
+        """Call the mixer on tokens ``(B, N, C)``; `given` is what else the host tells it: grid, prefix, mask.
+
+        Raises
+        ------
+        ShapeError
+            If what it gives is not ``(B, N, C)``: a residual connection would broadcast it without a word.
+        """
+        return self.checked(x, self.mixer(x, **given))
+
+    def checked(self, x: Tensor, out: Any) -> Tensor:
+        """Give `out`, the mixer's output for tokens `x`, back if it is of their shape, else raise `ShapeError`."""
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            record = swapped_record(self)
+            name = type(self.mixer).__name__ if record is None else record.info.name
+            given = str(tuple(out.shape)) if isinstance(out, Tensor) else short(out)
+            raise ShapeError(
+                f"the mixer {name!r} gave {given} for tokens of shape {tuple(x.shape)}; a mixer maps (B, N, C) to a "
+                "tensor of the same shape"
+            )
+        return out
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -302,4 +302,4 @@ class TimmMixer(MixerLayer):
                 f"{x.shape[1]} tokens are not {self.prefix} prefix tokens and the {size[0]} x {size[1]} patches of the "
                 "last image; a mixer takes the grid from the model's own patch embedding, so call the whole model"
             )
-        return self.mixer(x, grid=size, prefix=self.prefix)
+        return self.mix_tokens(x, grid=size, prefix=self.prefix)

@@ -253,7 +253,7 @@ class TorchMixer(MixerLayer):
         refuse_unable(self, mask=mask is not None)
         if mask is not None:
             mask = (mask if mask.dtype == torch.bool else mask == 0).flatten(1)  # whatever is lowered is padding
-        out = self.mixer(x, grid=self.grid, prefix=self.prefix, mask=mask)
+        out = self.mix_tokens(x, grid=self.grid, prefix=self.prefix, mask=mask)
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), None
 

@@ -80,7 +80,7 @@ class VisionMixer(MixerLayer):
                 f"{hidden_states.shape[1]} tokens are not {self.prefix} prefix tokens and the {height} x {width} "
                 "patches of the last image; a mixer takes the grid from the model's patches, so call the whole model"
             )
-        return self.mixer(hidden_states, grid=self.grid.size, prefix=self.prefix), None
+        return self.mix_tokens(hidden_states, grid=self.grid.size, prefix=self.prefix), None
 
 
 @dataclass(frozen=True)

@@ -383,6 +383,61 @@ def test_sliding_layers_keep_their_own_cache():
     assert torch.equal(copied.layers[0].keys, cache.layers[0].keys)
 
 
+def alternating(host, **options):
+    """A model whose layer 0 has a sliding window, by config, and layer 1 has none."""
+    if host == "gemma3":
+        config = transformers.Gemma3TextConfig(**TEXT, num_key_value_heads=2, head_dim=8, sliding_window=12, **options)
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    return language_model(host, use_sliding_window=True, sliding_window=12, **options)
+
+
+@pytest.mark.parametrize("host", ["gemma3", "qwen2"])
+@pytest.mark.parametrize(
+    ("first", "options"), [("padre", {"token_mixing": "causal_conv1d", "kernel_size": 4}), ("softmax", {})]
+)
+def test_a_policy_after_another_swap_leaves_sliding_layers_their_own_attention(host, first, options):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    model, ids = alternating(host, **kinds), token_ids(2, 40)
+    fresh, before = copy.deepcopy(model), fingerprint(model)
+    policy = {"budget": 16, "block_size": 8}
+    attnzoo.replace_attention(fresh, "h2o", **policy)
+    attnzoo.replace_attention(model, first, **options).train()
+    with pytest.raises(UnsupportedError, match="nothing to evict"):
+        attnzoo.replace_attention(model, "h2o", **policy, where="model.layers.0")
+    assert [layer.attention for layer in attnzoo.swap_report(model).layers] == [first, first]
+    attnzoo.replace_attention(model, "h2o", **policy)
+    assert model.model.layers[0].self_attn.training
+    assert str(attnzoo.swap_report(model)) == str(attnzoo.swap_report(fresh))
+    with torch.no_grad():
+        out, expected = model.eval()(ids), fresh(ids)
+        assert torch.equal(out.logits, expected.logits)
+        assert [type(layer) for layer in cache_of(out).layers] == [type(layer) for layer in cache_of(expected).layers]
+    attnzoo.restore_attention(model)
+    assert fingerprint(model) == before
+
+
+def test_a_policy_in_chosen_layers_leaves_the_swaps_of_others():
+    model = alternating("qwen2", layer_types=["sliding_attention", "full_attention"])
+    attnzoo.replace_attention(model, "padre", token_mixing="causal_conv1d", kernel_size=4)
+    attnzoo.replace_attention(model, "h2o", budget=16, where="model.layers.1")
+    assert [layer.attention for layer in attnzoo.swap_report(model).layers] == ["padre", "h2o"]
+    with torch.no_grad():
+        assert model(token_ids(1, 40)).logits.isfinite().all()
+
+
+def test_a_core_that_is_refused_leaves_the_mixers_of_an_earlier_swap():
+    config = transformers.Gemma2Config(**TEXT, num_key_value_heads=2, head_dim=8, sliding_window=12)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    attnzoo.replace_attention(model, "padre", token_mixing="causal_conv1d", kernel_size=4)
+    before = fingerprint(model)
+    for name, options in {"sdpa": {}, "h2o": {"budget": 16}}.items():
+        with pytest.raises(UnsupportedError, match="scores are capped"):
+            attnzoo.replace_attention(model, name, **options)
+        assert fingerprint(model) == before
+        assert [layer.attention for layer in attnzoo.swap_report(model).layers] == ["padre", "padre"]
+
+
 def test_the_core_must_be_able_to_stand_there():
     """Capped scores need a core that caps; the scores that policies see are capped too."""
     config = transformers.Gemma2Config(**TEXT, num_key_value_heads=2, head_dim=8, sliding_window=12)

@@ -142,6 +142,28 @@ def test_a_prompt_that_generate_cuts_is_whole_or_refused(swap):
 
 
 @pytest.mark.parametrize("swap", SWAPS)
+def test_masks_of_other_numbers_than_0_and_1_are_refused(swap):
+    model, ids = SWAPS[swap](), token_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    additive = torch.zeros(2, 12).masked_fill(mask == 0, float("-inf"))
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        for same in (mask.float(), mask.bfloat16(), mask.bool(), mask.to(torch.uint8)):
+            assert torch.equal(model(ids, attention_mask=same).logits, expected)
+        wrong = [additive, additive.clamp(min=-1e9), additive.exp() * 0.5, mask * 2, -mask, mask / 0.0]
+        for other in wrong:
+            for given in ({}, {"use_cache": False}):
+                with pytest.raises(UnsupportedError, match="1 where a token is real and 0 where it is padding"):
+                    model(ids, attention_mask=other, **given)
+        first = model(ids[:, :8], attention_mask=mask[:, :8])
+        with pytest.raises(UnsupportedError, match="1 where a token is real"):
+            model(ids[:, 8:], attention_mask=additive, **{CACHE: cache_of(first)})
+        second = model(ids[:, 8:], attention_mask=mask.float(), **{CACHE: cache_of(first)})
+        torch.testing.assert_close(second.logits[1], expected[1, 8:])
+
+
+@pytest.mark.parametrize("swap", SWAPS)
 def test_padding_is_told_when_its_tokens_come(swap, tmp_path):
     model, ids = SWAPS[swap](), token_ids(2, 30)
     late = torch.ones(2, 30, dtype=torch.long)
