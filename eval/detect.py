@@ -50,6 +50,8 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     if not paths:
         raise ConfigError("give at least one config, such as configs/detect/trees_softmax.py")
     configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
+    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
+    files.check_folder(folder, "--output")
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     trained = [config for config in configs if config.get("data_root", "") is not None]
     if not trained and configs[0].get("cost") is None:
@@ -85,7 +87,6 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
         progress.print(f"[red]{escape(problem)}[/red]", highlight=False)
     if not records:
         raise ConfigError("nothing could be measured")
-    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = [page.sizes(costs)]
     if runs:

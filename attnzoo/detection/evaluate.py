@@ -77,6 +77,7 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
         if is_main():
             say(f"{config.work_dir} was tested before; its scores are kept")
     else:
+        files.check_folder(config.work_dir, "work_dir", FOLDER)
         say(f"test {config.work_dir}")
         true, predicted, images = score.predict(config, folder)
         if not is_main():

@@ -49,6 +49,7 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
     from accelerate import PartialState
 
+    config.check_folder(*(run.name for run in config.runs()))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")

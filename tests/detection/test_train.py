@@ -147,12 +147,13 @@ def test_two_processes_train_and_test_as_one(tmp_path):
 def test_an_output_that_is_a_file_is_a_sentence(trained, tmp_path, capsys, task):
     (tmp_path / "file").write_text("", encoding="utf-8")
     if task == "train":
-        assert train([str(trained[0]), f"work_dir={tmp_path}/file/seed0"]) == 1
+        assert train([str(trained[0]), f"work_dir={tmp_path}/file/seed0"]) == 2
     else:
-        assert evaluate([str(trained[0]), "--output", str(tmp_path / "file")]) == 1
+        assert evaluate([str(trained[0]), "--output", str(tmp_path / "file")]) == 2
     told = capsys.readouterr().err
-    assert str(tmp_path / "file") in told
+    assert f"{tmp_path / 'file'} is a file; give" in told
     assert "Traceback" not in told
+    assert "test " not in told  # refused before any work
 
 
 @pytest.mark.parametrize(
