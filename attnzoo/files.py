@@ -55,8 +55,9 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def check_folder(path: str | Path, key: str, inside: str = "") -> None:
-    """Check, before any work, that a folder can be written into: a file is made in it, or in the nearest folder above
-    that is there, and goes again.
+    """Check, before any work, that a folder can be written into.
+
+    A file is made in it, or in the nearest folder above that is there, and goes again.
 
     Parameters
     ----------
