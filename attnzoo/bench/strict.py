@@ -128,6 +128,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is no text in UTF-8, so no YAML ({error})") from error
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:

@@ -553,7 +553,7 @@ def share_of(
 
 
 class Unreadable:
-    """Images that could not be read: counted once each and listed; more than one, and more than 1% of all, end a run."""
+    """Images that could not be read: counted and listed; more than one, and more than 1% of all, end a run."""
 
     def __init__(self, source: Source | None, images: int, kind: str = "image") -> None:
         self.source, self.images, self.kind, self.found = source, images, kind, set[int]()
