@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = parsed.report
         if path is None:
             config = load_config(parsed.config, parsed.overrides)
+            config.check_folder()
             known = [group[0].policy for group in rows_of(config)]
             if unknown := [name for name in parsed.only if name not in known]:
                 raise ConfigError(f"--only: there is no policy {', '.join(unknown)}; policies: {', '.join(known)}")

@@ -49,6 +49,8 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     if not paths:
         raise ConfigError("give at least one config, such as configs/detect/trees_softmax.py")
     configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
+    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
+    files.check_folder(folder, "--output")
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     trained = [config for config in configs if config.get("data_root", "") is not None]
     if not trained and configs[0].get("cost") is None:
@@ -80,7 +82,6 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
             lambda part: shown.update(bar, completed=part),
         )
     records = [*evaluation.quality_records(runs, qualities, facts), *costs]
-    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = [page.sizes(costs)]
     if runs:

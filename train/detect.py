@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.command import run_script
 
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from attnzoo.detection import run
 
         config = configs.load_config(parsed.config, parsed.overrides)
+        files.check_folder(config.work_dir, "work_dir")
         if parsed.amp:
             run.mixed_precision(config)
         for checked in configs.prepare(config):

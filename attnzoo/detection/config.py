@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import assets, files
+from attnzoo.bench.config import attention_problems, vision_problems
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
 from attnzoo.errors import AttnZooError, ConfigError
 
 RUNS = Path("runs/detect")
+OF_THE_SWAP = ("name", "label", "where", "keep_original", "positions")
+"""Keys of an attention that are no options of its method."""
 MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
 
 
@@ -49,8 +52,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:  # a config is Python and may raise anything
         raise ConfigError(f"{path} is no config of mmengine: {type(error).__name__}: {error}") from error
-    if not isinstance(config.get("model"), Mapping):
-        raise ConfigError(f"{path} is no config of a detector: it has no model; see configs/detect")
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "type" not in model:
+        lacks = "it has no model" if not isinstance(model, Mapping) else "its model has no type"
+        raise ConfigError(f"{path} is no config of a detector: {lacks}; see configs/detect")
     values = {}
     for override in overrides:
         keys, value = parse_override(override)
@@ -62,14 +67,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         _move_data(config, str(root), str(values["data_root"]))
     config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would begin anew
     config.setdefault("randomness", {"seed": 0})
+    if not isinstance(config.randomness, Mapping):
+        raise ConfigError(f"randomness={config.randomness!r} must be a dict; the seed alone is randomness.seed")
     if config.randomness.get("seed") is None:
         config.randomness.seed = 0  # a run that is resumed must know its seed
     if config.get("work_dir") is None:
         config.work_dir = str(RUNS / path.stem / f"seed{config.randomness.seed}")
+    seed = config.randomness.seed
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(f"randomness.seed={seed!r} must be a whole number from 0 to 2**32 - 1")
     if isinstance(config.model.get("attention"), str):
         config.model.attention = {"name": config.model.attention}
     _check_counts(config)
+    _check_attentions(config)
     return config
+
+
+def _check_attentions(config: Any) -> None:
+    """Refuse, before mmengine prints the config, attentions that no detector can have: of `model` and of `cost`."""
+    cost = config.get("cost")
+    more = (cost.get("attentions") or ()) if isinstance(cost, Mapping) else ()
+    named = [("model.attention", config.model.get("attention"))]
+    named += [(f"cost.attentions.{at}", one) for at, one in enumerate(more)]
+    problems = []
+    for where, attention in named:
+        if attention is None:
+            continue
+        if not isinstance(attention, Mapping) or not isinstance(attention.get("name"), str):
+            raise ConfigError(
+                f"{where}={attention!r} must be the name of a registered attention, or a dict with a name"
+            )
+        options = {key: value for key, value in attention.items() if key not in OF_THE_SWAP}
+        entry = {"name": attention["name"], "options": options}
+        found = attention_problems([entry], where, vision_problems)
+        problems += [problem.replace(f"{where}.options", where) for problem in found]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_counts(config: Any) -> None:

@@ -77,6 +77,7 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
         if is_main():
             say(f"{config.work_dir} was tested before; its scores are kept")
     else:
+        files.check_folder(config.work_dir, "work_dir", FOLDER)
         say(f"test {config.work_dir}")
         true, predicted, images = score.predict(config, folder)
         if not is_main():
@@ -188,6 +189,10 @@ def quality_records(runs: Sequence[Run], found: Mapping[str, Detection], facts: 
 
 def check_comparable(configs: Sequence[Any]) -> None:
     """Raise `ConfigError` unless all configs have labels of their own and are tested on the same images."""
+    for config in configs:
+        missing = [key for key in ("test_dataloader", "test_evaluator") if config.get(key) is None]
+        if missing:
+            raise ConfigError(f"a config tests nothing: it has no {', '.join(missing)}; see configs/detect")
     labels = [costs.variant_of(config).label for config in configs]
     for label in labels:
         if labels.count(label) > 1:

@@ -23,9 +23,11 @@ from attnzoo.training.config import FOLDERS, AugmentConfig, DataConfig
 from attnzoo.training.folders import ImageFolder
 from attnzoo.training.randomness import reseed, seed_of
 
-UNREADABLE_SHARE = 0.01  # more than that of a data set stops a run
+UNREADABLE_SHARE = 0.01  # more than that of a data set, and more than one image, stops a run
 MOST_TRIES = 100
+MOST_TOLD = 20  # images in a message
 LOOKED_AT = 100  # images of each split, before any work
+MOST_LOOKED_AT = 10  # of them that may be unreadable where there are more images: 1% of all would be about one
 NO_CLASS = -1
 ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 ORDER, AUGMENT, SUBSET = 1, 2, 3  # keys that keep the random numbers of different purposes apart
@@ -61,7 +63,7 @@ class Source(Protocol):
 class Splits:
     """What a config's data are: sources, or streams, which have an order of their own.
 
-    `left_out` says, in a line for each split, what is in its folder and is not read.
+    `left_out` says, in lines that name the split, what is in its folder and is not read, or cannot be.
     """
 
     train: Source | IterableDataset[Any]
@@ -118,11 +120,11 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
             f"data: there is one class alone ({names}), and a classifier needs two or more. In folders, each folder in "
             f"{data.train!r} and {data.test!r} is a class"
         )
-    left_out = tuple(
+    left_out = [
         f"{split}: left out {source.left_out}"
         for split, source in ((data.train, train), (data.test, test))
         if isinstance(source, ImageFolder) and source.left_out.counts
-    )
+    ]
     images = len(cast(Any, train))
     if data.train_images is not None:
         if isinstance(train, IterableDataset):
@@ -133,31 +135,46 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
         train, images = _Subset(train, np.sort(chosen)), data.train_images
     for split, source in ((data.train, train), (data.test, test)):
         if not isinstance(source, IterableDataset):
-            _look(source, split)
-    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, left_out)
+            left_out += _look(source, split)
+    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, tuple(left_out))
 
 
-def _look(source: Source, split: str) -> None:
-    """Read some images all over a source, and refuse it if more than 1% of them have pixels of an unknown range.
+def _most_unreadable(images: int) -> int:
+    """How many of so many images may be unreadable."""
+    return max(1, int(UNREADABLE_SHARE * images))
 
-    Images that are broken are another matter: the few of them are skipped in training and counted.
+
+def _look(source: Source, split: str) -> list[str]:
+    """Read some images all over a source, all of them where they are few, and name those that cannot be read.
+
+    The source is refused if too many are broken, or more than 1% have no class or pixels of an unknown range: that
+    is the way of a data set, and seldom the fault of one file.
     """
     images = len(source)
     looked = sorted({at * images // LOOKED_AT for at in range(LOOKED_AT)}) if images else []
     refused: list[str] = []
+    broken: list[str] = []
     for index in looked:
         try:
             source.read(index)
         except DataError as error:
             refused.append(f"{source.name(index)}: {error}")
-        except ERRORS:
-            continue
+        except ERRORS as error:
+            broken.append(f"{source.name(index)}: {error or type(error).__name__}")
         except Exception as error:  # readers of many libraries
             raise ConfigError(
                 f"data: {split!r}, image {index} cannot be read: {type(error).__name__}: {error}; see data.options"
             ) from error
     if len(refused) > UNREADABLE_SHARE * len(looked):
         raise ConfigError(f"data: of {len(looked)} images of {split!r}, {len(refused)} cannot be used. {refused[0]}")
+    unreadable = refused + broken
+    if len(unreadable) > min(_most_unreadable(images), MOST_LOOKED_AT) or len(unreadable) == len(looked) > 0:
+        listed = "; ".join(unreadable[:MOST_TOLD])
+        raise ConfigError(
+            f"data: of {len(looked)} images of {split!r}, {len(unreadable)} cannot be read, more than "
+            f"{UNREADABLE_SHARE:.0%}. Mend or remove them: {listed}{'; ...' if len(unreadable) > MOST_TOLD else ''}"
+        )
+    return [f"{split}: cannot be read and is left out: {told}" for told in unreadable]
 
 
 def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:
@@ -589,7 +606,7 @@ def share_of(
 
 
 class Unreadable:
-    """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run.
+    """Images that could not be read: counted once each and listed; more than one, and more than 1% of all, end a run.
 
     Without `source` they are those of a stream, which tells the reasons itself.
     """
@@ -611,11 +628,12 @@ class Unreadable:
         for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
             warnings.warn(f"{self.kind} {self.name(index)} cannot be read: {self.reason(index)}", stacklevel=2)
-        if len(self.found) > UNREADABLE_SHARE * self.images:
+        if len(self.found) > _most_unreadable(self.images):
             found = sorted(self.found)
             raise TrainingError(
                 f"{len(self.found)} of {self.images} {self.kind}s cannot be read, more than {UNREADABLE_SHARE:.0%}: "
-                f"{', '.join(map(self.name, found[:20]))}. Mend or remove them. The first: {self.reason(found[0])}"
+                f"{', '.join(map(self.name, found[:MOST_TOLD]))}. Mend or remove them. The first: "
+                f"{self.reason(found[0])}"
             )
 
     def reason(self, index: int) -> str:

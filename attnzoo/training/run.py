@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -51,6 +52,7 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
     from accelerate import PartialState
 
+    config.check_folder(*(run.name for run in config.runs()))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
@@ -203,7 +205,20 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     files.write_json(about, identity)
     files.write(run.folder / CONFIG, run.config.to_yaml())
     final = run.folder / FINAL
-    return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
+    wrong = checkpoint.problem(final) if final.is_dir() else "it is not there"
+    if wrong is None:
+        return "done"
+    try:
+        with warnings.catch_warnings():  # the training itself warns of those that are refused
+            warnings.simplefilter("ignore")
+            newest = checkpoint.newest_good(run.folder / CHECKPOINTS)
+    except ConfigError as error:
+        return error
+    if final.is_dir() and newest is None:
+        return ConfigError(f"{final} is damaged ({wrong}), and there is no checkpoint; begin anew with resume=never")
+    if final.is_dir():
+        warnings.warn(f"{final} is refused: {wrong}; the end is trained again from {newest}", stacklevel=2)
+    return "train"
 
 
 def changes(run: Run) -> str:

@@ -74,6 +74,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     from accelerate import Accelerator
 
+    config.check_folder(FOLDER)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     runs = config.runs()

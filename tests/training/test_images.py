@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import warnings
 
 import datasets
 import numpy as np
@@ -130,7 +131,7 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         (result,) = train_all(validate_config(config))
     assert result["unreadable"] == ["dark/003.png"]
     assert (result["test"]["images"], result["test"]["unreadable"]) == (101, 1)
-    for path in sorted((tmp_path / "images/train").rglob("*.png"))[:3]:
+    for path in sorted((tmp_path / "images/train").rglob("*.png"))[1:6:2]:  # none of those that are read before work
         path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
@@ -139,15 +140,43 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         train_all(validate_config({**config, "output": str(tmp_path / "others")}))
 
 
-def test_test_images_that_cannot_be_read_are_not_many(images, tmp_path):
-    for path in list((images / "val").rglob("*.png"))[:2]:
-        path.write_bytes(b"")
-    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+def test_test_images_that_cannot_be_read_are_not_many(tmp_path):
+    write_images(tmp_path / "images/train", 32)
+    write_images(tmp_path / "images/val", 34, seed=1)
+    paths = sorted((tmp_path / "images/val").rglob("*.png"))
+    for at in (50, 101):  # the two of 102 that are not read before work
+        paths[at].write_bytes(b"")
+    config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"], recipe__epochs=2)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(TrainingError, match="2 of 30 test images cannot be read, more than 1%"),
+        pytest.raises(TrainingError, match="2 of 102 test images cannot be read, more than 1%"),
     ):
         train_all(validate_config(config))
+
+
+@pytest.mark.parametrize(("split", "images_of"), [("train", 96), ("validation", 30)])
+def test_what_the_first_look_cannot_read_is_told_and_refused_by_name_before_work(
+    images, tmp_path, capsys, split, images_of
+):
+    folder = images / ("val" if split == "validation" else split)
+    first, second = (folder / "dark" / f"00{number}.png" for number in (0, 1))
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    first.write_bytes(first.read_bytes()[:40])
+    found = open_splits(validate_config(config).data)
+    (line,) = found.left_out
+    assert line.startswith(f"{split}: cannot be read and is left out: dark/000.png: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (result,) = train_all(validate_config(config))  # one is tolerated, however few there are
+    assert "dark/000.png" in capsys.readouterr().err
+    assert (result["unreadable"], result["test"]["unreadable"]) == (
+        (["dark/000.png"], 0) if split == "train" else ([], 1)
+    )
+    second.write_bytes(b"")
+    told = f"of {images_of} images of '{split}', 2 cannot be read, more than 1%. .*: dark/000.png: .*; dark/001.png: "
+    with pytest.raises(ConfigError, match=told):
+        train_all(validate_config({**config, "output": str(tmp_path / "others")}))
+    assert not (tmp_path / "others").exists()
 
 
 def test_augmentation_hangs_on_the_image_and_the_epoch_alone(images):

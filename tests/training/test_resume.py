@@ -6,7 +6,9 @@ import multiprocessing
 import random
 import re
 import resource
+import shutil
 import time
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -165,12 +167,43 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(image
 
 def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_path):
     config, checkpoints = broken_off(images, tmp_path)
-    for folder in checkpoints:
+    for folder in checkpoints[1:]:
         altered(folder)
-    with pytest.warns(UserWarning, match="is refused"):
-        train_all(validate_config({**config, "checkpoint_steps": None}))
-    left = sorted(path.name for path in checkpoints[0].parent.iterdir())
-    assert left == [f"refused-{folder.name}" for folder in checkpoints] + [f"step-{s:08d}" for s in (4, 8, 12)]
+    with pytest.warns(UserWarning, match=f"is refused: .*; {checkpoints[0].name} is used"):
+        train_all(validate_config(config))
+    names = [path.name for path in checkpoints[0].parent.iterdir()]
+    assert {f"refused-{folder.name}" for folder in checkpoints[1:]} <= set(names)
+    assert sorted(set(names) - {f"refused-{folder.name}" for folder in checkpoints[1:]})[-1] == "step-00000012"
+
+
+@pytest.mark.parametrize("harm", [altered, without_its_list])
+def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(images, tmp_path, harm):
+    config, checkpoints = broken_off(images, tmp_path)
+    reasons = [harm(folder) for folder in checkpoints]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none says that an earlier one is used
+        with pytest.raises(ConfigError, match=r"no usable checkpoint .*; begin anew with resume=never") as raised:
+            train_all(validate_config(config))
+    for folder, reason in zip(checkpoints, reasons, strict=True):
+        assert f"{folder.name}: {reason}" in str(raised.value)
+        assert folder.is_dir()
+    (result,) = train_all(validate_config({**config, "resume": "never"}))
+    assert result["steps"] == 12
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_harmed_result_is_told_and_not_trained_anew_without_a_word(images, tmp_path, left):
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    train_all(validate_config(config))
+    run = tmp_path / "runs/dense-seed0"
+    (run / "final/result.json").write_text("{}")
+    if left:
+        with pytest.warns(UserWarning, match=r"final is refused: result.json has 2 .* again from .*step-"):
+            train_all(validate_config(config))
+        return
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="there is no checkpoint; begin anew with resume=never"):
+        train_all(validate_config(config))
 
 
 def test_a_checkpoint_holds_no_code(images, tmp_path):

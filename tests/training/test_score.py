@@ -144,10 +144,11 @@ def test_an_output_that_is_a_file_is_a_sentence(once, tmp_path, capsys, task):
     blocked.write_text("")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config if task == "eval" else {**config, "output": str(blocked)}))
-    assert (script().main if task == "eval" else train)([str(path)]) == 1
+    assert (script().main if task == "eval" else train)([str(path)]) == 2
     told = capsys.readouterr().err
-    assert str(blocked) in told
+    assert f"{blocked} is a file; give" in told
     assert "Traceback" not in told
+    assert "top-1" not in told  # refused before any work
 
 
 def test_classes_in_another_order_are_refused(once, tmp_path):

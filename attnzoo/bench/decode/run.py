@@ -68,6 +68,7 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
     CanaryError
         If the run does not do what any run must.
     """
+    config.check_folder()
     check(config)
     world = _World(config)
     if config.threads is not None:
