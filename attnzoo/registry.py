@@ -414,6 +414,13 @@ def unregister_attention(name: str) -> None:
     del _table[name]
 
 
+def cores_with(capabilities: Iterable[str]) -> list[str]:
+    """Names of the cores that have all of these fields of `Capabilities`, in the order of registration."""
+    needed = list(capabilities)
+    cores = [_table[name] for name in list_attentions("core")]
+    return [info.name for info in cores if all(getattr(info.capabilities, field) for field in needed)]
+
+
 def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Make the core that `info` names; it is called ``core(q, k, v, ...)``."""
     info.check_options(options)

@@ -423,6 +423,16 @@ def test_a_soft_cap_is_honoured_by_the_core_that_can():
     torch.testing.assert_close(attnzoo.replace_attention(model, "softmax")(ids).logits, before, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("core", ["sdpa", "flash"])
+def test_a_refused_core_names_those_that_can(core):
+    model = transformers.Gemma2ForCausalLM(SOFTCAPPED).eval()
+    with pytest.raises(UnsupportedError, match=rf"scores are capped .*, which '{core}' cannot do; 'softmax' can\n"):
+        attnzoo.replace_attention(model, core)
+    training = attnzoo.replace_attention(vit(attn_drop_rate=0.25).train(), "flash")
+    with pytest.raises(UnsupportedError, match="'flash' cannot do; 'softmax' or 'sdpa' or 'flash_scored' can$"):
+        training(images())
+
+
 def test_a_forward_replaced_on_the_object_is_refused():
     model = vit()
     model.blocks[1].attn.forward = model.blocks[1].attn.forward

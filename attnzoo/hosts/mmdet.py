@@ -200,11 +200,11 @@ class MmdetMixer(FeatureMapMixer):
 class ConditionalSite(Site):
     """Conditional attention, of Conditional DETR's and DAB-DETR's decoders."""
 
-    def core_problem(self, info: AttentionInfo) -> str | None:
+    def core_problem(self, info: AttentionInfo, option: str = "") -> str | None:
         """A subclass may attend in another way."""
         if type(self.module).forward_attn is not ConditionalAttention.forward_attn:
             return "a subclass with a way of attending of its own"
-        return super().core_problem(info)
+        return super().core_problem(info, option)
 
     def put_core(self, core: Core) -> nn.Module:
         """Run `core` between the layer's own projections."""

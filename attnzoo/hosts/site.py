@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from attnzoo.errors import ShapeError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.registry import AttentionInfo, build_mixer
+from attnzoo.registry import AttentionInfo, build_mixer, cores_with
 
 NOBODY = "no host of attnzoo knows this class"
 Core = Callable[..., Tensor]
@@ -89,16 +89,19 @@ class Site:
         if info.kind == "mixer":
             return self.no_mixer or self.mixer_problem(info)
         if info.kind == "eviction":
-            return self.eviction_problem() or (None if core is None else self.core_problem(core))
+            return self.eviction_problem() or (None if core is None else self.core_problem(core, option="core="))
         return self.core_problem(info)
 
-    def core_problem(self, info: AttentionInfo) -> str | None:
-        """Say why the core `info` cannot stand here, or give None."""
+    def core_problem(self, info: AttentionInfo, option: str = "") -> str | None:
+        """Say why the core `info` cannot stand here, and which can, or give None.
+
+        `option` stands before the name of a core that can: how a user asks for it.
+        """
         if is_parametrized(self.module):
             return "its weights are parametrized (torch.nn.utils.parametrize), which changes the module's class"
         for capability, why in self.needs.items():
             if not getattr(info.capabilities, capability):
-                return f"{why}, which {info.name!r} cannot do"
+                return f"{why}, which {info.name!r} cannot do{_able(self.needs, option)}"
         return None
 
     def eviction_problem(self) -> str | None:
@@ -296,7 +299,14 @@ def refuse_unable(layer: Any, **asked: bool) -> None:
     info: AttentionInfo = layer.attnzoo_swap.info
     for capability, is_asked in asked.items():
         if is_asked and not getattr(info.capabilities, capability):
-            raise UnsupportedError(f"this call needs {capability!r}, which {info.name!r} cannot do")
+            advice = _able([name for name, needed in asked.items() if needed]) if info.kind == "core" else ""
+            raise UnsupportedError(f"this call needs {capability!r}, which {info.name!r} cannot do{advice}")
+
+
+def _able(capabilities: Iterable[str], option: str = "") -> str:
+    """Which cores have all of `capabilities`, as the end of a sentence; empty where none has."""
+    names = " or ".join(f"{option}{name!r}" for name in cores_with(capabilities))
+    return f"; {names} can" if names else ""
 
 
 _CHANNELS = re.compile(r"(Light|Simple)?(Channel|Spatial|Coord|Strip|Split|SelectiveKernel|EfficientLocal)Attn")

@@ -6,8 +6,8 @@ host's own class on the host's own state, with two things of its own: a copy of 
 the core. Models that share a config do not share a swap, and masks go on being made by the model as before, so `sdpa`
 and `eager` models are taken.
 
-A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`)
-and None from every other.
+A caller who asks for attention weights (``output_attentions=True``) gets them from cores that have them (`softmax`);
+the model leaves layers of every other out of its ``attentions``, as with transformers' own `sdpa`.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
 `attnzoo.eviction.cache`. A mixer stands in the place of a whole attention module: a causal one of a decoder's

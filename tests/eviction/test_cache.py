@@ -444,7 +444,7 @@ def test_the_core_must_be_able_to_stand_there():
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     ids = token_ids(2, 60)
     before = fingerprint(model)
-    with pytest.raises(UnsupportedError, match=r"scores are capped .*'sdpa' cannot do"):
+    with pytest.raises(UnsupportedError, match=r"scores are capped .*'sdpa' cannot do; core='softmax' can\n"):
         attnzoo.replace_attention(model, "h2o", budget=16)
     assert fingerprint(model) == before
     with torch.no_grad():
@@ -452,6 +452,18 @@ def test_the_core_must_be_able_to_stand_there():
         attnzoo.replace_attention(model, "h2o", budget=60, block_size=8, core="softmax")
         torch.testing.assert_close(model(ids).logits, expected)
         assert cache_of(model(ids)).layers[1].store.softcap == model.config.attn_logit_softcapping
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_bounded_layer_gives_no_weights_and_the_others_do(implementation):
+    """Layers without weights are left out of `attentions`, as by transformers' own sdpa."""
+    ids, shown = token_ids(1, 9), 2 * (implementation == "eager")
+    for where, left in {None: 0, "model.layers.0": shown // 2}.items():
+        model = language_model()
+        model.set_attn_implementation(implementation)
+        assert len(model(ids, output_attentions=True).attentions) == shown
+        attnzoo.replace_attention(model, "h2o", budget=16, where=where)
+        assert len(model(ids, output_attentions=True).attentions) == left
 
 
 def test_a_model_of_sliding_layers_alone_is_refused():
