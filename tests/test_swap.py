@@ -429,7 +429,7 @@ def test_a_refused_core_names_those_that_can(core):
     with pytest.raises(UnsupportedError, match=rf"scores are capped .*, which '{core}' cannot do; 'softmax' can\n"):
         attnzoo.replace_attention(model, core)
     training = attnzoo.replace_attention(vit(attn_drop_rate=0.25).train(), "flash")
-    with pytest.raises(UnsupportedError, match="'flash' cannot do; 'softmax' or 'sdpa' or 'flash_scored' can$"):
+    with pytest.raises(UnsupportedError, match=r"'flash' cannot do; 'softmax' or 'sdpa' or 'flash_scored' can$"):
         training(images())
 
 

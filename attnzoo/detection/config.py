@@ -67,13 +67,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         _move_data(config, str(root), str(values["data_root"]))
     config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would begin anew
     config.setdefault("randomness", {"seed": 0})
-    if not isinstance(config.randomness, Mapping):
+    if not isinstance(config.randomness, dict):
         raise ConfigError(f"randomness={config.randomness!r} must be a dict; the seed alone is randomness.seed")
     if config.randomness.get("seed") is None:
-        config.randomness.seed = 0  # a run that is resumed must know its seed
+        config.randomness["seed"] = 0  # a run that is resumed must know its seed
+    seed = config.randomness["seed"]
     if config.get("work_dir") is None:
-        config.work_dir = str(RUNS / path.stem / f"seed{config.randomness.seed}")
-    seed = config.randomness.seed
+        config.work_dir = str(RUNS / path.stem / f"seed{seed}")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ConfigError(f"randomness.seed={seed!r} must be a whole number from 0 to 2**32 - 1")
     if isinstance(config.model.get("attention"), str):
