@@ -188,9 +188,8 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = self.core(q, k, v, **options)
-        out = F.linear(
-            rearrange(out, "b h n d -> b n (h d)"), self.out_proj.weight, self.out_proj.bias
-        )  # as torch does
+        out = rearrange(out, "b h n d -> b n (h d)")
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)  # as torch does
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), weights
 
