@@ -49,7 +49,9 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     TrainingError
         If a training cannot go on.
     """
-    require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
+    in_extra = [tracker for tracker in config.trackers if tracker != "wandb"]
+    require("timm", "accelerate", "safetensors", *in_extra, extra="train")
+    require(*(tracker for tracker in config.trackers if tracker not in in_extra), extra=None)
     from accelerate import PartialState
 
     config.check_folder(*(run.name for run in config.runs()))

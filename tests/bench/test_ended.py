@@ -245,7 +245,8 @@ def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkey
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
     assert bench.main([str(path)]) == 2
-    assert 'matplotlib not installed; run: pip install "attnzoo[vision]"' in capsys.readouterr().err
+    told = "matplotlib not installed; run: pip install -e '.[vision]', in the clone of attnzoo"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     from attnzoo.bench.decode import run as decode
 
