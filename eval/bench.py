@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/bench/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; measure nothing")
     parser.add_argument("--readme", type=Path, help="also rewrite the part of this file between the bench markers")
     parsed = parser.parse_intermixed_args(arguments)
@@ -123,8 +123,10 @@ def report(records_path: Path, readme: Path | None) -> None:
 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.record import read_records
-    from attnzoo.bench.report import print_report, rewrite_readme
+    from attnzoo.bench.report import print_report, read_marked, rewrite_readme
 
+    if readme is not None:
+        read_marked(readme)  # rather before the page is written
     records = read_records(records_path)
     page = _write_page(records_path, lambda config: html_page(records, config))
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)

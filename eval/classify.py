@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--batch", type=int, default=256, help="test images at a time (256)")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.batch < 1:

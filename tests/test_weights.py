@@ -353,5 +353,5 @@ def test_what_cannot_be_read_says_why(tmp_path, monkeypatch):
         attnzoo.load_weights(None, {})
     (tmp_path / "a.safetensors").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r'safetensors not installed; run: pip install "attnzoo\[llm\]"'):
+    with pytest.raises(MissingExtraError, match=r"safetensors not installed; run: pip install -e '\.\[llm\]'"):
         attnzoo.load_weights(model, tmp_path / "a.safetensors")

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a config of mmengine, such as configs/detect/trees_padre.py")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
     parser.add_argument("--amp", action="store_true", help="mixed precision, mmengine's AmpOptimWrapper")
     parsed = parser.parse_intermixed_args(arguments)

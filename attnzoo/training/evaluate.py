@@ -16,6 +16,14 @@ from attnzoo.training.model import logits
 BINS = 15  # of the calibration error
 
 
+def has_top5(classes: int | None) -> bool:
+    """Whether there is a top-5 accuracy: with five classes or fewer every class is among five answers.
+
+    `None`, where an earlier version wrote no number of classes, is taken for many.
+    """
+    return classes is None or classes > 5
+
+
 @dataclass(frozen=True)
 class Answers:
     """A classifier's answers, image by image, in the order of the images.

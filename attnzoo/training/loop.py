@@ -344,6 +344,7 @@ class Training:
             "steps": progress.step,
             "log": progress.epochs,
             "test": found,
+            "classes": self.splits.classes,
             "parameters": self.parameters,
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,

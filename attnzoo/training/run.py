@@ -24,6 +24,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.training import checkpoint
 from attnzoo.training.config import ClassifyConfig, Run, flat, load_config
+from attnzoo.training.evaluate import has_top5
 from attnzoo.training.images import Splits, open_splits
 from attnzoo.training.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.training.model import check_all
@@ -49,7 +50,9 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     TrainingError
         If a training cannot go on.
     """
-    require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
+    in_extra = [tracker for tracker in config.trackers if tracker != "wandb"]
+    require("timm", "accelerate", "safetensors", *in_extra, extra="train")
+    require(*(tracker for tracker in config.trackers if tracker not in in_extra), extra=None)
     from accelerate import PartialState
 
     config.check_folder(*(run.name for run in config.runs()))
@@ -113,7 +116,10 @@ def said(result: dict[str, Any]) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """What was trained: accuracy with its 95% interval over the test images, loss, time and memory."""
+    """What was trained: accuracy with its 95% interval over the test images, loss, time and memory.
+
+    Top-5 is left out where there are five classes or fewer.
+    """
     shown = Table()
     for heading in (
         "attention",
@@ -134,7 +140,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             result["label"],
             str(result["seed"]),
             f"{test['top1'] / test['images']:.2%} ({low:.2%} to {high:.2%})",
-            f"{test['top5'] / test['images']:.2%}",
+            f"{test['top5'] / test['images']:.2%}" if has_top5(result.get("classes")) else "-",
             f"{test['loss']:.3f}",
             f"{result['parameters']:,}",
             "-" if step is None else f"{step['p50']:.1f}",

@@ -206,7 +206,7 @@ from attnzoo.errors import MissingExtraError
 try:
     import attnzoo.bench
 except MissingExtraError as error:
-    assert 'pip install "attnzoo[vision]"' in str(error), error
+    assert "pip install -e '.[vision]'" in str(error), error
 else:
     raise SystemExit("not refused")
 """

@@ -1,7 +1,9 @@
 """How benchmarks and scripts end: exit status and sentence, with what was finished kept."""
 
 import errno
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,7 +247,8 @@ def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkey
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
     assert bench.main([str(path)]) == 2
-    assert 'matplotlib not installed; run: pip install "attnzoo[vision]"' in capsys.readouterr().err
+    told = "matplotlib not installed; run: pip install -e '.[vision]', in the clone of attnzoo"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     from attnzoo.bench.decode import run as decode
 
@@ -259,3 +262,23 @@ def test_expecting_means_nothing_where_all_is_refused_at_once(folder):
     data = {"name": "tiny", "attentions": [{"name": "keydiff", "options": {"budget": 64}, "expect": "unsupported"}]}
     with pytest.raises(ConfigError, match="has no meaning here"):
         validate_decode(data)
+
+
+@pytest.mark.parametrize("script", ["train/classify", "train/detect", "eval/classify"])
+def test_what_a_command_line_lacks_is_what_it_needs(capsys, script):
+    main = importlib.import_module(script.replace("/", ".")).main
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: config")
+
+
+@pytest.mark.parametrize("content", [None, "no markers", b"\xff\xfe"])
+def test_a_readme_that_cannot_be_rewritten_is_told_before_the_page_is_written(tmp_path, capsys, content):
+    records, readme = tmp_path / "quickstart.jsonl", tmp_path / "nope.md"
+    shutil.copy(ROOT / "docs/records/quickstart.jsonl", records)
+    if content is not None:
+        readme.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert bench.main(["--report", str(records), "--readme", str(readme)]) == 2
+    assert "nope.md" in capsys.readouterr().err
+    assert not (tmp_path / "quickstart.html").exists()

@@ -143,9 +143,19 @@ def test_weights_that_do_not_fit_are_a_clear_error(images, tmp_path):
     refused(other, r"is of 10 classes, the data have 3; model.new_head=true leaves its classifier out")
     save_file(other, path)
     models({**config, "model": {**config["model"], "new_head": True}})
-    refused({k: v for k, v in state.items() if k != "norm.bias"}, r"does not fit: missing norm\.bias")
+    refused({k: v for k, v in state.items() if k != "norm.bias"}, r"does not fit: .*missing norm\.bias")
     refused({**state, "more": torch.ones(1)}, "does not fit: .*unknown more")
-    refused({**state, "norm.bias": torch.ones(5)}, r"does not fit: norm\.bias: \(5,\) for \(12,\)")
+    refused({**state, "norm.bias": torch.ones(5)}, r"does not fit: .*norm\.bias: \(5,\) for \(12,\)")
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_weights_of_a_swapped_run_are_told_from_others_in_the_dense_row(images, tmp_path, new_head):
+    (given,) = models(tiny(images, "unused", only=["padre"])).values()
+    save_file(given.state_dict(), tmp_path / "given.safetensors")
+    config = tiny(images, "unused", only=["dense"], model__weights=str(tmp_path / "given.safetensors"))
+    config["model"]["new_head"] = new_head
+    with pytest.raises(ConfigError, match=r"does not fit: the weights are of a model with mixers where this one has"):
+        models(config)
 
 
 def test_files_that_could_run_code_are_refused(images, tmp_path):
