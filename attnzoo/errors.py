@@ -45,7 +45,14 @@ class DataError(AttnZooError):
     """Images or annotations that cannot be used: the message names the file."""
 
 
-class TrainingError(AttnZooError):
+class RunError(AttnZooError):
+    """A run that cannot go on, found out at work: what was finished before is kept."""
+
+    resumes = True
+    """Whether the same command may go on from what is kept."""
+
+
+class TrainingError(RunError):
     """A training that cannot go on, or a checkpoint that cannot be used: the message says where and what is left."""
 
 

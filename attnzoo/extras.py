@@ -7,7 +7,7 @@ import importlib.util
 from attnzoo.errors import MissingExtraError
 
 
-def require(*modules: str, extra: str = "vision") -> None:
+def require(*modules: str, extra: str | None = "vision") -> None:
     """Raise unless every one of `modules` can be imported.
 
     Parameters
@@ -15,7 +15,7 @@ def require(*modules: str, extra: str = "vision") -> None:
     modules
         Top-level import names, such as ``"yaml"``.
     extra
-        The extra of this package that brings them.
+        The extra of this package that brings them; None for packages that no extra brings, named as they are imported.
 
     Raises
     ------
@@ -24,4 +24,10 @@ def require(*modules: str, extra: str = "vision") -> None:
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f'{", ".join(missing)} not installed; run: pip install "attnzoo[{extra}]"')
+        how = install_line(extra) if extra is not None else f"pip install {' '.join(missing)}"
+        raise MissingExtraError(f"{', '.join(missing)} not installed; run: {how}")
+
+
+def install_line(extra: str) -> str:
+    """How to install an extra of this package, which is on no index, from the clone that it was installed from."""
+    return f"pip install -e '.[{extra}]', in the clone of attnzoo"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,41 @@ def write(path: str | Path, content: str | bytes) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write a JSON file, whole or not at all, for people to read as well."""
     write(path, json.dumps(content, indent=1) + "\n")
+
+
+def check_folder(path: str | Path, key: str, inside: str = "") -> None:
+    """Check, before any work, that a folder can be written into.
+
+    A file is made in it, or in the nearest folder above that is there, and goes again.
+
+    Parameters
+    ----------
+    path
+        The folder, which need not be there yet.
+    key
+        By what the user sets it, for the message: ``output``.
+    inside
+        A folder in it that will be written into.
+
+    Raises
+    ------
+    ConfigError
+        If it, or something on the way to it, is a file, or nothing can be written there.
+    """
+    path = Path(path)
+    place = path / inside
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not os.path.isdir(place):
+        what = "is a file" if os.path.exists(place) else "is a link that leads nowhere"
+        told = f"{what}; give a folder" if place == path else f"cannot be a folder: {place} {what}; give another"
+        raise ConfigError(f"{key}={path} {told}")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        at = "" if place == path else f"{place}: "
+        raise ConfigError(f"{key}={path} cannot be written into: {at}{error.strerror}; give another folder") from None
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ class Capabilities:
         The attention weights can be returned.
     grid
         The method needs to know the grid of the tokens.
+    any_order
+        A mixer takes tokens in any order: shuffled tokens give shuffled outputs, so that some may be left out.
     decode
         A causal mixer goes on from a state: ``extend(x, state, mask) -> (out, state)``.
     backward
@@ -77,6 +79,7 @@ class Capabilities:
     softcap: bool = False
     weights: bool = False
     grid: bool = False
+    any_order: bool = False
     decode: bool = False
     backward: bool = True
     compile: bool = True
@@ -239,7 +242,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.sima:Sima",
         "linear attention, queries and keys normalised over the tokens",
         "SimA, https://arxiv.org/abs/2206.08898",
-        Capabilities(mask=True),
+        Capabilities(mask=True, any_order=True),
     ),
     AttentionInfo(
         "linear_angular",

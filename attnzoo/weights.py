@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import WeightsError
+from attnzoo.errors import AttnZooError, WeightsError, short
 from attnzoo.extras import require
-from attnzoo.hosts.site import comes_from
-from attnzoo.swap import swapped_layers
+from attnzoo.hosts.site import MixerLayer, comes_from
+from attnzoo.swap import swap_report, swapped_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
-_MIXER = ".mixer."  # where the weights of a mixer lie, under the name of its layer
+_INDEX = ".index.json"  # added to the name of the whole file where there are shards instead
+_MIXER = "mixer."  # where the weights of a mixer lie, under the name of its layer
 _NESTED = ("state_dict", "model")  # where training libraries put the weights in a file that holds more
+_LEFT_OUT = (  # what mmengine's checkpoints hold beside the weights: its log, HistoryBuffers of NumPy arrays
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+)
 
 
 def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Model:
@@ -44,7 +56,14 @@ def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Mo
     WeightsError
         The weights cannot be read, or do not fit: of other layers, names or shapes. The model is then as it was.
     """
-    given = dict(weights) if isinstance(weights, Mapping) else _read(Path(weights))
+    if not isinstance(model, nn.Module):
+        raise WeightsError(f"expected a torch.nn.Module to load weights into, not {short(model)}")
+    if isinstance(weights, Mapping):
+        given = _state_dict(weights, "what was given as weights")
+    elif isinstance(weights, (str, os.PathLike)):
+        given = _read(Path(weights))
+    else:
+        raise WeightsError(f"weights must be a folder, a file or a state dict, not {short(weights)}")
     own = model.state_dict()
     state = _renamed(model, given, own)
     tied = {key for key in own.keys() - state.keys() if _is_tied(own, key, state)}
@@ -58,19 +77,44 @@ def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Mo
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise WeightsError(f"{path} cannot be read: there is no such file or folder")
     if not path.is_dir():
         return _read_file(path)
-    for name in _INDEX:
-        if (path / name).is_file():
-            try:
-                files = set(json.loads((path / name).read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise WeightsError(f"{path / name} is no index of files of weights: {error}") from error
-            return {key: value for file in sorted(files) for key, value in _read_file(path / file).items()}
     for name in _WHOLE:
-        if (path / name).is_file():
-            return _read_file(path / name)
-    raise WeightsError(f"{path} holds no weights: looked for {', '.join([*_WHOLE, *_INDEX])}")
+        whole, index = path / name, path / f"{name}{_INDEX}"
+        if index.is_file():
+            shards = _shards(index)
+            gone = [shard.name for shard in shards if not shard.is_file()]
+            # save_pretrained removes older shards but not their index, and leaves an older whole file beside new shards
+            if not gone:
+                return {key: value for shard in shards for key, value in _read_file(shard).items()}
+            if not whole.is_file():
+                raise WeightsError(f"{index} names files that are missing: {_some(gone)}; copy the whole folder")
+        if whole.is_file():
+            return _read_file(whole)
+    raise WeightsError(
+        f"{path} holds no weights: looked for {_some([*_WHOLE, *(f'{name}{_INDEX}' for name in _WHOLE)])}"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """Give the files that an index names."""
+    try:
+        return [index.parent / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is no index of files of weights: {_reason(error)}") from error
+
+
+class _LeftOut:
+    """Stands for everything that is read and not wanted: made of anything, holding nothing."""
+
+    def __new__(cls, *args: Any) -> _LeftOut:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -80,20 +124,36 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
+        with torch.serialization.safe_globals([(_LeftOut, name) for name in _LEFT_OUT]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except AttnZooError:
         raise
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {_reason(error)}") from error
     except Exception as error:  # safetensors and pickle have errors of their own
         raise WeightsError(
-            f"{path} cannot be read as weights alone ({type(error).__name__}: {str(error).splitlines()[0]}); read it "
-            "yourself if you trust it, and pass the state dict"
+            f"{path} cannot be read as weights alone ({_reason(error)}); read it yourself if you trust it, and pass "
+            "the state dict"
         ) from error
     for name in _NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
             found = found[name]
+    return _state_dict(found, str(path))
+
+
+def _state_dict(found: object, source: str) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise WeightsError(f"{path} holds no state dict; pass the state dict itself")
+        raise WeightsError(f"{source} holds no state dict; pass the state dict itself")
     return dict(found)
+
+
+def _reason(error: Exception) -> str:
+    """The type of an error and the line of its message that says why, without the colors of a terminal."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines() if line.strip()]
+    why = [line for line in lines if line.startswith("WeightsUnpickler error:")]  # below how to turn the check off
+    return ": ".join([type(error).__name__, *(why or lines)[:1]])
 
 
 def _renamed(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,15 +181,17 @@ def _advice(
     other: list[str],
 ) -> str:
     """Say why weights do not fit, and what to do."""
-    mixers = {path for path in swapped_layers(model) if any(key.startswith(f"{path}{_MIXER}") for key in own)}
-    theirs = {key.partition(_MIXER)[0] for key in unknown if _MIXER in key}
-    lacking = sorted(mixers & {key.partition(_MIXER)[0] for key in missing if _MIXER in key})
+    own_layers = {layer.path for layer in swap_report(model).layers}
+    mixers = {path for path, layer in swapped_layers(model).items() if isinstance(layer, MixerLayer)}
+    theirs = _with_mixers(own_layers, unknown)
+    misshaped = _with_mixers(mixers, other)
+    lacking = _with_mixers(mixers, missing)
     again = "build the model, call attnzoo.replace_attention as when they were saved, then load them"
-    if theirs - mixers:
-        places = _some(sorted(theirs - mixers))
+    if set(theirs) - mixers:
+        places = _some(sorted(set(theirs) - mixers))
         return f"the weights are of a model with mixers where this one has attention of its own ({places}): {again}"
-    if theirs & mixers or any(_MIXER in key for key in other):
-        places = _some(sorted(theirs & mixers) or [key for key in other if _MIXER in key])
+    if theirs or misshaped:
+        places = _some(theirs or misshaped)
         return f"the weights are of other mixers than this model has ({places}): {again}, with the same options"
     if lacking:
         return (
@@ -139,6 +201,12 @@ def _advice(
     problems = [f"missing {key}" for key in missing] + [f"unknown {key}" for key in unknown]
     problems += [f"{key}: {tuple(state[key].shape)} for {tuple(own[key].shape)}" for key in other]
     return f"the weights are not of this {type(model).__name__}: {_some(problems, '; ')}"
+
+
+def _with_mixers(layers: Iterable[str], keys: list[str]) -> list[str]:
+    """Paths of the attention layers under which some of the keys are those of a mixer."""
+    prefixes = {path: f"{path}.{_MIXER}" if path else _MIXER for path in layers}
+    return sorted(path for path, prefix in prefixes.items() if any(key.startswith(prefix) for key in keys))
 
 
 def _some(items: list[str], between: str = ", ") -> str:

@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure_all(folder: Path) -> None:
     """Measure every case, write both files and print the table."""
     require("matplotlib")
+    files.check_folder(folder, "--output")
     rows = [measure(degree, dtype, output) for output in OUTPUTS for dtype in DTYPES for degree in DEGREES]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name, content in (("activations.jsonl", lines), ("activations.svg", draw(rows))):

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/bench/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; measure nothing")
     parser.add_argument("--readme", type=Path, help="also rewrite the part of this file between the bench markers")
     parsed = parser.parse_intermixed_args(arguments)
@@ -59,7 +59,8 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
         read_marked(readme)  # rather now than after an hour
     records = run(config, command)
     report(config.folder / RECORDS_FILE, readme)
-    return check_rows(records, config.unsupported)
+    unsupported = config.unsupported
+    return check_rows(records, lambda row: (row.part, row.label) in unsupported)
 
 
 def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:
@@ -122,8 +123,10 @@ def report(records_path: Path, readme: Path | None) -> None:
 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.record import read_records
-    from attnzoo.bench.report import print_report, rewrite_readme
+    from attnzoo.bench.report import print_report, read_marked, rewrite_readme
 
+    if readme is not None:
+        read_marked(readme)  # rather before the page is written
     records = read_records(records_path)
     page = _write_page(records_path, lambda config: html_page(records, config))
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)

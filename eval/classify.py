@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--batch", type=int, default=256, help="test images at a time (256)")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.batch < 1:
@@ -70,7 +70,8 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     out.print(report.results_table(qualities, steps).rich())
     out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)
-    return check_rows(measured, {one.label for one in config.attentions if one.expect == "unsupported"})
+    unsupported = {one.label for one in config.attentions if one.expect == "unsupported"}
+    return check_rows(measured, lambda row: row.label in unsupported)
 
 
 if __name__ == "__main__":

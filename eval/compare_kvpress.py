@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/kvpress.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--python", metavar="PATH", help=f"interpreter of an environment with kvpress {KVPRESS}")
     parser.add_argument("--only", nargs="+", default=[], metavar="POLICY", help="run only these policies")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="write the table of these records; run nothing")
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = parsed.report
         if path is None:
             config = load_config(parsed.config, parsed.overrides)
+            config.check_folder()
             known = [group[0].policy for group in rows_of(config)]
             if unknown := [name for name in parsed.only if name not in known]:
                 raise ConfigError(f"--only: there is no policy {', '.join(unknown)}; policies: {', '.join(known)}")

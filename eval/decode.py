@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/smoke.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; run nothing")
     parser.add_argument("--so-far", action="store_true", help="show what the run of CONFIG has done; run nothing")
     parsed = parser.parse_intermixed_args(arguments)

@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command: str) -> int:
     """Test all runs, measure what they cost, report, and give the exit status."""
     from rich.console import Console
-    from rich.markup import escape
 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.progress import bars
@@ -50,6 +49,8 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     if not paths:
         raise ConfigError("give at least one config, such as configs/detect/trees_softmax.py")
     configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
+    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
+    files.check_folder(folder, "--output")
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     trained = [config for config in configs if config.get("data_root", "") is not None]
     if not trained and configs[0].get("cost") is None:
@@ -73,7 +74,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     qualities = evaluation.qualities(runs)
     with bars(progress) as shown:
         bar = shown.add_task("cost", total=1, stage="", visible=configs[0].get("cost") is not None)
-        costs, problems = evaluation.cost_records(
+        costs = evaluation.cost_records(
             configs,
             qualities,
             facts,
@@ -81,11 +82,6 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
             lambda part: shown.update(bar, completed=part),
         )
     records = [*evaluation.quality_records(runs, qualities, facts), *costs]
-    for problem in problems:
-        progress.print(f"[red]{escape(problem)}[/red]", highlight=False)
-    if not records:
-        raise ConfigError("nothing could be measured")
-    folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     evaluation.keep(folder, records)
     sections = [page.sizes(costs)]
     if runs:

@@ -201,6 +201,8 @@ def compile_all(parsed: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         console.print("[red]unset TRITON_INTERPRET: under the interpreter nothing is compiled[/red]")
         return 2
+    if parsed.output is not None:
+        files.check_folder(parsed.output.parent, "--output")
     import triton
 
     tasks = [(case, capability) for case in parsed.cases for capability in parsed.capabilities]

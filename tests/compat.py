@@ -34,6 +34,7 @@ ENVIRONMENTS = ROOT / ".venv-compat"
 PAGE = ROOT / "docs" / "compat.md"
 OF_TORCH = re.compile(r"torch|torchvision|triton|setuptools")
 WORKERS = "2"
+ROUNDS = 5  # of installing what the packages installed before require
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Outcome:
 
 
 class InstallError(Exception):
-    """A release that could not be installed: the last lines of what the installer said."""
+    """A release that could not be installed: the last lines of what the installer said, or what it left unmet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -151,7 +152,7 @@ def run(library: str, release: str, wanted: dict[str, object]) -> Outcome:
                 outcome.passed += 1
             else:
                 outcome.failed.append(name)
-    if ended.returncode != 0 and not outcome.failed:
+    if ended.returncode != (1 if outcome.failed else 0):  # 1: tests failed; all else ended the run before its end
         outcome.error = f"pytest ended with {ended.returncode}; see {log.relative_to(ROOT)}"
     return outcome
 
@@ -159,11 +160,14 @@ def run(library: str, release: str, wanted: dict[str, object]) -> Outcome:
 def _beside(library: str, release: str, folder: Path, wanted: dict[str, object]) -> tuple[str, list[str]]:
     """Install a release, and what it needs in other releases than the environment has, into a folder of its own."""
     _install("--target", folder, "--no-deps", library if release == "newest" else f"{library}=={release}")
-    for _ in range(5):  # what is installed may need more
+    for _ in range(ROUNDS):
         missing = sorted({str(one) for one in _unmet(folder)})
         if not missing:
-            break
+            return sys.executable, [str(folder)]
         _install("--target", folder, "--no-deps", *missing)
+    missing = sorted({str(one) for one in _unmet(folder)})
+    if missing:
+        raise InstallError(f"after {ROUNDS} rounds of installing these requirements are not met: {', '.join(missing)}")
     return sys.executable, [str(folder)]
 
 

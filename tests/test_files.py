@@ -71,3 +71,29 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_system(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"), files.locked(tmp_path / "file"):
         pass
+
+
+def test_a_folder_is_checked_before_work_and_not_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    (tmp_path / "folder").mkdir()
+    files.check_folder(tmp_path / "folder", "output")
+    files.check_folder(tmp_path / "a" / "b", "output")
+    files.check_folder("runs_of_this_test", "output", "below")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "nowhere"]
+    assert os.listdir(tmp_path / "folder") == []
+    file = tmp_path / "file"
+    with pytest.raises(ConfigError, match=f"^output={file} is a file; give a folder$"):
+        files.check_folder(file, "output")
+    with pytest.raises(ConfigError, match=f"^work_dir={file}/a/b cannot be a folder: {file} is a file; give another$"):
+        files.check_folder(file / "a" / "b", "work_dir")
+    with pytest.raises(ConfigError, match=f"^--output={tmp_path} cannot be a folder: {file} is a file; give another$"):
+        files.check_folder(tmp_path, "--output", "file")
+    with pytest.raises(ConfigError, match="nowhere is a link that leads nowhere; give a folder"):
+        files.check_folder(tmp_path / "nowhere", "output")
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_folder_that_takes_no_file_is_refused(below):
+    with pytest.raises(ConfigError, match=r"^output=/proc\S* cannot be written into: .*; give another folder$"):
+        files.check_folder(f"/proc/{below}", "output")

@@ -155,9 +155,10 @@ def test_no_width_and_no_head_are_refused(name, shape):
 # ---- dropped patches, and linear maps that are not torch's own
 
 
-def test_a_mixer_of_any_order_trains_with_dropped_patches():
+@pytest.mark.parametrize(("name", "options"), [("sima", {}), ("padre", {"token_mixing": "identity"})], ids=str)
+def test_a_mixer_of_any_order_trains_with_dropped_patches(name, options):
     model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64, patch_drop_rate=0.5, num_classes=3)
-    attnzoo.replace_attention(model, "sima").train()
+    attnzoo.replace_attention(model, name, **options).train()
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert model.eval()(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import peft
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import attnzoo
+from attnzoo.errors import UnsupportedError
 from attnzoo.swap import swapped_layers
 from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, VISION, Host, cast, seeded
 
@@ -186,3 +188,79 @@ def test_pickling_a_whole_swapped_model():
         loaded = torch.load(file, weights_only=False)
         assert torch.equal(host.call(loaded, host.inputs()), host.call(model, host.inputs()))
         attnzoo.restore_attention(loaded)
+
+
+def _left_behind(model: nn.Module) -> list[str]:
+    """What of a swap is left on a model: hooks, and what stands on the objects."""
+    left = []
+    for path, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        found = [getattr(hook, "__self__", hook) for hook in hooks] + list(vars(module).values())
+        left += [f"{path}: {type(one).__name__}" for one in found if type(one).__module__.startswith("attnzoo.")]
+        left += [f"{path}: {name}" for name in vars(module) if "attnzoo" in name]
+    return left
+
+
+PARTS = {
+    "timm": (TIMM[0], "blocks", "padre", {"degree": 2, "kernel_size": 3}),
+    "torch": (TORCH[1], "layers", "sdpa", {}),
+    "torch, mixer": (TORCH[1], "layers", "padre", {"grid": (4, 4), "degree": 2, "kernel_size": 3}),
+    "vision": (VISION[0], "layers", "padre", {"degree": 2, "kernel_size": 3}),
+    "policy": (LANGUAGE[0], "model.layers", "keydiff", {"budget": 8}),
+    "causal mixer": (LANGUAGE[0], "model.layers", "padre", {"token_mixing": "causal_conv1d", "kernel_size": 4}),
+}
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "a copy"])
+@pytest.mark.parametrize("case", PARTS)
+def test_a_part_restored_by_itself_leaves_nothing_behind(case, copied):
+    host, part, name, options = PARTS[case]
+    model, inputs = seeded(host.build).eval(), host.inputs()
+    expected, nested = host.call(model, inputs), getattr(model, "use_nested_tensor", None)
+    attnzoo.replace_attention(model, name, **options)
+    swapped = host.call(model, inputs)
+    source = model
+    if copied:
+        model = pickle.loads(pickle.dumps(copy.deepcopy(source)))
+        torch.testing.assert_close(host.call(model, inputs), swapped)
+        assert _left_behind(model)
+    attnzoo.restore_attention(model.get_submodule(part))
+    torch.testing.assert_close(host.call(model, inputs), expected, rtol=0, atol=0)
+    allowed = ("SavePretrained", "RefusesBatching")  # step aside when they are called
+    assert [one for one in _left_behind(model) if not one.endswith(allowed)] == []
+    assert getattr(model, "use_nested_tensor", None) == nested
+    if copied:
+        torch.testing.assert_close(host.call(source, inputs), swapped)
+        assert attnzoo.swap_report(source).swapped
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers"])
+def test_what_stands_in_for_methods_of_a_model_steps_aside_once_a_part_is_restored(part, tmp_path, monkeypatch):
+    model = seeded(LANGUAGE[0].build)
+    started: list[object] = []
+    monkeypatch.setattr(type(model), "init_continuous_batching", lambda self, *args: started.append(self))
+    attnzoo.replace_attention(model, "padre", token_mixing="causal_conv1d", kernel_size=4)
+    with pytest.raises(UnsupportedError, match="continuous batching"):
+        model.init_continuous_batching()
+    attnzoo.restore_attention(model.get_submodule(part))
+    model.init_continuous_batching()
+    assert started == [model]
+    model.save_pretrained(tmp_path)
+    type(model).from_pretrained(tmp_path)
+    model.model(**LANGUAGE[0].inputs())
+    assert [one for one in _left_behind(model) if not one.startswith("model")] == []
+
+
+def test_layers_that_stay_swapped_go_on_when_others_are_restored():
+    host = TIMM[0]
+    model, inputs = seeded(host.build).eval(), host.inputs()
+    attnzoo.replace_attention(model, "padre", degree=2, kernel_size=3)
+    attnzoo.restore_attention(model.blocks[0])
+    model(torch.randn(1, 3, 64, 64))
+    assert len(attnzoo.swap_report(model).swapped) == 1
+    part = copy.deepcopy(model.blocks)
+    assert host.call(model, inputs).isfinite().all()
+    assert any("GridOfCall" in one for one in _left_behind(model))
+    attnzoo.restore_attention(part)
+    assert attnzoo.swap_report(model).swapped

@@ -1,9 +1,11 @@
 """Contracts 2 to 4: atomic and reversible, no globals, causal; and what cannot be swapped is refused by name."""
 
 import copy
+import functools
 import gc
 import warnings
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +18,7 @@ from torchvision.models import swin_t
 import attnzoo
 from attnzoo.errors import OptionError, SwapError, UnknownNameError, UnsupportedError
 from attnzoo.hosts.standing import attends
+from attnzoo.hosts.torch import NestedTensors
 from attnzoo.swap import _pattern, swapped_layers
 from tests.zoo import HOSTS, LANGUAGE, TIMM, TORCH, Host, fingerprint, images, mha, seeded, torch_layer, vit
 
@@ -66,7 +69,8 @@ def test_a_mixer_comes_and_goes(host: Host, options: dict):
     for name, p in model.named_parameters():
         assert ".mixer." not in name or p.grad is not None, name
     attnzoo.replace_attention(model, "sdpa")  # from a mixer straight to a core
-    assert not any(m._forward_pre_hooks for m in model.modules())  # nothing asks for a grid any more
+    hooks = {type(hook) for m in model.modules() for hook in m._forward_pre_hooks.values()}
+    assert hooks <= {NestedTensors}  # nothing asks for a grid any more
     torch.testing.assert_close(host.call(model, host.inputs()), out, atol=1e-5, rtol=1e-5)
     attnzoo.restore_attention(model)
     assert fingerprint(model) == before
@@ -510,7 +514,70 @@ class Fused(Unknown):
         return nn.functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
 
 
-@pytest.mark.parametrize("unknown", [Unknown, Fused])
+def attend(q, k, v):
+    """Attention in a function of the module."""
+    return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def scale_by_hand(q, k, v):
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+class Helped(Unknown):
+    """The same, by a function."""
+
+    def forward(self, x):
+        return attend(*self.qkv(x).chunk(3, -1))
+
+
+class ByHand(Unknown):
+    """The same, by another function, in a method that forward calls."""
+
+    normalize = None
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        return self.mix(self.qkv(x))
+
+    def mix(self, qkv):
+        return scale_by_hand(*qkv.chunk(3, -1))
+
+
+class Packed(ByHand):
+    """The same, by a kernel of another library."""
+
+    def mix(self, qkv):
+        return xformers.ops.memory_efficient_attention(*qkv.chunk(3, -1))
+
+
+class Varlen(ByHand):
+    """The same, by yet another."""
+
+    def mix(self, qkv):
+        return flash_attn.flash_attn_varlen_func(*qkv.chunk(3, -1))
+
+
+xformers = flash_attn = SimpleNamespace(
+    ops=SimpleNamespace(memory_efficient_attention=attend), flash_attn_varlen_func=attend
+)
+
+
+class Gate(nn.Module):
+    """A softmax and no attention, in a method that wraps a function without Python code."""
+
+    @functools.wraps(torch.softmax)
+    def forward(self, x):
+        return torch.softmax(x, -1)
+
+
+def test_a_method_that_wraps_a_function_without_python_code_is_skipped():
+    assert not attends(Gate())
+
+
+@pytest.mark.parametrize("unknown", [Unknown, Fused, Helped, ByHand, Packed, Varlen])
 def test_a_swap_says_what_attention_it_leaves_standing(unknown):
     model = nn.Sequential(torch_layer(), unknown(), unknown())
     with pytest.warns(UserWarning, match=rf"leaves attention standing: 2 of {unknown.__name__} .*, the first at 1:"):

@@ -1,5 +1,6 @@
 """Weights of swapped models: saved, and loaded in another process, for every kind of host."""
 
+import argparse
 import copy
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import attnzoo
-from attnzoo.errors import UnsupportedError, WeightsError
+from attnzoo.errors import MissingExtraError, UnsupportedError, WeightsError
 from tests import zoo
 from tests.detection import models as detectors
 from tests.zoo import _VISION, LANGUAGE, TIMM, TORCH, VISION, Host, images, seeded
@@ -172,6 +174,44 @@ def test_weights_under_the_names_of_the_first_release(sharded, tmp_path):
     assert torch.equal(_scores(attnzoo.load_weights(fresh, tmp_path)), _scores(model))
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("build", "part", "options"),
+    [
+        (LANGUAGE[0].build, "model", CAUSAL),
+        (LANGUAGE[0].build, "model.layers", {}),
+        (_classifier("ViT"), "vit", SMALL),
+        (_classifier("ViT"), "", SMALL),
+    ],
+    ids=["decoder", "core", "vision", "whole"],
+)
+def test_from_pretrained_stops_after_a_swap_through_an_inner_module(build, part, options, tmp_path):
+    model = seeded(build)
+    keys = set(model.state_dict())
+    name = "padre" if options else "softmax"
+    attnzoo.replace_attention(model.get_submodule(part), name, **options)
+    type(model).save_pretrained(model, tmp_path)  # whatever stands on the object
+    if name == "softmax":  # a core, on the host's own weights
+        assert set(model.state_dict()) == keys
+        type(model).from_pretrained(tmp_path)
+        return
+    with pytest.raises(ValueError, match=r"replace_attention\(model, 'padre', degree=2.*then attnzoo.load_weights"):
+        type(model).from_pretrained(tmp_path)
+    fresh = build()
+    attnzoo.replace_attention(fresh.get_submodule(part), name, **options)
+    attnzoo.load_weights(fresh, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in fresh.state_dict().items())
+
+
+def test_a_timm_model_inside_transformers_is_saved_as_swapped(tmp_path):
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args={"depth": 1})
+    model = transformers.TimmWrapperModel(config)
+    attnzoo.replace_attention(model, "padre", **SMALL)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"then attnzoo\.load_weights"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_a_copy_saves_itself(tmp_path):
     model = attnzoo.replace_attention(seeded(_classifier("ViT")), "padre", **SMALL)
     twin = copy.deepcopy(model)
@@ -181,6 +221,8 @@ def test_a_copy_saves_itself(tmp_path):
     assert torch.equal(load_file(tmp_path / "model.safetensors")["classifier.bias"], torch.full((3,), 3.0))
     with pytest.raises(UnsupportedError, match=r"push_to_hub\(repo_id\)"):
         model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(UnsupportedError, match=r"push_to_hub\(repo_id\)"):
+        model.save_pretrained(tmp_path, True, None, True)
 
 
 @pytest.mark.parametrize("host", [TIMM[0], TORCH[1], VISION[0]], ids=str)
@@ -210,3 +252,106 @@ def test_what_are_no_weights_is_named(tmp_path):
         attnzoo.load_weights(model, tmp_path / "none.safetensors")
     with pytest.raises(WeightsError, match="not of this VisionTransformer: missing"):
         attnzoo.load_weights(model, {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("sizes", [("20KB", "1GB"), ("1GB", "20KB")], ids=["shards first", "whole file first"])
+def test_a_folder_saved_twice_gives_what_was_saved_last(sizes, tmp_path):
+    """`save_pretrained` leaves the index of older shards, or the older whole file."""
+    model = attnzoo.replace_attention(seeded(_classifier("ViT")), "padre", **SMALL)
+    model.save_pretrained(tmp_path, max_shard_size=sizes[0])
+    with torch.no_grad():
+        model.classifier.bias.fill_(3.0)
+    model.save_pretrained(tmp_path, max_shard_size=sizes[1])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"model.safetensors", "model.safetensors.index.json"}
+    fresh = attnzoo.replace_attention(_classifier("ViT")(), "padre", **SMALL)
+    assert torch.equal(attnzoo.load_weights(fresh, tmp_path).classifier.bias, torch.full((3,), 3.0))
+
+
+def test_missing_shards_and_a_broken_index_are_named(tmp_path):
+    model = seeded(_classifier("ViT"))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(WeightsError, match=rf"index\.json names files that are missing: {gone.name}; copy the whole"):
+        attnzoo.load_weights(model, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(WeightsError, match="is no index of files of weights"):
+        attnzoo.load_weights(model, tmp_path)
+
+
+def test_a_checkpoint_of_mmengine_with_its_log(tmp_path):
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Tiny(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 3)
+
+        def forward(self, inputs: Tensor, mode: str) -> dict[str, Tensor]:
+            return {"loss": self.layer(inputs).square().mean()}
+
+    runner = Runner(
+        Tiny(),
+        str(tmp_path),
+        train_dataloader=DataLoader([{"inputs": torch.ones(2)}] * 2),
+        train_cfg={"by_epoch": True, "max_epochs": 1},
+        optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+        experiment_name=tmp_path.name,
+    )
+    runner.train()
+    fresh = attnzoo.load_weights(Tiny(), tmp_path / "epoch_1.pth")
+    assert torch.equal(fresh.layer.weight, runner.model.layer.weight)
+
+
+def test_other_objects_in_a_checkpoint_are_refused_in_plain_text(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "options": argparse.Namespace(lr=1)}, tmp_path / "more.pt")
+    with pytest.raises(WeightsError, match=r"GLOBAL argparse\.Namespace was not an allowed.*if you trust it") as told:
+        attnzoo.load_weights(zoo.vit(), tmp_path / "more.pt")
+    assert str(told.value).isprintable()
+
+
+def _mamba(width: int) -> nn.Module:
+    sizes = {"vocab_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(hidden_size=width, **sizes))
+
+
+class Mixing(nn.Module):
+    """A block whose own part is called ``mixer``, beside an attention layer."""
+
+    def __init__(self, width: int, named: str = "mixer") -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({named: nn.Linear(width, width)})
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+
+@pytest.mark.parametrize("build", [_mamba, Mixing], ids=["mamba", "a module of the user's"])
+def test_mixers_of_the_models_own_are_not_those_of_a_swap(build):
+    with pytest.raises(WeightsError, match=r"are not of this \w+: .*mixer.*\) for \(") as told:
+        attnzoo.load_weights(build(16), build(8).state_dict())
+    assert "replace_attention" not in str(told.value)
+
+
+def test_unknown_mixers_where_the_model_has_no_attention():
+    with pytest.raises(WeightsError, match=r"are not of this Mixing: missing block\.other"):
+        attnzoo.load_weights(Mixing(4, "other"), Mixing(4).state_dict())
+
+
+def test_what_cannot_be_read_says_why(tmp_path, monkeypatch):
+    model = nn.Linear(2, 2)
+    (tmp_path / "empty.pt").touch()  # torch's error has no message
+    cases = {"none.pt": "cannot be read: there is no such file", "empty.pt": r"cannot be read .*\(EOFError\)"}
+    for name, said in cases.items():
+        with pytest.raises(WeightsError, match=said) as told:
+            attnzoo.load_weights(model, tmp_path / name)
+        assert ("trust" in str(told.value)) is (name == "empty.pt")
+    for weights in (None, 3, {"state_dict": {}}):
+        with pytest.raises(WeightsError, match=r"weights must be a folder, a file or a state dict, not|no state dict"):
+            attnzoo.load_weights(model, weights)
+    with pytest.raises(WeightsError, match=r"expected a torch\.nn\.Module to load weights into, not None"):
+        attnzoo.load_weights(None, {})
+    (tmp_path / "a.safetensors").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"safetensors not installed; run: pip install -e '\.\[llm\]'"):
+        attnzoo.load_weights(model, tmp_path / "a.safetensors")

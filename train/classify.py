@@ -3,7 +3,8 @@
 python train/classify.py configs/classify/digits.yaml [key=value ...]             one process
 accelerate launch train/classify.py configs/classify/digits.yaml [key=value ...]  many processes, on one machine or more
 
-Started twice at a time, the two share the runs: each takes those that the other has not begun.
+Started twice at a time, the two share the runs: each takes those that the other has not begun. One that ends while the
+other still trains says which runs those are, and its exit status is 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.command import run_script
+from attnzoo.command import FAILED, OK, run_script
 
 PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
@@ -23,20 +24,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parsed = parser.parse_intermixed_args(arguments)
 
-    def body() -> None:
+    def body() -> int:
         from accelerate import PartialState
         from rich.console import Console
 
         from attnzoo.training.config import load_config
-        from attnzoo.training.run import table, train_all
+        from attnzoo.training.run import left_to_others, table, train_all
 
-        results = train_all(load_config(parsed.config, parsed.overrides))
+        config = load_config(parsed.config, parsed.overrides)
+        results = train_all(config)
+        left = left_to_others(config, results)
         if PartialState().is_main_process:
             Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
+            if left:
+                print(
+                    f"error: not done here, for other processes are training them: {', '.join(left)}. When they have "
+                    "ended, the same command shows all",
+                    file=sys.stderr,
+                )
         processes.leave()
+        return FAILED if left else OK
 
     return run_script(body, "the same command, without resume=never, goes on from the last checkpoint")
 

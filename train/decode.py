@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, help="a YAML config, such as configs/decode/train_bytes.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; train nothing")
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):

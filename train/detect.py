@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.command import run_script
 
 
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a config of mmengine, such as configs/detect/trees_padre.py")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted keys, values in YAML")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none", help="mmengine's")
     parser.add_argument("--amp", action="store_true", help="mixed precision, mmengine's AmpOptimWrapper")
     parsed = parser.parse_intermixed_args(arguments)
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from attnzoo.detection import run
 
         config = configs.load_config(parsed.config, parsed.overrides)
+        files.check_folder(config.work_dir, "work_dir")
         if parsed.amp:
             run.mixed_precision(config)
         for checked in configs.prepare(config):

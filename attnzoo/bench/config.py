@@ -276,10 +276,15 @@ class BenchConfig(RunConfig):
         return self
 
     @property
-    def unsupported(self) -> set[str]:
-        """Labels of the attentions that are expected to be unsupported."""
-        attentions = [*self.attentions, *(() if self.language is None else self.language.attentions)]
-        return {attention.label for attention in attentions if attention.expect == "unsupported"}
+    def unsupported(self) -> set[tuple[str, str]]:
+        """Part and label of the attentions that are expected to be unsupported; both parts may have the same label."""
+        parts = {"vision": self.attentions, "language": () if self.language is None else self.language.attentions}
+        return {
+            (part, attention.label)
+            for part, attentions in parts.items()
+            for attention in attentions
+            if attention.expect == "unsupported"
+        }
 
     def identity(self) -> dict[str, Any]:
         """All that is measured; keys that came later are left out where they say what was so before."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from attnzoo.bench.record import Quantiles
 
+Forward = Callable[..., Any]
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
 
@@ -92,3 +96,64 @@ def interleave(a: Run, b: Run, clock: Clock, *, warmup: int, repeats: int, min_s
         times_a.append(clock(a))
         times_b.append(clock(b))
     return Interleaved(tuple(times_a), tuple(times_b))
+
+
+@contextmanager
+def around(modules: Mapping[nn.Module, Callable[[Forward], Forward]]) -> Iterator[None]:
+    """Put functions round the `forward` of modules, which some libraries call directly, where it goes round hooks."""
+    for module, wrap in modules.items():
+        module.__dict__["forward"] = wrap(module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def clock_parts(
+    device: torch.device, parts: Mapping[str, Sequence[nn.Module]], run: Run
+) -> tuple[float, dict[str, float]]:
+    """Seconds of one call, and of that in the forwards of the modules of each part."""
+    spans: list[tuple[str, Any, Any]] = []
+
+    def timing(part: str) -> Callable[[Forward], Forward]:
+        def wrap(forward: Forward) -> Forward:
+            def timed(*inputs: Any, **named: Any) -> Any:
+                start = _now(device)
+                output = forward(*inputs, **named)
+                spans.append((part, start, _now(device)))
+                return output
+
+            return timed
+
+        return wrap
+
+    with around({module: timing(part) for part, modules in parts.items() for module in modules}):
+        first = _now(device)
+        run()
+        last = _now(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    total = dict.fromkeys(parts, 0.0)
+    for part, start, stop in spans:
+        total[part] += _between(start, stop)
+    return _between(first, last), total
+
+
+def share_of(device: torch.device, modules: Sequence[nn.Module], run: Run, repeats: int) -> float:
+    """What part of a call's time is spent in the forwards of some of its modules: the median of `repeats` calls."""
+    found = [clock_parts(device, {"part": modules}, run) for _ in range(repeats)]
+    return statistics.median(parts["part"] / whole for whole, parts in found)
+
+
+def _now(device: torch.device) -> Any:
+    """Give this moment, of the host or in the device's own order of work."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, stop: Any) -> float:
+    return float(stop - start) if isinstance(start, float) else start.elapsed_time(stop) / 1e3

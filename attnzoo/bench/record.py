@@ -152,13 +152,18 @@ class Ratios(Entry):
 
 
 class Cost(Entry):
-    """A measurement of cost, of candidate and dense baseline side by side."""
+    """A measurement of cost, of candidate and dense baseline side by side.
+
+    `attention_share` is the part of the dense model's time that is spent in its attention layers; it bounds what any
+    swap can gain (Amdahl 1967).
+    """
 
     candidate: Side
     baseline: Side
     ratios: Ratios
     uncounted_ops: tuple[str, ...]
     freed_memory_kept: bool = False
+    attention_share: Share | None = None
 
 
 class Training(Entry):
@@ -275,7 +280,7 @@ class Perplexity(Entry):
 
 
 class Environment(Entry):
-    """Where a measurement was made."""
+    """Where a measurement was made; `compiler` says which made the kernels for CPUs, or why none did."""
 
     attnzoo: str
     python: str

@@ -222,8 +222,8 @@ def read_marked(path: Path) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AttnZooError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise AttnZooError(f"{str(path)!r} cannot be read as text: {error}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise AttnZooError(f"{path} must hold {BEGIN} and, after it, {END}, once each")
     return text

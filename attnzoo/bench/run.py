@@ -69,6 +69,7 @@ def run(config: BenchConfig, command: str, console: Console | None = None) -> li
         If the data set, the language model or its text cannot be had.
     """
     console = console or Console(stderr=True)
+    config.check_folder()
     check(config)
     data = assets.get(config.quality.dataset) if config.quality is not None else Path()
     with RecordStore(config.folder, config.hash, fresh=config.fresh) as store:

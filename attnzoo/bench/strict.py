@@ -14,6 +14,7 @@ from typing import Annotated, Any, Self, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
+from attnzoo import files
 from attnzoo.errors import ConfigError
 
 CONFIG_VERSION = 1
@@ -47,6 +48,17 @@ class RunConfig(Section):
     def folder(self) -> Path:
         """Where records and the page go."""
         return self.output if self.output is not None else Path("runs") / self.name
+
+    def check_folder(self, *inside: str) -> None:
+        """Check, before any work, that the folder and those `inside` can be written into.
+
+        Raises
+        ------
+        ConfigError
+            If one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
+        """
+        for name in ("", *inside):
+            files.check_folder(self.folder, "output", name)
 
     @property
     def hash(self) -> str:
@@ -116,6 +128,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is no text in UTF-8, so no YAML ({error})") from error
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:

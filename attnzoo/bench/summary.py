@@ -171,9 +171,17 @@ def verdict(summary: Summary) -> str:
         keeps = f", keeping {kept(best.quality)} of dense's quality" if kept(best.quality) != "-" else ""
         told.append(
             f"{group.host}, {group.title}: {best.label} is fastest, {speed} dense's speed{keeps}; of {len(rows)} "
-            f"measured, {verdicts.count('better')} faster than dense, {verdicts.count('worse')} slower."
+            f"measured, {verdicts.count('better')} faster than dense, {verdicts.count('worse')} slower.{_bound(group)}"
         )
     return " ".join(told)
+
+
+def _bound(group: Group) -> str:
+    """What attention takes of the dense model's time, and Amdahl's bound on what any swap can gain."""
+    share = next((row.cost.attention_share for row in group.rows if row.is_baseline and row.cost is not None), None)
+    if share is None or share >= 1:
+        return ""
+    return f" Attention takes {share:.0%} of dense's time, so no swap of it can gain more than {1 / (1 - share):.2f}x."
 
 
 def milliseconds(q: Quantiles) -> str:

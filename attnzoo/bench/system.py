@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from attnzoo.bench.record import Environment
-from attnzoo.kernels import native
+from attnzoo.kernels import depthwise, native
 
 NO_COMPILER = "none: kernels for CPUs are computed by plain PyTorch, slower"
+FAILED = ", failed to compile: plain PyTorch, slower"
 
 
 def environment(device: str, threads: int | None) -> Environment:
@@ -29,8 +30,16 @@ def environment(device: str, threads: int | None) -> Environment:
         threads=threads or torch.get_num_threads(),
         commit=commit,
         dirty=dirty,
-        compiler=Path(native.compiler() or NO_COMPILER).name,
+        compiler="" if device.startswith("cuda") else _compiler(),
     )
+
+
+def _compiler() -> str:
+    """Name the compiler of the kernels for CPUs, which are compiled here if they are not yet, and whether they load."""
+    path = native.compiler()
+    if path is None:
+        return NO_COMPILER
+    return Path(path).name + ("" if depthwise.is_compiled() else FAILED)
 
 
 def _version(package: str) -> str | None:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_registry
 
 Shape = tuple[int, ...]
-WITHOUT_PRODUCT = 2  # how `torch.cdist` hands down compute_mode="donot_use_mm_for_euclid_dist"
+BY_PRODUCT = 1  # how `torch.cdist` hands down compute_mode="use_mm_for_euclid_dist"; 0 and None: where there are many
+MANY_ROWS = 25  # above which `torch.cdist` makes Euclidean distances of a product, unless told not to
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset(
     {
@@ -57,9 +58,15 @@ def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *re
     return 2 * batch * heads * queries * key[-2] * (3 * width + 2 * value[-1])
 
 
-def _distances(a: Shape, b: Shape, p: float = 2, mode: int | None = None, *rest: Any, **options: Any) -> int:
-    """One product where distances are made of it; none where differences are taken, which is work by the element."""
-    return 0 if mode == WITHOUT_PRODUCT or p != 2 else 2 * math.prod(a) * b[-2]
+def _euclidean(a: Shape, b: Shape, *rest: Any, **options: Any) -> int:
+    """One product, ``(*, N, D) x (*, D, M)``, of which distances ``(*, N, M)`` are made."""
+    return 2 * math.prod(a) * b[-2]
+
+
+def _distances(a: Shape, b: Shape, p: float, mode: int | None = None, *rest: Any, **options: Any) -> int:
+    """The product of Euclidean distances between many rows; none where differences are taken, element by element."""
+    by_product = mode == BY_PRODUCT or (not mode and max(a[-2], b[-2]) > MANY_ROWS)
+    return _euclidean(a, b) if p == 2 and by_product else 0
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
@@ -70,7 +77,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
         "_scaled_dot_product_fused_attention_overrideable": _attention,
         "_cdist_forward": _distances,
-        "_euclidean_dist": _distances,
+        "_euclidean_dist": _euclidean,
     }
     return {getattr(aten, name): formula for name, formula in own.items() if hasattr(aten, name)}
 

@@ -117,6 +117,7 @@ def run(config: TrainConfig) -> Path:
     import torch
 
     require("transformers", "accelerate", "matplotlib", extra="llm")
+    config.check_folder()
     torch.set_num_threads(config.threads)
     text = load_text(config.text)
     data = train_bytes.split(text.text, config.held_out, config.recipe.tokens)

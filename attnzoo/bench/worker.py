@@ -27,7 +27,7 @@ from attnzoo.bench.jobs import (
     set_threads,
     side_of,
 )
-from attnzoo.bench.measure import clock_for, interleave, quantiles
+from attnzoo.bench.measure import clock_for, interleave, quantiles, share_of
 from attnzoo.bench.memory import keep_all_buffers, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Gate, Shapes, Training
 from attnzoo.bench.trace import Trace, missing_op, trace
@@ -106,6 +106,10 @@ def measure_cost(job: Job, say: Say) -> Outcome:
             repeats=config.cost.repeats,
             min_seconds=config.cost.min_seconds,
         )
+        share = None
+        if config.cost.of == "model" and not config.cost.gradient:
+            attention = [dense.get_submodule(path) for path in layers]
+            share = share_of(device, attention, timed_dense, config.cost.repeats)
     side = side_of(candidate, layers, quantiles(times.a, 1e3), len(x), traced, peak)
     side_dense = side_of(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
     uncounted = tuple(sorted({*traced.uncounted, *traced_dense.uncounted}))
@@ -116,6 +120,7 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         ratios=ratios,
         uncounted_ops=uncounted,
         freed_memory_kept=config.cost.keep_freed_memory,
+        attention_share=share,
     )
     return outcome.model_copy(update={"cost": cost})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.checks import Grid, check_grid, check_tokens
@@ -54,7 +55,7 @@ class SelfAttention(nn.Module):
             real = torch.arange(x.shape[1], device=x.device) < prefix + grid.prod(1, keepdim=True).to(x.device)
             mask = real if mask is None else real & mask
         x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads)
         out = self.core(q, k, v, mask=None if mask is None else mask[:, None, None, :])
-        out = self.proj(out.transpose(1, 2).flatten(2))
+        out = self.proj(rearrange(out, "b h n d -> b n (h d)"))
         return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0.0)

@@ -67,10 +67,10 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
     parts = _inner(config)
     if parts:
         return [one for part in parts for one in dataset(part)]
-    if config.get("type", "CocoDataset") != "CocoDataset" or "ann_file" not in config:
+    if not is_of(config, "CocoDataset") or "ann_file" not in config:
         return []
     root = Path(config.get("data_root") or ".")
-    file = root / config["ann_file"]
+    file = annotations_of(config)
     content = read(file)
     names = [category["name"] for category in content["categories"]]
     classes = tuple((config.get("metainfo") or {}).get("classes") or _coco_classes())
@@ -97,6 +97,26 @@ def dataset(config: Mapping[str, Any]) -> list[Checked]:
 def _inner(config: Mapping[str, Any]) -> list[Any]:
     """What a wrapper, such as RepeatDataset or ConcatDataset, holds."""
     return list(config.get("datasets") or ([config["dataset"]] if config.get("dataset") is not None else []))
+
+
+def is_of(config: Mapping[str, Any], kind: str) -> bool:
+    """Whether a config is of a registered class, which it names by itself or with a scope: ``mmdet.CocoMetric``."""
+    named = config.get("type", kind)
+    return getattr(named, "__name__", str(named)).rpartition(".")[2] == kind
+
+
+def annotations_of(config: Mapping[str, Any]) -> Path:
+    """The annotation file of a data set."""
+    return Path(config.get("data_root") or "") / config.get("ann_file", "")
+
+
+def metrics(evaluator: Any) -> list[Any]:
+    """Configs of the metrics of an evaluator, which may be one of them, a list, or an ``Evaluator`` of several."""
+    if isinstance(evaluator, (list, tuple)):
+        return [one for part in evaluator for one in metrics(part)]
+    if not isinstance(evaluator, Mapping):
+        return []
+    return metrics(evaluator["metrics"]) if "metrics" in evaluator else [evaluator]
 
 
 def roots(config: Mapping[str, Any]) -> set[str]:
@@ -198,6 +218,7 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
     asked = {category["id"] for category in content["categories"] if category["name"] in classes}
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     found = Checked(file, len(sizes), len(content["annotations"]), classes)
+    bare = set(sizes)
     for one in content["annotations"]:
         x, y, width, height = one["bbox"]
         across, down = sizes[one["image_id"]]
@@ -210,12 +231,13 @@ def count(content: Mapping[str, Any], file: Path, classes: tuple[str, ...]) -> C
         found.trained += not (out or hidden)
         if out:
             found.odd["boxes without area or outside, left out"] += 1
-        elif x < 0 or y < 0 or x + width > across or y + height > down:
+            continue
+        bare.discard(one["image_id"])
+        if x < 0 or y < 0 or x + width > across or y + height > down:
             found.odd["boxes past the edge"] += 1
     found.odd = +found.odd
-    bare = len(sizes) - len({one["image_id"] for one in content["annotations"]})
     if bare:
-        found.odd["images without a box"] += bare
+        found.odd["images without a box"] = len(bare)
     return found
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import assets, files
+from attnzoo.bench.config import attention_problems, vision_problems
 from attnzoo.bench.strict import parse_override
 from attnzoo.detection import check, mmcv_ext
 from attnzoo.errors import AttnZooError, ConfigError
 
 RUNS = Path("runs/detect")
+OF_THE_SWAP = ("name", "label", "where", "keep_original", "positions")
+"""Keys of an attention that are no options of its method."""
 MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
 
 
@@ -49,8 +52,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise
     except Exception as error:  # a config is Python and may raise anything
         raise ConfigError(f"{path} is no config of mmengine: {type(error).__name__}: {error}") from error
-    if not isinstance(config.get("model"), Mapping):
-        raise ConfigError(f"{path} is no config of a detector: it has no model; see configs/detect")
+    model = config.get("model")
+    if not isinstance(model, Mapping) or "type" not in model:
+        lacks = "it has no model" if not isinstance(model, Mapping) else "its model has no type"
+        raise ConfigError(f"{path} is no config of a detector: {lacks}; see configs/detect")
     values = {}
     for override in overrides:
         keys, value = parse_override(override)
@@ -62,14 +67,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         _move_data(config, str(root), str(values["data_root"]))
     config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would begin anew
     config.setdefault("randomness", {"seed": 0})
+    if not isinstance(config.randomness, dict):
+        raise ConfigError(f"randomness={config.randomness!r} must be a dict; the seed alone is randomness.seed")
     if config.randomness.get("seed") is None:
-        config.randomness.seed = 0  # a run that is resumed must know its seed
+        config.randomness["seed"] = 0  # a run that is resumed must know its seed
+    seed = config.randomness["seed"]
     if config.get("work_dir") is None:
-        config.work_dir = str(RUNS / path.stem / f"seed{config.randomness.seed}")
+        config.work_dir = str(RUNS / path.stem / f"seed{seed}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(f"randomness.seed={seed!r} must be a whole number from 0 to 2**32 - 1")
     if isinstance(config.model.get("attention"), str):
         config.model.attention = {"name": config.model.attention}
     _check_counts(config)
+    _check_attentions(config)
     return config
+
+
+def _check_attentions(config: Any) -> None:
+    """Refuse, before mmengine prints the config, attentions that no detector can have: of `model` and of `cost`."""
+    cost = config.get("cost")
+    more = (cost.get("attentions") or ()) if isinstance(cost, Mapping) else ()
+    named = [("model.attention", config.model.get("attention"))]
+    named += [(f"cost.attentions.{at}", one) for at, one in enumerate(more)]
+    problems = []
+    for where, attention in named:
+        if attention is None:
+            continue
+        if not isinstance(attention, Mapping) or not isinstance(attention.get("name"), str):
+            raise ConfigError(
+                f"{where}={attention!r} must be the name of a registered attention, or a dict with a name"
+            )
+        options = {key: value for key, value in attention.items() if key not in OF_THE_SWAP}
+        entry = {"name": attention["name"], "options": options}
+        found = attention_problems([entry], where, vision_problems)
+        problems += [problem.replace(f"{where}.options", where) for problem in found]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _check_counts(config: Any) -> None:
@@ -102,12 +135,13 @@ def _move_data(config: Any, before: str, now: str) -> None:
     """Have the data sets and metrics look under another root."""
     now = os.path.join(now, "")
     for part in ("train", "val", "test"):
-        dataset, metric = (config.get(f"{part}_{what}") or {} for what in ("dataloader", "evaluator"))
+        dataset = config.get(f"{part}_dataloader") or {}
         for one in check.innermost(dataset.get("dataset", {})):
             if os.path.normpath(one.get("data_root") or "") == os.path.normpath(before):
                 one["data_root"] = now
-        if isinstance(metric, dict) and str(metric.get("ann_file", "")).startswith(before):
-            metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
+        for metric in check.metrics(config.get(f"{part}_evaluator")):
+            if str(metric.get("ann_file", "")).startswith(before):
+                metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
     config.data_root = now
 
 
@@ -142,16 +176,20 @@ def prepare(config: Any) -> list[check.Checked]:
 
 def _check_metric(config: Any, part: str) -> None:
     """Refuse a metric that would hold predictions against the annotations of other images."""
-    metric, loader = config.get(f"{part}_evaluator"), config.get(f"{part}_dataloader")
-    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
-    if not told or loader is None:
-        return
-    read = [Path(one.get("data_root") or "") / one.get("ann_file", "") for one in check.innermost(loader.dataset)]
-    if Path(told) not in read and Path(told) not in [_scored(config, one) for one in read]:
-        raise ConfigError(
-            f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
-            "give that, or None"
-        )
+    read = [check.annotations_of(one) for one in _tested(config, part)]
+    for metric in check.metrics(config.get(f"{part}_evaluator")):
+        told = metric.get("ann_file")
+        if told and read and Path(told) not in [*read, *(_scored(config, one) for one in read)]:
+            raise ConfigError(
+                f"{part}_evaluator.ann_file={told!r} is not what {part}_dataloader reads, {', '.join(map(str, read))}; "
+                "give that, or None"
+            )
+
+
+def _tested(config: Any, part: str) -> list[Any]:
+    """Configs of the data sets that are tested on."""
+    loader = config.get(f"{part}_dataloader")
+    return [] if loader is None else check.innermost(loader.dataset)
 
 
 def _scored(config: Any, file: Path) -> Path:
@@ -161,17 +199,21 @@ def _scored(config: Any, file: Path) -> Path:
 
 
 def _score_what_is_checked(config: Any, part: str) -> None:
-    """Have the metric read a copy of its annotation file, where that holds boxes which the data set leaves out."""
-    metric = config.get(f"{part}_evaluator")
-    told = metric.get("ann_file") if isinstance(metric, Mapping) else None
-    if not told or Path(told).parent == Path(config.work_dir) / "scored":
-        return
-    content = check.read(Path(told))
-    scored = check.to_score(content)
-    if scored["annotations"] != content["annotations"]:
-        copy = _scored(config, Path(told))
-        files.write_json(copy, scored)
-        metric["ann_file"] = str(copy)
+    """Have COCO's metric read a copy of its annotation file, where that holds boxes which the data set leaves out.
+
+    Other metrics, and annotation files of other data sets than COCO's, such as LVIS, are left alone.
+    """
+    checked = [check.annotations_of(one) for one in _tested(config, part) if check.is_of(one, "CocoDataset")]
+    for metric in check.metrics(config.get(f"{part}_evaluator")):
+        told = metric.get("ann_file")
+        if not told or not check.is_of(metric, "CocoMetric") or Path(told) not in checked:
+            continue
+        content = check.read(Path(told))
+        scored = check.to_score(content)
+        if scored["annotations"] != content["annotations"]:
+            copy = _scored(config, Path(told))
+            files.write_json(copy, scored)
+            metric["ann_file"] = str(copy)
 
 
 def _check_used(config: Any, root: str) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
 from attnzoo.bench import gate as gates
-from attnzoo.bench.child import Nursery
-from attnzoo.bench.jobs import gate_message, ratios_of, side_of
+from attnzoo.bench.child import ChildResult, Nursery
+from attnzoo.bench.jobs import gate_message, is_out_of_memory, ratios_of, side_of
 from attnzoo.bench.memory import keep_buffers, map_buffers
-from attnzoo.bench.record import Cost, Entry, Gate, Record, Shapes
+from attnzoo.bench.record import Cost, Entry, Gate, Record, Shapes, Status
 from attnzoo.bench.strict import Section, validated
 from attnzoo.bench.system import environment
 from attnzoo.detection import mmcv_ext, stages
@@ -37,6 +37,8 @@ from attnzoo.swap import replace_attention, swap_report, swapped_layers
 
 ORACLE = "softmax"
 DENSE = "dense"
+STATUS: dict[str, Status] = {"timeout": "timeout", "oom": "oom"}  # by the end of a process; any other is a failure
+SECONDS_TO_COUNT = 300.0  # the tokens of a size that could not be measured
 
 
 class CostConfig(Section):
@@ -140,10 +142,11 @@ class Job(Entry):
 
 
 class Answer(Entry):
-    """What it found, or why it could not begin."""
+    """What it found, or why it could not begin, or the error of an allocation that failed."""
 
     records: tuple[Record, ...] = ()
     refused: str = ""
+    out_of_memory: str = ""
 
 
 def measure(
@@ -153,7 +156,7 @@ def measure(
     facts: Mapping[str, Any],
     say: Callable[[str], None],
     done: Callable[[float], None],
-) -> tuple[list[Record], list[str]]:
+) -> list[Record]:
     """Measure all variants, those of one size side by side in a process; nothing is timed that fails its oracle.
 
     Parameters
@@ -171,8 +174,9 @@ def measure(
 
     Returns
     -------
-    tuple
-        Records, and what went wrong: a size whose process died, ran out of memory or took too long.
+    list
+        A record per size and variant. Where the process of a size died, ran out of memory or took too long, the
+        records of all its variants say so.
 
     Raises
     ------
@@ -181,7 +185,6 @@ def measure(
     """
     nursery = Nursery(("attnzoo.detection.cost",), cuda=torch.cuda.is_available())
     records: list[Record] = []
-    problems = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
         job = Job(
@@ -194,24 +197,74 @@ def measure(
         pixels += size[0] * size[1]
         result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
         done(pixels / whole)
-        if result.end != "done":
-            problems.append(f"{size[0]} x {size[1]} pixels: {result.end}: {result.message}")
-            continue
-        answer = Answer.model_validate_json(result.answer)
+        answer = Answer.model_validate_json(result.answer) if result.end == "done" else Answer()
         if answer.refused:
             raise ConfigError(answer.refused)
-        if answer.records[0].tokens in {record.tokens for record in records}:
+        measured = answer.records or _unmeasured(config, job, found, _status(result, answer), nursery)
+        if measured[0].tokens and measured[0].tokens in {record.tokens for record in records}:
             raise ConfigError(f"cost.sizes: {size} gives as many tokens as another size; leave one of them out")
-        seconds = round((time.monotonic() - start) / len(answer.records), 3)
-        records += [record.model_copy(update={"seconds": seconds}) for record in answer.records]
-    return records, problems
+        seconds = round((time.monotonic() - start) / len(measured), 3)
+        records += [record.model_copy(update={"seconds": seconds}) for record in measured]
+    return records
+
+
+def _status(result: ChildResult, answer: Answer) -> tuple[Status, str]:
+    """How a size ended that gave no records, and why."""
+    if answer.out_of_memory:
+        return "oom", answer.out_of_memory
+    return STATUS.get(result.end, "failed"), result.message
+
+
+def _unmeasured(
+    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], nursery: Nursery
+) -> tuple[Record, ...]:
+    """Records of a size that could not be measured; the token count is 0 where that cannot be told either."""
+    (height, width), (status, message) = job.cost.sizes[0], ended
+    counted = nursery.run(count_tokens, job.model_dump_json(), SECONDS_TO_COUNT)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = f"{height} x {width} pixels"
+    return tuple(
+        Record(
+            **job.facts,
+            part="detection",
+            kind="cost",
+            label=variant.label,
+            attention=variant.name,
+            options=variant.options,
+            is_baseline=variant.attention is None,
+            status=status,
+            message=f"{size}: {message}",
+            utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=0.0,
+            environment=environment(device, job.cost.threads),
+            host=f"{host_name(config)}, {size}",
+            dtype="float32",
+            tokens=int(counted.answer or 0),
+            shapes=None,
+            gate=None,
+            baseline_gate=None,
+            backends=(),
+            cost=None,
+            quality=None,
+            quality_note="",
+        )
+        for variant in found
+    )
+
+
+def count_tokens(job: str, say: Callable[[str], None]) -> str:
+    """Count the encoder's tokens at the size of a `Job`, on the meta device: nothing is computed or allocated."""
+    asked = Job.model_validate_json(job)
+    dense = dense_detector(_config_of(asked)).to("meta")
+    height, width = asked.cost.sizes[0]
+    with torch.inference_mode():
+        return str(_shapes(dense, 1, _caller(torch.empty(1, 3, height, width, device="meta"))).tokens)
 
 
 def main(job: str, say: Callable[[str], None]) -> str:
     """Do a `Job` and give an `Answer`, both as JSON."""
     asked = Job.model_validate_json(job)
-    mmcv_ext.ensure()
-    config = mmcv_ext.load("mmengine.config").Config.fromstring(asked.config, ".py")
+    config = _config_of(asked)
     if asked.cost.threads is not None:
         torch.set_num_threads(asked.cost.threads)
     map_buffers()
@@ -220,7 +273,16 @@ def main(job: str, say: Callable[[str], None]) -> str:
         records = _measure(config, asked.cost, found, asked.facts, say)
     except ConfigError as error:
         return Answer(refused=str(error)).model_dump_json()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Answer(out_of_memory=str(error) or type(error).__name__).model_dump_json()
     return Answer(records=tuple(records)).model_dump_json()
+
+
+def _config_of(job: Job) -> Any:
+    mmcv_ext.ensure()
+    return mmcv_ext.load("mmengine.config").Config.fromstring(job.config, ".py")
 
 
 @dataclass
@@ -250,7 +312,8 @@ def _measure(
     records = []
     with torch.inference_mode():
         for height, width in cost.sizes:
-            run = _caller(height, width, cost.batch, device)
+            images = torch.randn(cost.batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+            run = _caller(images.to(device))
             size = f"{height} x {width} pixels"
             shapes = _shapes(dense, cost.batch, run)
             costs = _at_size(measured, dense, run, cost, config.randomness.seed, partial(_tell, say, size))
@@ -317,13 +380,12 @@ def _encoder_paths(detector: nn.Module) -> list[str]:
     return [layer.path for layer in swap_report(detector).layers if layer.path.startswith("encoder.")]
 
 
-def _caller(height: int, width: int, batch: int, device: torch.device) -> Callable[[nn.Module], Any]:
-    """A call of any detector on the same images, without padding."""
+def _caller(images: Tensor) -> Callable[[nn.Module], Any]:
+    """A call of any detector on the same images ``(B, 3, H, W)``, without padding."""
     structures = mmcv_ext.load("mmdet.structures")
-    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    samples = [structures.DetDataSample() for _ in range(batch)]
+    samples = [structures.DetDataSample() for _ in images]
+    size = tuple(images.shape[-2:])
     for sample in samples:
-        size = (height, width)
         sample.set_metainfo({"img_shape": size, "batch_input_shape": size, "ori_shape": size, "scale_factor": (1, 1)})
     return lambda detector: detector(images, samples, mode="tensor")
 

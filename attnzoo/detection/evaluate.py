@@ -77,6 +77,7 @@ def score_run(config: Any, say: Callable[[str], None]) -> Run:
         if is_main():
             say(f"{config.work_dir} was tested before; its scores are kept")
     else:
+        files.check_folder(config.work_dir, "work_dir", FOLDER)
         say(f"test {config.work_dir}")
         true, predicted, images = score.predict(config, folder)
         if not is_main():
@@ -188,6 +189,10 @@ def quality_records(runs: Sequence[Run], found: Mapping[str, Detection], facts: 
 
 def check_comparable(configs: Sequence[Any]) -> None:
     """Raise `ConfigError` unless all configs have labels of their own and are tested on the same images."""
+    for config in configs:
+        missing = [key for key in ("test_dataloader", "test_evaluator") if config.get(key) is None]
+        if missing:
+            raise ConfigError(f"a config tests nothing: it has no {', '.join(missing)}; see configs/detect")
     labels = [costs.variant_of(config).label for config in configs]
     for label in labels:
         if labels.count(label) > 1:
@@ -206,19 +211,19 @@ def cost_records(
     facts: Mapping[str, Any],
     say: Callable[[str], None],
     done: Callable[[float], None],
-) -> tuple[list[Record], list[str]]:
-    """Records of cost where the first config asks for it, with the quality of each attention, and what went wrong."""
+) -> list[Record]:
+    """Records of cost where the first config asks for it, with the quality of each attention."""
     asked = costs.read(configs[0])
     if asked is None:
-        return [], []
+        return []
     variants = costs.variants(asked, [costs.variant_of(config) for config in configs])
-    measured, problems = costs.measure(configs[0], asked, variants, facts, say, done)
+    measured = costs.measure(configs[0], asked, variants, facts, say, done)
     records = []
     for record in measured:
         quality = found.get(record.label)
         note = "not measured" if quality is None else quality.note
         records.append(record.model_copy(update={"quality": quality, "quality_note": note}))
-    return records, problems
+    return records
 
 
 def hash_of(configs: Sequence[Any]) -> str:

@@ -12,6 +12,7 @@ from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, p
 from attnzoo.bench.record import Detection, Record, Stage
 from attnzoo.detection.score import Judged, Scores
 from attnzoo.detection.stages import ATTENTION, ENCODER
+from attnzoo.errors import DataError
 
 SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320
@@ -116,22 +117,35 @@ def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> Section:
 def _picture(one: Judged, names: Sequence[str]) -> tuple[str, bytes, str]:
     name = one.path.rsplit("/", 1)[-1]
     told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
-    return name, picture_of(one, names), told
+    try:
+        return name, picture_of(one, names), told
+    except DataError as error:  # by now all is scored: one image must not cost the page
+        return name, b"", f"{told}\nNot drawn: {error}"
 
 
 def picture_of(one: Judged, names: Sequence[str]) -> bytes:
     """Draw an image's boxes; gives a JPEG.
 
     Where there are several classes, the name of each stands at its boxes.
+
+    Raises
+    ------
+    DataError
+        If the image cannot be read, or has pixels of an unknown range; see `attnzoo.pixels.to_mode`.
     """
     from PIL import Image, ImageDraw
 
     from attnzoo.pixels import to_mode
 
-    with Image.open(one.path) as opened:
-        image = to_mode(opened, "RGB")
+    try:
+        with Image.open(one.path) as opened:
+            image = to_mode(opened, "RGB")
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"it cannot be read: {error}") from error
     scale = SHOWN_PIXELS / max(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)))
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(image)
     for colour, line, boxes in ((TRUE, 4, one.true), (PREDICTED, 2, one.predicted)):
         for box in boxes:

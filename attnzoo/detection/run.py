@@ -82,11 +82,17 @@ def train(config: Any) -> Path:
     Raises
     ------
     ConfigError
-        If the folder holds a run of another config, another process is training into it, or `load_from` is missing.
+        If the config trains nothing, the folder holds a run of another config, another process is training into it, or
+        `load_from` is missing.
+    DataError
+        If the run's checkpoint is damaged.
     """
     from mmengine.dist import barrier
     from mmengine.runner import Runner
 
+    missing = [key for key in ("train_dataloader", "train_cfg", "optim_wrapper") if config.get(key) is None]
+    if missing:
+        raise ConfigError(f"this config trains nothing: it has no {', '.join(missing)}; see configs/detect")
     given, folder = config.get("load_from"), Path(config.work_dir)
     begins = not (config.resume and last_checkpoint(config))
     if given and begins and "://" not in given and not Path(given).expanduser().is_file():
@@ -159,11 +165,34 @@ def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def last_checkpoint(config: Any) -> Path | None:
-    """The newest checkpoint of a run, or None."""
+    """The newest checkpoint of a run, or None where none was written.
+
+    Raises
+    ------
+    DataError
+        If one was written and is not there, or is cut short.
+    """
     told = Path(config.work_dir) / "last_checkpoint"
     if not told.is_file():
         return None
-    path = Path(config.work_dir) / Path(told.read_text(encoding="utf-8").strip()).name  # the folder may have moved
-    if path.is_file() and not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
-        raise DataError(f"{path} is cut short; name an earlier one in {told}, or begin anew with resume=false")
-    return path if path.is_file() else None
+    name = Path(told.read_text(encoding="utf-8", errors="replace").strip()).name  # the folder may have moved
+    path = told.with_name(name) if name else told
+    mend = f"name one that is whole in {told}, or begin anew with resume=false"
+    if path == told or not path.is_file():
+        raise DataError(f"{told} names no checkpoint that is there ({name!r}); {mend}")
+    if not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
+        raise DataError(f"{path} is cut short; {mend}")
+    with zipfile.ZipFile(path) as held:
+        altered = _altered(held)
+    if altered:
+        raise DataError(f"{path} is damaged: {altered}; {mend}")
+    return path
+
+
+def _altered(held: zipfile.ZipFile) -> str | None:
+    """Say what in an archive is not what was written, by the checksums that it holds, or give None."""
+    try:
+        name = held.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        return str(error)
+    return None if name is None else f"{name} is not what was written"

@@ -101,8 +101,8 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     config = copy.deepcopy(config)
     config.load_from, config.resume, config.work_dir = None, False, str(folder)
     prefix = folder / "boxes"
-    metrics = config.test_evaluator if isinstance(config.test_evaluator, (list, tuple)) else [config.test_evaluator]
-    metric = next((dict(one) for one in metrics if one.get("type") == "CocoMetric"), None)
+    metrics = check.metrics(config.test_evaluator)
+    metric = next((dict(one) for one in metrics if check.is_of(one, "CocoMetric")), None)
     if metric is None:
         raise ConfigError("test_evaluator names no CocoMetric, which hands the predictions to pycocotools")
     config.test_evaluator = {**metric, "format_only": True, "outfile_prefix": str(prefix)}

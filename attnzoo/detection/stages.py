@@ -6,7 +6,6 @@ each stage's modules are timed within. FLOPs and peak memory are those of each s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.bench.measure import quantiles
+from attnzoo.bench.measure import Forward, around, clock_parts, quantiles
 from attnzoo.bench.memory import Peak, peak_memory
 from attnzoo.bench.record import Quantiles, Stage
 from attnzoo.bench.trace import Trace, trace
 
-Forward = Callable[..., Any]
 Need = tuple[Trace, Peak]
 WHOLE = "detector"
 ENCODER = "encoder"
@@ -65,60 +63,12 @@ def modules_of(detector: Any, attention: Sequence[str]) -> dict[str, list[nn.Mod
     return {**found, ATTENTION: [detector.get_submodule(path) for path in attention]}
 
 
-@contextmanager
-def _around(modules: Mapping[nn.Module, Callable[[Forward], Forward]]) -> Iterator[None]:
-    """Put functions round the `forward` of modules, which mmdet calls directly where it goes round hooks."""
-    for module, wrap in modules.items():
-        module.__dict__["forward"] = wrap(module.forward)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.__dict__["forward"]
-
-
 def clock(
     detector: nn.Module, stages: Mapping[str, Sequence[nn.Module]], run: Callable[[], object]
 ) -> dict[str, float]:
     """Seconds of one call, by stage and whole."""
-    device = next(detector.parameters()).device
-    spans: list[tuple[str, Any, Any]] = []
-
-    def timing(stage: str) -> Callable[[Forward], Forward]:
-        def wrap(forward: Forward) -> Forward:
-            def timed(*inputs: Any, **named: Any) -> Any:
-                start = _now(device)
-                output = forward(*inputs, **named)
-                spans.append((stage, start, _now(device)))
-                return output
-
-            return timed
-
-        return wrap
-
-    with _around({module: timing(stage) for stage, modules in stages.items() for module in modules}):
-        first = _now(device)
-        run()
-        last = _now(device)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    total = dict.fromkeys(stages, 0.0)
-    for stage, start, stop in spans:
-        total[stage] += _between(start, stop)
-    return {**total, WHOLE: _between(first, last)}
-
-
-def _now(device: torch.device) -> Any:
-    """Give this moment, of the host or in the device's own order of work."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(start: Any, stop: Any) -> float:
-    return float(stop - start) if isinstance(start, float) else start.elapsed_time(stop) / 1e3
+    whole, parts = clock_parts(next(detector.parameters()).device, stages, run)
+    return {**parts, WHOLE: whole}
 
 
 def in_turn(calls: Sequence[Callable[[], dict[str, float]]], *, warmup: int, repeats: int) -> list[Timed]:
@@ -143,7 +93,7 @@ def caught(modules: Sequence[nn.Module]) -> Iterator[list[Callable[[], object]]]
 
         return call
 
-    with _around(dict.fromkeys(modules, catching)):
+    with around(dict.fromkeys(modules, catching)):
         yield found
 
 

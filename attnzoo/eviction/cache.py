@@ -431,6 +431,9 @@ class Intake:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Look at the arguments of a call, and add what the layers need; what is refused leaves all as it was."""
+        if next(own_layers(model), None) is None:  # a part of the model was restored by itself
+            drop_hook(model)
+            return args, kwargs
         names = list(versions.parameters(type(model).forward))
         given = dict(zip(names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")
@@ -660,12 +663,19 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
 def _refuse_packed(positions: Any, real: Tensor | None, separates: bool) -> None:
     """Refuse sequences packed into one row: the cache would mix them.
 
-    Positions that run backwards are such; and all that do not rise by 1, where the host itself `separates` sequences.
+    `positions` are ``(B, N)``; or those of a model with several axes of position (M-RoPE), ``(axes, B, N)``, of which
+    four begin with the positions in the text, by which the host itself separates sequences. Positions that run
+    backwards are those of several sequences; and all that do not rise by 1, where the host itself `separates` them.
+    On the axes of an image positions run backwards within a sequence, but never on all of them at once.
     """
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] == 1:
+    if not isinstance(positions, Tensor) or positions.dim() not in (2, 3) or positions.shape[-1] == 1:
         return
-    steps = positions.diff(dim=1)
-    packed = steps != 1 if separates else steps < 0
+    if positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]
+    steps = positions.diff(dim=-1)
+    packed = steps != 1 if separates and positions.dim() == 2 else steps < 0
+    if positions.dim() == 3:
+        packed = packed.all(0)
     if real is not None:
         packed = packed & real[:, 1:] & real[:, :-1]
     if bool(packed.any()):

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnzoo.errors import OptionError
+
+HALVES = ("self_attention_cache", "cross_attention_cache")  # of the cache of an encoder-decoder
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,19 @@ def kv_bytes(cache: Any) -> CacheBytes:
     OptionError
         If it is no cache.
     """
-    if cache is not None and not hasattr(cache, "layers"):
+    total = CacheBytes(0, 0, 0)
+    if cache is None:
+        return total
+    halves = [getattr(cache, name, None) for name in HALVES]
+    if None not in halves:
+        return sum(map(kv_bytes, halves), total)
+    if isinstance(cache, nn.Module) or not hasattr(cache, "layers"):
         from attnzoo.hosts.versions import CACHE_NAMES
 
         held = next((name for name in CACHE_NAMES if hasattr(cache, name)), None)
         hint = f"; give it the output's {held}" if held else ""
         raise OptionError(f"kv_bytes takes a cache of transformers, not {type(cache).__name__}{hint}")
-    total = CacheBytes(0, 0, 0)
-    for layer in getattr(cache, "layers", ()):
+    for layer in cache.layers:
         total += layer.bytes() if hasattr(layer, "bytes") else _plain(layer)
     return total
 

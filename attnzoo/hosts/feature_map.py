@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.errors import ShapeError
+from attnzoo.hosts import hooks
 from attnzoo.hosts.site import MixerLayer, refuse_unable
 
 NO_GRID = "self-attention over object queries, which lie on no grid: a mixer stands in the encoder"
@@ -21,16 +22,18 @@ CROSS = "cross-attention, and a mixer has one input"
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]]
 
 
-@dataclass(eq=False)
-class SizeOfCall:
+class SizeOfCall(hooks.CallHook):
     """Height and width, in tokens, of the feature map of the call under way: a hook that writes what mixers read."""
 
-    read: Read
-    size: tuple[int, int] = (0, 0)
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.read = read
+        self.size = (0, 0)
 
     def __call__(self, teller: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """Read the size off what goes into the module that tells it."""
-        self.size = self.read(inputs, named)
+        if not self.leave_unheard(teller):
+            self.size = self.read(inputs, named)
 
 
 class FeatureMapMixer(MixerLayer):
@@ -45,6 +48,7 @@ class FeatureMapMixer(MixerLayer):
         super().__init__(mixer)
         self.positions = positions
         self.map: SizeOfCall | None = None
+        self.listening: hooks.Listening | None = None
 
     def mix(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mix ``(B, h * w, C)``; `mask` ``(B, h * w)`` is True where a token is real, None where all are.
@@ -82,13 +86,10 @@ class Teller:
         if hook is None:
             hook = SizeOfCall(self.read)
             self.module.register_forward_pre_hook(hook, with_kwargs=True)
-        layer.map = hook
+        layer.map, layer.listening = hook, hook.listen()
 
     def detach(self) -> None:
         """Take the hook off, unless a mixer still reads it."""
         if any(isinstance(module, FeatureMapMixer) for module in self.holder.modules()):
             return
-        for key, hook in list(self.module._forward_pre_hooks.items()):
-            if isinstance(hook, SizeOfCall):
-                del self.module._forward_pre_hooks[key]
-                self.module._forward_pre_hooks_with_kwargs.pop(key, None)
+        hooks.take_off(self.module, SizeOfCall)

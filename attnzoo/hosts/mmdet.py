@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from mmcv.cnn.bricks.transformer import MultiheadAttention
 from mmdet.models.layers.transformer.utils import ConditionalAttention
 from torch import Tensor, nn
@@ -225,7 +226,7 @@ class ConditionalCore(CoreLayer, ConditionalAttention):
 
         `query` and `key` ``(B, N, E)`` and ``(B, S, E)`` may be wider than `value` ``(B, S, C)``.
         """
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in (query, key, value))
         key_padding_mask = _boolean(key_padding_mask)
         check_masks(self.num_heads, (len(q), q.shape[2], k.shape[2]), attn_mask, key_padding_mask)
         mask = merge(seen(attn_mask, self.num_heads), seen_keys(key_padding_mask), q.dtype)
@@ -237,7 +238,7 @@ class ConditionalCore(CoreLayer, ConditionalAttention):
             weights = weights.mean(1)
         else:
             out = self.core(q, k, v, mask=mask, dropout=dropout)
-        return self.out_proj(out.transpose(1, 2).flatten(2)), weights
+        return self.out_proj(rearrange(out, "b h n d -> b n (h d)")), weights
 
 
 def _boolean(mask: Tensor | None) -> Tensor | None:

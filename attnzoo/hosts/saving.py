@@ -4,20 +4,28 @@
 on what it wrote would build the model with attention of its own, random, and go on with a warning. So a model with
 mixers saves its weights under the names that it has, and its config says that they are no weights for
 ``from_pretrained``, which then stops with what to do instead.
+
+A model that holds a swapped one, and that the swap was not given (``replace_attention(llm.model, ...)`` and then
+``llm.save_pretrained``), is not known before it is saved: its mixers see to its config when they are asked for their
+weights.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
 
 from attnzoo import files
 from attnzoo.errors import UnsupportedError
+from attnzoo.hosts import versions
 from attnzoo.hosts.site import MixerLayer, Swapped, swapped_record
 
 METHOD = "save_pretrained"
@@ -30,9 +38,7 @@ class SavePretrained:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def __call__(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Save the model; see transformers' ``PreTrainedModel.save_pretrained``.
 
         Raises
@@ -43,17 +49,18 @@ class SavePretrained:
         save = getattr(type(self.model), METHOD)
         swapped = list(mixers(self.model))
         if not swapped:
-            return save(self.model, save_directory, is_main_process, *args, **kwargs)
-        if kwargs.get("push_to_hub"):
+            detach([self.model])
+            return save(self.model, *args, **kwargs)
+        given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
+        named = given | given.get(versions.keywords(save) or "", {})
+        if named.get("push_to_hub"):
             raise UnsupportedError(
                 "a model with mixers is not uploaded while it is saved; call model.push_to_hub(repo_id) instead"
             )
-        if len(args) < 7:  # not given by position
-            kwargs.setdefault("save_original_format", False)
-        saved = save(self.model, save_directory, is_main_process, *args, **kwargs)
-        config = Path(save_directory) / "config.json"
-        if is_main_process and config.is_file() and not getattr(self.model, "_hf_peft_config_loaded", False):
-            _mark(config, advice(swapped))
+        if "save_original_format" not in named:
+            kwargs["save_original_format"] = False
+        saved = save(self.model, *args, **kwargs)
+        _mark(self.model, named["save_directory"], named.get("is_main_process", True))
         return saved
 
 
@@ -95,7 +102,30 @@ def advice(swapped: list[tuple[str, Swapped]]) -> str:
     )
 
 
-def _mark(config: Path, said: str) -> None:
+def mark_saved() -> None:
+    """Mark the config of the model that ``save_pretrained`` is saving, if a call of it is under way.
+
+    Called by a mixer that is asked for its weights. Nothing but the call itself knows of a model that a swap was not
+    given, and it has written the config by then.
+    """
+    transformers = sys.modules.get("transformers.modeling_utils")
+    if transformers is None:
+        return
+    code = inspect.unwrap(getattr(transformers.PreTrainedModel, METHOD)).__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    if frame is not None:
+        given = frame.f_locals
+        _mark(given["self"], given["save_directory"], given["is_main_process"])
+
+
+def _mark(model: Any, folder: str | os.PathLike[str], is_main_process: bool) -> None:
+    """Have the config that was written for `model` say that the weights are none for ``from_pretrained``."""
+    config = Path(folder) / "config.json"
+    if not is_main_process or not config.is_file() or getattr(model, "_hf_peft_config_loaded", False):
+        return
     content = json.loads(config.read_text(encoding="utf-8"))
-    content[FIELD] = said
-    files.write(config, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    if FIELD not in content:
+        content[FIELD] = advice(list(mixers(model)))
+        files.write(config, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -236,6 +236,12 @@ class MixerLayer(nn.Module):
             original._apply(fn, recurse)
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        from attnzoo.hosts import saving
+
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        saving.mark_saved()
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode here and on the kept original."""
         super().train(mode)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import Attention, AttentionPoolLatent, AttentionRope, apply_rot_embed_cat
 from timm.models import register_notrace_module
 from timm.models.eva import EvaAttention
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import CallHook, Listening, take_off
 from attnzoo.hosts.site import (
     NOBODY,
     Core,
@@ -126,7 +128,7 @@ def _knows_grid(module: nn.Module) -> bool:
     return hasattr(module, "num_prefix_tokens") and hasattr(getattr(module, "patch_embed", None), "dynamic_feat_size")
 
 
-class GridOfCall:
+class GridOfCall(CallHook):
     """The token grid of the call under way: a hook on the patch embedding writes it, mixers read it.
 
     It is one for the model. So where images of several sizes go through a model: with gradient checkpointing, run the
@@ -135,12 +137,15 @@ class GridOfCall:
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
         self.size = size
 
     def __call__(self, patch_embed: Any, inputs: tuple[Any, ...]) -> None:
         """Read the grid from the image ``(B, C, H, W)`` that goes in; torch.fx traces for the model's own size."""
         if isinstance(inputs[0], torch.fx.Proxy):
             self.size = tuple(patch_embed.grid_size)
+            return
+        if self.leave_unheard(patch_embed):
             return
         height, width = patch_embed.dynamic_feat_size(tuple(inputs[0].shape[-2:]))
         self.size = (height, width)
@@ -166,7 +171,7 @@ class TimmSite(Site):
         if info.capabilities.grid and self.owner is None:
             return "no module round it tells the grid of the tokens (patch_embed.dynamic_feat_size)"
         drop = getattr(self.owner, "patch_drop", None)
-        if getattr(drop, "prob", 0.0) > 0 and not getattr(info.load(), "any_order", False):
+        if getattr(drop, "prob", 0.0) > 0 and not info.capabilities.any_order:
             return (
                 "patches are dropped in training (patch_drop_rate), so that what is left is no grid and in no order; "
                 "build the model with patch_drop_rate=0"
@@ -192,15 +197,14 @@ class TimmSite(Site):
                 hook = layer.grid
                 self.owner.patch_embed.register_forward_pre_hook(hook)
             layer.grid = hook
+            layer.listening = None if hook is None else hook.listen()
         elif not any(isinstance(m, TimmMixer) for m in self.owner.modules()):
             self.removed()
 
     def removed(self) -> None:
         """Take the hook off the patch embedding."""
         if self.owner is not None:
-            hooks = self.owner.patch_embed._forward_pre_hooks
-            for key in [k for k, hook in hooks.items() if isinstance(hook, GridOfCall)]:
-                del hooks[key]
+            take_off(self.owner.patch_embed, GridOfCall)
 
 
 @register_notrace_module  # torch.fx, as in timm's extractors, takes it as it is
@@ -220,7 +224,8 @@ class TimmCore(CoreLayer):
         dropout = self.attn_drop.p if self.training else 0.0
         refuse_unable(self, mask=mask is not None, causal=is_causal, dropout=dropout > 0)
         out = self.core(q, k, v, mask=mask, causal=is_causal, dropout=dropout)
-        out = self.norm(out.transpose(1, 2).flatten(2)) if hasattr(self, "norm") else out.transpose(1, 2).flatten(2)
+        out = rearrange(out, "b h n d -> b n (h d)")
+        out = self.norm(out) if hasattr(self, "norm") else out
         if gate is not None:
             out = out * gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -234,9 +239,9 @@ class TimmCore(CoreLayer):
                 qkv = self.qkv(x) + torch.cat((q_bias, self.k_bias, self.v_bias))
             else:
                 qkv = F.linear(x, self.qkv.weight, torch.cat((q_bias, self.k_bias, self.v_bias)))
-            return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        head = self.head_dim
-        return tuple(p(x).unflatten(-1, (-1, head)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            return tuple(rearrange(qkv, "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.num_heads))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(rearrange(p(x), "b n (h d) -> b h n d", d=self.head_dim) for p in projections)
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         head, patches = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
@@ -252,11 +257,11 @@ class TimmPoolCore(CoreLayer):
         """Pool tokens ``(B, N, C)`` into ``(B, C)``, or ``(B, latents, C)`` where the layer keeps them."""
         if self.pos_embed is not None:
             x = x + self.pos_embed.unsqueeze(0).to(x.dtype)
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = rearrange(self.q(self.latent.expand(x.shape[0], -1, -1)), "b n (h d) -> b h n d", h=self.num_heads)
+        k, v = rearrange(self.kv(x), "b n (kv h d) -> kv b h n d", kv=2, h=self.num_heads)
         refuse_unable(self, mask=attn_mask is not None)
         out = self.core(self.q_norm(q), self.k_norm(k), v, mask=attn_mask)
-        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
         if self.mlp is not None:
             out = out + self.mlp(self.norm(out))
         if self.pool == "token":
@@ -271,6 +276,7 @@ class TimmMixer(MixerLayer):
     def __init__(self, mixer: nn.Module, grid: GridOfCall | None, prefix: int) -> None:
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
+        self.listening: Listening | None = None
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -288,7 +294,8 @@ class TimmMixer(MixerLayer):
             raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
-        any_order = getattr(self.mixer, "any_order", False)  # of as many tokens as there are
+        layer: Any = self
+        any_order = layer.attnzoo_swap.info.capabilities.any_order  # of as many tokens as there are
         size = None if self.grid is None or any_order else self.grid.size
         if size is not None and self.prefix + size[0] * size[1] != x.shape[1]:
             raise ShapeError(

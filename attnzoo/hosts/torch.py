@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.cores.masks import additive
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import holds_swapped, take_off
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
@@ -125,12 +127,29 @@ class TorchSite(Site):
         if self.encoder is not None and not hasattr(self.encoder, _NESTED):
             setattr(self.encoder, _NESTED, self.encoder.use_nested_tensor)
             self.encoder.use_nested_tensor = False
+            self.encoder.register_forward_pre_hook(NestedTensors())
 
     def removed(self) -> None:
         """Let the encoder do as before."""
-        if self.encoder is not None and hasattr(self.encoder, _NESTED):
-            self.encoder.use_nested_tensor = getattr(self.encoder, _NESTED)
-            delattr(self.encoder, _NESTED)
+        if self.encoder is not None:
+            NestedTensors.allow(self.encoder)
+
+
+class NestedTensors:
+    """A hook that lets an encoder make nested tensors again once none of its layers is swapped."""
+
+    def __call__(self, encoder: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Look whether a swapped layer is left."""
+        if not torch.compiler.is_compiling() and not holds_swapped(encoder):
+            self.allow(encoder)
+
+    @staticmethod
+    def allow(encoder: nn.Module) -> None:
+        """Let `encoder` do as before the swap."""
+        if hasattr(encoder, _NESTED):
+            encoder.use_nested_tensor = getattr(encoder, _NESTED)
+            delattr(encoder, _NESTED)
+            take_off(encoder, NestedTensors)
 
 
 class TorchCore(CoreLayer, nn.MultiheadAttention):
@@ -157,7 +176,7 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self._project(query, key, value))
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.num_heads) for t in self._project(query, key, value))
         mask = merge(seen(attn_mask, self.num_heads), seen_keys(key_padding_mask), q.dtype)
         dropout = self.dropout if self.training else 0.0
         refuse_unable(self, mask=mask is not None, dropout=dropout > 0)
@@ -169,7 +188,8 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             out = self.core(q, k, v, **options)
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)  # as torch does
+        out = rearrange(out, "b h n d -> b n (h d)")
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)  # as torch does
         out = out if self.batch_first else out.transpose(0, 1)
         return out if batched else out.squeeze(0 if self.batch_first else 1), weights
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,7 @@ from attnzoo.eviction import cache
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
+from attnzoo.hosts.hooks import holds_swapped
 from attnzoo.hosts.site import (
     Core,
     MixerLayer,
@@ -45,7 +47,6 @@ from attnzoo.hosts.site import (
     looks_like_attention,
     refuse_unable,
     share_state,
-    swapped_record,
 )
 from attnzoo.registry import AttentionInfo, build_policy, describe
 
@@ -200,6 +201,13 @@ class TransformersSite(Site):
                     break
                 except trial.UntriedError:
                     continue  # with the model inside it
+            else:
+                kinds = " and ".join(dict.fromkeys(type(group[0].outer[caller]).__name__ for caller in callers))
+                warnings.warn(
+                    f"{info.name!r} was not tried in {kinds} before the swap, as no copy without weights could be "
+                    "built from its config and called: compare a cached call with the model as it was",
+                    stacklevel=4,
+                )
         return problems
 
     @property
@@ -262,13 +270,13 @@ class TransformersSite(Site):
             self.removed()
         for model in self.outer.values():
             if hasattr(model, BATCHING):
-                vars(model)[BATCHING] = refuse_continuous_batching
+                vars(model)[BATCHING] = RefusesBatching(model)
 
     def removed(self) -> None:
         """Take off the models round this layer what only a swapped one needs."""
         saving.detach(list(self.outer.values()))
         for model in self.outer.values():
-            if BATCHING in vars(model) and all(swapped_record(module) is None for module in model.modules()):
+            if BATCHING in vars(model) and not holds_swapped(model):
                 vars(model).pop(BATCHING, None)
         if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
             cache.drop_hook(self.owner)
@@ -340,18 +348,27 @@ def _error(twin: trial.Twin, caller: str, sites: list[TransformersSite], info: A
     return twin.error({inside(site.path): partial(put, site) for site in sites})
 
 
-def refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
-    """Stand in a swapped model for what starts continuous batching, whose workers log errors and return no text.
+class RefusesBatching:
+    """Stands in a swapped model for what starts continuous batching, whose workers log errors and return no text."""
 
-    Raises
-    ------
-    UnsupportedError
-        Always.
-    """
-    raise UnsupportedError(
-        "continuous batching (generate_batch) brings a cache and attention functions of its own, which a swapped model "
-        "cannot use; call generate, or restore_attention first"
-    )
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Start it if nothing of the swap is left in the model.
+
+        Raises
+        ------
+        UnsupportedError
+            If a layer of the model is swapped.
+        """
+        if holds_swapped(self.model):
+            raise UnsupportedError(
+                "continuous batching (generate_batch) brings a cache and attention functions of its own, which a "
+                "swapped model cannot use; call generate, or restore_attention first"
+            )
+        vars(self.model).pop(BATCHING, None)
+        return getattr(self.model, BATCHING)(*args, **kwargs)
 
 
 def _causal_form(info: AttentionInfo) -> str:

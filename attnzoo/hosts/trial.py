@@ -3,8 +3,9 @@
 What a model does with its cache is not to be read from its code: some make a cache of their own, some put other keys
 into it than they attend to, some make masks for their layers that a hook cannot read. So the swap is tried: a model of
 the same class and config, on PyTorch's meta device, is swapped and called twice, for a prompt and for a token more.
-Where a model looks at numbers on its way (and so cannot run on meta), its weights are zeros that share one number's
-memory. The user's model is neither called nor copied, and no random number is drawn.
+Where that fails, it is tried again on the CPU, with weights that are zeros and share one number's memory: a model may
+look at numbers on its way, which meta has not. The user's model is neither called nor copied, and no random number is
+drawn.
 """
 
 from __future__ import annotations
@@ -74,8 +75,13 @@ class Twin:
         error = self._error(put)
         if error is None:
             return None
-        if self.device.type == "meta" and ("meta" in error or not self._works):  # a number was looked at
-            return self._on_cpu.error(put)
+        if self.device.type == "meta":
+            try:
+                return self._on_cpu.error(put)
+            except UntriedError:  # some operators take no weights that share their memory
+                if self._works:
+                    return error
+                raise
         if not self._works:
             raise UntriedError
         return error

@@ -86,7 +86,7 @@ def cache_arguments(model: Any, cache: Any) -> dict[str, Any]:
         If the model takes no cache.
     """
     name = cache_argument(type(model).forward)
-    if name is None and "kwargs" in parameters(type(model).forward):
+    if name is None and keywords(type(model).forward) is not None:
         name = facts().cache_argument
     if name is None:
         raise UnsupportedError(f"{type(model).__name__} takes no key/value cache")
@@ -125,7 +125,7 @@ def takes_cache(module: Any) -> bool:
 def passes_down(module: Any) -> bool:
     """Whether a module takes keyword arguments it does not know, and hands them on."""
     forward = type(module).forward
-    name = next((p.name for p in parameters(forward).values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    name = keywords(forward)
     if name is None:
         return False
     try:
@@ -170,6 +170,11 @@ def parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     found = dict(inspect.signature(forward).parameters)
     found.pop("self", None)
     return found
+
+
+def keywords(forward: Callable[..., Any]) -> str | None:
+    """Name of the parameter that takes the keyword arguments a method does not know; None if there is none."""
+    return next((p.name for p in parameters(forward).values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
 
 
 def _code(layer: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import ShapeError, UnsupportedError
+from attnzoo.hosts.hooks import CallHook, Listening, take_off
 from attnzoo.hosts.site import MixerLayer, ancestors
 
 PREFIX: dict[str, Callable[[Any], int]] = {  # tokens before the patches, by the type of model
@@ -29,21 +30,25 @@ PREFIX: dict[str, Callable[[Any], int]] = {  # tokens before the patches, by the
 _OUTPUTS = ("o_proj", "out_proj")
 
 
-class GridOfCall:
+class GridOfCall(CallHook):
     """The patch grid of the call under way, and whether its caller gave a mask: hooks write them, mixers read them."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.size = (0, 0)
         self.masked = False
 
     def __call__(self, convolution: Any, inputs: tuple[Any, ...]) -> None:
         """Read the grid from the image ``(B, C, H, W)`` that goes into the convolution."""
+        if self.leave_unheard(convolution):
+            return
         (height, width), (rows, columns) = inputs[0].shape[-2:], convolution.stride
         self.size = (height // rows, width // columns)
 
     def see_mask(self, encoder: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """See whether a mask is among what goes into the encoder."""
-        self.masked = named.get("attention_mask") is not None
+        if not self.leave_unheard(encoder):
+            self.masked = named.get("attention_mask") is not None
 
 
 class VisionMixer(MixerLayer):
@@ -52,6 +57,7 @@ class VisionMixer(MixerLayer):
     def __init__(self, mixer: nn.Module, grid: GridOfCall, prefix: int) -> None:
         super().__init__(mixer)
         self.grid, self.prefix = grid, prefix
+        self.listening: Listening | None = None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -91,17 +97,14 @@ class Patches:
             hook = layer.grid
             self.convolution.register_forward_pre_hook(hook)
             self.encoder.register_forward_pre_hook(hook.see_mask, with_kwargs=True)
-        layer.grid = hook
+        layer.grid, layer.listening = hook, hook.listen()
 
     def detach(self) -> None:
         """Take the hook off, unless a mixer of the encoder still reads it."""
         if any(isinstance(module, VisionMixer) for module in self.encoder.modules()):
             return
         for module in (self.convolution, self.encoder):
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), GridOfCall):
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+            take_off(module, GridOfCall)
 
 
 def patches_of(path: str, layers: Mapping[str, Any]) -> Patches | None:

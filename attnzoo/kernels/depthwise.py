@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
@@ -82,10 +83,10 @@ def depthwise2d_product(
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """Convolve by torch; see `depthwise2d`."""
-    image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)  # channels-last in memory
+    image = rearrange(x, "b (h w) c -> b c h w", h=height, w=width)  # channels-last in memory
     own = bias if bias.dim() == 1 else None
     image = F.conv2d(image, weight, own, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-    out = image.permute(0, 2, 3, 1).flatten(1, 2)
+    out = rearrange(image, "b c h w -> b (h w) c")
     return out if own is not None else out + bias.unsqueeze(1)
 
 
@@ -243,11 +244,11 @@ def _backward_by_torch(
     grad: Tensor, x: Tensor, weight: Tensor, height: int, width: int, wanted: list[bool], an_image: bool
 ) -> list[Tensor]:
     """The gradients, in a way that can be differentiated again."""
-    images = [t.unflatten(1, (height, width)).permute(0, 3, 1, 2) for t in (grad, x)]
+    images = [rearrange(t, "b (h w) c -> b c h w", h=height, w=width) for t in (grad, x)]
     channels, half = weight.shape[0], weight.shape[-1] // 2
     shape = ([channels], [1, 1], [half, half], [1, 1], False, [0, 0], channels, [*wanted[:2], False])
     image, taps, _ = torch.ops.aten.convolution_backward(*images, weight, *shape)
-    grads = [None if image is None else image.permute(0, 2, 3, 1).flatten(1, 2), taps]
+    grads = [None if image is None else rearrange(image, "b c h w -> b (h w) c"), taps]
     grads.append(grad.sum(1) if an_image else grad.sum((0, 1)))
     return [g for g, asked in zip(grads, wanted, strict=True) if asked]
 

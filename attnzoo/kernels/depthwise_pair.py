@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
@@ -126,10 +127,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, grid: tuple[int, i
     if not x.numel():
         return x
     size, an_image = weight.shape[-1], bias is not None and bias.dim() == 2
-    rows = x.unflatten(1, grid).flatten(0, 1).mT
+    rows = rearrange(x, "b (h w) c -> (b h) c w", h=grid[0], w=grid[1])
     rows = F.pad(rows, (size - 1, 0) if causal else (size // 2, size // 2))
-    out = F.conv1d(rows, weight, None if an_image else bias, groups=len(weight)).mT
-    out = out.unflatten(0, (x.shape[0], grid[0])).flatten(1, 2)
+    out = F.conv1d(rows, weight, None if an_image else bias, groups=len(weight))
+    out = rearrange(out, "(b h) c w -> b (h w) c", h=grid[0])
     return out + bias.unsqueeze(1) if bias is not None and an_image else out
 
 

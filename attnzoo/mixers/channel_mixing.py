@@ -7,6 +7,7 @@ once. They start with the variance of the output that of the input, and biases a
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from attnzoo.errors import OptionError
@@ -70,8 +71,9 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, N, C)`` to ``(B, N, copies * C)``."""
-        grouped = x.unflatten(-1, self.weight.shape[1::2])
-        return torch.einsum("bngi,kgoi->bnkgo", grouped, self.weight).flatten(-3) + self.bias
+        grouped = rearrange(x, "b n (g i) -> b n g i", g=self.weight.shape[1])
+        out = torch.einsum("bngi,kgoi->bnkgo", grouped, self.weight)
+        return rearrange(out, "b n k g o -> b n (k g o)") + self.bias
 
 
 class Copies(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,13 +22,13 @@ def check_heads(dim: int, num_heads: int) -> tuple[int, int]:
 
 def split_heads(qkv: Tensor, num_heads: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``(B, N, 3 * C)`` into three ``(B, H, N, D)``; where `mask` ``(B, N, 1)`` is False they are 0."""
-    q, k, v = hide(qkv, mask).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = rearrange(hide(qkv, mask), "b n (qkv h d) -> qkv b h n d", qkv=3, h=num_heads)
     return q, k, v
 
 
 def join_heads(x: Tensor) -> Tensor:
     """Join ``(B, H, N, D)`` to ``(B, N, H * D)``."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h n d -> b n (h d)")
 
 
 def unit(x: Tensor, p: float, dim: int) -> Tensor:

@@ -21,6 +21,7 @@ import math
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,7 +101,7 @@ class Hyena(nn.Module):
         *gates, last, v = zip(streams, *(t.chunk(self.order + 1) for t in short), strict=True)
         place = {**line.place, "causal": not self.bidirectional}
         product = depthwise_pair(*v, *last, **place).mT  # padding is 0 here and after each product below
-        taps = self.filters(x.shape[1]).unflatten(1, (self.order - 1, self.dim)).unbind(1)
+        taps = rearrange(self.filters(x.shape[1]), "k (order c) n -> order k c n", c=self.dim)
         skips = self.filters.bias.chunk(self.order - 1)
         for gate, h, skip in zip(reversed(gates), taps, skips, strict=True):
             convolved = long_convolution(product, h) + skip.unsqueeze(-1) * product
@@ -155,7 +156,7 @@ class ImplicitFilter(nn.Module):
         for layer in self.layers:
             h = torch.sin(self.frequency * layer(h))
         decay = torch.exp(-time * self.decay).to(h.dtype)
-        return (self.last(h).unflatten(1, (self.directions, -1)) * decay.unsqueeze(1)).permute(1, 2, 0)
+        return rearrange(self.last(h), "n (k c) -> k c n", k=self.directions) * decay.mT
 
 
 def long_convolution(x: Tensor, taps: Tensor) -> Tensor:

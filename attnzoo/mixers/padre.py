@@ -135,7 +135,13 @@ class Padre(nn.Module):
     def abilities(*, token_mixing: str = "conv2d", output: str = "last", **options: object) -> dict[str, bool]:
         """Say which capabilities hang on the options."""
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
-        return {"causal": kind.causal, "grid": kind.needs_grid, "decode": kind.causal and output != "element_sum"}
+        alike = output != "element_sum"  # which has weights for each token
+        return {
+            "causal": kind.causal,
+            "grid": kind.needs_grid,
+            "any_order": kind.any_order and alike,
+            "decode": kind.causal and alike,
+        }
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Mix tokens ``(B, N, C)``; see `attnzoo.mixers` for grid, prefix and mask.

@@ -12,6 +12,7 @@ patches do not see it.
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,12 +55,12 @@ class Pooling(nn.Module):
         check_tokens(x, self.dim, mask)
         canvas = Canvas.of(x, grid, prefix, mask)
         head, patches = canvas.lay(x)
-        image = patches.unflatten(1, (canvas.height, canvas.width)).permute(0, 3, 1, 2)
+        image = rearrange(patches, "b (h w) c -> b c h w", h=canvas.height)
         pooled = self._pool(image)
         if canvas.patch_mask is not None:  # the mean of those that are real
-            real = canvas.patch_mask.unflatten(1, (canvas.height, canvas.width)).permute(0, 3, 1, 2).to(x.dtype)
+            real = rearrange(canvas.patch_mask, "b (h w) 1 -> b 1 h w", h=canvas.height).to(x.dtype)
             pooled = pooled / self._pool(real).clamp(min=torch.finfo(x.dtype).tiny)
-        mixed = pooled.permute(0, 2, 3, 1).flatten(1, 2) - patches
+        mixed = rearrange(pooled, "b c h w -> b (h w) c") - patches
         if not prefix:
             return canvas.take(head, mixed)
         head_sum, head_count = token_sum(head, canvas.prefix_mask)

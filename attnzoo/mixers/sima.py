@@ -36,8 +36,6 @@ class Sima(nn.Module):
         For a value that an option cannot take.
     """
 
-    any_order = True  # of tokens: they may be shuffled, and some left out
-
     def __init__(self, dim: int, num_heads: int = 1) -> None:
         super().__init__()
         self.dim, self.num_heads = check_heads(dim, num_heads)

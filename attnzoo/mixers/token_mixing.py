@@ -43,6 +43,7 @@ class TokenMixing(nn.Module, ABC):
 
     needs_grid: ClassVar[bool] = False
     causal: ClassVar[bool] = False
+    any_order: ClassVar[bool] = False
 
     def __init__(self, channels: int, *, kernel_size: int, tokens: int | None, mix_prefix: bool) -> None:
         super().__init__()
@@ -251,6 +252,8 @@ class DenseTokens(TokenMixing):
 
 class NoTokenMixing(TokenMixing):
     """The identity."""
+
+    any_order = True
 
     def layout(self, x: Tensor, grid: Grid | None, prefix: int, mask: Tensor | None) -> Canvas:
         """As the tokens come."""

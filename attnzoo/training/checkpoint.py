@@ -17,7 +17,7 @@ from pathlib import Path
 
 from attnzoo import files
 from attnzoo.assets import sha256_of
-from attnzoo.errors import TrainingError
+from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.units import megabytes
 
 MANIFEST = "manifest.json"
@@ -99,12 +99,24 @@ def problem(folder: Path) -> str | None:
 
 
 def newest_good(parent: Path) -> Path | None:
-    """The newest checkpoint that is whole; those after it are refused with a warning that names them."""
+    """The newest checkpoint that is whole, or None where none was written; a warning names each that is refused.
+
+    Raises
+    ------
+    ConfigError
+        If checkpoints were written and none of them is whole.
+    """
+    refused: dict[Path, str] = {}
     for folder in reversed(all_checkpoints(parent)):
         wrong = problem(folder)
         if wrong is None:
+            for each, reason in refused.items():
+                warnings.warn(f"checkpoint {each} is refused: {reason}; {folder.name} is used", stacklevel=2)
             return folder
-        warnings.warn(f"checkpoint {folder} is refused: {wrong}; an earlier one is used", stacklevel=2)
+        refused[folder] = wrong
+    if refused:
+        told = "; ".join(f"{folder.name}: {reason}" for folder, reason in refused.items())
+        raise ConfigError(f"{parent} has no usable checkpoint ({told}); begin anew with resume=never")
     return None
 
 

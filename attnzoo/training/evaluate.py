@@ -16,6 +16,14 @@ from attnzoo.training.model import logits
 BINS = 15  # of the calibration error
 
 
+def has_top5(classes: int | None) -> bool:
+    """Whether there is a top-5 accuracy: with five classes or fewer every class is among five answers.
+
+    `None`, where an earlier version wrote no number of classes, is taken for many.
+    """
+    return classes is None or classes > 5
+
+
 @dataclass(frozen=True)
 class Answers:
     """A classifier's answers, image by image, in the order of the images.
@@ -93,11 +101,12 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     training = model.training
     model.eval()
-    rows = []
+    rows, reasons = [], dict[int, str]()
     with torch.inference_mode():
-        for x, y, index in loader:
+        for x, y, index, *told in loader:
             scores = logits(model, x.to(accelerator.device, non_blocking=True)).float()
-            check_classes(y, scores.shape[1])
+            check_classes(y[y != NO_CLASS], scores.shape[1])
+            reasons.update(zip(index.tolist(), *told, strict=True) if told else ())
             y, index = y.to(scores.device), index.to(scores.device)
             confidence, answer = scores.softmax(-1).max(-1)
             among = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).any(-1)
@@ -109,6 +118,8 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
     table = table[table[:, 0] >= 0]  # without those that only fill a share up
     table = table[np.argsort(table[:, 0], kind="stable")]
     read, lost = table[table[:, 1] != NO_CLASS], table[table[:, 1] == NO_CLASS][:, 0].astype(np.int64)
-    Unreadable(getattr(images, "source", None), len(table), "test image").note(lost.tolist())
+    Unreadable(getattr(images, "source", None), len(table), "test image").note(
+        lost.tolist(), [reasons.get(at, "") for at in lost.tolist()] if reasons else []
+    )
     index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
     return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, lost)

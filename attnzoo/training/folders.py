@@ -69,7 +69,8 @@ class ImageFolder:
     Raises
     ------
     ConfigError
-        If the folder cannot be read, a class has no image, or `class_map` is no numbering from 0 on.
+        If the folder cannot be read, a class has no image, links of two classes lead to one folder, or `class_map` is
+        no numbering from 0 on.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class ImageFolder:
     ) -> None:
         self.folder, self.mode, self.left_out = folder, mode, LeftOut()
         self._suffixes = image_suffixes() if suffixes is None else suffixes
-        self._own, self._followed = os.path.realpath(folder), set[str]()
+        self._own = os.path.realpath(folder)
+        self._followed: dict[str, str] = {}  # folders beyond links, and the class that each is read for
         found = dict(self._class_folders(class_map))
         if not any(found.values()):
             told = f"; left out: {self.left_out}" if self.left_out.counts else ""
@@ -117,16 +119,11 @@ class ImageFolder:
                 self.left_out.note(STRAY, entry.name)
                 continue
             linked = entry.is_symlink()
-            if linked and os.path.realpath(entry.path) in self._followed:
-                raise ConfigError(
-                    f"data: {entry.path!r} leads to {os.path.realpath(entry.path)!r}, whose images are of another "
-                    "class already; mend or remove the link"
-                )
-            if linked and self._read_anyway(entry.path):
+            if linked and self._read_anyway(entry.path, entry.name):
                 self.left_out.note(LINK, entry.name)
                 continue
             before = self.left_out.counts.copy()
-            files = list(self._images(entry.path, linked))
+            files = list(self._images(entry.path, entry.name, linked))
             if class_map is not None and entry.name not in class_map:
                 if files:
                     self.left_out.note(UNMAPPED, entry.name, len(files))
@@ -140,16 +137,19 @@ class ImageFolder:
                     "images that PIL does not read must be converted"
                 )
 
-    def _images(self, folder: str, linked: bool) -> Iterator[str]:
+    def _images(self, folder: str, name: str, linked: bool) -> Iterator[str]:
+        """Images of the class `name` in a folder at any depth; `linked` where that lies beyond a link."""
+        if linked:
+            self._followed[os.path.realpath(folder)] = name
         for entry in _entries(folder):
             if self._hidden(entry):
                 continue
             if _is_folder(entry):
                 beyond = linked or entry.is_symlink()
-                if beyond and self._read_anyway(entry.path):
+                if beyond and self._read_anyway(entry.path, name):
                     self.left_out.note(LINK, self._below(entry))
                 else:
-                    yield from self._images(entry.path, beyond)
+                    yield from self._images(entry.path, name, beyond)
             elif os.path.splitext(entry.name)[1].lower() in self._suffixes:
                 yield entry.path
             else:
@@ -164,13 +164,24 @@ class ImageFolder:
             self.left_out.note(HIDDEN, self._below(entry), count)
         return True
 
-    def _read_anyway(self, path: str) -> bool:
-        """Whether a folder that a link leads to is in the split, around it, or was read by another link."""
+    def _read_anyway(self, path: str, name: str) -> bool:
+        """Whether a folder beyond a link is in the split, around it, or read by another link of the class `name`.
+
+        Raises
+        ------
+        ConfigError
+            If it is read by a link of another class.
+        """
         real = os.path.realpath(path)
-        if _within(real, self._own) or _within(self._own, real) or real in self._followed:
+        if _within(real, self._own) or _within(self._own, real):
             return True
-        self._followed.add(real)
-        return False
+        owner = self._followed.get(real, name)
+        if owner != name:
+            raise ConfigError(
+                f"data: {path!r} leads to {real!r}, whose images are of another class already, {owner!r}; mend or "
+                "remove the link"
+            )
+        return real in self._followed
 
     def _below(self, entry: os.DirEntry[str]) -> str:
         return os.path.relpath(entry.path, self.folder)

@@ -6,7 +6,6 @@ import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast, overload
 
@@ -24,9 +23,11 @@ from attnzoo.training.config import FOLDERS, AugmentConfig, DataConfig
 from attnzoo.training.folders import ImageFolder
 from attnzoo.training.randomness import reseed, seed_of
 
-UNREADABLE_SHARE = 0.01  # more than that of a data set stops a run
+UNREADABLE_SHARE = 0.01  # more than that of a data set, and more than one image, stops a run
 MOST_TRIES = 100
+MOST_TOLD = 20  # images in a message
 LOOKED_AT = 100  # images of each split, before any work
+MOST_LOOKED_AT = 10  # of them that may be unreadable where there are more images: 1% of all would be about one
 NO_CLASS = -1
 ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
 ORDER, AUGMENT, SUBSET = 1, 2, 3  # keys that keep the random numbers of different purposes apart
@@ -62,7 +63,7 @@ class Source(Protocol):
 class Splits:
     """What a config's data are: sources, or streams, which have an order of their own.
 
-    `left_out` says, in a line for each split, what is in its folder and is not read.
+    `left_out` says, in lines that name the split, what is in its folder and is not read, or cannot be.
     """
 
     train: Source | IterableDataset[Any]
@@ -119,11 +120,11 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
             f"data: there is one class alone ({names}), and a classifier needs two or more. In folders, each folder in "
             f"{data.train!r} and {data.test!r} is a class"
         )
-    left_out = tuple(
+    left_out = [
         f"{split}: left out {source.left_out}"
         for split, source in ((data.train, train), (data.test, test))
         if isinstance(source, ImageFolder) and source.left_out.counts
-    )
+    ]
     images = len(cast(Any, train))
     if data.train_images is not None:
         if isinstance(train, IterableDataset):
@@ -134,31 +135,46 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
         train, images = _Subset(train, np.sort(chosen)), data.train_images
     for split, source in ((data.train, train), (data.test, test)):
         if not isinstance(source, IterableDataset):
-            _look(source, split)
-    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, left_out)
+            left_out += _look(source, split)
+    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, tuple(left_out))
 
 
-def _look(source: Source, split: str) -> None:
-    """Read some images all over a source, and refuse it if more than 1% of them have pixels of an unknown range.
+def _most_unreadable(images: int) -> int:
+    """How many of so many images may be unreadable."""
+    return max(1, int(UNREADABLE_SHARE * images))
 
-    Images that are broken are another matter: the few of them are skipped in training and counted.
+
+def _look(source: Source, split: str) -> list[str]:
+    """Read some images all over a source, all of them where they are few, and name those that cannot be read.
+
+    The source is refused if too many are broken, or more than 1% have no class or pixels of an unknown range: that
+    is the way of a data set, and seldom the fault of one file.
     """
     images = len(source)
     looked = sorted({at * images // LOOKED_AT for at in range(LOOKED_AT)}) if images else []
     refused: list[str] = []
+    broken: list[str] = []
     for index in looked:
         try:
             source.read(index)
         except DataError as error:
             refused.append(f"{source.name(index)}: {error}")
-        except ERRORS:
-            continue
+        except ERRORS as error:
+            broken.append(f"{source.name(index)}: {error or type(error).__name__}")
         except Exception as error:  # readers of many libraries
             raise ConfigError(
                 f"data: {split!r}, image {index} cannot be read: {type(error).__name__}: {error}; see data.options"
             ) from error
     if len(refused) > UNREADABLE_SHARE * len(looked):
         raise ConfigError(f"data: of {len(looked)} images of {split!r}, {len(refused)} cannot be used. {refused[0]}")
+    unreadable = refused + broken
+    if len(unreadable) > min(_most_unreadable(images), MOST_LOOKED_AT) or len(unreadable) == len(looked) > 0:
+        listed = "; ".join(unreadable[:MOST_TOLD])
+        raise ConfigError(
+            f"data: of {len(looked)} images of {split!r}, {len(unreadable)} cannot be read, more than "
+            f"{UNREADABLE_SHARE:.0%}. Mend or remove them: {listed}{'; ...' if len(unreadable) > MOST_TOLD else ''}"
+        )
+    return [f"{split}: cannot be read and is left out: {told}" for told in unreadable]
 
 
 def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:
@@ -244,8 +260,7 @@ def _from_timm(
             f"data: {name or 'folder'!r}{where}, split {split!r}: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, IterableDataset):
-        cast(Any, found).transform = partial(to_mode, mode=mode)
-        return found
+        return Stream(found, mode)
     return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
 
 
@@ -296,6 +311,33 @@ class _FromTorchvision:
 
     def name(self, index: int) -> str:
         return f"image {index}"
+
+
+class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
+    """A stream of timm's: image, class and "", or for an image that cannot be used None, -1 and the reason."""
+
+    def __init__(self, dataset: Any, mode: Mode) -> None:
+        self.dataset, self.mode = dataset, mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image | None, int, str]]:
+        for image, target in self.dataset:
+            try:
+                used = to_mode(image, self.mode), _class_of(target), ""
+            except ERRORS as error:
+                yield None, NO_CLASS, str(error) or type(error).__name__
+            else:
+                yield used
+
+    def set_epoch(self, epoch: int) -> None:
+        """As timm's streams have it: the epoch, by which they are shuffled."""
+        self.dataset.set_epoch(epoch)
+
+    def set_loader_cfg(self, num_workers: int) -> None:
+        """As timm's streams have it: how many processes will read."""
+        self.dataset.set_loader_cfg(num_workers=num_workers)
 
 
 class _Digits:
@@ -381,12 +423,12 @@ def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, An
 
 
 def check_classes(targets: Tensor, classes: int) -> None:
-    """Raise `TrainingError` where a class ``(B,)`` is beyond the classes that there are."""
-    most = int(targets.max()) if targets.numel() else NO_CLASS
-    if most >= classes:
+    """Raise `TrainingError` where a class ``(B,)`` is none of those that there are."""
+    wrong = targets[(targets < 0) | (targets >= classes)]
+    if wrong.numel():
         raise TrainingError(
-            f"an image has class {most}, but there are {classes} classes, 0 to {classes - 1}: mend data.classes, or "
-            "the labels"
+            f"an image has class {int(wrong[0])}, but there are {classes} classes, 0 to {classes - 1}: mend "
+            "data.classes, or the labels"
         )
 
 
@@ -433,31 +475,59 @@ class TestImages(Dataset[tuple[Tensor, int, int]]):
         return torch.zeros(self.shape), NO_CLASS, index
 
 
-class TestStream(IterableDataset[tuple[Tensor, int, int]]):
-    """Images of a stream as they are tested, in its order: image, class, number."""
+class TestStream(IterableDataset[tuple[Tensor, int, int, str]]):
+    """Images of a stream as they are tested, in its order: image, class, number, and why it cannot be used.
+
+    Class -1, of what cannot be used, does not count.
+    """
 
     __test__ = False
 
-    def __init__(self, stream: Any, transform: Any) -> None:
-        self.stream, self.transform = stream, transform
+    def __init__(self, stream: Any, transform: Any, shape: tuple[int, int, int]) -> None:
+        self.stream, self.transform, self.shape = stream, transform, shape
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        for number, (image, target) in enumerate(self.stream):
-            yield self.transform(image), int(target), number
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
+        for number, (image, target, reason) in enumerate(self.stream):
+            yield torch.zeros(self.shape) if image is None else self.transform(image), target, number, reason
 
 
-class StreamImages(IterableDataset[tuple[Tensor, int, int]]):
-    """A stream of timm's, augmented by keys that count its images."""
+class StreamImages(IterableDataset[tuple[Tensor, int, int, str]]):
+    """A `Stream`, augmented by keys that count its images: image, class, and number and reason of what it stands for.
 
-    def __init__(self, stream: Any, transform: Any, seed: int, rank: int) -> None:
-        self.stream, self.transform, self.seed, self.rank, self.epoch = stream, transform, seed, rank, 0
+    The number is -1, but where the image stands in for one that cannot be used, so that batches keep their size: the
+    next that can be used does, at the stream's end the last.
+    """
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+    def __init__(self, stream: Any, transform: Any, seed: int, rank: int, world: int = 1) -> None:
+        self.stream, self.transform, self.seed, self.rank, self.world = stream, transform, seed, rank, world
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
         worker = torch.utils.data.get_worker_info()
-        number = 0 if worker is None else worker.id
-        for count, (image, target) in enumerate(self.stream):
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        bad: list[tuple[int, str]] = []
+        last: tuple[Image.Image, int] | None = None
+
+        def augmented(image: Image.Image, target: int, count: int, reason: str) -> tuple[Tensor, int, int, str]:
             reseed(self.seed, AUGMENT, self.epoch, self.rank, number, count)
-            yield self.transform(image), int(target), -1
+            place = (count * workers + number) * self.world + self.rank
+            return self.transform(image), target, place if reason else -1, reason
+
+        for count, (image, target, reason) in enumerate(self.stream):
+            if image is None:
+                bad.append((count, reason))
+                if len(bad) == MOST_TRIES:
+                    break
+                continue
+            last = image, target
+            for place, why in (*bad, (count, "")):
+                yield augmented(image, target, place, why)
+            bad = []
+        if bad and (last is None or len(bad) == MOST_TRIES):
+            raise TrainingError(f"{len(bad)} images of the stream, one after the other, cannot be used: {bad[0][1]}")
+        for place, why in bad:
+            assert last is not None
+            yield augmented(*last, place, why)
 
 
 class Epoch(Sequence[Draw]):
@@ -536,31 +606,40 @@ def share_of(
 
 
 class Unreadable:
-    """Images that could not be read: counted once each, listed, and at more than 1% of all the end of a run."""
+    """Images that could not be read: counted once each and listed; more than one, and more than 1% of all, end a run.
+
+    Without `source` they are those of a stream, which tells the reasons itself.
+    """
 
     def __init__(self, source: Source | None, images: int, kind: str = "image") -> None:
         self.source, self.images, self.kind, self.found = source, images, kind, set[int]()
+        self.reasons: dict[int, str] = {}
 
-    def note(self, indices: Iterable[int]) -> None:
-        """Take note of some; -1 stands for none.
+    def note(self, indices: Iterable[int], reasons: Sequence[str] = ()) -> None:
+        """Take note of some, and of the reasons where they are told; -1 stands for none.
 
         Raises
         ------
         TrainingError
             If they are too many.
         """
+        indices = list(indices)
+        self.reasons.update(zip(indices, reasons, strict=False))
         for index in sorted({index for index in indices if index >= 0} - self.found):
             self.found.add(index)
             warnings.warn(f"{self.kind} {self.name(index)} cannot be read: {self.reason(index)}", stacklevel=2)
-        if len(self.found) > UNREADABLE_SHARE * self.images:
+        if len(self.found) > _most_unreadable(self.images):
             found = sorted(self.found)
             raise TrainingError(
                 f"{len(self.found)} of {self.images} {self.kind}s cannot be read, more than {UNREADABLE_SHARE:.0%}: "
-                f"{', '.join(map(self.name, found[:20]))}. Mend or remove them. The first: {self.reason(found[0])}"
+                f"{', '.join(map(self.name, found[:MOST_TOLD]))}. Mend or remove them. The first: "
+                f"{self.reason(found[0])}"
             )
 
     def reason(self, index: int) -> str:
-        """Why one cannot be read, found by reading it again."""
+        """Why one cannot be read: what was told, or found by reading it again."""
+        if index in self.reasons:
+            return self.reasons[index]
         try:
             if self.source is not None:
                 self.source.read(index)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,7 +110,7 @@ class Training:
         self.train_transform, test_transform = transforms(config.data, augment)
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         if isinstance(splits.test, IterableDataset):
-            self.test: TestImages | TestStream = TestStream(splits.test, test_transform)
+            self.test: TestImages | TestStream = TestStream(splits.test, test_transform, shape)
         else:
             self.test = TestImages(splits.test, test_transform, shape)
         if accelerator.device.type == "cuda":
@@ -145,8 +145,8 @@ class Training:
         batches = self._batches()
         while progress.step < self.total:
             start = time.perf_counter()
-            x, y, unreadable = next(batches)
-            self.unreadable.note(unreadable.tolist())
+            x, y, unreadable, *reasons = next(batches)
+            self.unreadable.note(unreadable.tolist(), *reasons)
             check_classes(y, self.splits.classes)
             progress.loss += self._step(x, y)
             self.step_seconds.append(seconds := time.perf_counter() - start)
@@ -221,7 +221,7 @@ class Training:
             f"{where}. {left}. Try a lower recipe.lr, recipe.clip_grad_norm, or another precision."
         )
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Sequence[Any]]:
         data, accelerator = self.config.data, self.accelerator
         options: dict[str, Any] = {"num_workers": data.workers, "pin_memory": accelerator.device.type == "cuda"}
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -241,12 +241,14 @@ class Training:
             )
             yield from DataLoader(images, batch_sampler=sampler, **options)
             return
-        stream = StreamImages(train, self.train_transform, self.run.seed, rank)
+        stream = StreamImages(train, self.train_transform, self.run.seed, rank, world)
         train.set_loader_cfg(num_workers=data.workers)
         for epoch in range(self.progress.step // self.steps, self.config.recipe.epochs):
             train.set_epoch(epoch)
             stream.epoch = epoch
             skip = self.progress.step % self.steps
+            if not skip:
+                self.unreadable.found.clear()  # a shuffled stream has the same image elsewhere in each epoch
             loader = iter(DataLoader(stream, batch_size=self.local, drop_last=True, **options))
             for number in range(self.steps):
                 batch = next(loader, None)
@@ -342,6 +344,7 @@ class Training:
             "steps": progress.step,
             "log": progress.epochs,
             "test": found,
+            "classes": self.splits.classes,
             "parameters": self.parameters,
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
-from attnzoo.errors import AttnZooError, ConfigError, TrainingError
+from attnzoo.errors import AttnZooError, ConfigError, TrainingError, WeightsError
 from attnzoo.extras import require
 from attnzoo.tasks import classify
 from attnzoo.training.config import ClassifyConfig, ModelConfig, Run, TrainedAttention
 from attnzoo.training.images import transforms
+from attnzoo.weights import load_weights
 
 # of a config of transformers: what the data decide, and what building a model does not need
 _OF_THE_DATA = frozenset(
@@ -248,18 +249,11 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], config: ModelConfig, cl
                 f"model.weights: {str(config.weights)!r} is of {len(value)} classes, the data have {classes}; "
                 "model.new_head=true leaves its classifier out"
             )
-    allowed = {key for key in own if config.new_head and key.startswith(head)}
-    problems = [f"missing {key}" for key in own if key not in state and key not in allowed]
-    problems += [f"unknown {key}" for key in state if key not in own]
-    problems += [
-        f"{key}: {tuple(value.shape)} for {tuple(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ConfigError(f"model.weights: {str(config.weights)!r} does not fit: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict(dict(state), strict=False)
+    kept = {key: value for key, value in own.items() if config.new_head and key.startswith(head)}
+    try:
+        load_weights(model, {**kept, **state})
+    except WeightsError as error:
+        raise ConfigError(f"model.weights: {str(config.weights)!r} does not fit: {error}") from error
 
 
 def check_all(config: ClassifyConfig, classes: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.training import checkpoint
 from attnzoo.training.config import ClassifyConfig, Run, flat, load_config
+from attnzoo.training.evaluate import has_top5
 from attnzoo.training.images import Splits, open_splits
 from attnzoo.training.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.training.model import check_all
@@ -35,7 +38,8 @@ Decision = Literal["train", "done", "busy"]
 def train_all(config: ClassifyConfig, console: Console | None = None) -> list[dict[str, Any]]:
     """Train every run of `config` that is not done yet, and give the results of all that are.
 
-    A run that another process is training is left to it, so that the same command, started twice, shares the work.
+    A run that another process is training is left to it, so that the same command, started twice, shares the work; it
+    is looked at once more at the end. See `left_to_others`.
 
     Raises
     ------
@@ -46,9 +50,12 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     TrainingError
         If a training cannot go on.
     """
-    require("timm", "accelerate", "safetensors", *config.trackers, extra="train")
+    in_extra = [tracker for tracker in config.trackers if tracker != "wandb"]
+    require("timm", "accelerate", "safetensors", *in_extra, extra="train")
+    require(*(tracker for tracker in config.trackers if tracker not in in_extra), extra=None)
     from accelerate import PartialState
 
+    config.check_folder(*(run.name for run in config.runs()))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
@@ -64,20 +71,35 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     steps_an_epoch(config, splits)
     local_batch(config, state.num_processes)
     check_all(config, splits.classes)
-    results = []
-    for run in config.runs():
-        with _claimed(run, splits, state.is_main_process) as claim:
-            decision = _agreed(claim, state.num_processes)
-            if decision == "busy":
-                console.print(f"{run.name}: another process is training it", highlight=False)
-                continue
-            if decision == "train":
-                with _bar(console, run.name) as tell:
-                    _train(run, splits, tell, console)
-                if state.is_main_process:
-                    console.print(f"{run.name}: {said(_result(run))}", highlight=False)
-            results.append(_result(run))
-    return results
+    results: dict[str, dict[str, Any]] = {}
+    runs = config.runs()
+    busy = [run for run in runs if not _done(run, splits, state, console, results)]
+    for run in busy:  # it may be done by now, or broken off; what another process did is not set aside
+        again = replace(run, config=config.model_copy(update={"resume": "auto"}))
+        _done(again, splits, state, console, results)
+    return [results[run.name] for run in runs if run.name in results]
+
+
+def left_to_others(config: ClassifyConfig, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Name the runs of `config` that are not among the results of `train_all`: other processes are training them."""
+    there = {(result["label"], result["seed"]) for result in results}
+    return [run.name for run in config.runs() if (run.label, run.seed) not in there]
+
+
+def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[str, dict[str, Any]]) -> bool:
+    """Train a run, if that is still to be done, and add its result; False where another process is training it."""
+    with _claimed(run, splits, state.is_main_process) as claim:
+        decision = _agreed(claim, state.num_processes)
+        if decision == "busy":
+            console.print(f"{run.name}: another process is training it", highlight=False)
+            return False
+        if decision == "train":
+            with _bar(console, run.name) as tell:
+                _train(run, splits, tell, console)
+            if state.is_main_process:
+                console.print(f"{run.name}: {said(_result(run))}", highlight=False)
+        results[run.name] = _result(run)
+    return True
 
 
 def check_device(config: ClassifyConfig, device: torch.device) -> None:
@@ -94,7 +116,10 @@ def said(result: dict[str, Any]) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """What was trained: accuracy with its 95% interval over the test images, loss, time and memory."""
+    """What was trained: accuracy with its 95% interval over the test images, loss, time and memory.
+
+    Top-5 is left out where there are five classes or fewer.
+    """
     shown = Table()
     for heading in (
         "attention",
@@ -115,7 +140,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
             result["label"],
             str(result["seed"]),
             f"{test['top1'] / test['images']:.2%} ({low:.2%} to {high:.2%})",
-            f"{test['top5'] / test['images']:.2%}",
+            f"{test['top5'] / test['images']:.2%}" if has_top5(result.get("classes")) else "-",
             f"{test['loss']:.3f}",
             f"{result['parameters']:,}",
             "-" if step is None else f"{step['p50']:.1f}",
@@ -186,7 +211,20 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     files.write_json(about, identity)
     files.write(run.folder / CONFIG, run.config.to_yaml())
     final = run.folder / FINAL
-    return "done" if final.is_dir() and checkpoint.problem(final) is None else "train"
+    wrong = checkpoint.problem(final) if final.is_dir() else "it is not there"
+    if wrong is None:
+        return "done"
+    try:
+        with warnings.catch_warnings():  # the training itself warns of those that are refused
+            warnings.simplefilter("ignore")
+            newest = checkpoint.newest_good(run.folder / CHECKPOINTS)
+    except ConfigError as error:
+        return error
+    if final.is_dir() and newest is None:
+        return ConfigError(f"{final} is damaged ({wrong}), and there is no checkpoint; begin anew with resume=never")
+    if final.is_dir():
+        warnings.warn(f"{final} is refused: {wrong}; the end is trained again from {newest}", stacklevel=2)
+    return "train"
 
 
 def changes(run: Run) -> str:

@@ -28,7 +28,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.training import checkpoint
 from attnzoo.training.config import ClassifyConfig, CostConfig, Run
-from attnzoo.training.evaluate import evaluate
+from attnzoo.training.evaluate import evaluate, has_top5
 from attnzoo.training.images import Splits, TestImages, TestStream, open_splits, transforms
 from attnzoo.training.loop import FINAL, RESULT
 from attnzoo.training.model import ABOUT, WEIGHTS, build, load_trained
@@ -74,6 +74,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     from accelerate import Accelerator
 
+    config.check_folder(FOLDER)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     runs = config.runs()
@@ -94,7 +95,7 @@ def score_all(config: ClassifyConfig, batch: int, console: Console) -> tuple[lis
     _, transform = transforms(config.data, config.augment)
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     if isinstance(splits.test, IterableDataset):
-        images: TestImages | TestStream = TestStream(splits.test, transform)
+        images: TestImages | TestStream = TestStream(splits.test, transform, shape)
     else:
         images = TestImages(splits.test, transform, shape)
     found = []
@@ -192,7 +193,7 @@ def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
             f"{config.model.name} ({options}) {begun} {data} at {config.data.image_size} pixels, {result['epochs']} "
             f"epochs, {scored[0].counted['images']:,} test images"
         ),
-        top5=sum(s.counted["top5"] for s in scored) / images if scored[0].classes > 5 else None,
+        top5=sum(s.counted["top5"] for s in scored) / images if has_top5(scored[0].classes) else None,
         calibration_error=sum(s.counted["calibration_error"] for s in scored) / len(scored),
     )
     measured = quality if dense is None else against(quality, dense)

@@ -206,7 +206,7 @@ from attnzoo.errors import MissingExtraError
 try:
     import attnzoo.bench
 except MissingExtraError as error:
-    assert 'pip install "attnzoo[vision]"' in str(error), error
+    assert "pip install -e '.[vision]'" in str(error), error
 else:
     raise SystemExit("not refused")
 """
@@ -244,3 +244,10 @@ def test_keys_of_images_are_refused_for_language():
         {**SMALL, "language": {"attentions": [{"name": "tova", "options": {"budget": 9}, "tokens": [9]}]}}
     )
     assert "attentions.0.tokens is for vision models alone" in said
+
+
+def test_a_file_that_is_no_text_is_a_sentence(tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"PK\x03\x04\xff\xfe")
+    for load in (load_config, operations.load_config):
+        with pytest.raises(ConfigError, match=r"weights.bin' is no text in UTF-8, so no YAML"):
+            load(tmp_path / "weights.bin")

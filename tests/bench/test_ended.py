@@ -1,7 +1,9 @@
 """How benchmarks and scripts end: exit status and sentence, with what was finished kept."""
 
 import errno
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +14,11 @@ import pytest
 import yaml
 
 from attnzoo.bench.config import validate_config
+from attnzoo.bench.decode.canary import CanaryError
+from attnzoo.bench.decode.cost import GateError
 from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
 from attnzoo.command import check_rows, run_script
-from attnzoo.errors import ConfigError, MissingExtraError
+from attnzoo.errors import ConfigError, DataError, MissingExtraError, RunError, TrainingError
 from eval import bench
 from tests.bench import test_language, test_run
 
@@ -91,7 +95,7 @@ def test_an_unsupported_row_fails_unless_the_config_expects_it(tmp_path, capsys,
     try:
         data = test_run.tiny(tmp_path / "run", attentions=[unable], cost=half)
         rows = [Row("dense", "ok"), Row("no gradient", "unsupported", "its_own has no gradient")]
-        assert check_rows(rows, validate_config(data).unsupported) == status
+        assert check_rows(rows, lambda row: ("vision", row.label) in validate_config(data).unsupported) == status
     finally:
         unregister_attention("its_own")
     told = capsys.readouterr().err
@@ -99,22 +103,38 @@ def test_an_unsupported_row_fails_unless_the_config_expects_it(tmp_path, capsys,
 
 
 class Row:
-    def __init__(self, label, status, message=""):
-        self.label, self.status, self.message = label, status, message
+    def __init__(self, label, status, message="", part="vision"):
+        self.label, self.status, self.message, self.part = label, status, message, part
 
 
 def test_what_is_expected_to_be_unsupported_and_works_is_told(capsys):
-    assert check_rows([Row("a", "ok"), Row("b", "ok")], {"a"}) == 0
+    assert check_rows([Row("a", "ok"), Row("b", "ok")], lambda row: row.label == "a") == 0
     assert "note: a is expected to be unsupported, and works" in capsys.readouterr().err
-    assert check_rows([Row("a", "timeout", "took long"), Row("b", "oom")], {"a"}) == 1
+    assert check_rows([Row("a", "timeout", "took long"), Row("b", "oom")], lambda row: row.label == "a") == 1
     assert "2 of 2 rows did not end well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("expecting", "status"), [("vision", 1), ("language", 0)])
+def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monkeypatch, capsys, expecting, status):
+    """The same label stands in both parts, and only the language model's row of it is unsupported."""
+    data = test_language.tiny(folder, attentions=[{"name": "sdpa", "expect": "unsupported"}])
+    data = {**data, "attentions": [{"name": "sdpa", "expect": "unsupported"}], "output": str(tmp_path / "run")}
+    for part, attentions in {"vision": data["attentions"], "language": data["language"]["attentions"]}.items():
+        if part != expecting:
+            attentions[0].pop("expect")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    rows = [Row("sdpa", "ok", part="vision"), Row("sdpa", "unsupported", "refused", part="language")]
+    monkeypatch.setattr("attnzoo.bench.run.run", lambda config, command: rows)
+    monkeypatch.setattr(bench, "report", lambda path, readme: None)
+    assert bench.main([str(tmp_path / "tiny.yaml")]) == status
+    assert ("note: sdpa is expected to be unsupported" in capsys.readouterr().err) is (expecting == "vision")
 
 
 def test_what_is_expected_changes_no_identity(tmp_path):
     plain = validate_config(test_run.tiny(tmp_path, attentions=["flash"]))
     expecting = validate_config(test_run.tiny(tmp_path, attentions=[{"name": "flash", "expect": "unsupported"}]))
     assert plain.hash == expecting.hash
-    assert validate_config(yaml.safe_load(expecting.to_yaml())).unsupported == {"flash"}
+    assert validate_config(yaml.safe_load(expecting.to_yaml())).unsupported == {("vision", "flash")}
     assert "expect" not in plain.to_yaml()
 
 
@@ -137,9 +157,12 @@ def test_an_output_that_is_a_file_is_a_sentence(tmp_path, capsys, task, folder):
         data |= {"held_out": 2, "recipe": {"steps": 1, "tokens": 16, "batch": 1}}
         main = train_decode.main
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
-    assert main([str(tmp_path / "tiny.yaml")]) == 1
+    assert main([str(tmp_path / "tiny.yaml")]) == 2
     told = capsys.readouterr().err
-    assert str(tmp_path / "file") in told
+    if task == "decode":
+        assert f"output={output} cannot be a folder: {tmp_path / 'file'} is a file; give another" in told
+    else:
+        assert f"output={output} is a file; give a folder" in told
     assert "Traceback" not in told
 
 
@@ -187,6 +210,25 @@ def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
     assert "Traceback" not in told
 
 
+@pytest.mark.parametrize(
+    ("kind", "status", "hint"),
+    [
+        (RunError, 1, True),
+        (TrainingError, 1, True),
+        (GateError, 1, True),
+        (CanaryError, 1, False),
+        (ConfigError, 2, False),
+        (DataError, 2, False),
+    ],
+)
+def test_what_breaks_off_a_run_is_told_from_what_refuses_it(kind, status, hint, capsys):
+    def body():
+        raise kind("it is so")
+
+    assert run_script(body, "do it again") == status
+    assert capsys.readouterr().err == "error: it is so\n" + "do it again\n" * hint
+
+
 def test_errors_that_are_no_users_are_not_hidden():
     def bug():
         raise OSError("no number: a bug of ours")
@@ -205,7 +247,8 @@ def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkey
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
     assert bench.main([str(path)]) == 2
-    assert 'matplotlib not installed; run: pip install "attnzoo[vision]"' in capsys.readouterr().err
+    told = "matplotlib not installed; run: pip install -e '.[vision]', in the clone of attnzoo"
+    assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     from attnzoo.bench.decode import run as decode
 
@@ -219,3 +262,23 @@ def test_expecting_means_nothing_where_all_is_refused_at_once(folder):
     data = {"name": "tiny", "attentions": [{"name": "keydiff", "options": {"budget": 64}, "expect": "unsupported"}]}
     with pytest.raises(ConfigError, match="has no meaning here"):
         validate_decode(data)
+
+
+@pytest.mark.parametrize("script", ["train/classify", "train/detect", "eval/classify"])
+def test_what_a_command_line_lacks_is_what_it_needs(capsys, script):
+    main = importlib.import_module(script.replace("/", ".")).main
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: config")
+
+
+@pytest.mark.parametrize("content", [None, "no markers", b"\xff\xfe"])
+def test_a_readme_that_cannot_be_rewritten_is_told_before_the_page_is_written(tmp_path, capsys, content):
+    records, readme = tmp_path / "quickstart.jsonl", tmp_path / "nope.md"
+    shutil.copy(ROOT / "docs/records/quickstart.jsonl", records)
+    if content is not None:
+        readme.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert bench.main(["--report", str(records), "--readme", str(readme)]) == 2
+    assert "nope.md" in capsys.readouterr().err
+    assert not (tmp_path / "quickstart.html").exists()

@@ -104,6 +104,26 @@ def test_distances_cost_the_product_that_they_are_made_of(mode, products):
     assert traced.flops == products * 2 * 2 * 30 * 40 * 8
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize("mode", [None, 0, 1, 2])
+@pytest.mark.parametrize(("rows", "columns"), [(5, 6), (25, 25), (26, 5), (5, 26)])
+@pytest.mark.parametrize("p", [1.0, 2.0])
+@pytest.mark.parametrize("operator", [torch.cdist, torch.ops.aten._cdist_forward])
+def test_distances_count_a_product_where_torch_computes_one(operator, p, rows, columns, mode):
+    """A product rounds where the differences of a point from its twin are exactly 0."""
+    apart = torch.rand(max(rows, columns), 3, generator=torch.Generator().manual_seed(0)) + 1000
+    a, b = apart[:rows], apart[:columns]
+    modes = {1: "use_mm_for_euclid_dist", 2: "donot_use_mm_for_euclid_dist"}
+    if operator is torch.cdist:
+        mode = modes.get(mode, "use_mm_for_euclid_dist_if_necessary")
+    with torch.no_grad():
+        product = bool(operator(a, b, p, mode).diagonal().any())
+        assert trace(lambda: operator(a, b, p, mode)).flops == product * 2 * rows * columns * 3
+        assert product is (
+            p == 2 and (mode in (1, modes[1]) or (mode not in (2, modes[2]) and max(rows, columns) > 25))
+        )
+
+
 @pytest.mark.parametrize(
     ("operator", "multiplies"),
     [

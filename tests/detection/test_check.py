@@ -10,7 +10,7 @@ from PIL import Image
 
 from attnzoo.detection import check, coco_file, score, voc
 from attnzoo.detection import config as configs
-from attnzoo.errors import DataError
+from attnzoo.errors import ConfigError, DataError
 
 
 def content(*boxes, images=1, crowd=0):
@@ -65,6 +65,15 @@ def test_what_is_odd_is_counted(dataset):
     more["categories"].append({"id": 8, "name": "cow"})
     more["annotations"].append({**more["annotations"][0], "id": 2, "category_id": 8})
     assert check.dataset(dataset(more))[0].odd == {"boxes of other classes, left out": 1}
+    more["annotations"] = more["annotations"][1:]
+    assert check.dataset(dataset(more))[0].odd == {"boxes of other classes, left out": 1, "images without a box": 1}
+    assert check.dataset(dataset(content([1, 1, 0, 5], [30, 1, 5, 5])))[0].odd == {
+        "boxes without area or outside, left out": 2,
+        "images without a box": 1,
+    }
+    hidden = content([1, 1, 5, 5])
+    hidden["annotations"][0]["ignore"] = 1
+    assert check.dataset(dataset(hidden))[0].odd == {"boxes to be ignored, scored as crowd regions": 1}
     assert "a.json: 3 images, 6 boxes (2 boxes past the edge" in str(found)
 
 
@@ -223,15 +232,20 @@ ODD = {
 }
 
 
+def scoring(evaluator, data, tmp_path):
+    return Config({"work_dir": str(tmp_path / "run"), "val_dataloader": {"dataset": data}, "val_evaluator": evaluator})
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_a_perfect_detector_is_perfect(dataset, tmp_path, odd):
     """It finds all that a data set gives it to find; the rest must not count as missed."""
     told = content([1, 1, 6, 6], [10, 2, 6, 6])
     told["annotations"][1] |= ODD[odd]
-    (found,) = check.dataset(dataset(told))
+    data = dataset(told)
+    (found,) = check.dataset(data)
     assert found.trained == 1
     assert sum(found.odd.values()) == 1
-    config = Config({"work_dir": str(tmp_path / "run"), "val_evaluator": {"ann_file": str(tmp_path / "a.json")}})
+    config = scoring({"type": "CocoMetric", "ann_file": str(tmp_path / "a.json")}, data, tmp_path)
     configs._score_what_is_checked(config, "val")
     configs._score_what_is_checked(config, "val")
     predicted = [{"image_id": 0, "category_id": 7, "bbox": [1, 1, 6, 6], "score": 0.9}]
@@ -240,3 +254,50 @@ def test_a_perfect_detector_is_perfect(dataset, tmp_path, odd):
     found = score.scores(truth, tmp_path / "found.json", {0: "0.png"}, ["cat"])
     assert found.ap == pytest.approx(1.0)
     assert (truth == tmp_path / "a.json") is (odd == "a crowd"), "the user's own file where nothing is left out"
+
+
+@pytest.mark.parametrize(
+    "evaluator",
+    [
+        lambda metric: [{"type": "VOCMetric"}, metric],
+        lambda metric: {"type": "Evaluator", "metrics": [metric]},
+        lambda metric: {**metric, "type": "mmdet.CocoMetric"},
+    ],
+    ids=["list", "Evaluator", "scope"],
+)
+def test_what_is_scored_is_checked_wherever_the_metric_stands(dataset, tmp_path, evaluator):
+    told = content([1, 1, 6, 6], [10, 2, 0, 6])
+    given = {"type": "CocoMetric", "ann_file": str(tmp_path / "a.json")}
+    config = scoring(evaluator(given), dataset(told), tmp_path)
+    configs._score_what_is_checked(config, "val")
+    (metric,) = [one for one in check.metrics(config.val_evaluator) if "ann_file" in one]
+    assert Path(metric["ann_file"]).parent == tmp_path / "run/scored"
+    assert len(check.read(Path(metric["ann_file"]))["annotations"]) == 1
+    configs._check_metric(config, "val")
+    metric["ann_file"] = "other.json"
+    with pytest.raises(ConfigError, match=r"ann_file='other\.json' is not what val_dataloader reads"):
+        configs._check_metric(config, "val")
+
+
+@pytest.mark.parametrize(
+    ("metric", "data"),
+    [("LVISMetric", "LVISV1Dataset"), ("CocoMetric", "LVISV05Dataset"), ("LVISMetric", "CocoDataset")],
+)
+def test_files_of_other_metrics_and_data_sets_are_left_alone(tmp_path, metric, data):
+    """LVIS has no ``iscrowd``, which the schema of COCO's files asks for."""
+    told = without("annotations", "iscrowd")
+    (tmp_path / "lvis.json").write_text(json.dumps(told), encoding="utf-8")
+    file = str(tmp_path / "lvis.json")
+    config = scoring({"type": metric, "ann_file": file}, {"type": data, "ann_file": file}, tmp_path)
+    configs._check_metric(config, "val")
+    configs._score_what_is_checked(config, "val")
+    assert config.val_evaluator.ann_file == file
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_root_moves_the_files_of_all_metrics(dataset, tmp_path):
+    given = [{"type": "VOCMetric"}, {"type": "CocoMetric", "ann_file": "data/a.json"}]
+    config = scoring(given, {**dataset(content()), "data_root": "data/"}, tmp_path)
+    configs._move_data(config, "data/", "other")
+    assert config.val_evaluator[1].ann_file == "other/a.json"
+    configs._check_metric(config, "val")

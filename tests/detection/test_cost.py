@@ -101,8 +101,7 @@ def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
     found = cost.variants(asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
     assert [one.label for one in found] == ["dense", "padre", "sdpa", "padre degree=3 kernel_size=3"]
     said, parts = [], []
-    records, problems = cost.measure(config, asked, found, FACTS, said.append, parts.append)
-    assert not problems
+    records = cost.measure(config, asked, found, FACTS, said.append, parts.append)
     assert [(r.tokens, r.label) for r in records] == [(n, v.label) for n in (16, 32) for v in found]
     for record in records:
         assert (record.status, record.gate.passed) == ("ok", True)
@@ -183,10 +182,30 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
 
 def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(config):
     asked = cost.read(config).model_copy(update={"sizes": ((64, 64), (4, 0)), "repeats": 1})
-    records, problems = cost.measure(config, asked, [cost.Variant("dense")], FACTS, print, print)
-    assert [record.tokens for record in records] == [16]
-    assert len(problems) == 1
-    assert "4 x 0 pixels: crashed" in problems[0]
+    records = cost.measure(config, asked, [cost.Variant("dense")], FACTS, print, print)
+    assert [(record.tokens, record.status) for record in records] == [(16, "ok"), (0, "failed")]
+    assert records[1].message.startswith("4 x 0 pixels: Traceback")
+    assert records[1].host.endswith(", 4 x 0 pixels")
+
+
+def test_a_batch_beyond_all_memory_is_a_row_of_each_attention(config):
+    asked = cost.read(config).model_copy(update={"batch": 2**32, "sizes": ((64, 128),)})
+    found = [cost.Variant("dense"), cost.Variant("padre", PADRE)]
+    records = cost.measure(config, asked, found, FACTS, print, print)
+    assert [(r.tokens, r.label, r.status) for r in records] == [(32, v.label, "oom") for v in found]
+    assert "64 x 128 pixels: " in records[-1].message
+
+
+def test_a_size_that_takes_too_long_is_in_the_table_and_in_the_exit_status(tmp_path, capsys):
+    timed = {**SMALL, "sizes": [(64, 64)], "timeout_seconds": 0.001}
+    path = make_config(tmp_path / "slow.py", make_data(tmp_path / "data", images=1), cost=timed, data_root=None)
+    assert evaluate([str(path), "--output", str(tmp_path / "eval")]) == 1
+    said = capsys.readouterr()
+    assert "cost of dense at 16 tokens: timeout: 64 x 64 pixels: took longer than 0.001 s" in said.err
+    assert "forward, 16 tokens" in said.out
+    assert "timeout" in (tmp_path / "eval/report.html").read_text(encoding="utf-8")
+    (record,) = read_records(tmp_path / "eval/records.jsonl")
+    assert record.status == "timeout"
 
 
 def test_the_softmax_core_is_not_asked_for_weights_that_mmcv_throws_away(monkeypatch):

@@ -147,12 +147,13 @@ def test_two_processes_train_and_test_as_one(tmp_path):
 def test_an_output_that_is_a_file_is_a_sentence(trained, tmp_path, capsys, task):
     (tmp_path / "file").write_text("", encoding="utf-8")
     if task == "train":
-        assert train([str(trained[0]), f"work_dir={tmp_path}/file/seed0"]) == 1
+        assert train([str(trained[0]), f"work_dir={tmp_path}/file/seed0"]) == 2
     else:
-        assert evaluate([str(trained[0]), "--output", str(tmp_path / "file")]) == 1
+        assert evaluate([str(trained[0]), "--output", str(tmp_path / "file")]) == 2
     told = capsys.readouterr().err
-    assert str(tmp_path / "file") in told
+    assert f"{tmp_path / 'file'} is a file; give" in told
     assert "Traceback" not in told
+    assert "test " not in told  # refused before any work
 
 
 @pytest.mark.parametrize(
@@ -166,11 +167,71 @@ def test_an_output_that_is_a_file_is_a_sentence(trained, tmp_path, capsys, task)
         ("train_cfg.max_epochs=three", "train_cfg.max_epochs='three' must be a whole number"),
         ("train_dataloader.batch_size=0", "train_dataloader.batch_size=0 must be a whole number of at least 1"),
         ("train_cfg=5", "train_cfg=5 must be a dict"),
+        ("randomness.seed=abc", "randomness.seed='abc' must be a whole number from 0"),
+        ("randomness.seed=-1", "randomness.seed=-1 must be a whole number from 0"),
+        ("randomness=3", "randomness=3 must be a dict"),
+        ("model.attention=keydiff", "model.attention.name: 'keydiff' evicts a language model's cache"),
+        ("model.attention=padrre", "model.attention.name: "),
+        ("model.attention=3", "model.attention=3 must be the name of a registered attention"),
+        ("model.attention.degre=3", "model.attention.degre: 'padre' has no option 'degre'"),
+        ("model.attention.degree=0", "model.attention: "),
     ],
 )
 def test_overrides_that_do_not_fit_are_refused(trained, capsys, override, message):
     assert train([str(trained[0]), override]) == 2
-    assert message in capsys.readouterr().err
+    told, said = capsys.readouterr()
+    assert message in said
+    assert "Traceback" not in said
+    assert "mmengine" not in told + said  # which prints the config as soon as its Runner is made
+
+
+def test_the_attentions_that_cost_adds_are_checked_as_well(data, tmp_path):
+    made = make_config(tmp_path / "a.py", data, cost={"attentions": [{"name": "sdpa"}, {"name": "h2o", "budget": 9}]})
+    with pytest.raises(ConfigError, match=r"cost\.attentions\.1\.name: 'h2o' evicts"):
+        configs.load_config(made)
+
+
+@pytest.mark.parametrize("command", [train, evaluate])
+@pytest.mark.parametrize("kind", ["classify", "bench", "binary"])
+def test_a_config_of_another_task_is_a_sentence(tmp_path, capsys, command, kind):
+    places = {"classify": "configs/classify/digits.yaml", "bench": "configs/bench/quickstart.yaml"}
+    path = ROOT / places.get(kind, "")
+    if kind == "binary":
+        path = tmp_path / "a.py"
+        path.write_bytes(bytes(range(256)))
+    assert command([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {path} is no config of " in said
+    assert "Traceback" not in said
+
+
+def test_a_config_that_trains_or_tests_nothing_is_a_sentence(data, tmp_path, capsys):
+    made = str(make_config(tmp_path / "a.py", data, train_dataloader=None, optim_wrapper=None, work_dir=str(tmp_path)))
+    assert train([made]) == 2
+    assert "this config trains nothing: it has no train_dataloader, optim_wrapper" in capsys.readouterr().err
+    made = str(make_config(tmp_path / "a.py", data, test_dataloader=None, work_dir=str(tmp_path)))
+    assert evaluate([made]) == 2
+    assert "a config tests nothing: it has no test_dataloader" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("harm", ["gone", "empty", "binary", "altered"])
+def test_a_run_whose_last_checkpoint_is_damaged_does_not_begin_anew(trained, tmp_path, capsys, harm):
+    config, folder = trained
+    shutil.copytree(folder, tmp_path / "seed0")
+    told, last = tmp_path / "seed0" / "last_checkpoint", tmp_path / "seed0" / "epoch_4.pth"
+    if harm == "gone":
+        last.unlink()
+    elif harm == "altered":
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 255
+        last.write_bytes(content)
+    else:
+        told.write_bytes(b"" if harm == "empty" else b"\xff\xfe")
+    for command in (train, evaluate):
+        assert command([str(config), f"work_dir={tmp_path}/seed0"]) == 2
+        said = capsys.readouterr().err
+        assert ("epoch_4.pth is damaged" if harm == "altered" else "names no checkpoint that is there") in said
+        assert "or begin anew with resume=false" in said
 
 
 def test_data_are_those_that_the_config_names(data, tmp_path):

@@ -8,6 +8,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import attnzoo
@@ -305,6 +306,16 @@ def test_a_bad_file_is_refused(tmp_path):
         attnzoo.load_cache(tmp_path / "cut")
 
 
+ENCODER_DECODERS = {
+    "T5": {"num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16},
+    "Bart": {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))
+    },
+}
+
+
 def test_bytes():
     """Keys and values, then positions and what policies keep; dense caches are counted as well."""
     ids = token_ids(2, 100)
@@ -328,6 +339,22 @@ def test_bytes():
         attnzoo.kv_bytes(language_model()(ids))
     with pytest.raises(OptionError, match="not str"):
         attnzoo.kv_bytes("cache")
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+def test_bytes_of_an_encoder_decoder(kind):
+    config = getattr(transformers, f"{kind}Config")(d_model=16, vocab_size=20, **ENCODER_DECODERS[kind])
+    model = getattr(transformers, f"{kind}Model")(config)
+    with torch.no_grad():
+        cache = cache_of(model.eval()(input_ids=token_ids(1, 7) % 20, decoder_input_ids=token_ids(1, 3) % 20))
+    entry = 2 * 16 * 4  # keys and values x width x bytes of float32
+    assert attnzoo.kv_bytes(cache) == attnzoo.CacheBytes(10 * entry, 10 * entry, 10 * entry)
+
+
+@pytest.mark.parametrize("build", [language_model, lambda: language_model().model, lambda: nn.ModuleList([])])
+def test_bytes_of_what_is_no_cache(build):
+    with pytest.raises(OptionError, match="takes a cache of transformers, not"):
+        attnzoo.kv_bytes(build())
 
 
 def test_sliding_layers_keep_their_own_cache():

@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 import attnzoo
@@ -201,6 +202,43 @@ def test_positions_that_the_host_takes_for_one_sequence_are_taken(positions):
         if positions[0][0] == 3:
             found = model(ids, position_ids=at, use_cache=False).logits
             torch.testing.assert_close(found, dense(ids, position_ids=at, use_cache=False).logits)
+
+
+def _mrope(kind: str) -> nn.Module:
+    """A language model whose positions have several axes: of time, height and width."""
+    config = getattr(transformers, f"{kind}TextConfig")(
+        **TEXT, num_key_value_heads=2, head_dim=8, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}
+    )
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}TextModel")(config).eval()
+
+
+TWICE, ONCE, JUMP = [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 3, 3, 3, 4]
+ROWS, COLUMNS = [0, 1, 2, 2, 3, 3, 4, 5], [0, 1, 2, 3, 2, 3, 4, 5]  # of a text with an image of 2 x 2 in it
+
+
+@pytest.mark.parametrize("kind", ["Qwen2VL", "Qwen3VL"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_sequences_packed_into_a_row_are_refused_where_positions_have_axes(kind, cached):
+    model = attnzoo.replace_attention(_mrope(kind), "keydiff", budget=32)
+    ids = token_ids(1, 8)
+
+    def call(*axes: list[int]) -> Tensor:
+        positions = torch.tensor(axes)[:, None]
+        with torch.no_grad():
+            return model(ids, position_ids=positions, use_cache=cached).last_hidden_state
+
+    for axes in ([TWICE] * 4, [TWICE] * 3, [TWICE, *[ONCE] * 3]):
+        with pytest.raises(UnsupportedError, match="packed into one row"):
+            call(*axes)
+    if not cached:
+        with pytest.raises(UnsupportedError, match="packed into one row"):
+            call(JUMP, ONCE, ONCE, ONCE)
+    dense = _mrope(kind)
+    for axes in ([ONCE, JUMP, ROWS, COLUMNS], [JUMP, ROWS, COLUMNS], [ONCE] * 3):
+        with torch.no_grad():
+            expected = dense(ids, position_ids=torch.tensor(axes)[:, None], use_cache=cached).last_hidden_state
+        torch.testing.assert_close(call(*axes), expected)
 
 
 SLIDING = {

@@ -1,5 +1,6 @@
 """Families of models whose caches differ: what is refused is refused at the swap, and what is offered works."""
 
+import functools
 import re
 from typing import Any
 
@@ -215,5 +216,74 @@ def test_a_class_that_takes_more_than_a_config_is_not_tried():
     with pytest.raises(trial.UntriedError):
         trial.Twin.of(model)
     expected = answers(model)
+    attnzoo.replace_attention(model, "keydiff", **DENSE)  # the model inside it was tried
+    torch.testing.assert_close(answers(model), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), [("keydiff", DENSE), ("padre", CAUSAL)])
+def test_a_swap_that_cannot_be_tried_says_so_once(name, options):
+    class Own(transformers.LlamaModel):
+        def __init__(self, config, more):
+            super().__init__(config)
+
+    model = Own(transformers.LlamaConfig(**{**TEXT, **FAMILIES["Llama"]}), 1).eval()
+    with pytest.warns(UserWarning, match=f"'{name}' was not tried in Own before the swap") as caught:
+        attnzoo.replace_attention(model, name, **options)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+LLAMA = transformers.LlamaForCausalLM.forward
+
+
+class Fused(transformers.LlamaForCausalLM):
+    """A model of an operator that meta has not, and whose error does not say so."""
+
+    @functools.wraps(LLAMA)
+    def forward(self, *args, **kwargs):
+        if self.lm_head.weight.is_meta:
+            raise NotImplementedError("no kernel for this device")
+        return super().forward(*args, **kwargs)
+
+
+class Looks(transformers.LlamaForCausalLM):
+    """A model that looks at a number of what its layers gave, and only with attnzoo's cache in them fails on meta."""
+
+    @functools.wraps(LLAMA)
+    def forward(self, *args, **kwargs):
+        bounded = any("attnzoo_cache" in vars(module) for module in self.modules())
+        if bounded and self.lm_head.weight.is_meta:
+            raise RuntimeError("expected a number")
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Fused, Looks])
+def test_what_fails_on_meta_alone_is_tried_on_the_cpu(kind):
+    model = kind(transformers.LlamaConfig(**{**TEXT, **FAMILIES["Llama"]})).eval()
+    expected = answers(model)
     attnzoo.replace_attention(model, "keydiff", **DENSE)
     torch.testing.assert_close(answers(model), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_fails_on_the_cpu_too_is_refused():
+    class Broken(Looks):
+        @functools.wraps(LLAMA)
+        def forward(self, *args, **kwargs):
+            if any("attnzoo_cache" in vars(module) for module in self.modules()):
+                raise RuntimeError("this cache has no meta data")
+            return super().forward(*args, **kwargs)
+
+    model = Broken(transformers.LlamaConfig(**{**TEXT, **FAMILIES["Llama"]})).eval()
+    with pytest.raises(UnsupportedError, match="this cache has no meta data"):
+        attnzoo.replace_attention(model, "keydiff", **DENSE)
+
+
+def test_a_forward_hands_a_cache_on_under_whichever_name_it_takes_the_rest():
+    class Wrapper(torch.nn.Module):
+        def forward(self, input_ids=None, **more): ...
+
+    class Positional(torch.nn.Module):
+        def forward(self, kwargs=None, *rest): ...
+
+    assert versions.cache_arguments(Wrapper(), 1) == {versions.facts().cache_argument: 1}
+    with pytest.raises(UnsupportedError, match="Positional takes no key/value cache"):
+        versions.cache_arguments(Positional(), 1)

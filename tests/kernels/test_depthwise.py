@@ -9,6 +9,8 @@ from attnzoo.bench.system import environment
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.kernels import depthwise, native
 
+COMPILERS = ("g++", "c++", "clang++")
+
 
 @pytest.fixture
 def fresh():
@@ -280,6 +282,7 @@ def test_a_compiler_that_fails_is_told_and_leaves_nothing_behind(fresh, monkeypa
     assert not depthwise.is_compiled()
     assert "could not be compiled" in caplog.text
     assert "no-such-flag" in caplog.text
+    assert environment("cpu", 1).compiler in {f"{name}, failed to compile: plain PyTorch, slower" for name in COMPILERS}
     assert list((tmp_path / "kernels").iterdir()) == []
 
 
@@ -301,6 +304,16 @@ def test_a_library_without_its_functions_is_told(fresh, monkeypatch, caplog, tmp
     monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
     assert native.library("depthwise", ("no_such_function",)) is None
     assert "no_such_function" in caplog.text
+
+
+def test_records_name_the_compiler_of_a_kernel_that_loads(fresh, monkeypatch, tmp_path):
+    assert environment("cpu", 1).compiler in COMPILERS
+    monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    (tmp_path / "file").touch()
+    native.library.cache_clear()
+    assert environment("cpu", 1).compiler.endswith(", failed to compile: plain PyTorch, slower")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert environment("cuda", 1).compiler == "", "kernels in C++ are for CPUs"
 
 
 def test_compiled_once_for_one_processor(fresh, monkeypatch, tmp_path):

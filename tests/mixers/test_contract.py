@@ -122,6 +122,15 @@ def test_causality_is_as_the_table_says(case):
 
 
 @every
+def test_order_is_as_the_table_says(case):
+    """Shuffled tokens give shuffled outputs, of a mixer for any order and of no other."""
+    mixer, x = case.build(), tokens(1)
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+    alike = torch.allclose(mixer(x[:, order], **ARGS), mixer(x, **ARGS)[:, order])
+    assert alike == case.able.any_order
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_dtype_is_near_float64(case, dtype):
     exact = case.build()

@@ -1,10 +1,13 @@
 """The config: what it refuses, and what is part of a run's identity."""
 
+import importlib.util
+
 import pytest
 import yaml
 
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, MissingExtraError
 from attnzoo.training.config import load_config, validate_config
+from attnzoo.training.run import train_all
 
 from .conftest import ROOT, tiny
 
@@ -104,3 +107,14 @@ def test_committed_configs_are_valid(path):
     assert f"train/classify.py configs/classify/{path.name}" in path.read_text()
     assert config.runs()
     assert yaml.safe_load(config.to_yaml())["name"] == config.name
+
+
+@pytest.mark.parametrize(
+    ("tracker", "line"), [("wandb", "run: pip install wandb$"), ("tensorboard", r"run: pip install -e '\.\[train\]'")]
+)
+def test_a_tracker_that_is_not_installed_comes_with_a_line_that_brings_it(tmp_path, monkeypatch, tracker, line):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == tracker else find(name))
+    config = validate_config({"name": "tiny", "data": {"asset": "digits"}, "trackers": [tracker]})
+    with pytest.raises(MissingExtraError, match=f"^{tracker} not installed; {line}"):
+        train_all(config)

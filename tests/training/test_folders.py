@@ -132,6 +132,40 @@ def test_links_to_images_elsewhere_are_followed_once(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("cat", "dog", "shared"),
+    [
+        ("cat/more", "dog/more", "pool"),
+        ("cat", "dog/deep/more", "pool"),
+        ("cat/more", "dog", "pool"),
+        ("cat/more", "dog/more", "pool/inner"),
+    ],
+)
+def test_links_of_two_classes_to_one_folder_are_an_error(tmp_path, cat, dog, shared):
+    """Its images would be of the first class alone."""
+    put(tmp_path / "own", *(f"{link.split('/')[0]}/own.png" for link in (cat, dog) if "/" in link))
+    put(tmp_path, "pool/1.png", "pool/inner/2.png")
+    for split in SPLITS:
+        for link, place in ((cat, shared), (dog, "pool")):
+            target = tmp_path / "own" / split / link
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(tmp_path / split / place, target_is_directory=True)
+    said = rf"{dog}\S*' leads to .*/{shared}', whose images are of another class .*'cat'"
+    with pytest.raises(ConfigError, match=said):
+        opened(tmp_path / "own")
+
+
+def test_links_of_one_class_to_one_folder_are_followed_once(tmp_path):
+    put(tmp_path / "own", "cat/own.png", "dog/own.png")
+    put(tmp_path, "pool/1.png")
+    for split in SPLITS:
+        for link in ("cat/a", "cat/b"):
+            (tmp_path / "own" / split / link).symlink_to(tmp_path / split / "pool", target_is_directory=True)
+    found = opened(tmp_path / "own")
+    assert [name for name, _ in read(found)] == ["cat/a/1.png", "cat/own.png", "dog/own.png"]
+    assert "1 linked to a folder that is read anyway (cat/b)" in found.left_out[0]
+
+
 @pytest.mark.parametrize("paths", [["cat/1.png"], ["cat/images/1.png", ".hidden/1.png"], ["cat/1.png", "2.png"]])
 def test_fewer_than_two_classes_are_an_error(tmp_path, paths):
     put(tmp_path, *paths)

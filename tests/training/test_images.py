@@ -2,7 +2,9 @@
 
 import itertools
 import shutil
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,9 +20,13 @@ from attnzoo.training.images import (
     Batches,
     Draw,
     Epoch,
+    Stream,
+    StreamImages,
     TestImages,
+    TestStream,
     TrainImages,
     Unreadable,
+    check_classes,
     open_splits,
     share_of,
     transforms,
@@ -125,7 +131,7 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         (result,) = train_all(validate_config(config))
     assert result["unreadable"] == ["dark/003.png"]
     assert (result["test"]["images"], result["test"]["unreadable"]) == (101, 1)
-    for path in sorted((tmp_path / "images/train").rglob("*.png"))[:3]:
+    for path in sorted((tmp_path / "images/train").rglob("*.png"))[1:6:2]:  # none of those that are read before work
         path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
@@ -134,15 +140,43 @@ def test_corrupt_files_are_skipped_counted_and_listed(tmp_path):
         train_all(validate_config({**config, "output": str(tmp_path / "others")}))
 
 
-def test_test_images_that_cannot_be_read_are_not_many(images, tmp_path):
-    for path in list((images / "val").rglob("*.png"))[:2]:
-        path.write_bytes(b"")
-    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+def test_test_images_that_cannot_be_read_are_not_many(tmp_path):
+    write_images(tmp_path / "images/train", 32)
+    write_images(tmp_path / "images/val", 34, seed=1)
+    paths = sorted((tmp_path / "images/val").rglob("*.png"))
+    for at in (50, 101):  # the two of 102 that are not read before work
+        paths[at].write_bytes(b"")
+    config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"], recipe__epochs=2)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(TrainingError, match="2 of 30 test images cannot be read, more than 1%"),
+        pytest.raises(TrainingError, match="2 of 102 test images cannot be read, more than 1%"),
     ):
         train_all(validate_config(config))
+
+
+@pytest.mark.parametrize(("split", "images_of"), [("train", 96), ("validation", 30)])
+def test_what_the_first_look_cannot_read_is_told_and_refused_by_name_before_work(
+    images, tmp_path, capsys, split, images_of
+):
+    folder = images / ("val" if split == "validation" else split)
+    first, second = (folder / "dark" / f"00{number}.png" for number in (0, 1))
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    first.write_bytes(first.read_bytes()[:40])
+    found = open_splits(validate_config(config).data)
+    (line,) = found.left_out
+    assert line.startswith(f"{split}: cannot be read and is left out: dark/000.png: ")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (result,) = train_all(validate_config(config))  # one is tolerated, however few there are
+    assert "dark/000.png" in capsys.readouterr().err
+    assert (result["unreadable"], result["test"]["unreadable"]) == (
+        (["dark/000.png"], 0) if split == "train" else ([], 1)
+    )
+    second.write_bytes(b"")
+    told = f"of {images_of} images of '{split}', 2 cannot be read, more than 1%. .*: dark/000.png: .*; dark/001.png: "
+    with pytest.raises(ConfigError, match=told):
+        train_all(validate_config({**config, "output": str(tmp_path / "others")}))
+    assert not (tmp_path / "others").exists()
 
 
 def test_augmentation_hangs_on_the_image_and_the_epoch_alone(images):
@@ -212,6 +246,71 @@ def test_a_stream_is_trained_on_and_goes_on(images, tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in first)
     with pytest.raises(ConfigError, match="2 processes would not count a stream's images once each"):
         open_splits(validate_config(config).data, processes=2)
+
+
+GOOD = Image.new("RGB", (8, 8), (10, 20, 30))
+WIDE = Image.fromarray(np.full((8, 8), 70_000, dtype=np.int32))
+BAD = {
+    "no label": ((GOOD, None), "it has no class (its label is None)"),
+    "label -1": ((GOOD, -1), "it has no class (its label is -1)"),
+    "32-bit pixels": ((WIDE, 1), "its pixels are 32-bit integers"),
+    "pixels beyond 1": ((Image.fromarray(np.full((8, 8), 3, dtype=np.float32)), 1), "floating-point numbers"),
+}
+
+
+def as_tensor(image):
+    return torch.as_tensor(np.asarray(image))
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_a_stream_has_and_cannot_be_used_is_stood_in_for_and_told(bad, at):
+    images = [(GOOD, 0), (Image.new("RGB", (8, 8)), 2)]
+    images.insert(at, BAD[bad][0])
+    train = list(StreamImages(Stream(images, "RGB"), as_tensor, seed=0, rank=0))
+    assert [target for _, target, _, _ in train] == [[0, 0, 2], [0, 2, 2], [0, 2, 2]][at]
+    assert [place for _, _, place, _ in train if place >= 0] == [at]
+    test = list(TestStream(Stream(images, "RGB"), as_tensor, (8, 8, 3)))
+    assert [number for _, _, number, _ in test] == [0, 1, 2]
+    assert [number for _, target, number, _ in test if target == NO_CLASS] == [at]
+    for part in (train, test):
+        assert [BAD[bad][1] in reason for _, _, _, reason in part].count(True) == 1
+
+
+def test_a_stream_without_an_image_that_can_be_used_is_not_read_to_its_end():
+    for images in ([(GOOD, None)] * 3, itertools.repeat((GOOD, -1))):
+        with pytest.raises(TrainingError, match=r"(3|100) images of the stream, .*: it has no class"):
+            list(StreamImages(Stream(images, "RGB"), as_tensor, seed=0, rank=0))
+
+
+def test_a_stream_with_a_label_that_is_not_there_is_trained_on_and_tested(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    (tmp_path / "data").mkdir()
+    for split, label in (("train", -1), ("validation", None)):
+        labels = [0, 1] * 60
+        labels[7] = label
+        rows = {"image": [GOOD, Image.new("RGB", (8, 8))] * 60, "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"data/{split}.parquet")
+    config = tiny(tmp_path, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    config["data"] = {
+        **config["data"],
+        **{"name": f"hfids/{tmp_path / 'data'}", "root": str(tmp_path / "cache"), "classes": 2},
+        "options": {"num_samples": 120},
+    }
+    with (
+        pytest.warns(UserWarning, match=r"training image \d+ cannot be read: it has no class \(its label is -1\)"),
+        pytest.warns(UserWarning, match=r"test image 7 cannot be read: it has no class \(its label is None\)"),
+    ):
+        (result,) = train_all(validate_config(config))
+    assert len(result["unreadable"]) == 1
+    assert (result["steps"], result["test"]["images"], result["test"]["unreadable"]) == (10, 119, 1)
+
+
+@pytest.mark.parametrize("target", [-1, 3])
+def test_a_class_that_is_not_there_is_refused(target):
+    check_classes(torch.tensor([0, 2]), 3)
+    with pytest.raises(TrainingError, match=f"an image has class {target}, but there are 3 classes, 0 to 2"):
+        check_classes(torch.tensor([0, target, 2]), 3)
 
 
 def test_digits_are_grey_images_of_ten_classes():

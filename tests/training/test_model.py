@@ -143,9 +143,19 @@ def test_weights_that_do_not_fit_are_a_clear_error(images, tmp_path):
     refused(other, r"is of 10 classes, the data have 3; model.new_head=true leaves its classifier out")
     save_file(other, path)
     models({**config, "model": {**config["model"], "new_head": True}})
-    refused({k: v for k, v in state.items() if k != "norm.bias"}, r"does not fit: missing norm\.bias")
+    refused({k: v for k, v in state.items() if k != "norm.bias"}, r"does not fit: .*missing norm\.bias")
     refused({**state, "more": torch.ones(1)}, "does not fit: .*unknown more")
-    refused({**state, "norm.bias": torch.ones(5)}, r"does not fit: norm\.bias: \(5,\) for \(12,\)")
+    refused({**state, "norm.bias": torch.ones(5)}, r"does not fit: .*norm\.bias: \(5,\) for \(12,\)")
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_weights_of_a_swapped_run_are_told_from_others_in_the_dense_row(images, tmp_path, new_head):
+    (given,) = models(tiny(images, "unused", only=["padre"])).values()
+    save_file(given.state_dict(), tmp_path / "given.safetensors")
+    config = tiny(images, "unused", only=["dense"], model__weights=str(tmp_path / "given.safetensors"))
+    config["model"]["new_head"] = new_head
+    with pytest.raises(ConfigError, match=r"does not fit: the weights are of a model with mixers where this one has"):
+        models(config)
 
 
 def test_files_that_could_run_code_are_refused(images, tmp_path):
@@ -225,15 +235,18 @@ def test_other_data_under_the_same_config_are_refused(images, tmp_path):
         train_all(validate_config(config))
 
 
-def test_a_run_that_stopped_before_its_first_checkpoint_is_none(images, tmp_path):
+def test_a_run_that_stopped_before_its_first_checkpoint_is_none(images, tmp_path, monkeypatch):
     """Such as one that was told to mend an image."""
-    (images / "train/dark/000.png").write_bytes(b"no image")
+    monkeypatch.setattr("attnzoo.training.images.LOOKED_AT", 1)  # or it would be told before
+    for number in (0, 1):
+        (images / f"train/dark/00{number}.png").write_bytes(b"no image")
     config = validate_config(tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2))
     with (
-        pytest.warns(UserWarning, match="training image dark/000.png cannot be read"),
-        pytest.raises(TrainingError, match="1 of 96 training images cannot be read, more than 1%"),
+        pytest.warns(UserWarning, match="training image dark/00[01].png cannot be read"),
+        pytest.raises(TrainingError, match="2 of 96 training images cannot be read, more than 1%"),
     ):
         train_all(config)
-    (images / "train/dark/000.png").unlink()
+    for number in (0, 1):
+        (images / f"train/dark/00{number}.png").unlink()
     (result,) = train_all(config)
     assert result["epochs"] == 2

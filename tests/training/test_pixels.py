@@ -176,6 +176,24 @@ def test_labels_beyond_the_classes_are_an_error_and_no_traceback(tmp_path):
         train_all(validate_config(config))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_of_a_stream_that_cannot_be_used_break_off_the_training(split, tmp_path):
+    """By then hours may have passed: it is no refusal of a config."""
+    write_images(tmp_path / "images/train", 16)
+    write_images(tmp_path / "images/val", 16, seed=1)
+    folder = next(path for path in (tmp_path / "images" / split).iterdir() if path.is_dir())
+    for number in range(6):
+        Image.fromarray(np.full((16, 16), 70_000, dtype=np.int32)).save(folder / f"odd{number}.tif")
+    config = tiny(tmp_path / "images", tmp_path / "runs", only=["dense"])
+    config["data"] = {
+        **config["data"],
+        **{"name": f"hfids/{tmp_path / 'images'}", "root": str(tmp_path / "cache"), "classes": 3},
+        **{"options": {"num_samples": 54}, "test_options": {"num_samples": 54}},
+    }
+    with pytest.raises(TrainingError, match=r"[2-6] of 54 .* images cannot be read, .* its pixels are 32-bit integers"):
+        train_all(validate_config(config))
+
+
 def test_a_stream_of_16_bit_images_keeps_their_range(tmp_path):
     for split in ("train", "val"):
         for name in ("cat", "dog"):
@@ -183,5 +201,5 @@ def test_a_stream_of_16_bit_images_keeps_their_range(tmp_path):
             Image.fromarray(SIXTEEN).save(tmp_path / "images" / split / name / "0.png")
     data = {"name": f"hfids/{tmp_path / 'images'}", "root": tmp_path / "cache", "classes": 2, "image_size": 8}
     found = open_splits(DataConfig(**data, options={"num_samples": 2}, test_options={"num_samples": 2}))
-    for image, _ in found.test:
+    for image, _, _ in found.test:
         assert np.abs(np.asarray(image) - 255 * RAMP[..., None]).max() <= 0.51

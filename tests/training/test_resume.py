@@ -6,18 +6,23 @@ import multiprocessing
 import random
 import re
 import resource
+import shutil
 import time
+import warnings
+from contextlib import ExitStack
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.files import locked
-from attnzoo.training import checkpoint, nonfinite
+from attnzoo.training import checkpoint, nonfinite, run
 from attnzoo.training.config import validate_config
 from attnzoo.training.run import train_all
+from train.classify import main as train
 
 from .conftest import finish, launch, tiny
 
@@ -162,12 +167,43 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(image
 
 def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_path):
     config, checkpoints = broken_off(images, tmp_path)
-    for folder in checkpoints:
+    for folder in checkpoints[1:]:
         altered(folder)
-    with pytest.warns(UserWarning, match="is refused"):
-        train_all(validate_config({**config, "checkpoint_steps": None}))
-    left = sorted(path.name for path in checkpoints[0].parent.iterdir())
-    assert left == [f"refused-{folder.name}" for folder in checkpoints] + [f"step-{s:08d}" for s in (4, 8, 12)]
+    with pytest.warns(UserWarning, match=f"is refused: .*; {checkpoints[0].name} is used"):
+        train_all(validate_config(config))
+    names = [path.name for path in checkpoints[0].parent.iterdir()]
+    assert {f"refused-{folder.name}" for folder in checkpoints[1:]} <= set(names)
+    assert sorted(set(names) - {f"refused-{folder.name}" for folder in checkpoints[1:]})[-1] == "step-00000012"
+
+
+@pytest.mark.parametrize("harm", [altered, without_its_list])
+def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(images, tmp_path, harm):
+    config, checkpoints = broken_off(images, tmp_path)
+    reasons = [harm(folder) for folder in checkpoints]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none says that an earlier one is used
+        with pytest.raises(ConfigError, match=r"no usable checkpoint .*; begin anew with resume=never") as raised:
+            train_all(validate_config(config))
+    for folder, reason in zip(checkpoints, reasons, strict=True):
+        assert f"{folder.name}: {reason}" in str(raised.value)
+        assert folder.is_dir()
+    (result,) = train_all(validate_config({**config, "resume": "never"}))
+    assert result["steps"] == 12
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_harmed_result_is_told_and_not_trained_anew_without_a_word(images, tmp_path, left):
+    config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
+    train_all(validate_config(config))
+    run = tmp_path / "runs/dense-seed0"
+    (run / "final/result.json").write_text("{}")
+    if left:
+        with pytest.warns(UserWarning, match=r"final is refused: result.json has 2 .* again from .*step-"):
+            train_all(validate_config(config))
+        return
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="there is no checkpoint; begin anew with resume=never"):
+        train_all(validate_config(config))
 
 
 def test_a_checkpoint_holds_no_code(images, tmp_path):
@@ -198,7 +234,8 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp
     before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in checkpoints]
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))}
     status, _, said = finish(launch(config, tmp_path, **limit))
-    assert status == 2
+    assert status == 1
+    assert "the same command, without resume=never, goes on from the last checkpoint" in said
     assert re.search(r"error: \S+/step-\d+ could not be written: .+ \([\d,.]+ MB were free there\)\. Earlier", said)
     assert f"Earlier checkpoints are as they were: {checkpoints[-1]}" in said
     assert checkpoint.all_checkpoints(checkpoints[0].parent) == checkpoints
@@ -258,4 +295,38 @@ def test_a_run_that_another_process_has_is_left_to_it(images, tmp_path):
     config = validate_config(tiny(images, tmp_path / "runs"))
     with locked(tmp_path / "runs/dense-seed0"):
         assert [result["label"] for result in train_all(config)] == ["padre"]
+    assert [result["label"] for result in train_all(config)] == ["dense", "padre"]
+
+
+def test_runs_left_to_another_process_are_named_and_in_the_exit_status(images, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny(images, tmp_path / "runs", recipe__epochs=2)))
+    with locked(tmp_path / "runs/padre-seed0"):
+        assert train([str(path)]) == 1
+        assert "for other processes are training them: padre-seed0. When" in capsys.readouterr().err
+        with locked(tmp_path / "runs/dense-seed0"):
+            assert train([str(path)]) == 1
+            assert "training them: dense-seed0, padre-seed0." in capsys.readouterr().err
+    assert train([str(path)]) == 0
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_another_process_finished_meanwhile_is_found_at_the_end(images, tmp_path, monkeypatch, resume):
+    config = validate_config(tiny(images, tmp_path / "runs", recipe__epochs=2))
+    dense = train_all(config.model_copy(update={"only": ("dense",)}))[0]
+    lock = ExitStack()
+    lock.enter_context(locked(tmp_path / "runs/dense-seed0"))
+    monkeypatch.setattr(run, "_train", lambda *given, real=run._train: (real(*given), lock.close()))
+    found = train_all(config.model_copy(update={"resume": resume}))
+    assert [result["label"] for result in found] == ["dense", "padre"]
+    assert found[0] == dense, "what another process trained is not trained again"
+    assert not list((tmp_path / "runs").glob("dense-seed0.old*"))
+
+
+def test_a_run_that_another_process_broke_off_meanwhile_is_taken_on(images, tmp_path, monkeypatch):
+    config = validate_config(tiny(images, tmp_path / "runs", recipe__epochs=2))
+    lock = ExitStack()
+    lock.enter_context(locked(tmp_path / "runs/dense-seed0"))
+    monkeypatch.setattr(run, "_train", lambda *given, real=run._train: (real(*given), lock.close()))
     assert [result["label"] for result in train_all(config)] == ["dense", "padre"]

@@ -14,7 +14,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.training.config import validate_config
 from attnzoo.training.evaluate import BINS, Answers
 from attnzoo.training.report import markdown_table, step_costs
-from attnzoo.training.run import train_all
+from attnzoo.training.run import table, train_all
 from attnzoo.training.score import benchmark_of, quality_of, score_all
 from train.classify import main as train
 
@@ -144,10 +144,11 @@ def test_an_output_that_is_a_file_is_a_sentence(once, tmp_path, capsys, task):
     blocked.write_text("")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config if task == "eval" else {**config, "output": str(blocked)}))
-    assert (script().main if task == "eval" else train)([str(path)]) == 1
+    assert (script().main if task == "eval" else train)([str(path)]) == 2
     told = capsys.readouterr().err
-    assert str(blocked) in told
+    assert f"{blocked} is a file; give" in told
     assert "Traceback" not in told
+    assert "top-1" not in told  # refused before any work
 
 
 def test_classes_in_another_order_are_refused(once, tmp_path):
@@ -243,3 +244,18 @@ def test_the_table_is_that_of_the_records():
     dense, padre = markdown_table(records).splitlines()[2:]
     assert dense.endswith("| 1,000 | - | - | - |")
     assert padre.endswith("| 1,001 | 20.0 ms | 0.50x (0.49-0.51) | 1.00x |")
+
+
+@pytest.mark.parametrize(("classes", "told"), [(2, "-"), (5, "-"), (6, "90.00%"), (None, "90.00%")])
+def test_top_5_of_five_classes_or_fewer_says_nothing(classes, told):
+    """`None`: a result of an earlier version, which does not say how many there are."""
+    result = {
+        "label": "dense",
+        "seed": 0,
+        "test": {"top1": 5, "top5": 9, "images": 10, "loss": 1.0},
+        "parameters": 7,
+        "peak_memory_bytes": 8,
+    }
+    shown = table([{**result, "classes": classes}])
+    (cell,) = shown.columns[[column.header for column in shown.columns].index("top-5")].cells
+    assert cell == told

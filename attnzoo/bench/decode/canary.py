@@ -8,14 +8,16 @@ from collections.abc import Iterable
 from attnzoo.bench.decode.config import DENSE, DecodeConfig
 from attnzoo.bench.decode.plan import canary_rows
 from attnzoo.bench.decode.record import CanaryResult, SampleLine
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import RunError
 
 # Largest difference of one token's NLL from dense, in nats, that rounding explains.
 ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 
 
-class CanaryError(AttnZooError):
+class CanaryError(RunError):
     """A run that does not do what any run must: its figures mean nothing."""
+
+    resumes = False  # the canaries that are kept would fail again
 
 
 def judge(config: DecodeConfig, lines: Iterable[SampleLine]) -> list[CanaryResult]:
@@ -44,6 +46,7 @@ def judge(config: DecodeConfig, lines: Iterable[SampleLine]) -> list[CanaryResul
             f"  {r.name} is {r.figure:.2g}, must be {'at least' if r.at_least else 'at most'} {r.limit:g}"
             for r in failed
         ]
+        told.append("mend what is wrong, then begin anew with fresh=true")
         raise CanaryError("\n".join(["canaries failed, so this run has no result:", *told]))
     return results
 

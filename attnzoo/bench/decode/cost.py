@@ -16,13 +16,13 @@ from attnzoo.bench.jobs import attention_paths, gate_message
 from attnzoo.bench.measure import Interleaved, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers
 from attnzoo.bench.record import Gate, Memory
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import ConfigError, RunError
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.tasks.decode_cost import BatchTimes, timings
 from attnzoo.tasks.text import Window
 
 
-class GateError(AttnZooError):
+class GateError(RunError):
     """What was to be timed does not match its oracle."""
 
 

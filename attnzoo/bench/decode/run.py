@@ -37,7 +37,7 @@ from attnzoo.bench.decode.record import (
 )
 from attnzoo.bench.lines import append_line
 from attnzoo.bench.system import environment
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import AttnZooError, ConfigError, RunError
 from attnzoo.extras import require
 from attnzoo.tasks import decode
 from attnzoo.tasks.text import Text, check_text_name, load_text
@@ -68,6 +68,7 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
     CanaryError
         If the run does not do what any run must.
     """
+    config.check_folder()
     check(config)
     world = _World(config)
     if config.threads is not None:
@@ -254,7 +255,7 @@ class _Runner:
         scored = decode.nll(self.model, window.ids)
         if not all(map(math.isfinite, scored.nll)):
             where = next(i for i, value in enumerate(scored.nll) if not math.isfinite(value)) + 1
-            raise AttnZooError(
+            raise RunError(
                 f"{row.label} gives an NLL that is not finite at token {where} of window {unit.sample}: nothing can be "
                 "said of it; try dtype=float32, and report it if that does not help"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.bench.kvpress.config import Side
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import RunError
 
 WORKER = Path(__file__).with_name("worker.py")
 LAST_WORDS = 2000
@@ -30,7 +30,7 @@ class WorkerProcess:
 
     Raises
     ------
-    AttnZooError
+    RunError
         From any method, if the process dies or takes too long: with its last words.
     """
 
@@ -69,7 +69,7 @@ class WorkerProcess:
             self._process.wait()
             words = self._said.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:] or "(nothing)"
             reason = f"took longer than {timeout:g} s" if late else f"ended with code {self._process.returncode}"
-            raise AttnZooError(f"the process of {self.title} {reason}; its last words:\n{words}")
+            raise RunError(f"the process of {self.title} {reason}; its last words:\n{words}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

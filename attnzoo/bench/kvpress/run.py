@@ -13,7 +13,7 @@ from attnzoo.bench.kvpress.prompts import Prompt, prompts_of
 from attnzoo.bench.kvpress.record import AnyLine, Line, ResultLine, RunLine, VersionsLine, first_line, read_records
 from attnzoo.bench.lines import append_line
 from attnzoo.bench.system import environment
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import ConfigError, RunError
 from attnzoo.tasks import decode
 from attnzoo.tasks.needles import Sample, found
 
@@ -88,7 +88,7 @@ def _result(
     kept: tuple[int, int] = tuple(answer["kept"])
     expected = context if row.spec is None else keep
     if any(abs(n - expected) > 1 for n in kept):  # kvpress rounds the share that goes, not the one that stays
-        raise AttnZooError(
+        raise RunError(
             f"{row.side} {row.method} kept {kept[0]} to {kept[1]} entries a head of prompt {sample}, not {expected}: "
             "the two sides cannot be compared"
         )

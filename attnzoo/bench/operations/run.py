@@ -45,6 +45,7 @@ def run(config: OperationsConfig, command: str, console: Console | None = None) 
         If the device is not there, or the folder holds records of another config.
     """
     require("matplotlib")
+    config.check_folder()
     console = console or Console(stderr=True)
     device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,70 @@
+"""The matrix of releases: a run counts only if pytest reached its end and all requirements are installed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests import compat
+
+PASSED = '<testcase classname="tests.test_a" name="test_b"/>'
+FAILED = '<testcase classname="tests.test_a" name="test_c"><failure/></testcase>'
+KNOWN = {"tests": "tests/test_a.py::test_c", "reason": "it is so"}
+
+
+@pytest.fixture
+def matrix(tmp_path, monkeypatch):
+    """Where the matrix keeps its environments; nothing is installed."""
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    monkeypatch.setattr(compat, "ENVIRONMENTS", tmp_path)
+    monkeypatch.setattr(compat, "_output", lambda command, environment: "1.0")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "problem"),
+    [
+        (PASSED, 0, ""),
+        (PASSED + FAILED, 1, ""),
+        (PASSED + FAILED, 3, "pytest ended with 3; see timm-1.log"),
+        (PASSED + FAILED, -11, "pytest ended with -11; see timm-1.log"),
+        (PASSED + FAILED, 2, "pytest ended with 2; see timm-1.log"),
+        (PASSED, 1, "pytest ended with 1; see timm-1.log"),
+        ("", 5, "pytest ended with 5; see timm-1.log"),
+    ],
+)
+def test_a_known_failure_hides_no_crash(matrix, monkeypatch, cases, status, problem):
+    def ended(command, **options):
+        (matrix / "timm-1.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+        return subprocess.CompletedProcess(command, status)
+
+    monkeypatch.setattr(compat, "_beside", lambda *arguments: (sys.executable, []))
+    monkeypatch.setattr(compat.subprocess, "run", ended)
+    outcome = compat.run("timm", "1", {"beside": True})
+    outcome.known = [KNOWN] if FAILED in cases else []
+    assert outcome.problem == problem
+
+
+@pytest.mark.parametrize("rounds", [0, 1, compat.ROUNDS, None])
+def test_requirements_that_stay_unmet_are_an_error(matrix, monkeypatch, rounds):
+    """Each round installs a package that requires another; None: without end."""
+    installed = []
+
+    def install(*arguments):
+        number = len(installed)
+        info = matrix / "timm-1" / f"package{number}-1.0.dist-info"
+        info.mkdir(parents=True)
+        last = rounds is not None and number == rounds
+        requires = "" if last else f"Requires-Dist: package{number + 1}==1.0\n"
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: package{number}\nVersion: 1.0\n{requires}")
+        installed.append(arguments)
+
+    monkeypatch.setattr(compat, "_install", install)
+    if rounds is None:
+        outcome = compat.run("timm", "1", {"beside": True})
+        assert outcome.problem == (
+            "cannot be installed: after 5 rounds of installing these requirements are not met: package6==1.0"
+        )
+    else:
+        assert compat._beside("timm", "1", matrix / "timm-1", {}) == (sys.executable, [str(matrix / "timm-1")])
+        assert len(installed) == rounds + 1

@@ -1,0 +1,84 @@
+"""The command line: list, describe, layers, measure."""
+
+import sys
+
+import pytest
+import yaml
+from torch import nn
+
+from attnzoo.__main__ import main
+from attnzoo.bench.record import RECORDS_FILE, read_records
+from attnzoo.errors import ConfigError
+from attnzoo.models import load_model
+from tests.eviction.models import language_model
+
+
+def test_layers_says_what_stands_where_and_why_what_cannot(capsys):
+    assert main(["layers", "timm:vit_tiny_patch16_224"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "blocks.11.attn Attention (its own)" in said
+    assert "12 attention layers found, 0 swapped" in said
+    assert "in 12 of 12 layers, 3,663,360 new parameters" in said
+    assert "it has no key/value cache to bound" in said
+
+
+def test_layers_of_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from tests.eviction.models import language_model\n"
+        "def decoder():\n    return language_model(), None\n"
+        "def number():\n    return 3\n"
+        "def broken():\n    return 1 / 0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["layers", "mine:decoder"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in 2 of 2 layers, 0 new parameters" in said
+    assert "model.layers.0.self_attn" in said
+    for name, words in (("number", "gave int"), ("broken", "ZeroDivisionError"), ("nothing", "no attribute 'nothing'")):
+        assert main(["layers", f"mine:{name}"]) == 2
+        assert words in capsys.readouterr().err
+    sys.modules.pop("mine")
+
+
+def test_models_by_name(tmp_path):
+    model = language_model()
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_model(f"transformers:{tmp_path / 'model'}")
+    assert type(loaded) is type(model)
+    assert all((a == b).all() for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert isinstance(load_model("timm:vit_tiny_patch16_224"), nn.Module)
+    for name in ("vit", "timm:", "timm:vit_tinyy_patch16_224", "no_such_module:f", f"transformers:{tmp_path}"):
+        with pytest.raises(ConfigError, match="model"):
+            load_model(name)
+
+
+def test_measure_is_a_benchmark_made_from_flags(tmp_path, capsys):
+    flags = ["--attention", "padre,sdpa", "--tokens", "4,16", "--repeats", "3", "--min-seconds", "0", "--threads", "1"]
+    command = ["measure", "timm:vit_tiny_patch16_224", *flags, "--output", str(tmp_path / "run")]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    config = yaml.safe_load(said[: said.index("output:")])
+    assert (config["attentions"], config["cost"]["tokens"]) == (["padre", "sdpa"], [4, 16])
+    assert "no swap of it can gain more than" in said
+    records = read_records(tmp_path / "run" / RECORDS_FILE)
+    assert [(r.label, r.tokens) for r in records] == [(n, t) for t in (4, 16) for n in ("dense", "padre", "sdpa")]
+    assert all(r.gate.passed and 0 < r.cost.attention_share < 1 for r in records)
+    assert "no swap of it can gain more than" in (tmp_path / "run" / "report.html").read_text()
+    assert main(command) == 0
+    assert read_records(tmp_path / "run" / RECORDS_FILE) == records, "what was measured is kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["transformers:gpt2"], "measure takes timm:NAME"),
+        (["timm:vit_tiny_patch16_224", "--attention", "padr"], "padre"),
+        (["timm:vit_tiny_patch16_224", "--tokens", "5"], "is not a square"),
+        (["timm:vit_tiny_patch16_224", "--dtype", "float33"], "float33"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(["measure", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
