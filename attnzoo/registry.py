@@ -381,7 +381,8 @@ def register_attention(
     Raises
     ------
     AttnZooError
-        If the name is taken, the kind unknown, or a capability unknown.
+        If the name is taken, the kind unknown, a capability unknown, or the class is not what its kind asks for (one
+        that is named by a string is looked at when it is first built).
     """
     _check_kind(kind)
     _read_entry_points()
@@ -396,12 +397,21 @@ def register_attention(
     if not isinstance(target, (str, type)):
         raise AttnZooError(f"target of {name!r} is a function; write a class whose instances are called like it")
     if not isinstance(capabilities, Capabilities):
+        if not isinstance(capabilities, (Mapping, type(None))):
+            raise OptionError(
+                f"capabilities of {name!r} are a Capabilities or a mapping such as {{'mask': True}}, "
+                f"not {short(capabilities)}"
+            )
         known = {f.name for f in fields(Capabilities)}
         for key in capabilities or {}:
             if key not in known:
                 raise OptionError(f"there is no capability {key!r}{_nearest(key, known)}")
+            if not isinstance(capabilities[key], bool):
+                raise OptionError(f"capability {key!r} is True or False, not {short(capabilities[key])}")
         capabilities = Capabilities(**(capabilities or {}))
     info = AttentionInfo(name, kind, target, summary, paper, capabilities)
+    if isinstance(target, type):
+        _check_class(info)
     _table[name] = info
     return info
 
@@ -432,6 +442,7 @@ def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[...,
 
 def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[str, Any]) -> nn.Module:
     """Make the mixer that `info` names for tokens of width `dim`."""
+    _check_class(info)
     info.check_options(options)
     info.require_options(options)
     return info.load()(dim, num_heads, **options)
@@ -441,6 +452,7 @@ def build_policy(info: AttentionInfo, options: Mapping[str, Any]) -> Policy:
     """Make the eviction policy that `info` names."""
     from attnzoo.eviction.policy import Policy
 
+    _check_class(info)
     info.check_options(options)
     info.require_options(options)
     policy = info.load()(**options)
@@ -456,6 +468,8 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
 
     Called ``m(x, grid=(h, w), prefix=0, mask=None)``: `x` is ``(B, prefix + h * w, C)``, `mask` ``(B, N)``, True where
     a token is real. Methods that need no grid may be called without one. A core gets projections of its own.
+    `num_heads` divides `dim` for cores and for mixers with heads (`sima`, `linear_angular`, and `padre` with
+    ``channel_mixing="grouped"``); mixers without heads do not use it.
 
     Raises
     ------
@@ -479,6 +493,47 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
         f"{name!r} is an eviction policy: it bounds the cache of a language model and cannot stand alone; "
         f"use attnzoo.replace_attention(model, {name!r})"
     )
+
+
+def _check_class(info: AttentionInfo) -> None:
+    """Raise `AttnZooError` unless the class of a mixer or of a policy can be built and called as its kind is."""
+    target = info.load()
+    said = f"{info.name!r} is registered as {'a mixer' if info.kind == 'mixer' else 'an eviction policy'} but"
+    if not isinstance(target, type) or info.kind == "core":
+        return  # a core is looked at when it is built, for whether it has weights
+    if info.kind == "eviction":
+        from attnzoo.eviction.policy import Policy
+
+        if not issubclass(target, Policy):
+            raise AttnZooError(f"{said} is no attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it")
+        if inspect.isabstract(target):
+            missing = ", ".join(sorted(target.__abstractmethods__))
+            raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
+        return
+    if not issubclass(target, nn.Module):
+        raise AttnZooError(f"{said} {target.__name__} is no torch.nn.Module")
+    if target.__init__ is nn.Module.__init__ or not _takes(target, 2, info.options):
+        raise AttnZooError(f"{said} {target.__name__} cannot be built as {target.__name__}(dim, num_heads, **options)")
+    if not _takes(target.forward, 2, ("grid", "prefix", "mask")):
+        raise AttnZooError(
+            f"{said} {target.__name__}.forward cannot be called as mixer(x, grid=, prefix=, mask=); arguments that it "
+            "has no use for may stay unread"
+        )
+    if info.capabilities.decode and not _takes(getattr(target, "extend", None), 4, ()):
+        raise AttnZooError(f"{said} {target.__name__}.extend cannot be called as mixer.extend(x, state, mask)")
+
+
+def _takes(function: Any, count: int, named: Iterable[str]) -> bool:
+    """Whether `function` can be called with `count` arguments by position and with those `named`."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(named))
+    except TypeError:
+        return False
+    except ValueError:  # it tells no signature
+        return True
+    return True
 
 
 def _constructors(target: Callable[..., Any]) -> list[list[inspect.Parameter]]:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 import attnzoo
 from attnzoo import registry
 from attnzoo.errors import AttnZooError, OptionError, ShapeError, UnknownNameError, UnsupportedError
+from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.streaming import Streaming
 
 NAMES = attnzoo.list_attentions()
@@ -145,6 +147,67 @@ def test_registering_badly():
         registry.unregister_attention("padre")
 
 
+class NoHeads(Mean):
+    def __init__(self, dim):
+        super().__init__(dim, 1)
+
+
+class NoGrid(Mean):
+    def forward(self, x):
+        return x
+
+
+class NoState(Mean):
+    """Says that it decodes, and cannot."""
+
+
+class NoInit(nn.Module):
+    def forward(self, x, grid=None, prefix=0, mask=None):
+        return x
+
+
+class NoScore(Policy):
+    pass
+
+
+class NoModule:
+    def __init__(self, dim, num_heads):
+        pass
+
+
+UNFIT = {
+    "NoHeads": ("mixer", NoHeads, {}, r"cannot be built as NoHeads\(dim, num_heads"),
+    "NoInit": ("mixer", NoInit, {}, r"cannot be built as NoInit\(dim, num_heads"),
+    "NoGrid": ("mixer", NoGrid, {}, r"NoGrid.forward cannot be called as mixer\(x, grid=, prefix=, mask=\)"),
+    "NoState": ("mixer", NoState, {"decode": True}, r"NoState.extend cannot be called as mixer.extend\("),
+    "NoModule": ("mixer", NoModule, {}, r"NoModule is no torch\.nn\.Module"),
+    "Mean": ("eviction", Mean, {}, r"Mean must inherit from it"),
+    "NoScore": ("eviction", NoScore, {}, r"NoScore does not define score"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_class_that_is_not_what_its_kind_asks_for_is_refused(name):
+    """A class at its registration, one that is named by a string where it is first built."""
+    kind, cls, capabilities, says = UNFIT[name]
+    with pytest.raises(attnzoo.AttnZooError, match=f"'unfit' is registered as .* but .*{says}"):
+        attnzoo.register_attention("unfit", kind, cls, capabilities=capabilities)
+    assert "unfit" not in attnzoo.list_attentions()
+    attnzoo.register_attention("unfit", kind, f"{__name__}:{name}", capabilities=capabilities)
+    build = registry.build_policy if kind == "eviction" else partial(registry.build_mixer, dim=8, num_heads=2)
+    try:
+        with pytest.raises(attnzoo.AttnZooError, match=f"'unfit' is registered as .* but .*{says}"):
+            build(attnzoo.describe("unfit"), options={})
+    finally:
+        registry.unregister_attention("unfit")
+
+
+@pytest.mark.parametrize("capabilities", [["mask"], "mask", {"mask": "yes"}, 3])
+def test_capabilities_are_a_mapping_of_true_and_false(capabilities):
+    with pytest.raises(OptionError, match=r"a mapping such as \{'mask': True\}|is True or False, not 'yes'"):
+        attnzoo.register_attention("mine", "mixer", Mean, capabilities=capabilities)
+
+
 def test_a_broken_target_says_where():
     attnzoo.register_attention("broken", "mixer", "attnzoo.nowhere:Class")
     try:
@@ -157,7 +220,9 @@ def test_a_broken_target_says_where():
 def test_eviction_policies_have_their_place():
     with pytest.raises(UnsupportedError, match="cannot stand alone"):
         attnzoo.create_attention("keydiff", 8, 1, budget=4)
-    attnzoo.register_attention("drop_all", "eviction", nn.Identity)
+    with pytest.raises(attnzoo.AttnZooError, match=r"is no attnzoo\.eviction\.policy\.Policy"):
+        attnzoo.register_attention("drop_all", "eviction", nn.Identity)
+    attnzoo.register_attention("drop_all", "eviction", "torch.nn:Identity")
     try:
         with pytest.raises(attnzoo.AttnZooError, match=r"is no attnzoo\.eviction\.policy\.Policy"):
             attnzoo.replace_attention(nn.TransformerEncoderLayer(16, 2), "drop_all")

@@ -374,13 +374,20 @@ class BoundedCache(DynamicCache):
         ------
         UnsupportedError
             If it holds layers that are neither bounded, nor plain, nor of a sliding window, or a call that broke off.
+        AssetError
+            If the file cannot be written.
         """
         self.check_whole()
         path = Path(path)
         layers = [_layer_state(layer) for layer in self.layers]
         content = {"format": FILE_FORMAT, "layers": layers, "real": None if self.real is None else self.real.clone()}
-        with files.atomic(path) as part:
-            torch.save(content, part)
+        if path.is_dir():
+            raise AssetError(f"the cache cannot be written to {str(path)!r}, a folder: name a file in it")
+        try:
+            with files.atomic(path) as part, part.open("wb") as file:
+                torch.save(content, file)
+        except OSError as error:
+            raise AssetError(f"the cache cannot be written to {str(path)!r}: {error.strerror or error}") from error
 
 
 def load_cache(path: str | Path, device: str | torch.device | None = None) -> BoundedCache:

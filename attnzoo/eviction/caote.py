@@ -43,7 +43,7 @@ class Caote(Wrapper):
 
     def score(self, live: Live) -> Tensor:
         """Error of the output that the eviction of each entry would make."""
-        scores = self.inner.attention_scores(live)
+        scores = self.inner.checked_attention_scores(live)
         return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), live.values, fast=self.fast)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnzoo.checks import check_int
-from attnzoo.errors import OptionError
+from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.weights import attention_weights
 
 
@@ -157,7 +159,7 @@ class Policy(ABC):
     def keep(self, live: Live) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
         sink, recent = self.protected
-        scores = self.score(live).expand(live.positions.shape)
+        scores = _checked(self, "score", self.score(live), live.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
         most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
@@ -176,7 +178,33 @@ class AttentionPolicy(Policy):
 
     def score(self, live: Live) -> Tensor:
         """Mean of `attention_scores` over the query heads that share a key/value head."""
-        return by_group(self.attention_scores(live), live.kv_heads).mean(2)
+        return by_group(self.checked_attention_scores(live), live.kv_heads).mean(2)
+
+    def checked_attention_scores(self, live: Live) -> Tensor:
+        """Give `attention_scores`, ``(B, H, S)``.
+
+        Raises
+        ------
+        ShapeError
+            If they are of another shape.
+        """
+        batch, kv_heads, entries = live.positions.shape
+        scores = self.attention_scores(live)
+        heads = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 3 else 0
+        if heads == 0 or heads % kv_heads:
+            heads = kv_heads  # the least number of query heads that there may be
+        return _checked(self, "attention_scores", scores, (batch, heads, entries))
+
+
+def _checked(policy: Policy, method: str, scores: Any, shape: Sequence[int]) -> Tensor:
+    """Give `scores`, which `method` of a policy gave, back if they are of `shape`, else raise `ShapeError`."""
+    if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
+        given = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else short(scores)
+        raise ShapeError(
+            f"{type(policy).__name__}.{method} gave {given}, and there must be a score for each entry of each head: a "
+            f"tensor of shape {tuple(shape)}"
+        )
+    return scores
 
 
 def by_group(scores: Tensor, kv_heads: int) -> Tensor:

@@ -31,5 +31,5 @@ class Vatp(Wrapper):
 
     def score(self, live: Live) -> Tensor:
         """The base's scores times the l1 norm of the values."""
-        attention = by_group(self.inner.attention_scores(live), live.kv_heads).mean(2)
+        attention = by_group(self.inner.checked_attention_scores(live), live.kv_heads).mean(2)
         return attention * wide(live.values).abs().sum(-1)

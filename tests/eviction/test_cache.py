@@ -292,6 +292,17 @@ def test_copy_save_and_load(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["prompt.pt"]
 
 
+def test_a_file_that_cannot_be_written_is_told(tmp_path):
+    with torch.no_grad():
+        cache = cache_of(bounded("keydiff", budget=8)(token_ids(1, 9)))
+    (tmp_path / "file").write_text("text")
+    for path, says in ((tmp_path, "a folder: name a file in it"), (tmp_path / "file" / "cache.pt", "exists|directory")):
+        with pytest.raises(AssetError, match=f"cannot be written to '.*{says}") as caught:
+            cache.save(path)
+        assert str(path) in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_bad_file_is_refused(tmp_path):
     (tmp_path / "bad").write_bytes(b"no cache")
     with pytest.raises(AssetError, match="not a cache saved by attnzoo, or is damaged"):

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attnzoo
-from attnzoo.errors import OptionError, UnknownNameError
+from attnzoo.errors import OptionError, ShapeError, UnknownNameError
 from attnzoo.eviction.caote import output_error
 from attnzoo.eviction.keydiff import KeyDiff
-from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.policy import AttentionPolicy, Live, Policy
 from attnzoo.eviction.random import Random
 from attnzoo.registry import build_policy, describe
 from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
@@ -298,6 +298,39 @@ def test_a_policy_of_ones_own():
         assert cache.layers[1].positions[0].tolist() == [list(range(6))] * 2
     finally:
         attnzoo.unregister_attention("oldest")
+
+
+@pytest.mark.parametrize(
+    "scores", [lambda live: live.counts.double(), lambda live: live.positions[:, :1].double(), lambda live: None]
+)
+def test_scores_of_another_shape_are_refused(scores):
+    class Wrong(Policy):
+        def score(self, live):
+            return scores(live)
+
+    class WrongAttention(AttentionPolicy):
+        def attention_scores(self, live):
+            return scores(live)
+
+    live = Live(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
+    for cls, method in ((Wrong, "score"), (WrongAttention, "attention_scores")):
+        with pytest.raises(ShapeError, match=rf"{cls.__name__}\.{method} gave .* a tensor of shape \(1, 2, 8\)"):
+            cls(budget=4).keep(live)
+
+
+@pytest.mark.parametrize("name", ["vatp", "caote"])
+def test_a_wrapper_refuses_scores_of_another_shape(name):
+    class Wrong(AttentionPolicy):
+        def attention_scores(self, live):
+            return live.positions[..., :5].double()
+
+    attnzoo.register_attention("wrong", "eviction", Wrong)
+    try:
+        model = attnzoo.replace_attention(language_model(), name, base="wrong", budget=6, block_size=8)
+        with torch.no_grad(), pytest.raises(ShapeError, match=r"Wrong\.attention_scores gave shape \(1, 2, 5\)"):
+            model(token_ids(1, 40))
+    finally:
+        attnzoo.unregister_attention("wrong")
 
 
 def test_nan_and_zero_keys_do_no_harm():
