@@ -403,11 +403,11 @@ def register_attention(
                 f"not {short(capabilities)}"
             )
         known = {f.name for f in fields(Capabilities)}
-        for key in capabilities or {}:
+        for key, value in (capabilities or {}).items():
             if key not in known:
                 raise OptionError(f"there is no capability {key!r}{_nearest(key, known)}")
-            if not isinstance(capabilities[key], bool):
-                raise OptionError(f"capability {key!r} is True or False, not {short(capabilities[key])}")
+            if not isinstance(value, bool):
+                raise OptionError(f"capability {key!r} is True or False, not {short(value)}")
         capabilities = Capabilities(**(capabilities or {}))
     info = AttentionInfo(name, kind, target, summary, paper, capabilities)
     if isinstance(target, type):
