@@ -3,7 +3,7 @@
 attnzoo list                    every registered method with what it can honour, as a Markdown table
 attnzoo describe NAME ...       a method: its options with defaults, its paper
 attnzoo layers MODEL            the attention layers of a model, and which methods could stand in them, or why not
-attnzoo measure MODEL           time, memory and FLOPs of methods beside the model's own attention: a table and a page
+attnzoo measure timm:NAME       time, memory and FLOPs of methods beside the model's own attention: a table and a page
 
 MODEL is timm:NAME, transformers:FOLDER_OR_NAME or package.module:function.
 """

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from filelock import FileLock
+
 from attnzoo.errors import AssetError, DataError, UnknownNameError
 from attnzoo.extras import install_line
 
@@ -471,7 +473,7 @@ def _into_cache(asset: Asset, sources: list[Source]) -> Path:
         (cache / ".parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise AssetError(f"the cache {str(cache)!r} cannot be written: {error}; set ATTNZOO_CACHE") from error
-    with _locked(cache / ".parts" / f"{asset.name}.lock"):
+    with FileLock(cache / ".parts" / f"{asset.name}.lock"):  # waits for another process that fetches the same
         if final.is_dir():  # another process was faster
             return final
         for leftover in (cache / ".parts").glob(f"{asset.name}-*"):  # of a killed process: nobody else holds the lock
@@ -492,21 +494,6 @@ def _into_cache(asset: Asset, sources: list[Source]) -> Path:
         reasons = ["  no address or package is known for it"]
     advice = asset.advice or f"get it by hand and call get({asset.name!r}, path=...) with the folder or the archive"
     raise AssetError("\n".join([f"asset {asset.name!r} could not be had:", *reasons, f"What you can do: {advice}."]))
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that the system lets go when the process ends, however it ends."""
-    with open(path, "w", encoding="ascii") as handle:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def sha256_of(path: Path) -> str:

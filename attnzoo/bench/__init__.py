@@ -2,4 +2,4 @@
 
 from attnzoo.extras import require
 
-require("pydantic", "yaml", "rich")
+require("pydantic", "yaml", "rich", "scipy", "jinja2")

@@ -81,14 +81,7 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML config, apply ``key=value`` overrides and check it.
-
-        Parameters
-        ----------
-        path
-            A YAML file.
-        overrides
-            ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+        """Read a YAML config, apply overrides, as `read_yaml` does, and check it.
 
         Raises
         ------

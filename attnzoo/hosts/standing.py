@@ -42,7 +42,8 @@ PRODUCTS = frozenset({"matmul", "bmm", "baddbmm", "einsum"})
 
 def attends(module: nn.Module) -> bool:
     """Whether the code of the module's own class attends; what its children do is theirs."""
-    called, multiplies = _calls(type(module))  # type: ignore[arg-type]
+    own: type = type(module)
+    called, multiplies = _calls(own)
     if called & FUSED:
         return True
     normalizes = bool(called & SOFTMAX) or any(isinstance(child, nn.Softmax) for child in module.children())

@@ -14,6 +14,7 @@ from PIL import Image
 from attnzoo.bench import summary as words
 from attnzoo.bench.html import Section, page, pictures, plots
 from attnzoo.bench.record import Quality, Record
+from attnzoo.errors import DataError
 from attnzoo.tables import Column, Table
 from attnzoo.training import curves
 from attnzoo.training.images import Splits
@@ -162,7 +163,7 @@ def _mistakes(one: Scored, splits: Splits) -> str:
         source: Any = splits.test
         try:
             picture, name = _picture(source.read(mistake["index"])[0]), source.name(mistake["index"])
-        except (AttributeError, OSError):  # a stream has no places
+        except (AttributeError, OSError, DataError):  # a stream has no places; a file may have changed since
             picture, name = b"", f"image {mistake['index']}"
         target, answer = (_class(splits, mistake[key]) for key in ("target", "answer"))
         shown.append((name, picture, f"{target}\ntaken for {answer}\n{mistake['confidence']:.0%} sure"))
