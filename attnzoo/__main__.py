@@ -72,12 +72,11 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     import yaml
     from rich.console import Console
 
-    from attnzoo import files
-    from attnzoo.bench.config import BenchConfig
-    from attnzoo.bench.page import html_page
-    from attnzoo.bench.report import print_report
+    from attnzoo.bench.publish import publish
+    from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
     from attnzoo.bench.summary import summarise, verdict
+    from attnzoo.tasks.suite import TASK, SuiteConfig
 
     library, _, model = parsed.model.partition(":")
     if library != "timm":
@@ -101,16 +100,13 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
         "output": parsed.output,
     }
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-    content = {"name": f"measure-{re.sub(r'[^A-Za-z0-9._-]', '-', model)}-{key}", **content}
-    config = BenchConfig.check(content, command)
+    content = {"task": "suite", "name": f"measure-{re.sub(r'[^A-Za-z0-9._-]', '-', model)}-{key}", **content}
+    config = SuiteConfig.check(content, command)
     print(yaml.safe_dump(content, sort_keys=False), end="")
-    records = run(config, command)
-    page = config.folder / "report.html"
-    files.write(page, html_page(records, config.to_yaml()))
+    records = run(TASK, config, command)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    print_report(records, console)
-    for line in (verdict(summarise(records)), f"page: {page}"):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    publish(TASK, records, config.folder / RECORDS_FILE, console)
+    console.print(verdict(summarise(records)), highlight=False, markup=False, soft_wrap=True)
     return check_rows(records)
 
 

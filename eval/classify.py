@@ -42,12 +42,14 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     """Score all runs, measure what they cost, report, and give the exit status."""
     from rich.console import Console
 
-    from attnzoo.bench.page import html_page
-    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, Record, read_records
+    from attnzoo.bench.publish import page_of
+    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, Record
     from attnzoo.bench.report import print_report
+    from attnzoo.tasks import read_records
     from attnzoo.tasks.classify import report
     from attnzoo.tasks.classify.config import load_config
     from attnzoo.tasks.classify.score import FOLDER, qualities_of, record_all, score_all
+    from attnzoo.tasks.suite import TASK
 
     config = load_config(path, overrides)
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -62,7 +64,7 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     for folder in folders:
         records = read_records(folder / RECORDS_FILE)
         measured += records
-        files.write(folder / "report.html", html_page(records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
+        files.write(folder / "report.html", page_of(TASK, records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
         print_report(records, out)
     page = config.folder / FOLDER / "report.html"
     steps = report.step_costs(measured)

@@ -15,11 +15,10 @@ import yaml
 
 from attnzoo import list_attentions
 from attnzoo.__main__ import capability_table, main
-from attnzoo.bench.config import load_config
-from attnzoo.bench.record import read_records
-from attnzoo.bench.report import markdown_section
-from attnzoo.bench.strict import read_yaml
+from attnzoo.bench.config import read_yaml
+from attnzoo.bench.readme import markdown_section
 from attnzoo.registry import _table, unregister_attention
+from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import report as training_report
 from attnzoo.tasks.decode import byte_run as train_bytes
@@ -30,6 +29,7 @@ from attnzoo.tasks.decode.kvpress import config as kvpress
 from attnzoo.tasks.decode.kvpress import table as kvpress_table
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
+from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels
 

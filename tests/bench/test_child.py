@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnzoo.bench import isolate as child
-from attnzoo.bench.isolate import Nursery
+from attnzoo.bench.isolate import Isolation
 
 pytestmark = pytest.mark.serial
 
@@ -43,7 +43,7 @@ def threads_after_a_product(argument, say):
 
 @pytest.fixture(scope="module", params=["forkserver", "spawn"])
 def nursery(request):
-    return Nursery(["torch"], cuda=request.param == "spawn")
+    return Isolation(["torch"], cuda=request.param == "spawn")
 
 
 def test_an_answer_comes_back_and_words_on_the_way(nursery):
@@ -71,7 +71,7 @@ def test_a_silent_exit_is_told_with_its_code(nursery):
 
 
 def test_a_hang_ends_at_its_time():
-    nursery = Nursery(["torch"])
+    nursery = Isolation(["torch"])
     nursery.run(echo, "the server is up now", 60)
     start = time.monotonic()
     result = nursery.run(hang, "", 3)
@@ -91,6 +91,6 @@ def test_parallel_work_goes_on_in_a_child(nursery):
 def test_a_kill_is_called_out_of_memory_only_where_the_kernel_says_so(monkeypatch, before, after, end, says):
     counts = iter([before, after])
     monkeypatch.setattr(child, "_memory_kills", lambda: next(counts))
-    result = Nursery().run(die, str(int(signal.SIGKILL)), 60)
+    result = Isolation().run(die, str(int(signal.SIGKILL)), 60)
     assert result.end == end
     assert says in result.message

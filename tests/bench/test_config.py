@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.bench.config import BenchConfig, load_config, validate_config
-from attnzoo.bench.strict import parse_override, read_yaml
+from attnzoo.bench.config import parse_override, read_yaml
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.operations import config as operations
+from attnzoo.tasks.suite import SuiteConfig, load_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "bench"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -185,7 +185,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_the_schema_survives_a_dump():
     config = load_config(QUICKSTART)
-    assert BenchConfig.model_validate_json(config.model_dump_json()) == config
+    assert SuiteConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_importing_attnzoo_imports_no_benchmark_and_no_optional_package():

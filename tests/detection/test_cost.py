@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from attnzoo.bench.page import html_page
-from attnzoo.bench.record import read_records
-from attnzoo.bench.report import markdown_table
+from attnzoo.bench.readme import markdown_table
 from attnzoo.errors import ConfigError
+from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, run, stages
 from eval.detect import main as evaluate

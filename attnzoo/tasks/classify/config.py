@@ -13,14 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import (
-    AttentionConfig,
-    Dtype,
-    attention_problems,
-    refuse_vision_keys,
-    vision_problems,
-)
-from attnzoo.bench.strict import CONFIG_VERSION, RunConfig, Section, refuse_twins
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys, vision_problems
+from attnzoo.bench.config import CONFIG_VERSION, Dtype, RunConfig, Section, refuse_twins
 from attnzoo.errors import ConfigError
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
@@ -234,6 +228,7 @@ class CostConfig(Section):
 class ClassifyConfig(RunConfig):
     """A whole comparison. Where and how it is run is no part of its identity: see `Run.hash`."""
 
+    task: Literal["classify"] = "classify"
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig | None = None
@@ -354,14 +349,6 @@ class Run:
         for key in ("workers", "path", "root"):
             del content["data"][key]
         return content
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def slug(label: str) -> str:

@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, to_svg
-from attnzoo.bench.record import Quality, Training
+from attnzoo.tasks.classify.quality import Accuracy, Training
 
 DENSE, OTHER = COLOURS[0], COLOURS[2]
 MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
 TOP1 = "top-1, % of the test images"
 
 
-def accuracy_plot(qualities: Mapping[str, Quality], baseline: str) -> str:
+def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
     """Test accuracy of each attention, the best on top: a dot a seed, a stroke the mean, a dotted line the dense one's.
 
     One seed alone has its 95% interval over the test images.
@@ -38,12 +38,12 @@ def accuracy_plot(qualities: Mapping[str, Quality], baseline: str) -> str:
     return to_svg(figure, "accuracy")
 
 
-def loss_plot(qualities: Mapping[str, Quality]) -> str:
+def loss_plot(qualities: Mapping[str, Accuracy]) -> str:
     """Mean training loss in each epoch."""
     return _curves({label: [t.epoch_losses for t in q.trainings] for label, q in qualities.items()}, "training loss")
 
 
-def learning_plot(qualities: Mapping[str, Quality]) -> str:
+def learning_plot(qualities: Mapping[str, Accuracy]) -> str:
     """Test accuracy after each epoch."""
     counted = {
         label: [[_percent(t, correct) for correct in t.epoch_correct] for t in q.trainings]

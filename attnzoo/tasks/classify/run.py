@@ -19,11 +19,12 @@ from rich.table import Table
 
 from attnzoo import files
 from attnzoo.assets import sha256_of
+from attnzoo.bench.config import flat
 from attnzoo.bench.stats import wilson_interval
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import checkpoint
-from attnzoo.tasks.classify.config import ClassifyConfig, Run, flat, load_config
+from attnzoo.tasks.classify.config import ClassifyConfig, Run, load_config
 from attnzoo.tasks.classify.evaluate import has_top5
 from attnzoo.tasks.classify.images import Splits, open_splits
 from attnzoo.tasks.classify.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch

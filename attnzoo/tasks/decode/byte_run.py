@@ -13,12 +13,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
 from attnzoo import files
-from attnzoo.bench.config import AttentionConfig, refuse_expect
+from attnzoo.bench.attentions import AttentionConfig, refuse_expect
+from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
 from attnzoo.bench.lines import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
-from attnzoo.bench.strict import RunConfig, Section, Seed
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tables import Table
@@ -53,6 +53,7 @@ class RecipeConfig(Section):
 class TrainConfig(RunConfig):
     """What is trained on what, on the CPU."""
 
+    task: Literal["train_bytes"] = "train_bytes"
     device: Literal["cpu"] = "cpu"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
     seed: Seed = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnzoo.bench import summary as words
+from attnzoo.bench import words
 from attnzoo.bench.html import Section, page
 from attnzoo.bench.html import plots as figures
 from attnzoo.bench.page import GATED, GATES_NOTE, gate_cells

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import attnzoo
-from attnzoo.bench.config import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import needles
 from attnzoo.tasks.decode.config import DENSE, DecodeConfig

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from attnzoo.bench import summary as words
+from attnzoo.bench import words
 from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.tables import Cell, Column, Table, Verdict
 from attnzoo.tasks.decode.record import DecodeRecord, KindResult

@@ -24,16 +24,18 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from attnzoo.bench import gate as gates
+from attnzoo.bench.config import Section, validated
+from attnzoo.bench.cost import ratios_of, side_of
 from attnzoo.bench.environment import environment
-from attnzoo.bench.isolate import ChildResult, Nursery
-from attnzoo.bench.jobs import gate_message, is_out_of_memory, ratios_of, side_of
+from attnzoo.bench.gate import gate_message
+from attnzoo.bench.isolate import ChildResult, Isolation, is_out_of_memory
 from attnzoo.bench.memory import keep_buffers, map_buffers
-from attnzoo.bench.record import Cost, Entry, Gate, Record, Shapes, Status
-from attnzoo.bench.strict import Section, validated
+from attnzoo.bench.record import Cost, Entry, Gate, Shapes, Status
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.hosts.site import MixerLayer
 from attnzoo.swap import replace_attention, swap_report, swapped_layers
 from attnzoo.tasks.detect import mmcv_ext, stages
+from attnzoo.tasks.records import Record
 
 ORACLE = "softmax"
 DENSE = "dense"
@@ -183,7 +185,7 @@ def measure(
     ConfigError
         If a swap cannot be made, or two sizes have as many tokens.
     """
-    nursery = Nursery(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
+    nursery = Isolation(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
     records: list[Record] = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
@@ -216,7 +218,7 @@ def _status(result: ChildResult, answer: Answer) -> tuple[Status, str]:
 
 
 def _unmeasured(
-    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], nursery: Nursery
+    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], nursery: Isolation
 ) -> tuple[Record, ...]:
     """Records of a size that could not be measured; the token count is 0 where that cannot be told either."""
     (height, width), (status, message) = job.cost.sizes[0], ended

@@ -9,10 +9,12 @@ from html import escape
 
 from attnzoo.bench.html import Section, pictures, plots
 from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
-from attnzoo.bench.record import Detection, Record, Stage
+from attnzoo.bench.record import Stage
 from attnzoo.errors import DataError
+from attnzoo.tasks.detect.quality import Detection
 from attnzoo.tasks.detect.score import Judged, Scores
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
+from attnzoo.tasks.records import Record
 
 SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320

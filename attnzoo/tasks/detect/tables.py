@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnzoo.bench import summary as words
-from attnzoo.bench.record import Detection, Record, Stage
+from attnzoo.bench import words
+from attnzoo.bench.record import Record as Measured
+from attnzoo.bench.record import Stage
 from attnzoo.bench.summary import summarise
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
+from attnzoo.tasks.detect.quality import Detection
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
+from attnzoo.tasks.records import Record
 
 ENCODER_HEAD = (
     "images",
@@ -59,7 +62,7 @@ def encoder_table(records: Iterable[Record]) -> str:
     return Table(ENCODER_HEAD, lines).markdown()
 
 
-def _stage(row: Record, name: str) -> Stage:
+def _stage(row: Measured, name: str) -> Stage:
     found = None if row.cost is None else row.cost.candidate.stage(name)
     if found is None:
         raise AttnZooError(f"{row.label} at {row.tokens:,} tokens: {name} was not measured")
