@@ -305,14 +305,14 @@ ASSETS: tuple[Asset, ...] = (
         "bccd_coco",
         "BCCD in COCO's layout: 205 photos to train with, 87 to validate, 72 to test",
         "MIT",
-        (Made("bccd", "attnzoo.detection.datasets:bccd"),),
+        (Made("bccd", "attnzoo.tasks.detect.datasets:bccd"),),
         advice="clone https://github.com/Shenggan/BCCD_Dataset and give its folder as path",
     ),
     Asset(
         "neon_tree_crowns_coco",
         "two of those aerial photos cut into tiles of 224 pixels, in COCO's layout: 110 to train with, 20 to validate",
         "MIT",
-        (Made("neon_tree_crowns", "attnzoo.detection.datasets:tree_crowns"),),
+        (Made("neon_tree_crowns", "attnzoo.tasks.detect.datasets:tree_crowns"),),
     ),
     Asset(
         "neon_tree_crowns",
@@ -331,7 +331,7 @@ ASSETS: tuple[Asset, ...] = (
         "smollm2_135m_instruct_safetensors",
         "SmolLM2-135M-Instruct, the weights of that GGUF file in float32, with tokenizer, as transformers reads them",
         "Apache-2.0",
-        (Made("smollm2_135m_instruct", "attnzoo.tasks.gguf:convert"),),
+        (Made("smollm2_135m_instruct", "attnzoo.tasks.decode.gguf:convert"),),
         advice="load HuggingFaceTB/SmolLM2-135M-Instruct from the hub with transformers instead",
     ),
     Asset(

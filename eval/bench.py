@@ -65,9 +65,9 @@ def measure(config_path: Path, overrides: Sequence[str], command: str, readme: P
 
 def measure_operations(config_path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:
     """Measure single operations, report, and give the exit status."""
-    from attnzoo.bench.operations.config import load_config
-    from attnzoo.bench.operations.record import read_records
-    from attnzoo.bench.operations.run import run
+    from attnzoo.tasks.operations.config import load_config
+    from attnzoo.tasks.operations.record import read_records
+    from attnzoo.tasks.operations.run import run
 
     config = load_config(config_path, overrides)
     _no_readme(readme)
@@ -80,8 +80,8 @@ def report_operations(records_path: Path, readme: Path | None) -> None:
     """Print the table and write the page of a records file of operations."""
     from rich.console import Console
 
-    from attnzoo.bench.operations.record import read_records
-    from attnzoo.bench.operations.report import html_page, print_report
+    from attnzoo.tasks.operations.record import read_records
+    from attnzoo.tasks.operations.report import html_page, print_report
 
     _no_readme(readme)
     records = read_records(records_path)

@@ -45,9 +45,9 @@ def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> 
     from attnzoo.bench.page import html_page
     from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, Record, read_records
     from attnzoo.bench.report import print_report
-    from attnzoo.training import report
-    from attnzoo.training.config import load_config
-    from attnzoo.training.score import FOLDER, qualities_of, record_all, score_all
+    from attnzoo.tasks.classify import report
+    from attnzoo.tasks.classify.config import load_config
+    from attnzoo.tasks.classify.score import FOLDER, qualities_of, record_all, score_all
 
     config = load_config(path, overrides)
     progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)

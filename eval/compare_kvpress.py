@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo.bench.kvpress.config import load_config, rows_of
-from attnzoo.bench.kvpress.environment import KVPRESS, kvpress_python
-from attnzoo.bench.kvpress.run import run
-from attnzoo.bench.kvpress.table import report
 from attnzoo.command import run_script
 from attnzoo.errors import ConfigError
+from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
+from attnzoo.tasks.decode.kvpress.environment import KVPRESS, kvpress_python
+from attnzoo.tasks.decode.kvpress.run import run
+from attnzoo.tasks.decode.kvpress.table import report
 
 
 def say(text: str) -> None:

@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(config_path: Path, overrides: Sequence[str], command: str) -> None:
     """Run what a config asks for; then the main process reports."""
-    from attnzoo.bench.decode.config import load_config
-    from attnzoo.bench.decode.record import RECORDS_FILE
-    from attnzoo.bench.decode.run import run
+    from attnzoo.tasks.decode.config import load_config
+    from attnzoo.tasks.decode.record import RECORDS_FILE
+    from attnzoo.tasks.decode.run import run
 
     config = load_config(config_path, overrides)
     if run(config, command):
@@ -61,9 +61,9 @@ def show(config_path: Path, overrides: Sequence[str]) -> None:
     """Print the table of the samples that a run has finished."""
     from rich.console import Console
 
-    from attnzoo.bench.decode.config import load_config
-    from attnzoo.bench.decode.report import print_report
-    from attnzoo.bench.decode.run import so_far
+    from attnzoo.tasks.decode.config import load_config
+    from attnzoo.tasks.decode.report import print_report
+    from attnzoo.tasks.decode.run import so_far
 
     records = so_far(load_config(config_path, overrides), "")
     print_report(records, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
@@ -73,9 +73,9 @@ def report(records_path: Path) -> None:
     """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
     from rich.console import Console
 
-    from attnzoo.bench.decode.page import html_page
-    from attnzoo.bench.decode.record import RECORDS_FILE, read_records
-    from attnzoo.bench.decode.report import print_report
+    from attnzoo.tasks.decode.page import html_page
+    from attnzoo.tasks.decode.record import RECORDS_FILE, read_records
+    from attnzoo.tasks.decode.report import print_report
 
     records = read_records(records_path)
     config = records_path.with_suffix(".yaml")

@@ -40,10 +40,10 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     from attnzoo.bench.page import html_page
     from attnzoo.bench.progress import bars
     from attnzoo.bench.report import print_report
-    from attnzoo.detection import evaluate as evaluation
-    from attnzoo.detection import page
-    from attnzoo.detection.config import load_config, prepare
-    from attnzoo.detection.run import fit_to_machine, is_main
+    from attnzoo.tasks.detect import evaluate as evaluation
+    from attnzoo.tasks.detect import page
+    from attnzoo.tasks.detect.config import load_config, prepare
+    from attnzoo.tasks.detect.run import fit_to_machine, is_main
 
     paths = [one for one in inputs if "=" not in one]
     if not paths:

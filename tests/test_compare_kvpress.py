@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from attnzoo.bench.kvpress import environment, process, prompts, record, run, table, worker
-from attnzoo.bench.kvpress.config import load_config, rows_of
 from attnzoo.errors import AssetError, AttnZooError, ConfigError
 from attnzoo.hosts.versions import facts
-from attnzoo.tasks import decode
-from attnzoo.tasks.needles import make_samples
-from attnzoo.tasks.text import Text
+from attnzoo.tasks.decode import lm as decode
+from attnzoo.tasks.decode.kvpress import environment, process, prompts, record, run, table, worker
+from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
+from attnzoo.tasks.decode.needles import make_samples
+from attnzoo.tasks.decode.text import Text
 from tests.tasks import llm
 
 EVAL = Path(__file__).parents[1] / "eval"

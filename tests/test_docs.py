@@ -15,21 +15,21 @@ import yaml
 
 from attnzoo import list_attentions
 from attnzoo.__main__ import capability_table, main
-from attnzoo.bench import train_bytes
 from attnzoo.bench.config import load_config
-from attnzoo.bench.decode import record as decode_record
-from attnzoo.bench.decode import report as decode_report
-from attnzoo.bench.decode.config import load_config as load_decode_config
-from attnzoo.bench.kvpress import config as kvpress
-from attnzoo.bench.kvpress import table as kvpress_table
-from attnzoo.bench.operations import config as operations
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_section
 from attnzoo.bench.strict import read_yaml
-from attnzoo.detection import config as detection
 from attnzoo.registry import _table, unregister_attention
-from attnzoo.training import config as classify
-from attnzoo.training import report as training_report
+from attnzoo.tasks.classify import config as classify
+from attnzoo.tasks.classify import report as training_report
+from attnzoo.tasks.decode import byte_run as train_bytes
+from attnzoo.tasks.decode import record as decode_record
+from attnzoo.tasks.decode import report as decode_report
+from attnzoo.tasks.decode.config import load_config as load_decode_config
+from attnzoo.tasks.decode.kvpress import config as kvpress
+from attnzoo.tasks.decode.kvpress import table as kvpress_table
+from attnzoo.tasks.detect import config as detection
+from attnzoo.tasks.operations import config as operations
 from attnzoo.units import megabytes
 from eval import kernels
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import yaml
 
-from attnzoo.bench import train_bytes as bench
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import train_bytes
+from attnzoo.tasks.decode import byte_lm as train_bytes
+from attnzoo.tasks.decode import byte_run as bench
 from tests.tasks import llm
 
 ROOT = Path(__file__).parents[1]

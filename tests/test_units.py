@@ -3,16 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.bench.decode.page import html_page as decode_page
-from attnzoo.bench.decode.record import read_records as read_decode
-from attnzoo.bench.decode.report import cells
-from attnzoo.bench.kvpress import table as kvpress_table
-from attnzoo.bench.kvpress.record import ResultLine
-from attnzoo.bench.kvpress.record import read_records as read_kvpress
 from attnzoo.bench.page import html_page
 from attnzoo.bench.plots import memory_plot
 from attnzoo.bench.record import read_records
 from attnzoo.bench.summary import summarise
+from attnzoo.tasks.decode.kvpress import table as kvpress_table
+from attnzoo.tasks.decode.kvpress.record import ResultLine
+from attnzoo.tasks.decode.kvpress.record import read_records as read_kvpress
+from attnzoo.tasks.decode.page import html_page as decode_page
+from attnzoo.tasks.decode.record import read_records as read_decode
+from attnzoo.tasks.decode.report import cells
 from attnzoo.units import MB, MIB, megabytes
 
 ROOT = Path(__file__).parents[1]

@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from accelerate import PartialState
         from rich.console import Console
 
-        from attnzoo.training.config import load_config
-        from attnzoo.training.run import left_to_others, table, train_all
+        from attnzoo.tasks.classify.config import load_config
+        from attnzoo.tasks.classify.run import left_to_others, table, train_all
 
         config = load_config(parsed.config, parsed.overrides)
         results = train_all(config)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give either a config or --report RECORDS")
 
     def body() -> None:
-        from attnzoo.bench.train_bytes import load_config, report, run
+        from attnzoo.tasks.decode.byte_run import load_config, report, run
 
         print(report(parsed.report or run(load_config(parsed.config, parsed.overrides))))
 

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     def body() -> None:
-        from attnzoo.detection import config as configs
-        from attnzoo.detection import run
+        from attnzoo.tasks.detect import config as configs
+        from attnzoo.tasks.detect import run
 
         config = configs.load_config(parsed.config, parsed.overrides)
         files.check_folder(config.work_dir, "work_dir")

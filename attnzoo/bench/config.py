@@ -235,7 +235,7 @@ class LanguageQualityConfig(Section):
 class LanguageConfig(Section):
     """A causal language model whose cache policies bound, beside the same model with transformers' own cache and SDPA.
 
-    `model` and `text` are names as `attnzoo.tasks.decode.load_model` and `attnzoo.tasks.text.load_text` take them.
+    `model` and `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them.
     """
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"

@@ -9,7 +9,7 @@ from attnzoo.bench.config import LanguageConfig, QualityConfig
 from attnzoo.bench.record import Canary, Detection, Perplexity, Quality, Training
 from attnzoo.bench.stats import paired_difference, ratio_of_shares, wilson_interval
 from attnzoo.bench.summary import Qualities
-from attnzoo.tasks import classify
+from attnzoo.tasks.classify import small as classify
 
 
 def accuracy_of(config: QualityConfig, trainings: Sequence[Training]) -> Quality:

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from attnzoo import assets
-from attnzoo.bench import language as llm
-from attnzoo.bench import progress, worker
-from attnzoo.bench.child import ChildResult, Nursery, Say
+from attnzoo.bench import progress
 from attnzoo.bench.config import BenchConfig, LanguageConfig
+from attnzoo.bench.environment import environment
+from attnzoo.bench.isolate import ChildResult, Nursery, Say
 from attnzoo.bench.jobs import Job, Outcome, attention_paths
 from attnzoo.bench.kept import accuracy_of, against, perplexity_of
 from attnzoo.bench.plan import Row, baseline_label, plan
@@ -30,13 +30,14 @@ from attnzoo.bench.record import (
     RecordStore,
 )
 from attnzoo.bench.summary import Qualities, one_line
-from attnzoo.bench.system import environment
 from attnzoo.errors import AssetError, AttnZooError, ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks import classify
+from attnzoo.tasks.classify import cost as worker
+from attnzoo.tasks.classify import small as classify
+from attnzoo.tasks.decode import cost as llm
 
-PRELOAD = ("attnzoo.bench.worker", "timm")
-PRELOAD_LANGUAGE = ("attnzoo.bench.language", "transformers.models.llama.modeling_llama")
+PRELOAD = ("attnzoo.tasks.classify.cost", "timm")
+PRELOAD_LANGUAGE = ("attnzoo.tasks.decode.cost", "transformers.models.llama.modeling_llama")
 NO_QUALITY = "this config measures no quality"
 
 
@@ -108,7 +109,8 @@ def read_prose(language: LanguageConfig, seed: int) -> Prose:
     ConfigError
         If the text is too short, or the model is not made for as many tokens.
     """
-    from attnzoo.tasks import decode, text
+    from attnzoo.tasks.decode import lm as decode
+    from attnzoo.tasks.decode import text
 
     cost, quality = language.cost, language.quality
     try:
@@ -151,7 +153,7 @@ def check(config: BenchConfig) -> None:
     if not problems:
         problems += _host_problems(config)
     if config.language is not None:
-        from attnzoo.tasks.text import check_text_name
+        from attnzoo.tasks.decode.text import check_text_name
 
         try:
             require("transformers", "accelerate", extra="llm")

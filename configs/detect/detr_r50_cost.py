@@ -4,7 +4,7 @@
 #
 #   python eval/detect.py configs/detect/detr_r50_cost.py
 _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
-custom_imports = dict(imports=["attnzoo.detection.model"])
+custom_imports = dict(imports=["attnzoo.tasks.detect.model"])
 model = dict(type="SwappedDETR")
 data_root = None
 cost = dict(

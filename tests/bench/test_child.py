@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from attnzoo.bench import child
-from attnzoo.bench.child import Nursery
+from attnzoo.bench import isolate as child
+from attnzoo.bench.isolate import Nursery
 
 pytestmark = pytest.mark.serial
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnzoo.bench.config import BenchConfig, load_config, validate_config
-from attnzoo.bench.operations import config as operations
 from attnzoo.bench.strict import parse_override, read_yaml
 from attnzoo.errors import ConfigError
+from attnzoo.tasks.operations import config as operations
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "bench"
 QUICKSTART = CONFIGS / "quickstart.yaml"

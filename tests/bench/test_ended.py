@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from attnzoo.bench.config import validate_config
-from attnzoo.bench.decode.canary import CanaryError
-from attnzoo.bench.decode.cost import GateError
 from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import ConfigError, DataError, MissingExtraError, RunError, TrainingError
+from attnzoo.tasks.decode.batch_cost import GateError
+from attnzoo.tasks.decode.canary import CanaryError
 from eval import bench
 from tests.bench import test_language, test_run
 
@@ -250,14 +250,14 @@ def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkey
     told = "matplotlib not installed; run: pip install -e '.[vision]', in the clone of attnzoo"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    from attnzoo.bench.decode import run as decode
+    from attnzoo.tasks.decode import run as decode
 
     with pytest.raises(MissingExtraError, match="matplotlib not installed"):
         decode.check(None)
 
 
 def test_expecting_means_nothing_where_all_is_refused_at_once(folder):
-    from attnzoo.bench.decode.config import validate_config as validate_decode
+    from attnzoo.tasks.decode.config import validate_config as validate_decode
 
     data = {"name": "tiny", "attentions": [{"name": "keydiff", "options": {"budget": 64}, "expect": "unsupported"}]}
     with pytest.raises(ConfigError, match="has no meaning here"):

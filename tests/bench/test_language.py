@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 
-from attnzoo.bench import language as llm
 from attnzoo.bench.config import AttentionConfig, validate_config
 from attnzoo.bench.jobs import Job
 from attnzoo.bench.kept import against
@@ -17,6 +16,7 @@ from attnzoo.bench.report import markdown_table
 from attnzoo.bench.run import read_prose, run
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.registry import register_attention, unregister_attention
+from attnzoo.tasks.decode import cost as llm
 from tests.bench.data import quality, record_data
 
 WORDS = 60
@@ -196,7 +196,7 @@ def test_a_config_without_a_language_model_is_what_it_was(folder):
 
 
 def test_what_cannot_be_had_is_told_before_anything_starts(folder, monkeypatch, tmp_path):
-    from attnzoo.tasks import decode
+    from attnzoo.tasks.decode import lm as decode
 
     def offline(name):
         raise AssetError(f"{name} cannot be fetched")

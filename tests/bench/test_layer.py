@@ -6,10 +6,10 @@ from attnzoo import list_attentions
 from attnzoo.bench.config import validate_config
 from attnzoo.bench.jobs import Job
 from attnzoo.bench.plan import plan
-from attnzoo.bench.worker import _swapped, measure_cost
 from attnzoo.errors import UnsupportedError
 from attnzoo.kernels import depthwise
-from attnzoo.tasks import classify
+from attnzoo.tasks.classify import small as classify
+from attnzoo.tasks.classify.cost import _swapped, measure_cost
 from tests.bench.test_run import HOST, PADRE, tiny
 
 LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}

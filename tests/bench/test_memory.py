@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.bench import memory
-from attnzoo.bench.child import Nursery
+from attnzoo.bench.isolate import Nursery
 from attnzoo.bench.memory import map_buffers, peak_memory
 from attnzoo.units import MIB
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.bench.operations import cases, run
-from attnzoo.bench.operations.config import OperationsConfig, load_config
-from attnzoo.bench.operations.record import read_records
-from attnzoo.bench.operations.report import html_page, markdown_table, speed_plot
 from attnzoo.errors import ConfigError
+from attnzoo.tasks.operations import cases, run
+from attnzoo.tasks.operations.config import OperationsConfig, load_config
+from attnzoo.tasks.operations.record import read_records
+from attnzoo.tasks.operations.report import html_page, markdown_table, speed_plot
 from eval import bench
 
 GPU = Path(__file__).parents[2] / "configs/bench/gpu_kernels.yaml"

@@ -19,9 +19,9 @@ from attnzoo.bench.jobs import Job
 from attnzoo.bench.plan import plan
 from attnzoo.bench.record import RECORDS_FILE, read_records
 from attnzoo.bench.run import check, run
-from attnzoo.bench.worker import cost_main, measure_cost
 from attnzoo.errors import ConfigError
 from attnzoo.registry import unregister_attention
+from attnzoo.tasks.classify.cost import cost_main, measure_cost
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "bench.py"
 HOST = {"patch_size": 4, "options": {"depth": 1, "embed_dim": 16, "num_heads": 2}}
@@ -204,7 +204,7 @@ def test_a_mixer_that_is_not_its_paper_is_not_timed(own_attention):
 
 
 def test_flash_must_have_run_a_flash_operator(monkeypatch):
-    from attnzoo.bench import worker
+    from attnzoo.tasks.classify import cost as worker
 
     monkeypatch.setattr(worker, "MUST_RUN", {"sdpa": "no_such_operator"})
     outcome = outcome_of("sdpa")

@@ -54,7 +54,7 @@ def test_what_is_no_pair_is_refused(a, b):
 
 
 def test_one_sample_has_no_interval_and_no_verdict():
-    from attnzoo.bench.decode.report import difference, verdict
+    from attnzoo.tasks.decode.report import difference, verdict
 
     one = Interval(mean=0.5, low=0.5, high=0.5, n=1)
     assert difference(one) == "+0.500 (1 sample)"

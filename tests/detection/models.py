@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from attnzoo.detection import mmcv_ext
+from attnzoo.tasks.detect import mmcv_ext
 
 WIDTH = 16
 WIDTHS = {"ConditionalDETR": 256}  # mmdet's has that width written into its decoder
@@ -80,7 +80,7 @@ def mmdet_config(kind: str) -> dict:
 
 
 def mmdet_detector(kind: str, **options) -> nn.Module:
-    mmcv_ext.load("attnzoo.detection.model")
+    mmcv_ext.load("attnzoo.tasks.detect.model")
     mmcv_ext.load("mmengine.registry").init_default_scope("mmdet")
     torch.manual_seed(0)
     return mmcv_ext.load("mmdet.registry").MODELS.build({**mmdet_config(kind), **options}).eval()

@@ -59,7 +59,7 @@ def make_config(path, data, attention=None, epochs=4, flips=0.5, **more):
         model["attention"] = attention
     content = {
         "default_scope": "mmdet",
-        "custom_imports": {"imports": ["attnzoo.detection.model", "attnzoo.detection.hooks"]},
+        "custom_imports": {"imports": ["attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"]},
         "data_root": f"{data}/",
         "model": model,
         "train_dataloader": {

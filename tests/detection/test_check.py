@@ -8,9 +8,9 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from attnzoo.detection import check, coco_file, score, voc
-from attnzoo.detection import config as configs
 from attnzoo.errors import ConfigError, DataError
+from attnzoo.tasks.detect import check, coco_file, score, voc
+from attnzoo.tasks.detect import config as configs
 
 
 def content(*boxes, images=1, crowd=0):

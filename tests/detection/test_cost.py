@@ -11,9 +11,9 @@ from torch import nn
 from attnzoo.bench.page import html_page
 from attnzoo.bench.record import read_records
 from attnzoo.bench.report import markdown_table
-from attnzoo.detection import config as configs
-from attnzoo.detection import cost, run, stages
 from attnzoo.errors import ConfigError
+from attnzoo.tasks.detect import config as configs
+from attnzoo.tasks.detect import cost, run, stages
 from eval.detect import main as evaluate
 from tests.detection.models import mmdet_detector, samples
 from tests.detection.runs import make_config, make_data

@@ -10,9 +10,9 @@ import pytest
 
 import attnzoo
 from attnzoo.bench.record import read_records
-from attnzoo.detection import config as configs
-from attnzoo.detection import cost, mmcv_ext, page, tables
-from attnzoo.detection.stages import ATTENTION, ENCODER
+from attnzoo.tasks.detect import config as configs
+from attnzoo.tasks.detect import cost, mmcv_ext, page, tables
+from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
 from tests.detection.runs import make_data
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torchvision import ops
 
-from attnzoo.detection import mmcv_ext
 from attnzoo.errors import UnsupportedError
+from attnzoo.tasks.detect import mmcv_ext
 
 compiled = importlib.machinery.PathFinder.find_spec(
     "mmcv._ext", importlib.util.find_spec("mmcv").submodule_search_locations
@@ -91,7 +91,7 @@ def test_the_maximum_of_a_region_is_refused(standing):
 def test_a_compiled_one_is_left_alone():
     """A module of that name that is there already stays; importing attnzoo alone puts nothing in place."""
     code = (
-        "import sys, types, importlib.machinery as m; import attnzoo, attnzoo.detection.mmcv_ext as e; "
+        "import sys, types, importlib.machinery as m; import attnzoo, attnzoo.tasks.detect.mmcv_ext as e; "
         "assert 'mmcv._ext' not in sys.modules; "
         "own = types.ModuleType('mmcv._ext'); own.__spec__ = m.ModuleSpec('mmcv._ext', None); "
         "sys.modules['mmcv._ext'] = own; e.ensure(); assert sys.modules['mmcv._ext'] is own"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attnzoo.detection import page
-from attnzoo.detection.score import Judged, Scores
+from attnzoo.tasks.detect import page
+from attnzoo.tasks.detect.score import Judged, Scores
 
 BOX = (1.0, 1.0, 4.0, 4.0, 0.0)
 WIDE = Image.fromarray(np.arange(800, dtype=np.int32).reshape(20, 40) * 90)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from attnzoo.detection import score
 from attnzoo.errors import DataError
+from attnzoo.tasks.detect import score
 
 CAT, DOG = 1, 2
 

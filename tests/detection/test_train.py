@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.detection import check, mmcv_ext, run, score
-from attnzoo.detection import config as configs
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.files import locked
+from attnzoo.tasks.detect import check, mmcv_ext, run, score
+from attnzoo.tasks.detect import config as configs
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
 from train.detect import main as train
@@ -56,7 +56,7 @@ def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_pa
     """No code of ours but what the config imports; and the checkpoint loads back into the swapped detector."""
     config, folder = trained
     code = (
-        "import sys; from attnzoo.detection import mmcv_ext; mmcv_ext.ensure(); "
+        "import sys; from attnzoo.tasks.detect import mmcv_ext; mmcv_ext.ensure(); "
         "from mmengine.config import Config; from mmengine.runner import Runner; "
         "c = Config.fromfile(sys.argv[1]); c.work_dir = sys.argv[2]; "
         "r = Runner.from_cfg(c); r.train(); print('AP50', r.test()['coco/bbox_mAP_50'])"

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from attnzoo import assets
-from attnzoo.detection import datasets, voc
-from attnzoo.detection.voc import Converted, convert, main, read_voc
 from attnzoo.errors import AssetError, DataError
+from attnzoo.tasks.detect import datasets, voc
+from attnzoo.tasks.detect.voc import Converted, convert, main, read_voc
 
 
 def write(folder, name, boxes, size=(20, 10), said=None, difficult=0):

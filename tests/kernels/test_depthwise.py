@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnzoo.bench.system import environment
+from attnzoo.bench.environment import environment
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.kernels import depthwise, native
 

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def text():
-    from attnzoo.tasks.text import Text
+    from attnzoo.tasks.decode.text import Text
     from tests.tasks import llm
 
     prose = llm.prose()

@@ -5,8 +5,8 @@ from sklearn.datasets import load_digits
 import attnzoo
 from attnzoo import assets
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import classify
-from attnzoo.tasks.classify import Recipe, build_model, count_correct, load_images, train
+from attnzoo.tasks.classify import small as classify
+from attnzoo.tasks.classify.small import Recipe, build_model, count_correct, load_images, train
 
 VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10}
 OPTIONS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "weight_init": "jax"}

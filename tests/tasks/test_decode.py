@@ -3,9 +3,9 @@ import torch
 
 import attnzoo
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import decode
-from attnzoo.tasks.decode_cost import timings, twin
-from attnzoo.tasks.needles import Sample
+from attnzoo.tasks.decode import lm as decode
+from attnzoo.tasks.decode.needles import Sample
+from attnzoo.tasks.decode.timings import timings, twin
 from tests.tasks import llm
 
 

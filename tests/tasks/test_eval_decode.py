@@ -10,18 +10,18 @@ import yaml
 from rich.console import Console
 
 import attnzoo
-from attnzoo.bench.decode import canary
-from attnzoo.bench.decode import run as runner
-from attnzoo.bench.decode.config import DecodeConfig, load_config, validate_config
-from attnzoo.bench.decode.page import html_page
-from attnzoo.bench.decode.plan import canary_rows, quality_units, remaining
-from attnzoo.bench.decode.record import read_records, read_samples
 from attnzoo.cores.softmax import Softmax
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.eviction.cache import BoundedLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.registry import unregister_attention
-from attnzoo.tasks import decode
+from attnzoo.tasks.decode import canary
+from attnzoo.tasks.decode import lm as decode
+from attnzoo.tasks.decode import run as runner
+from attnzoo.tasks.decode.config import DecodeConfig, load_config, validate_config
+from attnzoo.tasks.decode.page import html_page
+from attnzoo.tasks.decode.plan import canary_rows, quality_units, remaining
+from attnzoo.tasks.decode.record import read_records, read_samples
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "eval" / "decode.py"
@@ -290,8 +290,8 @@ def test_two_processes_give_what_one_gives(settings, tmp_path):
     path.write_text(yaml.safe_dump({**data, "output": str(tmp_path / "two")}, sort_keys=False), encoding="utf-8")
     script.write_text(
         "import sys\n"
-        "from attnzoo.bench.decode import canary, run\n"
-        "from attnzoo.bench.decode.config import load_config\n"
+        "from attnzoo.tasks.decode import canary, run\n"
+        "from attnzoo.tasks.decode.config import load_config\n"
         "canary.judge, judge = (lambda c, l: judge(c, [x.model_copy(update={'nll': tuple(y + 1 for y in x.nll)})\n"
         "    if 'streaming' in x.label else x for x in l if x.task == 'canary'])), canary.judge\n"
         "run.run(load_config(sys.argv[1]), 'command')\n",

@@ -1,8 +1,8 @@
 import pytest
 
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import needles
-from attnzoo.tasks.needles import KINDS, NEEDLES, Format, Sample, found, make_samples
+from attnzoo.tasks.decode import needles
+from attnzoo.tasks.decode.needles import KINDS, NEEDLES, Format, Sample, found, make_samples
 from tests.tasks import llm
 
 

@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from attnzoo.errors import ConfigError
-from attnzoo.tasks.text import Text, book_pages, html_paragraphs, load_text, windows
+from attnzoo.tasks.decode.text import Text, book_pages, html_paragraphs, load_text, windows
 
 PAGE = """<?xml version="1.0"?><html><head><title>no</title><link rel="next" href="{next}" /></head><body>
 <ul class="docnav top"><li>Next</li></ul><div class="toc"><p>Contents</p></div><h1>A &amp; B</h1>

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from attnzoo.errors import ConfigError, MissingExtraError
-from attnzoo.training.config import load_config, validate_config
-from attnzoo.training.run import train_all
+from attnzoo.tasks.classify.config import load_config, validate_config
+from attnzoo.tasks.classify.run import train_all
 
 from .conftest import ROOT, tiny
 

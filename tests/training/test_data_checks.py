@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import classify
-from attnzoo.training.config import validate_config
-from attnzoo.training.run import differences, train_all
-from attnzoo.training.score import score_all
+from attnzoo.tasks.classify import small as classify
+from attnzoo.tasks.classify.config import validate_config
+from attnzoo.tasks.classify.run import differences, train_all
+from attnzoo.tasks.classify.score import score_all
 
 from .conftest import tiny, write_images
 

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from attnzoo.errors import ConfigError, TrainingError
-from attnzoo.training.config import DataConfig, validate_config
-from attnzoo.training.images import (
+from attnzoo.tasks.classify.config import DataConfig, validate_config
+from attnzoo.tasks.classify.images import (
     NO_CLASS,
     Batches,
     Draw,
@@ -31,7 +31,7 @@ from attnzoo.training.images import (
     share_of,
     transforms,
 )
-from attnzoo.training.run import train_all
+from attnzoo.tasks.classify.run import train_all
 
 from .conftest import tiny, write_images
 

@@ -8,10 +8,10 @@ from PIL import Image
 from rich.console import Console
 
 from attnzoo.errors import ConfigError, TrainingError
-from attnzoo.training.config import DataConfig, validate_config
-from attnzoo.training.images import open_splits
-from attnzoo.training.run import train_all
-from attnzoo.training.score import score_all
+from attnzoo.tasks.classify.config import DataConfig, validate_config
+from attnzoo.tasks.classify.images import open_splits
+from attnzoo.tasks.classify.run import train_all
+from attnzoo.tasks.classify.score import score_all
 
 from .conftest import tiny, write_images
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.files import locked
-from attnzoo.training import checkpoint, nonfinite, run
-from attnzoo.training.config import validate_config
-from attnzoo.training.run import train_all
+from attnzoo.tasks.classify import checkpoint, nonfinite, run
+from attnzoo.tasks.classify.config import validate_config
+from attnzoo.tasks.classify.run import train_all
 from train.classify import main as train
 
 from .conftest import finish, launch, tiny
@@ -46,7 +46,9 @@ def train_here(config):
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["attnzoo.training.run", "attnzoo.training.loop", "timm", "accelerate", __name__])
+SERVER.set_forkserver_preload(
+    ["attnzoo.tasks.classify.run", "attnzoo.tasks.classify.loop", "timm", "accelerate", __name__]
+)
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path):

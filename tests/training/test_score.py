@@ -11,11 +11,11 @@ from rich.console import Console
 
 from attnzoo.bench.record import Record, Training, read_records
 from attnzoo.errors import ConfigError
-from attnzoo.training.config import validate_config
-from attnzoo.training.evaluate import BINS, Answers
-from attnzoo.training.report import markdown_table, step_costs
-from attnzoo.training.run import table, train_all
-from attnzoo.training.score import benchmark_of, quality_of, score_all
+from attnzoo.tasks.classify.config import validate_config
+from attnzoo.tasks.classify.evaluate import BINS, Answers
+from attnzoo.tasks.classify.report import markdown_table, step_costs
+from attnzoo.tasks.classify.run import table, train_all
+from attnzoo.tasks.classify.score import benchmark_of, quality_of, score_all
 from train.classify import main as train
 
 from ..bench.data import cost, record_data

@@ -1,0 +1,321 @@
+"""What a child process does for a language model: one row of cost, or prose scored through one row's cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import attnzoo
+from attnzoo.bench import gate as gates
+from attnzoo.bench.config import AttentionConfig, LanguageConfig
+from attnzoo.bench.jobs import (
+    Job,
+    Outcome,
+    Say,
+    attention_paths,
+    gate_message,
+    guarded,
+    ratios_of,
+    set_threads,
+    side_of,
+)
+from attnzoo.bench.measure import Interleaved, clock_for, interleave, quantiles
+from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
+from attnzoo.bench.record import Cost, Gate, Shapes
+from attnzoo.bench.trace import Trace, trace
+from attnzoo.errors import AttnZooError
+from attnzoo.eviction.policy import Policy
+from attnzoo.eviction.size import CacheBytes, kv_bytes
+from attnzoo.hosts.versions import cache_arguments, output_cache
+from attnzoo.registry import build_policy
+from attnzoo.tasks.decode.lm import largest, load_model, nll
+from attnzoo.tasks.decode.timings import twin
+
+GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
+CANARY_WINDOWS = 2
+NO_STEP_PEAK = "none"
+
+
+def cost_main(job: str, say: Say) -> str:
+    """Measure prefill and decoding of one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
+    return guarded(measure_cost, job, say)
+
+
+def quality_main(job: str, say: Say) -> str:
+    """Score every window through one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
+    return guarded(measure_quality, job, say)
+
+
+def measure_cost(job: Job, say: Say) -> Outcome:
+    """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn."""
+    language, device = _language(job), torch.device(job.config.device)
+    set_threads(job.config.threads)
+    map_buffers()
+    say("load")
+    dense = _load(language, device)
+    layers = attention_paths(dense)
+    candidate = swapped_twin(dense, job.spec)
+    prompts = torch.tensor(job.prompts, device=device)
+    shapes = _shapes(dense, layers, prompts)
+    with torch.inference_mode():
+        say("gate")
+        gate, baseline_gate = check(dense, layers, job.spec, prompts)
+        run, run_dense = Decoder(candidate, prompts, policy_of(job.spec)), Decoder(dense, prompts)
+        traced, traced_dense = _traced(run), _traced(run_dense)
+        outcome = Outcome(
+            status="ok",
+            shapes=shapes,
+            gate=run.bounded(gate),
+            baseline_gate=baseline_gate,
+            backends=tuple(sorted({*traced[0].backends, *traced[1].backends})),
+        )
+        if failed := _failed(outcome):
+            return failed
+        say("memory")
+        steps = _step_peaks(run, run_dense, device)
+        run.forget()
+        run_dense.forget()
+        calls = [lambda: read(candidate, prompts), lambda: read(dense, prompts)]
+        reads = peak_memory(calls, device, warm=True, exact=False)  # a prefill takes seconds
+        keep_buffers()
+        prefills, tokens = _timed(run, run_dense, language, device, say)
+        outcome = outcome.model_copy(update={"gate": run.bounded(gate)})
+        if failed := _failed(outcome):
+            return failed
+    models, batch = (candidate, dense), len(prompts)
+    costs = [
+        _cost(models, layers, times, items, traces, peaks, caches)
+        for times, items, traces, peaks, caches in (
+            (prefills, prompts.numel(), (traced[0], traced_dense[0]), reads, (run.read_bytes, run_dense.read_bytes)),
+            (tokens, batch, (traced[1], traced_dense[1]), steps, (run.step_bytes, run_dense.step_bytes)),
+        )
+    ]
+    return outcome.model_copy(update={"cost": costs[0], "decode_cost": costs[1]})
+
+
+def measure_quality(job: Job, say: Say) -> Outcome:
+    """Score every window; for the dense baseline also the first few with the canary's attention."""
+    language = _language(job)
+    set_threads(language.quality.threads)
+    say("load")
+    dense = _load(language, torch.device(job.config.device))
+    scores = _scores(swapped_twin(dense, job.spec), job.windows, say)
+    canary: tuple[float, ...] = ()
+    if job.attention is None:
+        canary = _scores(swapped_twin(dense, language.quality.canary), job.windows[:CANARY_WINDOWS], say)
+    if not all(map(math.isfinite, (*scores, *canary))):
+        return Outcome(status="failed", message=f"the NLL of a window is not finite: {scores} {canary}")
+    return Outcome(status="ok", nll=scores, canary_nll=canary)
+
+
+def swapped_twin(dense: Any, spec: AttentionConfig | None) -> Any:
+    """Give a second model on the same weights, with the attention of `spec`; with None, the same attention."""
+    model = twin(dense)
+    return model if spec is None else attnzoo.replace_attention(model, spec.name, **spec.options)
+
+
+def policy_of(spec: AttentionConfig | None) -> Policy | None:
+    """Give the policy that `spec` names; None for cores and the dense baseline."""
+    if spec is None or attnzoo.describe(spec.name).kind != "eviction":
+        return None
+    return build_policy(attnzoo.describe(spec.name), spec.options)
+
+
+def read(model: Any, prompts: Tensor) -> Any:
+    """A prefill: the prompts into a new cache, and the logits of the first new token."""
+    return model(prompts, use_cache=True, logits_to_keep=1)
+
+
+def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, prompts: Tensor) -> tuple[Gate, Gate]:
+    """Compare, on the first tokens of a prompt, the candidate with the dense model and that with the softmax core.
+
+    A policy gets a budget past those tokens, if it has less: it then evicts nothing, and any difference is a mistake.
+    Outputs of all attention layers are compared, the logits of the prompt and those of single steps after it.
+    """
+    ids = prompts[:1, : GATE_TOKENS + GATE_STEPS]
+    tolerance = gates.TOLERANCE[dense.dtype]
+    own = _outputs(dense, layers, ids)
+    core = _outputs(swapped_twin(dense, AttentionConfig(name="softmax")), layers, ids)
+    baseline = gates.compare(own, core, "softmax core, same weights and tokens", tolerance)
+    if spec is None:
+        return baseline, baseline
+    policy, oracle = policy_of(spec), "transformers' own attention and cache, same weights and tokens"
+    if policy is not None:
+        budget = max(policy.budget, ids.shape[1])
+        spec = spec.model_copy(update={"options": {**spec.options, "budget": budget}})
+        oracle += f", budget {budget} of {ids.shape[1]} tokens"
+    return gates.compare(_outputs(swapped_twin(dense, spec), layers, ids), own, oracle, tolerance), baseline
+
+
+class Decoder:
+    """A model at work on prompts: `read` them, then `step` greedily. After each the cache's bound is checked.
+
+    Attributes
+    ----------
+    read_bytes, step_bytes
+        Of the cache after a prompt, and the largest after any step.
+    """
+
+    def __init__(self, model: Any, prompts: Tensor, policy: Policy | None = None) -> None:
+        self.model, self.prompts, self.policy = model, prompts, policy
+        self.read_bytes = self.step_bytes = CacheBytes(0, 0, 0)
+        self.most = 0
+        self.broken = ""
+        self._out: Any = None
+
+    def forget(self) -> None:
+        """Let the cache go."""
+        self._out = None
+
+    def read(self) -> None:
+        """Read the prompts into a new cache."""
+        self._out = read(self.model, self.prompts)
+
+    def step(self) -> None:
+        """Take the likeliest token and put it in."""
+        token = self._out.logits[:, -1:].argmax(-1)
+        self._out = self.model(token, **cache_arguments(self.model, output_cache(self._out)), use_cache=True)
+
+    def look(self) -> None:
+        """Take the cache's measures, and note where it holds more than it may."""
+        cache = output_cache(self._out)
+        seen, size = cache.get_seq_length(), kv_bytes(cache)
+        if seen == self.prompts.shape[1]:
+            self.read_bytes = largest(self.read_bytes, size)
+        else:
+            self.step_bytes = largest(self.step_bytes, size)
+        if self.policy is None:
+            return
+        held = max(layer.keys.shape[-2] for layer in cache.layers)
+        self.most = max(self.most, held)
+        allowed = self.policy.budget + (self.policy.block_size - 1 if seen % self.policy.block_size else 0)
+        if held > allowed and not self.broken:
+            self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
+
+    def bounded(self, gate: Gate) -> Gate:
+        """Put the bound into a gate, which fails where it was broken."""
+        if self.policy is None:
+            return gate
+        limit = self.policy.budget + self.policy.block_size - 1
+        gate = gate.model_copy(update={"cache_limit": limit, "cache_most": self.most})
+        return gates.refuse(gate, self.broken or None)
+
+
+def _traced(run: Decoder) -> tuple[Trace, Trace]:
+    """Trace a prefill and a step, and look at the cache after each."""
+    prefill = trace(run.read)
+    run.look()
+    step = trace(run.step)
+    run.look()
+    return prefill, step
+
+
+def _step_peaks(run: Decoder, dense: Decoder, device: torch.device) -> list[Peak]:
+    """Peak memory of a step, where it can be known: on a CPU it cannot.
+
+    The resident set rises by less than the kernel's own inexactness, and the profiler does not see the release of what
+    was taken before it began to look, which here is the old cache.
+    """
+    if device.type == "cuda":
+        return peak_memory([run.step, dense.step], device, warm=True)
+    return [Peak(None, None, NO_STEP_PEAK, "one step is too small to be measured on a CPU; see the cache")] * 2
+
+
+def _timed(
+    run: Decoder, dense: Decoder, language: LanguageConfig, device: torch.device, say: Say
+) -> tuple[Interleaved, Interleaved]:
+    """Seconds of prefills, in turn, and of a step: the mean of the steps after each prefill, taken in turn."""
+    clock = clock_for(device)
+    prefills: tuple[list[float], list[float]] = ([], [])
+    tokens: tuple[list[float], list[float]] = ([], [])
+    steps = language.cost.new_tokens
+
+    def looked(call: Any) -> float:
+        seconds = clock(call)
+        (run if call == run.step else dense).look()
+        return seconds
+
+    for repeat in range(language.cost.repeats):
+        say(f"time {repeat + 1}/{language.cost.repeats}")
+        run.forget()
+        dense.forget()
+        once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
+        run.look()
+        dense.look()
+        then = interleave(run.step, dense.step, looked, warmup=0, repeats=steps, min_seconds=0)
+        for kept, seconds in zip((*prefills, *tokens), (once.a, once.b, then.a, then.b), strict=True):
+            kept.append(math.fsum(seconds) / len(seconds))
+    return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))
+
+
+def _cost(
+    models: tuple[Any, Any],
+    layers: Sequence[str],
+    times: Interleaved,
+    items: int,
+    traces: tuple[Trace, Trace],
+    peaks: Sequence[Peak],
+    caches: tuple[CacheBytes, CacheBytes],
+) -> Cost:
+    side, side_dense = (
+        side_of(model, layers, quantiles(seconds, 1e3), items, traced, peak, cache)
+        for model, seconds, traced, peak, cache in zip(models, (times.a, times.b), traces, peaks, caches, strict=True)
+    )
+    uncounted = tuple(sorted({*traces[0].uncounted, *traces[1].uncounted}))
+    ratios = ratios_of(side, side_dense, quantiles(times.ratios))
+    return Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
+
+
+def _scores(model: Any, windows: Sequence[Sequence[int]], say: Say) -> tuple[float, ...]:
+    scores = []
+    for number, ids in enumerate(windows, 1):
+        say(f"window {number}/{len(windows)}")
+        losses = nll(model, ids).nll
+        scores.append(math.fsum(losses) / len(losses))
+    return tuple(scores)
+
+
+def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+    with gates.noted(model, layers) as found:
+        out = model(ids[:, :GATE_TOKENS], use_cache=True)
+    for position in range(GATE_TOKENS, ids.shape[1]):
+        out = model(ids[:, position : position + 1], **cache_arguments(model, output_cache(out)), use_cache=True)
+        found[f"logits of token {position + 1}"] = out.logits
+    return found
+
+
+def _failed(outcome: Outcome) -> Outcome | None:
+    """Give the outcome as failed where a gate did not pass."""
+    for name, gate in (("gate", outcome.gate), ("the baseline's gate", outcome.baseline_gate)):
+        if gate is not None and not gate.passed:
+            return outcome.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
+    return None
+
+
+def _load(language: LanguageConfig, device: torch.device) -> Any:
+    """Load the model without transformers' progress bar, whose lock would outlive a child that is killed."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return load_model(language.model, dtype=getattr(torch, language.dtype), device=device)
+
+
+def _language(job: Job) -> LanguageConfig:
+    if job.config.language is None:
+        raise AttnZooError("this config has no language model")
+    return job.config.language
+
+
+def _shapes(model: Any, layers: Sequence[str], prompts: Tensor) -> Shapes:
+    return Shapes(
+        batch=len(prompts),
+        tokens=prompts.shape[1],
+        prefix=0,
+        dim=model.config.hidden_size,
+        heads=model.config.num_attention_heads,
+        depth=len(layers),
+    )

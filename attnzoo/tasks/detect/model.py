@@ -1,0 +1,62 @@
+"""Detectors of mmdet whose attention a config names, so that mmengine's Runner builds, trains and loads them by itself.
+
+In a config::
+
+    custom_imports = dict(imports=["attnzoo.tasks.detect.model"])
+    model = dict(type="SwappedDETR", attention=dict(name="padre", degree=2, where="encoder.*"))
+
+`attention` holds what `attnzoo.replace_attention` takes; without it the detector keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnzoo.hosts.site import MixerLayer
+from attnzoo.swap import replace_attention
+from attnzoo.tasks.detect import mmcv_ext
+
+MODELS = mmcv_ext.load("mmdet.registry").MODELS
+_detectors = mmcv_ext.load("mmdet.models.detectors")
+DETR: Any = _detectors.DETR
+ConditionalDETR: Any = _detectors.ConditionalDETR
+DABDETR: Any = _detectors.DABDETR
+
+
+class Swapped(nn.Module):
+    """A base beside a detector's own, which swaps its attention as soon as it is built."""
+
+    def __init__(self, *inputs: Any, attention: Mapping[str, Any] | None = None, **options: Any) -> None:
+        super().__init__(*inputs, **options)
+        self.attention = None if attention is None else dict(attention)
+        if self.attention is not None:
+            replace_attention(self, **{"keep_original": False, **self.attention})
+
+    def init_weights(self) -> None:
+        """Initialise as the detector does, but leave mixers as they were made: DETR's way is for attention alone."""
+        mixers = [module.mixer for module in self.modules() if isinstance(module, MixerLayer)]
+        kept = [{name: t.clone() for name, t in mixer.state_dict().items()} for mixer in mixers]
+        detector: Any = super()
+        detector.init_weights()
+        with torch.no_grad():
+            for mixer, state in zip(mixers, kept, strict=True):
+                mixer.load_state_dict(state)
+
+
+@MODELS.register_module()
+class SwappedDETR(Swapped, DETR):
+    """DETR."""
+
+
+@MODELS.register_module()
+class SwappedConditionalDETR(Swapped, ConditionalDETR):
+    """Conditional DETR."""
+
+
+@MODELS.register_module()
+class SwappedDABDETR(Swapped, DABDETR):
+    """DAB-DETR."""

@@ -1,0 +1,198 @@
+"""Training of detectors on mmengine's Runner, alone or with other processes, and what a run's folder was trained by."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnzoo import files
+from attnzoo.errors import ConfigError, DataError
+from attnzoo.tasks.detect import mmcv_ext
+
+TRAINED_BY = "trained_by.json"
+WEIGHTS = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks", "randomness")
+"""The config's keys that decide the weights that come out, beside `load_from`."""
+FITTED = (
+    *(f"train_dataloader.{key}" for key in ("batch_size", "num_workers", "persistent_workers")),
+    *(f"optim_wrapper.{key}" for key in ("type", "dtype", "loss_scale")),
+    "images_a_step",
+)
+"""Keys that fit a training to its machine: an evaluation does not ask for them again."""
+
+
+def fit_to_machine(config: Any, launcher: str) -> None:
+    """Join the other processes, where a launcher started some: without a GPU they talk through gloo.
+
+    Raises
+    ------
+    ConfigError
+        If no launcher started this process, or its kind needs GPUs that are not here.
+    """
+    config.launcher = launcher
+    if launcher == "none":
+        return
+    distributed = mmcv_ext.load("mmengine.dist")
+    if torch.cuda.is_available():
+        if not distributed.is_distributed():
+            distributed.init_dist(launcher, **config.get("env_cfg", {}).get("dist_cfg", {}))
+        return
+    if launcher != "pytorch":
+        raise ConfigError(f"launcher={launcher!r} needs GPUs; without them use torchrun and --launcher pytorch")
+    if not torch.distributed.is_initialized():
+        if "RANK" not in os.environ:
+            raise ConfigError(
+                "--launcher pytorch is for processes that torchrun started: torchrun --nproc_per_node 2 ..."
+            )
+        torch.distributed.init_process_group("gloo")
+    config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "broadcast_buffers": False, "device_ids": None}
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return bool(mmcv_ext.load("mmengine.dist").is_main_process())
+
+
+def mixed_precision(config: Any) -> None:
+    """Train by mmengine's AmpOptimWrapper; it needs a GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "mixed precision is mmengine's AmpOptimWrapper, which needs a GPU, and PyTorch sees none here"
+        )
+    config.optim_wrapper.type = "AmpOptimWrapper"
+
+
+def train(config: Any) -> Path:
+    """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one.
+
+    With ``resume=False`` what the folder holds is set aside first, in ``FOLDER.old`` or ``FOLDER.old2`` and so on.
+
+    Returns
+    -------
+    Path
+        The run's folder.
+
+    Raises
+    ------
+    ConfigError
+        If the config trains nothing, the folder holds a run of another config, another process is training into it, or
+        `load_from` is missing.
+    DataError
+        If the run's checkpoint is damaged.
+    """
+    from mmengine.dist import barrier
+    from mmengine.runner import Runner
+
+    missing = [key for key in ("train_dataloader", "train_cfg", "optim_wrapper") if config.get(key) is None]
+    if missing:
+        raise ConfigError(f"this config trains nothing: it has no {', '.join(missing)}; see configs/detect")
+    given, folder = config.get("load_from"), Path(config.work_dir)
+    begins = not (config.resume and last_checkpoint(config))
+    if given and begins and "://" not in given and not Path(given).expanduser().is_file():
+        raise ConfigError(f"load_from={given!r} does not exist")
+    with files.locked(folder) if is_main() else contextlib.nullcontext():
+        if not config.resume and is_main():
+            _set_aside(folder)
+        barrier()
+        begun = last_checkpoint(config) is not None
+        changed = changes(config) if begun else []
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run of another config ({'; '.join(changed[:5])}); give another folder with "
+                "work_dir=PATH, or begin anew with resume=false"
+            )
+        config.resume = begun
+        if begun:
+            config.load_from = None  # mmengine would go on from that one
+        trained_by = _trained_by(config)
+        runner = Runner.from_cfg(config)
+        if not begun and is_main():
+            files.write_json(folder / TRAINED_BY, trained_by)
+        runner.train()
+    return folder
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a folder holds into a new one beside it; the lock stays."""
+    held = [entry for entry in folder.iterdir() if entry.name != ".lock"]
+    names = itertools.chain([f"{folder.name}.old"], (f"{folder.name}.old{number}" for number in itertools.count(2)))
+    aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+    for entry in held:
+        aside.mkdir(exist_ok=True)
+        entry.rename(aside / entry.name)
+
+
+def changes(config: Any, ignore: Sequence[str] = ()) -> list[str]:
+    """What differs from the config by which the run's folder was trained: ``key: before -> now``; empty if nothing."""
+    kept = Path(config.work_dir) / TRAINED_BY
+    if not kept.is_file():
+        return []
+    before = dict(_leaves(json.loads(kept.read_text(encoding="utf-8"))))
+    now = dict(_leaves(_trained_by(config)))
+    keys = [key for key in [*before, *(k for k in now if k not in before)] if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys if key not in ignore]
+
+
+def _trained_by(config: Any) -> dict[str, Any]:
+    """What decides the weights that come out, as JSON has it."""
+    held = {key: value for key, value in config.to_dict().items() if key in WEIGHTS or (key == "load_from" and value)}
+    world = mmcv_ext.load("mmengine.dist").get_world_size()
+    held["images_a_step"] = config.train_dataloader.get("batch_size", 1) * world
+    found: dict[str, Any] = json.loads(json.dumps(held, default=str))
+    for key in ("batch_size", "num_workers", "persistent_workers"):
+        found["train_dataloader"].pop(key, None)
+    return found
+
+
+def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, Mapping):
+        pairs: Any = content.items()
+    elif isinstance(content, list):
+        pairs = enumerate(content)
+    else:
+        yield path, content
+        return
+    for key, value in pairs:
+        if key != "data_root":
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def last_checkpoint(config: Any) -> Path | None:
+    """The newest checkpoint of a run, or None where none was written.
+
+    Raises
+    ------
+    DataError
+        If one was written and is not there, or is cut short.
+    """
+    told = Path(config.work_dir) / "last_checkpoint"
+    if not told.is_file():
+        return None
+    name = Path(told.read_text(encoding="utf-8", errors="replace").strip()).name  # the folder may have moved
+    path = told.with_name(name) if name else told
+    mend = f"name one that is whole in {told}, or begin anew with resume=false"
+    if path == told or not path.is_file():
+        raise DataError(f"{told} names no checkpoint that is there ({name!r}); {mend}")
+    if not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
+        raise DataError(f"{path} is cut short; {mend}")
+    with zipfile.ZipFile(path) as held:
+        altered = _altered(held)
+    if altered:
+        raise DataError(f"{path} is damaged: {altered}; {mend}")
+    return path
+
+
+def _altered(held: zipfile.ZipFile) -> str | None:
+    """Say what in an archive is not what was written, by the checksums that it holds, or give None."""
+    try:
+        name = held.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        return str(error)
+    return None if name is None else f"{name} is not what was written"

@@ -1,0 +1,248 @@
+"""Pascal VOC's annotations, a file of XML an image, as one COCO file.
+
+VOC counts pixels from 1 and both ends of a box belong to it; COCO counts from 0, and a box is x, y, width and height.
+So ``xmin=1, xmax=1`` is one pixel wide. A box past the edge of its image is clipped and counted; one that is inside
+out or wholly outside is left out, counted and named; objects marked difficult become crowd regions, which COCO's
+metric neither asks for nor counts against. A file that cannot be read, or an image that is missing or has another size
+than its annotation says, is an error that names it.
+
+python -m attnzoo.tasks.detect.voc ANNOTATIONS IMAGES OUTPUT.json [--list NAMES.txt]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnzoo import files
+from attnzoo.errors import AttnZooError, DataError
+from attnzoo.extras import require
+
+UPRIGHT = 1  # EXIF's orientation of an image that is not turned
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object of an image: its class, its corners from 0 (the far ones outside it), and whether it is a crowd."""
+
+    name: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+    crowd: bool = False
+
+    @property
+    def area(self) -> float:
+        """Square pixels; 0 of a box that is inside out."""
+        return max(0.0, self.right - self.left) * max(0.0, self.bottom - self.top)
+
+    def within(self, left: float, top: float, right: float, bottom: float) -> Box:
+        """The part inside a window, in the window's own coordinates."""
+        return Box(
+            self.name,
+            max(self.left, left) - left,
+            max(self.top, top) - top,
+            min(self.right, right) - left,
+            min(self.bottom, bottom) - top,
+            self.crowd,
+        )
+
+
+@dataclass
+class Photo:
+    """An image of a COCO file."""
+
+    file: str
+    width: int
+    height: int
+    boxes: list[Box]
+
+
+@dataclass
+class Converted:
+    """What a conversion met: how many boxes were clipped, and those that were left out, each with its file."""
+
+    clipped: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        told = f"{self.clipped} boxes past the edge clipped, {len(self.left_out)} boxes without any area left out"
+        return "\n".join([told, *(f"  {one}" for one in self.left_out)])
+
+
+def read_voc(annotation: Path, image: Path, found: Converted) -> Photo:
+    """Read an image's annotation.
+
+    Raises
+    ------
+    DataError
+        If either file cannot be read, or they disagree about the size.
+    """
+    width, height = image_size(image)
+    try:
+        root = ElementTree.parse(annotation).getroot()
+        said = [int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
+        objects = [_box(thing) for thing in root.iter("object")]
+    except (OSError, ElementTree.ParseError, ValueError, TypeError) as error:
+        raise DataError(f"{annotation} is no annotation of Pascal VOC: {error}") from error
+    if min(said) < 0 or said not in ([0, 0], [width, height]):
+        raise DataError(f"{annotation} is for an image of {said[0]} x {said[1]}, but {image} has {width} x {height}")
+    boxes = []
+    for box in objects:
+        inside = box.within(0, 0, width, height)
+        if not inside.area:
+            found.left_out.append(
+                f"{annotation.name}: {box.name} {box.left:g},{box.top:g} to {box.right:g},{box.bottom:g}"
+            )
+            continue
+        found.clipped += inside != box
+        boxes.append(inside)
+    return Photo(image.name, width, height, boxes)
+
+
+def _box(thing: ElementTree.Element) -> Box:
+    left, top, right, bottom = (_finite(thing.findtext(f"bndbox/{corner}"), corner) for corner in CORNERS)
+    name = (thing.findtext("name") or "").strip()
+    if not name:
+        raise ValueError("an object without a name")
+    difficult = (thing.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise ValueError(f"difficult is {difficult!r}, not 0 or 1")
+    crowd = difficult == "1"
+    return Box(name, left - 1, top - 1, right, bottom, crowd)
+
+
+def _finite(text: str | None, corner: str) -> float:
+    number = float(text or "nothing")
+    if not math.isfinite(number):
+        raise ValueError(f"{corner} is {text}")
+    return number
+
+
+def image_size(image: Path) -> tuple[int, int]:
+    """Width and height of an image file, out of its header.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or is turned by EXIF: OpenCV turns such images and PIL does not, so that boxes would lie
+        in one place in training and in another where they are drawn.
+    """
+    require("PIL", extra="detection")
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(image) as opened:
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{image} cannot be read as an image: {error}") from error
+    if turned not in (0, UPRIGHT):
+        raise DataError(
+            f"{image} is turned by EXIF (orientation {turned}), which readers of images do or do not follow; write it "
+            "upright, as PIL.ImageOps.exif_transpose does, and see that its boxes fit"
+        )
+    return size
+
+
+def coco(photos: Iterable[Photo], names: Sequence[str]) -> dict[str, Any]:
+    """Give COCO's annotations of photos, whose classes are `names`, numbered from 1.
+
+    Raises
+    ------
+    DataError
+        If a box is of another class.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, photo in enumerate(photos, 1):
+        images.append({"id": number, "file_name": photo.file, "width": photo.width, "height": photo.height})
+        for box in photo.boxes:
+            if box.name not in names:
+                raise DataError(f"{photo.file} has a box of class {box.name!r}; classes: {', '.join(names)}")
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": names.index(box.name) + 1,
+                    "bbox": [box.left, box.top, box.right - box.left, box.bottom - box.top],
+                    "area": box.area,
+                    "iscrowd": int(box.crowd),
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def convert(
+    annotations: Path, images: Path, names: Sequence[str] | None = None, classes: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Converted]:
+    """Convert a folder of annotations.
+
+    Parameters
+    ----------
+    annotations
+        Folder of the XML files.
+    images
+        Folder of the images, named as the annotations are.
+    names
+        Names without ending of the images to take; all that are annotated by default.
+    classes
+        The classes in their order, whether they occur or not; by default those that occur, in the alphabet's.
+
+    Raises
+    ------
+    DataError
+        If a file is missing or cannot be read, there is none, or a box is of another class.
+    """
+    chosen = sorted(path.stem for path in annotations.glob("*.xml")) if names is None else list(names)
+    if not chosen:
+        raise DataError(f"no annotation (*.xml) in {annotations}")
+    by_name = {path.stem: path for path in images.iterdir() if path.is_file()} if images.is_dir() else {}
+    missing = [name for name in chosen if name not in by_name]
+    if missing:
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} images are not in {images}: {listed}")
+    found = Converted()
+    photos = [read_voc(annotations / f"{name}.xml", by_name[name], found) for name in chosen]
+    return coco(photos, classes or sorted({box.name for photo in photos for box in photo.boxes})), found
+
+
+def _listed(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except OSError as error:
+        raise DataError(f"the list {file} cannot be read: {error.strerror}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status: 0, or 2 where something was refused."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("annotations", type=Path, help="folder of the XML files")
+    parser.add_argument("images", type=Path, help="folder of the images")
+    parser.add_argument("output", type=Path, help="the COCO file to write")
+    parser.add_argument("--list", type=Path, help="file with the names to take, one a line (ImageSets/Main/train.txt)")
+    parser.add_argument("--classes", help="the classes in their order, with commas; splits must share them")
+    parsed = parser.parse_args(arguments)
+    classes = None if parsed.classes is None else [name.strip() for name in parsed.classes.split(",")]
+    try:
+        names = None if parsed.list is None else _listed(parsed.list)
+        content, found = convert(parsed.annotations, parsed.images, names, classes)
+        files.write(parsed.output, json.dumps(content))
+    except (AttnZooError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(content['images'])} images, {len(content['annotations'])} boxes; {found}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
