@@ -31,7 +31,8 @@ import torch
 from attnzoo.kernels.depthwise_pair import depthwise_pair
 from attnzoo.kernels.dispatch import capture_launches
 from attnzoo.kernels.resources import compile_for
-x, w, bias, mask = torch.ones(2, 12, 16), torch.ones(16, 1, 3, 3), torch.ones(2, 16), torch.ones(2, 12, dtype=torch.bool)
+x, w, bias = torch.ones(2, 12, 16), torch.ones(16, 1, 3, 3), torch.ones(2, 16)
+mask = torch.ones(2, 12, dtype=torch.bool)
 leaf = x.clone().requires_grad_()
 with capture_launches() as launches:
     depthwise_pair(x, w, grid=(3, 4))
