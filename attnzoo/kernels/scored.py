@@ -292,7 +292,7 @@ def _sums_kernel(
     for group in range(GROUPS):
         head = kv_head * GROUPS + group
         line = (image * kv_heads * GROUPS + head) * queries
-        total = tl.zeros((COLUMNS,), tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)  # its rows are added up once, behind the loop
         final = tl.zeros((COLUMNS,), tl.float32)
         for row in range(start, queries, ROWS):
             rows = row + tl.arange(0, ROWS)
@@ -301,14 +301,14 @@ def _sums_kernel(
             there = asked[:, None] & (deep < WIDTH)[None, :]
             tile = tl.load(q + image * q_image + head * q_head + place, mask=there, other=0.0)
             norm = tl.load(lse + line + rows, mask=asked, other=float("inf"))
-            weight = tl.exp2((tl.dot(tile, block) * scale - norm[:, None]) * 1.4426950408889634)
+            weight = tl.exp2(tl.dot(tile, block) * (scale * 1.4426950408889634) - (norm * 1.4426950408889634)[:, None])
             if CAUSAL:
                 weight = tl.where(key[None, :] <= rows[:, None] + (keys - queries), weight, 0.0)
-            total += tl.sum(weight, 0)
+            total += weight
             if row + ROWS >= queries:
                 final = tl.sum(tl.where((rows == queries - 1)[:, None], weight, 0.0), 0)
         own = (image * kv_heads * GROUPS + head) * keys + key
-        tl.store(sums + own, total, mask=key < keys)
+        tl.store(sums + own, tl.sum(total, 0), mask=key < keys)
         tl.store(last + own, final, mask=key < keys)
 
 
