@@ -258,7 +258,7 @@ class Swapped:
     Attributes
     ----------
     info, options
-        The method and the options given for it.
+        The method and the options given for it, those about the host (`Wanted`) among them.
     host, host_class
         The library and the class of the host's own module.
     original
