@@ -58,8 +58,7 @@ def build(blueprint: Mapping[str, Any], device: str = "cpu") -> nn.Module:
         said = (str(error).strip().splitlines() or [""])[0]
         name = blueprint.get("architecture") or blueprint.get("class")
         raise WeightsError(
-            f"{blueprint['library']} cannot build {name} as it was saved ({type(error).__name__}: {said}); pass it "
-            "yourself, with attention of its own: attnzoo.load(folder, model)"
+            f"{blueprint['library']} cannot build {name} as it was saved ({type(error).__name__}: {said})"
         ) from error
 
 

@@ -125,13 +125,7 @@ def load(
     saved = read_description(Path(folder))
     check_registered(saved.recipe)
     state = saved.state()
-    if model is None:
-        if saved.blueprint is None:
-            raise WeightsError(
-                f"{folder}: how this {saved.name} is built is not known ({saved.unknown}); build it as when it "
-                "was saved, with attention of its own, and pass it: attnzoo.load(folder, model)"
-            )
-        model = building.build(saved.blueprint)
+    model = _built(saved) if model is None else model
     host = _unwrapped(model)
     _check_host(host, saved, state)
     try:
@@ -191,7 +185,7 @@ def _checked_blueprint(
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            twin = building.build(blueprint, "meta")
+            twin = _twin(blueprint)
             swap_again(twin, recipe)
     except AttnZooError as error:
         return None, str(error)
@@ -201,6 +195,14 @@ def _checked_blueprint(
     if changed:
         return None, f"what its library would build differs: {changed[0]}"
     return blueprint, ""
+
+
+def _twin(blueprint: Mapping[str, Any]) -> nn.Module:
+    """What is built by `blueprint`, without weights where the library can (timm before 1.0.31 cannot)."""
+    try:
+        return building.build(blueprint, "meta")
+    except WeightsError:
+        return building.build(blueprint)
 
 
 def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -224,6 +226,20 @@ def _device(device: str | torch.device | None) -> torch.device | None:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise OptionError(f"device={short(device)} is no device of torch, such as 'cpu' or 'cuda:0'") from error
+
+
+def _built(saved: Saved) -> nn.Module:
+    """Build the host model, or raise `WeightsError` with what to do."""
+    try:
+        if saved.blueprint is not None:
+            return building.build(saved.blueprint)
+        why = f"how this {saved.name} is built is not known ({saved.unknown})"
+    except WeightsError as error:
+        why = str(error)
+    raise WeightsError(
+        f"{saved.folder}: {why}; build it as when it was saved, with attention of its own, and pass it: "
+        "attnzoo.load(folder, model)"
+    )
 
 
 def _check_host(model: nn.Module, saved: Saved, state: Mapping[str, Tensor]) -> None:
