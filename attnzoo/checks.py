@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnzoo.errors import OptionError, ShapeError, short
+from attnzoo.errors import OptionError, ShapeError, UnsupportedError, short
 
 Grid = tuple[int, int] | Tensor
 
@@ -118,3 +118,13 @@ def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(t.shape)) for t in tensors)
+
+
+def refuse_tracing() -> None:
+    """Raise `UnsupportedError` under ``torch.jit.trace``, which ``torch.onnx.export(..., dynamo=False)`` uses too."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise UnsupportedError(
+            "torch.jit.trace, and so torch.onnx.export(..., dynamo=False), cannot export a swapped model: it keeps the "
+            "sizes and choices of the one call that it sees. Use torch.export.export, or torch.onnx.export(..., "
+            "dynamo=True)"
+        )

@@ -168,6 +168,7 @@ def replace_attention(
     info = describe(name)
     layers = {path: _own(layer) for path, layer in places.items()}
     info = info.given({key: value for key, value in options.items() if key in info.options})
+    given = dict(options)
     wanted, options = _split_wanted(info, options)
     info.check_options(options)
     info.require_options(options)
@@ -183,7 +184,8 @@ def replace_attention(
     _check_wanted(wanted, sites)
     core = build_core(info, options) if info.kind == "core" else bounded
     swaps = [
-        (site, _substitute(site, info, options, core, keep_original, places[site.path].training)) for site in sites
+        (site, _substitute(site, info, options, given, core, keep_original, places[site.path].training))
+        for site in sites
     ]
     # nothing below can fail: the model changes here, and whole
     for site in left:
@@ -453,6 +455,7 @@ def _substitute(
     site: Site,
     info: AttentionInfo,
     options: dict[str, Any],
+    given: dict[str, Any],
     core: Core | BoundedAttention | None,
     keep_original: bool,
     training: bool,
@@ -466,7 +469,7 @@ def _substitute(
     after = {id(p): p.numel() for p in layer.parameters()}
     layer.__dict__["attnzoo_swap"] = Swapped(
         info=info,
-        options=dict(options),
+        options=given,
         host=site.host,
         host_class=type(site.module).__name__,
         original=site.module if keep_original else None,

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnzoo import files
+from attnzoo.checks import refuse_tracing
 from attnzoo.errors import AssetError, ShapeError, UnsupportedError
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention, Padding
@@ -441,6 +442,7 @@ class Intake:
         if next(own_layers(model), None) is None:  # a part of the model was restored by itself
             drop_hook(model)
             return args, kwargs
+        refuse_tracing()
         names = list(versions.parameters(type(model).forward))
         given = dict(zip(names, args, strict=False)) | kwargs
         tokens = given.get("input_ids")

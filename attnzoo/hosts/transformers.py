@@ -38,7 +38,6 @@ from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.hooks import holds_swapped
 from attnzoo.hosts.site import (
     Core,
-    MixerLayer,
     RefusedSite,
     Site,
     Wanted,
@@ -255,11 +254,8 @@ class TransformersSite(Site):
         return layer
 
     def installed(self, layer: nn.Module) -> None:
-        """Have the model look at its calls as long as any of its layers is bounded, and save its mixers as such."""
-        if isinstance(layer, MixerLayer):
-            saving.attach(list(self.outer.values()))
-        else:
-            saving.detach(list(self.outer.values()))
+        """Have the model look at its calls as long as any of its layers is bounded, and save itself as swapped."""
+        saving.attach(list(self.outer.values()))
         if isinstance(layer, vision_mixer.VisionMixer) and self.patches is not None:
             self.patches.attach(layer)
         elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
