@@ -5,6 +5,7 @@ of them runs, so it has nothing of what they do. It forks the processes that tes
 a real start do is not seen this way: of each script some test starts the real thing.
 """
 
+import importlib
 import os
 import runpy
 import signal
@@ -21,6 +22,9 @@ import torch
 
 FORK = get_context("fork")
 ROOT = Path(__file__).parents[1]
+TRAINING = ("attnzoo.tasks.classify.run", "timm", "transformers.modeling_utils", "accelerate")
+IMPORTS = {"train/classify.py": TRAINING, "eval/classify.py": TRAINING}  # where few tests are run and none imports them
+IMPORTS |= dict.fromkeys(("train/detect.py", "eval/detect.py"), ("tests.detection.mmdet",))
 
 
 class Server:
@@ -36,15 +40,16 @@ class Server:
         self._pipe.close()
         self._process.join()
 
-    def start(self, function, *arguments):
-        """Call a function of a module in a new process; give the `Child`."""
-        return Child(self, self.ask("start", function, arguments))
+    def start(self, function, *arguments, imports=()):
+        """Call a function of a module in a new process; give the `Child`. The server has `imports` from then on."""
+        return Child(self, self.ask("start", function, arguments, imports))
 
     def script(self, path, *words, cwd=ROOT, before=None, **environment):
         """Start a script of this repository; `before` is called first, the environment is changed for it alone."""
         folder = tempfile.TemporaryDirectory()
         places = [Path(folder.name) / name for name in ("out", "err")]
-        child = self.start(_script, str(ROOT / path), [str(word) for word in words], str(cwd), environment, places, before)
+        given = str(ROOT / path), [str(word) for word in words], str(cwd), environment, places, before
+        child = self.start(_script, *given, imports=IMPORTS[path])
         child.folder, child.places = folder, places
         return child
 
@@ -109,7 +114,10 @@ def _serve(pipe, not_ours):
         except EOFError:
             return
         if what == "start":
-            process = FORK.Process(target=rest[0], args=rest[1])
+            function, arguments, imports = rest
+            for module in imports:
+                importlib.import_module(module)
+            process = FORK.Process(target=function, args=arguments)
             process.start()
             children[process.pid] = process
             pipe.send(process.pid)

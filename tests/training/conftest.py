@@ -72,9 +72,9 @@ def fork(forked, config, folder, *, processes=1, **how):
     """Run ``train/classify.py`` on a config in so many forked processes; give the worst status, output and errors."""
     path = written(config, folder)
     if processes == 1:
-        ended = [forked.script(SCRIPT, path, cwd=folder, **how).finish()]
+        ended = [forked.script("train/classify.py", path, cwd=folder, **how).finish()]
     else:
-        ended = [child.finish() for child in forked.scripts(processes, SCRIPT, path, cwd=folder, **how)]
+        ended = [child.finish() for child in forked.scripts(processes, "train/classify.py", path, cwd=folder, **how)]
     status = next((one.returncode for one in ended if one.returncode != 0), 0)
     return status, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
 
