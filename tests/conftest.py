@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 
 import attnzoo
 from attnzoo.registry import unregister_attention
+from tests.forked import Server
 
 torch.set_num_threads(1)  # the models here are so small that threads cost more than they bring
 
@@ -26,3 +27,11 @@ def zeros() -> Iterator[str]:
     attnzoo.register_attention("zeros", "core", Zeros, capabilities=dict.fromkeys(everything, True))
     yield "zeros"
     unregister_attention("zeros")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked() -> Iterator[Server]:
+    """Scripts in processes of their own; first of all fixtures, so that it holds nothing of any test."""
+    server = Server()
+    yield server
+    server.close()

@@ -4,15 +4,16 @@ What a model does with its cache is not to be read from its code: some make a ca
 into it than they attend to, some make masks for their layers that a hook cannot read. So the swap is tried: a model of
 the same class and config, on PyTorch's meta device, is swapped and called twice, for a prompt and for a token more.
 Where that fails, it is tried again on the CPU, with weights that are zeros and share one number's memory: a model may
-look at numbers on its way, which meta has not. The user's model is neither called nor copied, and no random number is
-drawn.
+look at numbers on its way, which meta has not. A small model is tried on the CPU first, which gives the same verdict
+sooner, for PyTorch computes meta's shapes in Python. The user's model is neither called nor copied, and no random
+number is drawn.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,7 @@ Put = Mapping[str, Callable[[nn.Module, nn.Module], nn.Module]]
 """What makes the substitute at each path, of the twin and of its layer there."""
 
 TOKENS = (3, 1)  # of a prompt, and of the call after it
+SMALL = 10_000_000  # parameters, with which whatever a model computes on the CPU is quick
 
 
 class UntriedError(Exception):
@@ -45,8 +47,13 @@ class Twin:
         Where its calls run: meta, or the CPU.
     """
 
-    def __init__(self, model: Any, device: str) -> None:
-        self.model, self.device = model, torch.device(device)
+    def __init__(self, make: Callable[[], Any], device: str, small: bool = False) -> None:
+        self._make, self.device, self._small = make, torch.device(device), small
+
+    @cached_property
+    def model(self) -> Any:
+        """Made when it is first called."""
+        return self._make()
 
     @classmethod
     def of(cls, model: Any) -> Self:
@@ -57,12 +64,10 @@ class Twin:
         UntriedError
             If its class takes more than a config.
         """
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                made = type(model)(copy.deepcopy(model.config))
-        except Exception as error:  # whatever a class of somebody else's raises
-            raise UntriedError from error
-        return cls(made.eval().requires_grad_(False).to(torch.bfloat16), "meta")  # in it, every operator runs on meta
+        small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL
+        twin = cls(partial(_built, type(model), model.config), "meta", small)
+        _ = twin._on_cpu.model if small else twin.model  # whether it can be made
+        return twin
 
     def error(self, put: Put) -> str | None:
         """Call the twin with substitutes at some paths, and say what goes wrong; None if nothing does.
@@ -72,6 +77,8 @@ class Twin:
         UntriedError
             If it goes wrong with its own attention too.
         """
+        if self._small and self._on_cpu._error(put) is None:
+            return None
         error = self._error(put)
         if error is None:
             return None
@@ -94,8 +101,7 @@ class Twin:
     @cached_property
     def _on_cpu(self) -> Self:
         """The same with weights that are zeros, all in one place of the memory."""
-        zeros = copy.deepcopy(self.model)._apply(lambda x: torch.zeros((), dtype=_dtype(x.dtype)).expand(x.shape))
-        return type(self)(zeros, "cpu")
+        return type(self)(lambda: self._make()._apply(_zeros), "cpu")
 
     def _error(self, put: Put) -> str | None:
         originals = {path: self.model.get_submodule(path) for path in put}
@@ -149,5 +155,15 @@ class PassOn(nn.Module):
         return x, (x[:, -1:],)
 
 
-def _dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+def _built(kind: type[Any], config: Any) -> Any:
+    """A model of a class and a config, on meta."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            made = kind(copy.deepcopy(config))
+    except Exception as error:  # whatever a class of somebody else's raises
+        raise UntriedError from error
+    return made.eval().requires_grad_(False).to(torch.bfloat16)  # in it, every operator runs on meta
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.float32 if x.dtype == torch.bfloat16 else x.dtype).expand(x.shape)

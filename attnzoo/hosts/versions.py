@@ -124,7 +124,11 @@ def takes_cache(module: Any) -> bool:
 
 def passes_down(module: Any) -> bool:
     """Whether a module takes keyword arguments it does not know, and hands them on."""
-    forward = type(module).forward
+    return _hands_on(type(module).forward)
+
+
+@lru_cache(maxsize=256)
+def _hands_on(forward: Callable[..., Any]) -> bool:
     name = keywords(forward)
     if name is None:
         return False

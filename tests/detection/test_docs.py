@@ -40,8 +40,8 @@ def test_every_config_builds_and_says_how_it_is_run(config):
     cost.read(loaded)
 
 
-def test_the_first_commands_run(tmp_path):
-    """As they stand, but for data drawn here, an epoch and few rounds."""
+def test_the_first_commands_run(tmp_path, forked):
+    """As they stand, but for data drawn here, an epoch and few rounds; each script is once started as users start it."""
     cached = tmp_path / "cache" / "neon_tree_crowns_coco"
     for split in ("train", "val"):
         made = make_data(tmp_path / split, images=4)
@@ -52,21 +52,22 @@ def test_the_first_commands_run(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     first, launched = (block.splitlines() for block in blocks("sh") if "trees_padre.py" in block)
     assert first[0].startswith("pip install")
+    environment = {"ATTNZOO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for command in [*first[1:], *launched]:
-        launcher, _, rest = command.partition("train/" if "train/" in command else "eval/")
-        script = [sys.executable]
-        if launcher.startswith("torchrun"):
-            script += ["-m", "torch.distributed.run", *launcher.split()[1:]]
-        script += [str(ROOT / command.removeprefix(launcher).split()[0]), *rest.split()[1:], "train_cfg.max_epochs=1"]
-        script += ["cost.repeats=2"] if "eval/" in command else []
-        environment = {
-            "ATTNZOO_CACHE": str(tmp_path / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "PATH": "/usr/bin:/bin",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        launcher, script, words = re.fullmatch(r"(.*?)((?:train|eval)/\S+\.py) (.*)", command).groups()
+        words = [*words.split(), "train_cfg.max_epochs=1", *(["cost.repeats=2"] if "eval/" in script else [])]
+        if launcher == "python " and "train/" in script:
+            ended = [forked.script(script, *words, cwd=tmp_path, **environment).finish()]
+        elif launcher != "python " and "eval/" in script:
+            count = int(re.fullmatch(r"torchrun --nproc_per_node (\d) ", launcher)[1])
+            ended = [child.finish() for child in forked.scripts(count, script, *words, cwd=tmp_path, **environment)]
+        else:
+            module = ["-m", "torch.distributed.run", *launcher.split()[1:]] if launcher != "python " else []
+            begun = [sys.executable, *module, str(ROOT / script), *words]
+            bare = {**environment, "PATH": "/usr/bin:/bin"}
+            ended = [subprocess.run(begun, cwd=tmp_path, env=bare, capture_output=True, text=True)]
+        for done in ended:
+            assert done.returncode == 0, done.stderr[-2000:]
     page = re.search(r"`(runs/detect/\S+report\.html)`", PAGE.read_text(encoding="utf-8"))[1]
     assert "Drawn boxes" in (tmp_path / page).read_text(encoding="utf-8")
 

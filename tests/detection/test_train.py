@@ -1,11 +1,7 @@
 """Training by mmengine's Runner: from a config alone, resumed, killed, in two processes; and what is refused."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,11 +14,11 @@ from attnzoo.tasks.detect import check, mmcv_ext, run, score
 from attnzoo.tasks.detect import config as configs
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
+from tests.forked import IMPORTS
 from train.detect import main as train
 
 ROOT = Path(__file__).parents[2]
 PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +44,24 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def command(*words):
-    return [sys.executable, str(ROOT / "train/detect.py"), *map(str, words)]
+def by_mmengine_alone(config, folder):
+    """What a user of mmengine does, with no code of ours but what the config imports."""
+    mmcv_ext.ensure()
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    config = Config.fromfile(config)
+    config.work_dir = str(folder)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    (folder / "ap50").write_text(str(runner.test()["coco/bbox_mAP_50"]), encoding="utf-8")
 
 
-def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_path):
-    """No code of ours but what the config imports; and the checkpoint loads back into the swapped detector."""
+def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_path, forked):
+    """And the checkpoint loads back into the swapped detector."""
     config, folder = trained
-    code = (
-        "import sys; from attnzoo.tasks.detect import mmcv_ext; mmcv_ext.ensure(); "
-        "from mmengine.config import Config; from mmengine.runner import Runner; "
-        "c = Config.fromfile(sys.argv[1]); c.work_dir = sys.argv[2]; "
-        "r = Runner.from_cfg(c); r.train(); print('AP50', r.test()['coco/bbox_mAP_50'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(config), str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True,
-        text=True, check=True,
-    )  # fmt: skip
-    assert "AP50" in done.stdout
+    assert forked.start(by_mmengine_alone, config, tmp_path, imports=IMPORTS["train/detect.py"]).wait() == 0
+    assert 0 <= float((tmp_path / "ap50").read_text(encoding="utf-8")) <= 1
     found = weights(tmp_path)
     assert any(".mixer." in key for key in found)
     assert same(found, weights(folder))  # the same seed, the same weights: train/detect.py adds nothing to it
@@ -96,22 +92,22 @@ def test_a_run_that_was_broken_off_ends_as_one_that_was_not(trained, tmp_path):
     assert same(weights(tmp_path), weights(folder))
 
 
-def test_a_killed_run_goes_on_to_the_same_end(trained, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_end(trained, tmp_path, forked):
     config, folder = trained
-    words = command(config, f"work_dir={tmp_path}")
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ("train/detect.py", config, f"work_dir={tmp_path}")
+    process = forked.script(*words)
     deadline = time.monotonic() + 200
     while not (tmp_path / "last_checkpoint").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    process.kill()
+    ended = forked.script(*words).finish()
+    assert ended.returncode == 0, ended.stderr
     assert same(weights(tmp_path), weights(folder))
 
 
-def test_two_processes_train_and_test_as_one(tmp_path):
+def test_two_processes_train_and_test_as_one(tmp_path, forked):
     """Testing gives the very same scores; a training of two halves of each batch gives the same weights to rounding.
 
     By SGD, for AdamW takes steps of full length where a gradient is nothing but rounding, as that of a key's bias is;
@@ -120,12 +116,11 @@ def test_two_processes_train_and_test_as_one(tmp_path):
     data = make_data(tmp_path / "data", lower=SIDE)
     sgd = {"type": "OptimWrapper", "optimizer": {"type": "SGD", "lr": 1e-2}, "clip_grad": {"max_norm": 1.0}}
     config = str(make_config(tmp_path / "squares.py", data, PADRE, flips=0.0, optim_wrapper=sgd))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
     def in_two(*words):
-        told = [*launch, *words, "--launcher", "pytorch"]
-        done = subprocess.run(told, cwd=ROOT, env=ENVIRONMENT, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for child in forked.scripts(2, *words, "--launcher", "pytorch"):
+            done = child.finish()
+            assert done.returncode == 0, done.stdout + done.stderr
 
     assert train([config, f"work_dir={tmp_path}/one/seed0"]) == 0
     halves = [config, "train_dataloader.batch_size=1", f"work_dir={tmp_path}/two/seed0"]
@@ -299,11 +294,11 @@ def test_another_config_does_not_go_on_with_a_run(trained, tmp_path, capsys):
     assert "was trained by another config" in capsys.readouterr().err
 
 
-def test_a_corrupt_image_stops_the_run_with_its_name(tmp_path):
+def test_a_corrupt_image_stops_the_run_with_its_name(tmp_path, forked):
     data = make_data(tmp_path / "data", images=4)
     (data / "images" / "2.png").write_bytes(b"not an image")
     config = make_config(tmp_path / "squares.py", data, work_dir=str(tmp_path / "run"))
-    done = subprocess.run(command(config), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = forked.script("train/detect.py", config).finish()
     assert done.returncode != 0
     assert "2.png" in done.stderr
 

@@ -61,11 +61,28 @@ def tiny(images, output, **changes):
     return config
 
 
-def launch(config, folder, *, processes=1, before=(), **how):
-    """Start ``train/classify.py`` on a config, in so many processes; give the Popen."""
+def written(config, folder):
+    """Write a config into a folder; give its path."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, *before, str(SCRIPT), str(path)]
+    return path
+
+
+def fork(forked, config, folder, *, processes=1, **how):
+    """Run ``train/classify.py`` on a config in so many forked processes; give the worst status, output and errors."""
+    path = written(config, folder)
+    if processes == 1:
+        ended = [forked.script("train/classify.py", path, cwd=folder, **how).finish()]
+    else:
+        ended = [child.finish() for child in forked.scripts(processes, "train/classify.py", path, cwd=folder, **how)]
+    status = next((one.returncode for one in ended if one.returncode != 0), 0)
+    return status, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
+
+
+def launch(config, folder, *, processes=1, **how):
+    """Start ``train/classify.py`` on a config as users do, in so many processes; give the Popen."""
+    path = written(config, folder)
+    command = [sys.executable, str(SCRIPT), str(path)]
     if processes > 1:
         run = "torch.distributed.run"
         command = [sys.executable, "-m", run, "--standalone", f"--nproc_per_node={processes}", str(SCRIPT), str(path)]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 import random
 import re
 import resource
@@ -22,11 +21,13 @@ from attnzoo.files import locked
 from attnzoo.tasks.classify import checkpoint, nonfinite, run
 from attnzoo.tasks.classify.config import validate_config
 from attnzoo.tasks.classify.run import train_all
+from tests.forked import TRAINING
 from train.classify import main as train
 
-from .conftest import finish, launch, tiny
+from .conftest import fork, tiny
 
 KILLS = 20
+EPOCHS = 14  # of 12 steps each, by batches of 8
 
 
 def weights(folder, name="padre-seed0"):
@@ -40,41 +41,31 @@ def same(a, b):
 
 
 def train_here(config):
-    """Train in a child of a server that has imported everything: a fresh process without the seconds of its imports."""
     torch.set_num_threads(1)
     train_all(validate_config(config))
 
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["attnzoo.tasks.classify.run", "attnzoo.tasks.classify.loop", "timm", "accelerate", __name__]
-)
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path):
+def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path, forked):
     """Each start is killed at a random moment: while it starts, in a step, between steps; a fourth as it writes."""
-    changes = {"only": ["padre"], "checkpoint_steps": 1, "recipe__epochs": 40, "data__workers": 0}
+    changes = {"only": ["padre"], "checkpoint_steps": 1, "recipe__epochs": EPOCHS, "recipe__batch": 8}
     (tmp_path / "whole").mkdir()
-    status, _, said = finish(
-        launch(tiny(images, tmp_path / "whole/runs", **{**changes, "data__workers": 2}), tmp_path / "whole")
-    )
+    whole = tiny(images, tmp_path / "whole/runs", **{**changes, "data__workers": 2})
+    status, _, said = fork(forked, whole, tmp_path / "whole")
     assert status == 0, said
     config = tiny(images, tmp_path / "broken", **changes)
     dice, at, in_writing = random.Random(0), [], 0
     parent = tmp_path / "broken/padre-seed0/checkpoints"
     while len(at) < KILLS:
         before = steps_done(parent)
-        process = SERVER.Process(target=train_here, args=(config,))
-        process.start()
+        process = forked.start(train_here, config, imports=TRAINING)
         starting = dice.random() < 0.2
         while not starting and process.is_alive() and steps_done(parent) == before:
             time.sleep(0.01)
-        time.sleep(dice.uniform(0, 2 if starting else 0.2))
+        time.sleep(dice.uniform(0, 0.5 if starting else 0.2))
         while len(at) % 4 == 3 and process.is_alive() and not in_part(parent):
             time.sleep(0.0005)
         assert process.is_alive(), "it ended before it could be killed"
         process.kill()
-        process.join()
         at.append(steps_done(parent))
         in_writing += in_part(parent)
     assert len(set(at)) > KILLS // 2, f"the kills came too early to show anything: {at}"
@@ -82,7 +73,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path
     train_all(validate_config(config))
     assert same(weights(tmp_path / "whole/runs"), weights(tmp_path / "broken"))
     whole, broken = (logged(tmp_path / name) for name in ("whole/runs", "broken"))
-    assert [row["epoch"] for row in whole] == list(range(1, 41))
+    assert [row["epoch"] for row in whole] == list(range(1, EPOCHS + 1))
     assert broken == whole
 
 
@@ -100,16 +91,14 @@ def in_part(parent):
     return any(parent.glob(f"{checkpoint.PART}{checkpoint.PREFIX}*"))
 
 
-def broken_off(images, tmp_path, **changes):
+def broken_off(forked, images, tmp_path, **changes):
     """Train for some steps, and be killed; give the config and the checkpoints that are left."""
     config = tiny(images, tmp_path / "runs", only=["padre"], checkpoint_steps=1, keep_checkpoints=4, **changes)
     parent = tmp_path / "runs/padre-seed0/checkpoints"
-    process = SERVER.Process(target=train_here, args=(config,))
-    process.start()
+    process = forked.start(train_here, config, imports=TRAINING)
     while process.is_alive() and steps_done(parent) < 6:
         time.sleep(0.005)
     process.kill()
-    process.join()
     return config, checkpoint.all_checkpoints(parent)
 
 
@@ -142,9 +131,9 @@ def with_an_empty_list(folder):
     return "its manifest.json lists nothing"
 
 
-def test_a_checkpoint_that_is_being_removed_is_none(images, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_being_removed_is_none(images, tmp_path, forked, monkeypatch):
     """A kill amid the removal must leave no folder that looks like a harmed checkpoint."""
-    config, checkpoints = broken_off(images, tmp_path)
+    config, checkpoints = broken_off(forked, images, tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *given, **how: None)
     checkpoint.prune(checkpoints[0].parent, 1)
     assert checkpoint.all_checkpoints(checkpoints[0].parent) == checkpoints[-1:]
@@ -154,8 +143,8 @@ def test_a_checkpoint_that_is_being_removed_is_none(images, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("harm", [cut_short, altered, without_a_file, without_its_list, with_an_empty_list])
-def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path, harm):
-    config, checkpoints = broken_off(images, tmp_path)
+def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path, forked, harm):
+    config, checkpoints = broken_off(forked, images, tmp_path)
     reason = harm(checkpoints[-1])
     with pytest.warns(UserWarning, match=re.escape(f"checkpoint {checkpoints[-1]} is refused: {reason}")):
         assert checkpoint.newest_good(checkpoints[-1].parent) == checkpoints[-2]
@@ -167,8 +156,8 @@ def test_a_harmed_checkpoint_is_refused_by_name_and_the_one_before_it_used(image
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "runs"))
 
 
-def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_path):
-    config, checkpoints = broken_off(images, tmp_path)
+def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_path, forked):
+    config, checkpoints = broken_off(forked, images, tmp_path)
     for folder in checkpoints[1:]:
         altered(folder)
     with pytest.warns(UserWarning, match=f"is refused: .*; {checkpoints[0].name} is used"):
@@ -179,8 +168,8 @@ def test_refused_checkpoints_do_not_stand_in_the_way_of_new_ones(images, tmp_pat
 
 
 @pytest.mark.parametrize("harm", [altered, without_its_list])
-def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(images, tmp_path, harm):
-    config, checkpoints = broken_off(images, tmp_path)
+def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(images, tmp_path, forked, harm):
+    config, checkpoints = broken_off(forked, images, tmp_path)
     reasons = [harm(folder) for folder in checkpoints]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none says that an earlier one is used
@@ -208,9 +197,9 @@ def test_a_harmed_result_is_told_and_not_trained_anew_without_a_word(images, tmp
         train_all(validate_config(config))
 
 
-def test_a_checkpoint_holds_no_code(images, tmp_path):
+def test_a_checkpoint_holds_no_code(images, tmp_path, forked):
     """Whoever alters a file can alter the list of hashes: no file of a checkpoint may be run."""
-    config, checkpoints = broken_off(images, tmp_path)
+    config, checkpoints = broken_off(forked, images, tmp_path)
     for name in ("optimizer.bin", "random_states_0.pkl"):
         content = torch.load(checkpoints[-1] / name, weights_only=False)
         torch.save({**content, "harm": Harm(str(tmp_path / name))}, checkpoints[-1] / name)
@@ -230,12 +219,15 @@ class Harm:
         return (open, (self.path, "w"))
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp_path):
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp_path, forked):
     """Files of more than 4 KiB cannot be written: a full disk as any system and any user has it."""
-    config, checkpoints = broken_off(images, tmp_path)
+    config, checkpoints = broken_off(forked, images, tmp_path)
     before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in checkpoints]
-    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))}
-    status, _, said = finish(launch(config, tmp_path, **limit))
+    status, _, said = fork(forked, config, tmp_path, before=limit_files)
     assert status == 1
     assert "the same command, without resume=never, goes on from the last checkpoint" in said
     assert re.search(r"error: \S+/step-\d+ could not be written: .+ \([\d,.]+ MB were free there\)\. Earlier", said)
