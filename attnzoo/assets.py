@@ -278,7 +278,7 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "cifar10",
-        "50,000 + 10,000 colour images, 32x32, 10 classes; from the address, torchvision's CIFAR10 layout",
+        "50,000 + 10,000 color images, 32x32, 10 classes; from the address, torchvision's CIFAR10 layout",
         "none stated by its authors",
         (
             Download(

@@ -188,6 +188,6 @@ def report(path: Path) -> str:
     axes.set_xlabel("steps")
     axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
-    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's color
     files.write(path.with_name(PLOT), picture)
     return table(path)
