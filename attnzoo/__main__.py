@@ -1,6 +1,6 @@
 """The command line: what there is, what a model has and could have, and what each would buy on this machine.
 
-attnzoo list                    every registered method with what it can honour, as a Markdown table
+attnzoo list                    every registered method with what it can honor, as a Markdown table
 attnzoo describe NAME ...       a method: its options with defaults, its paper
 attnzoo layers MODEL            the attention layers of a model, and which methods could stand in them, or why not
 attnzoo measure timm:NAME       time, memory and FLOPs of methods beside the model's own attention: a table and a page
@@ -29,7 +29,7 @@ BUDGET = 64  # entries per head, to try a policy with
 
 
 def capability_table() -> str:
-    """Give every registered attention with what it can honour, as a Markdown table."""
+    """Give every registered attention with what it can honor, as a Markdown table."""
     columns = [f.name for f in fields(Capabilities)]
     table = Table(("name", Column("kind", left=True), *columns))
     for info in map(describe, list_attentions()):
@@ -75,7 +75,7 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
-    from attnzoo.bench.summary import summarise, verdict
+    from attnzoo.bench.summary import summarize, verdict
     from attnzoo.tasks.suite import TASK, SuiteConfig
 
     library, _, model = parsed.model.partition(":")
@@ -106,7 +106,7 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     records = run(TASK, config, command)
     console = Console(width=None if sys.stdout.isatty() else 160)
     publish(TASK, records, config.folder / RECORDS_FILE, console)
-    console.print(verdict(summarise(records)), highlight=False, markup=False, soft_wrap=True)
+    console.print(verdict(summarize(records)), highlight=False, markup=False, soft_wrap=True)
     return check_rows(records)
 
 

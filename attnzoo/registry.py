@@ -1,4 +1,4 @@
-"""The table of attentions: names, what each can honour, and where its code is.
+"""The table of attentions: names, what each can honor, and where its code is.
 
 An entry is data. Its code is imported when it is first built, so `import attnzoo` stays light. To add a method of
 your own to the package, write its file and add one line to `BUILT_IN`; from outside, call `register_attention` or
@@ -40,7 +40,7 @@ REQUIRED = Required()
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method can honour. A host that needs more is refused by the name of what is missing.
+    """What a method can honor. A host that needs more is refused by the name of what is missing.
 
     causal
         Token t can be kept from seeing tokens after t.
@@ -102,7 +102,7 @@ class AttentionInfo:
     paper
         Title and address of the source.
     capabilities
-        What the method can honour.
+        What the method can honor.
     """
 
     name: str
@@ -240,7 +240,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "sima",
         "mixer",
         "attnzoo.mixers.sima:Sima",
-        "linear attention, queries and keys normalised over the tokens",
+        "linear attention, queries and keys normalized over the tokens",
         "SimA, https://arxiv.org/abs/2206.08898",
         Capabilities(mask=True, any_order=True),
     ),
@@ -376,7 +376,7 @@ def register_attention(
     name, kind, target, summary, paper
         As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
     capabilities
-        What it can honour, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+        What it can honor, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
 
     Raises
     ------

@@ -126,7 +126,7 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
 
 
 def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -> str:
-    """Draw trades, every one labelled at the side; `shapes` say what a marker stands for."""
+    """Draw trades, every one labeled at the side; `shapes` say what a marker stands for."""
     if not trades:
         return ""
     trades = sorted(trades, key=lambda trade: max(spot.x for spot in trade.spots))
@@ -258,24 +258,24 @@ def to_svg(figure: Any, salt: str) -> str:
 
 
 def spread(values: Sequence[float], gap: float, within: tuple[float, float] | None = None) -> list[float]:
-    """Move values apart, as little as needed for neighbours to be `gap` apart; their order stays.
+    """Move values apart, as little as needed for neighbors to be `gap` apart; their order stays.
 
     With `within` they are then moved, from the top down, so that they stay inside where there is room for all.
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
     groups: list[list[int]] = []
-    centres: list[float] = []
+    centers: list[float] = []
     for index in order:
         groups.append([index])
-        centres.append(values[index])
-        while len(groups) > 1 and centres[-1] - centres[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+        centers.append(values[index])
+        while len(groups) > 1 and centers[-1] - centers[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
             merged = groups[-2] + groups[-1]
             groups[-2:] = [merged]
-            centres[-2:] = [sum(values[i] for i in merged) / len(merged)]
+            centers[-2:] = [sum(values[i] for i in merged) / len(merged)]
     placed = [0.0] * len(values)
-    for group, centre in zip(groups, centres, strict=True):
+    for group, center in zip(groups, centers, strict=True):
         for rank, index in enumerate(group):
-            placed[index] = centre + gap * (rank - (len(group) - 1) / 2)
+            placed[index] = center + gap * (rank - (len(group) - 1) / 2)
     if within is not None:
         edge = within[1]
         for index in reversed(order):

@@ -80,7 +80,7 @@ class Summary:
         return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
 
 
-def summarise(records: Iterable[Any]) -> Summary:
+def summarize(records: Iterable[Any]) -> Summary:
     """Put records in order.
 
     Raises

@@ -543,7 +543,7 @@ def bounded_attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honour")
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honor")
     attention: BoundedAttention = module.attnzoo_core
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     if layer is not None:
@@ -638,14 +638,14 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
         return None
     if isinstance(mask, Mapping):
         raise UnsupportedError(
-            f"an attention mask ({type(mask).__name__}) cannot be honoured by layers that keep a bounded cache or a "
+            f"an attention mask ({type(mask).__name__}) cannot be honored by layers that keep a bounded cache or a "
             "state: it holds masks that were made outside of the language model (as some vision-language models do, so "
             "that the tokens of an image see one another); load the language model alone, by its ...ForCausalLM class"
         )
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
         raise UnsupportedError(
-            f"an attention mask {what} cannot be honoured by layers that keep a bounded cache or a state; give a 2-D "
+            f"an attention mask {what} cannot be honored by layers that keep a bounded cache or a state; give a 2-D "
             "mask (B, tokens) that tells padding, or none"
         )
     if mask.shape != (rows, seen + tokens):
@@ -656,7 +656,7 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise UnsupportedError(
             "attention_mask (B, tokens) must hold 1 where a token is real and 0 where it is padding, and holds other "
-            "numbers: a mask that is added to the scores cannot be honoured by layers that keep a bounded cache or a "
+            "numbers: a mask that is added to the scores cannot be honored by layers that keep a bounded cache or a "
             "state; give (mask == 0).long() if 0 means seen"
         )
     mask = mask.bool()

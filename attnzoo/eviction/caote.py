@@ -10,7 +10,7 @@ https://arxiv.org/abs/2504.14051
 Differs from the paper: it does not say how query heads that share a key/value head combine. Here by the root of the
 sum of squares, which is how far the concatenated output of the group moves, before the output projection. Nor does it
 say what becomes of the base's protected entries: they stay protected. SnapKV's scores are pooled before they
-are normalised, and over ``base="tova"`` heads no longer keep the same tokens.
+are normalized, and over ``base="tova"`` heads no longer keep the same tokens.
 """
 
 from __future__ import annotations

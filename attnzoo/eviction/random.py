@@ -2,7 +2,7 @@
 
     s_j = hash(seed, layer, head, position of j), evenly spread over [0, 1)
 
-The hash is the finaliser of SplitMix64 (Steele et al., https://doi.org/10.1145/2660193.2660195). Since the number of an
+The hash is the finalizer of SplitMix64 (Steele et al., https://doi.org/10.1145/2660193.2660195). Since the number of an
 entry never changes, what is left after any number of evictions is a fair sample of all tokens so far.
 
 Differs from the paper: there is none.
@@ -46,7 +46,7 @@ class Random(Policy):
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step and finaliser on int64, which wraps round like the unsigned integers of the original."""
+    """SplitMix64's step and finalizer on int64, which wraps round like the unsigned integers of the original."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)

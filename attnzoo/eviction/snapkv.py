@@ -1,11 +1,11 @@
-"""SnapKV: the attention of an observation window, pooled over neighbours so that what is kept comes in runs.
+"""SnapKV: the attention of an observation window, pooled over neighbors so that what is kept comes in runs.
 
 Paper: Li et al., SnapKV, https://arxiv.org/abs/2404.14469
 
     s_j = pool_k( sum over the last `window` queries i of A_ij )   for j before the window; the window itself is kept
 
-Differs from the paper: evicts after each block, in decoding too (the paper once, after the prompt), so neighbours in
-the pooling are neighbours in the cache, not always in the text; the window's attention is that over the entries still
+Differs from the paper: evicts after each block, in decoding too (the paper once, after the prompt), so neighbors in
+the pooling are neighbors in the cache, not always in the text; the window's attention is that over the entries still
 there; query heads that share a key/value head are averaged (the paper repeats the keys). `window`, `kernel` and
 `pooling` default to those of the paper's runs.
 """

@@ -186,7 +186,7 @@ class MmdetMixer(FeatureMapMixer):
             If the caller gives an attention mask, or key and query differ.
         """
         if attn_mask is not None:
-            raise UnsupportedError("a mixer cannot honour attn_mask, only key_padding_mask")
+            raise UnsupportedError("a mixer cannot honor attn_mask, only key_padding_mask")
         if key.shape != query.shape or value.shape != query.shape:
             raise UnsupportedError(CROSS)
         x = query if self.positions else value

@@ -291,7 +291,7 @@ class TimmMixer(MixerLayer):
             If the tokens are not those of the image that the patch embedding saw last.
         """
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
+            raise UnsupportedError("a mixer in a timm model cannot honor attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
         layer: Any = self

@@ -243,7 +243,7 @@ class TorchMixer(MixerLayer):
                 "cross-attention: a mixer has one input, but query, key and value are not one tensor"
             )
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer cannot honour attn_mask or is_causal, only key_padding_mask")
+            raise UnsupportedError("a mixer cannot honor attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
         check_masks(self.num_heads, sizes(self, query, key), None, key_padding_mask, batched)
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)

@@ -104,7 +104,7 @@ def _nested(a: str, b: str) -> bool:
 
 
 def _unsupported(layer: Any) -> str | None:
-    """Say what the module hands to the interface that no core can honour, or None."""
+    """Say what the module hands to the interface that no core can honor, or None."""
     words = versions.words(layer)
     if "position_bias" in words:
         return "relative position bias"
@@ -394,7 +394,7 @@ def attention(
     Raises
     ------
     UnsupportedError
-        For a module that was not swapped, and for what no core can honour.
+        For a module that was not swapped, and for what no core can honor.
     """
     core = getattr(module, "attnzoo_core", None)
     if core is None:
@@ -409,7 +409,7 @@ def attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honour")
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honor")
     queries, keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "mask": attention_mask}
     if attention_mask is not None:

@@ -8,7 +8,7 @@ Paper: Poli et al., Hyena Hierarchy, ICML 2023, https://arxiv.org/abs/2302.10866
 Given its filters, order M is PADRe of degree M+1 exactly, with C_1 = I and the long convolutions as C_2 .. C_M, and W_o
 the map of the output.
 
-Differs from the paper: by default the sequence has no direction (short filters are centred, and the filters of the MLP
+Differs from the paper: by default the sequence has no direction (short filters are centered, and the filters of the MLP
 have values for tokens after as well as before), for images have none and a class token stands first; the frequencies of
 the positional features are not trained; a sequence longer than `length` is not cut, its filters go on.
 ``bidirectional=False`` is the authors' operator. Its transforms, as theirs, let a later token move an earlier output by

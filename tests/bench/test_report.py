@@ -13,7 +13,7 @@ from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Quantiles
 from attnzoo.bench.report import print_report
-from attnzoo.bench.summary import summarise
+from attnzoo.bench.summary import summarize
 from attnzoo.bench.words import memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks.suite import TASK
@@ -154,9 +154,9 @@ def test_reports_do_without_cost_or_without_quality(run_records):
 
 def test_no_records_and_mixed_configs_are_refused(run_records, make_record):
     with pytest.raises(AttnZooError, match="no records"):
-        summarise([])
+        summarize([])
     with pytest.raises(AttnZooError, match="2 configs"):
-        summarise([*run_records, make_record(config_hash="f" * 16)])
+        summarize([*run_records, make_record(config_hash="f" * 16)])
 
 
 @pytest.mark.parametrize(

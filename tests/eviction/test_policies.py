@@ -338,3 +338,23 @@ def test_nan_and_zero_keys_do_no_harm():
     assert KeyDiff(budget=2).keep(live).tolist() == [[[2, 3]]]
     live.keys[0, 0, 3] = torch.nan
     assert KeyDiff(budget=2).keep(live).shape == (1, 1, 2)
+
+
+def test_the_former_spelling_of_an_option_is_taken_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="anchor='normalised' is now spelled 'normalized'"):
+        old = KeyDiff(budget=2, anchor="normalised")
+    assert old == KeyDiff(budget=2)
+    live = Live(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
+    assert torch.equal(old.keep(live), KeyDiff(budget=2, anchor="normalized").keep(live))
+
+
+def test_the_former_spelling_swaps_and_loads_as_a_model_saved_with_it_does(tmp_path):
+    with pytest.warns(DeprecationWarning, match="normalised"):
+        old = attnzoo.replace_attention(language_model(), "keydiff", budget=6, block_size=2, anchor="normalised")
+    attnzoo.save(old, tmp_path / "old")
+    with pytest.warns(DeprecationWarning, match="normalised"):
+        loaded = attnzoo.load(tmp_path / "old")
+    ids = token_ids(1, 16)
+    new = attnzoo.replace_attention(language_model(), "keydiff", budget=6, block_size=2, anchor="normalized")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, new.eval()(ids).logits)

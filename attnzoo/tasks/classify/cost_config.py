@@ -115,7 +115,7 @@ class RecipeConfig(Section):
 class QualityConfig(Section):
     """The classifier that is trained once per attention and seed, and the data it sees.
 
-    `input_std` is the deviation that images are standardised to: the embedding of a patch of one pixel has weights of
+    `input_std` is the deviation that images are standardized to: the embedding of a patch of one pixel has weights of
     deviation 1, and pixels of deviation 1 would drown position embeddings that begin at 0.02. `workers` trainings run
     at a time, each in a process and with `threads` threads: their seconds are recorded, but are no benchmark.
     With `equal_parameters` the perceptrons of each row's model are made wider or narrower until it has as many

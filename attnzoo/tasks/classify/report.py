@@ -1,4 +1,4 @@
-"""The report of trained classifiers: accuracy and what a step costs, how they learnt, and the worst mistakes."""
+"""The report of trained classifiers: accuracy and what a step costs, how they learned, and the worst mistakes."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Images:
     Attributes
     ----------
     train_x, test_x
-        ``(N, channels, side, side)``, float32, standardised by the training images' mean and deviation, times `std`.
+        ``(N, channels, side, side)``, float32, standardized by the training images' mean and deviation, times `std`.
     train_y, test_y
         ``(N,)``, int64.
     classes
@@ -120,7 +120,7 @@ def build_model(
     options: Mapping[str, Any],
     seed: int,
 ) -> nn.Module:
-    """Build a timm model, freshly initialised from `seed`.
+    """Build a timm model, freshly initialized from `seed`.
 
     Raises
     ------

@@ -64,7 +64,7 @@ def split(text: str, windows: int, tokens: int) -> Bytes:
 
 
 def build(host: Host, seed: int) -> Any:
-    """A Llama of bytes, freshly initialised from `seed`."""
+    """A Llama of bytes, freshly initialized from `seed`."""
     require("transformers", extra="llm")
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -303,7 +303,7 @@ def _summary(
     canaries: Sequence[CanaryResult],
     processes: int,
 ) -> list[DecodeRecord]:
-    return summary.summarise(
+    return summary.summarize(
         config,
         lines,
         command=command,

@@ -27,7 +27,7 @@ CURVE_POINTS = 20
 Found = Mapping[tuple[str, str, int, str], SampleLine]
 
 
-def summarise(
+def summarize(
     config: DecodeConfig,
     lines: Iterable[SampleLine],
     *,

@@ -1,6 +1,6 @@
 """The cost of a detector with its own attention and with others, beside one another in one process.
 
-The weights are those that the config begins with: time and memory do not depend on what was learnt. A config says what
+The weights are those that the config begins with: time and memory do not depend on what was learned. A config says what
 to measure in a key of its own::
 
     cost = dict(sizes=[(800, 1333)], batch=1, repeats=10, attentions=[dict(label="softmax", name="softmax")])
@@ -120,7 +120,7 @@ def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
 
 
 def dense_detector(config: Any) -> nn.Module:
-    """Build a config's detector with its own attention, and initialise it by the config's seed."""
+    """Build a config's detector with its own attention, and initialize it by the config's seed."""
     registry, scopes = mmcv_ext.load("mmdet.registry"), mmcv_ext.load("mmengine.registry")
     scopes.init_default_scope("mmdet")
     model = copy.deepcopy(config.model)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from attnzoo.bench import words
 from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.record import Stage
-from attnzoo.bench.summary import summarise
+from attnzoo.bench.summary import summarize
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
 from attnzoo.tasks.detect.quality import Detection
@@ -40,7 +40,7 @@ def encoder_table(records: Iterable[Record]) -> str:
         If a row was not measured.
     """
     lines = []
-    for group in summarise(records).of("detection"):
+    for group in summarize(records).of("detection"):
         for row in group.rows:
             attention, encoder = _stage(row, ATTENTION), _stage(row, ENCODER)
             assert row.cost is not None
