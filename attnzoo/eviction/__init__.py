@@ -1,6 +1,6 @@
 """Eviction: policies that decide which keys and values a bounded cache keeps, one file a method.
 
-- `policy`: what a policy is: its options, and what it sees (`Live`).
+- `policy`: what a policy is: its options, and what it sees (`CacheView`).
 - `store`: the bounded buffer of one layer, and `scan`: attention through it, block by block. Plain PyTorch.
 - `weights`: attention weights, written out, for policies that score by them.
 - `cache`: the cache that transformers sees. The only file here that knows transformers.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_bool
-from attnzoo.eviction.policy import Live, by_group, wide
+from attnzoo.eviction.policy import CacheView, by_group, wide
 from attnzoo.eviction.wrapper import Wrapper
 
 
@@ -41,10 +41,10 @@ class Caote(Wrapper):
         super().__post_init__()
         check_bool("fast", self.fast)
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Error of the output that the eviction of each entry would make."""
-        scores = self.inner.checked_attention_scores(live)
-        return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), live.values, fast=self.fast)
+        scores = self.inner.checked_attention_scores(view)
+        return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), view.values, fast=self.fast)
 
 
 def output_error(attention: Tensor, values: Tensor, fast: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnzoo.checks import check_choice, renamed_choice
-from attnzoo.eviction.policy import Live, Policy, wide
+from attnzoo.eviction.policy import CacheView, Policy, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,9 @@ class KeyDiff(Policy):
         object.__setattr__(self, "anchor", renamed_choice("anchor", self.anchor, "normalised", "normalized"))
         check_choice("anchor", self.anchor, ("normalized", "raw"))
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Minus the cosine with the anchor."""
-        keys = wide(live.keys)
+        keys = wide(view.keys)
         directions = F.normalize(keys, dim=-1)
         anchor = (directions if self.anchor == "normalized" else keys).mean(2, keepdim=True)
         return -(directions * F.normalize(anchor, dim=-1)).sum(-1)

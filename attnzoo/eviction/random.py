@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_int
-from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.policy import CacheView, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class Random(Policy):
         super().__post_init__()
         check_int("seed", self.seed, minimum=0)
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """A number in [0, 1) for each entry."""
-        device = live.positions.device
-        heads = torch.arange(live.kv_heads, device=device)[:, None]
+        device = view.positions.device
+        heads = torch.arange(view.kv_heads, device=device)[:, None]
         key = torch.tensor(_signed(self.seed % 2**64), device=device)
-        for part in (torch.tensor(live.layer, device=device), heads, live.positions.long()):
+        for part in (torch.tensor(view.layer, device=device), heads, view.positions.long()):
             key = _mix(_mix(key) ^ part)
         return (key & (2**53 - 1)).double() / 2**53
 

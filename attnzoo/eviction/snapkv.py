@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError
-from attnzoo.eviction.policy import AttentionPolicy, Live
+from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class SnapKV(AttentionPolicy):
         """The window."""
         return self.window
 
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """Sums over the window's queries, pooled before the window and plain inside it."""
-        sums = live.attention_of_window()
-        groups = sums.shape[1] // live.kv_heads
-        before = live.positions < (live.counts - self.window)[:, None, None]
+        sums = view.attention_of_window()
+        groups = sums.shape[1] // view.kv_heads
+        before = view.positions < (view.counts - self.window)[:, None, None]
         before = before.repeat_interleave(groups, 1)
         earlier = sums.masked_fill(~before, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

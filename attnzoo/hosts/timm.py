@@ -25,10 +25,10 @@ from attnzoo.hosts.site import (
     NOBODY,
     Core,
     CoreLayer,
+    HostOptions,
     MixerLayer,
     RefusedSite,
     Site,
-    Wanted,
     ancestors,
     comes_from,
     looks_like_attention,
@@ -56,7 +56,7 @@ _REFUSED = {
 }
 
 
-def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> list[Site]:
     """Find timm's attention layers; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():

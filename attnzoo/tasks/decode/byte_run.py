@@ -16,7 +16,7 @@ from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig, refuse_expect
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
 from attnzoo.errors import AttnZooError, ConfigError

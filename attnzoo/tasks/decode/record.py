@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from attnzoo import files
-from attnzoo.bench.lines import read_lines
+from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Count, Entry, Environment, Gate, Interval, Memory, NonNegative, Quantiles
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.size import CacheBytes

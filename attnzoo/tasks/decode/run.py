@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import attnzoo
 from attnzoo import files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.jsonl import append_line
 from attnzoo.errors import AttnZooError, ConfigError, RunError
 from attnzoo.extras import require
 from attnzoo.tasks.decode import canary, summary

@@ -185,7 +185,7 @@ def measure(
     ConfigError
         If a swap cannot be made, or two sizes have as many tokens.
     """
-    nursery = Isolation(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
+    isolation = Isolation(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
     records: list[Record] = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
@@ -197,12 +197,12 @@ def measure(
         )
         start = time.monotonic()
         pixels += size[0] * size[1]
-        result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
+        result = isolation.run(main, job.model_dump_json(), cost.timeout_seconds, say)
         done(pixels / whole)
         answer = Answer.model_validate_json(result.answer) if result.end == "done" else Answer()
         if answer.refused:
             raise ConfigError(answer.refused)
-        measured = answer.records or _unmeasured(config, job, found, _status(result, answer), nursery)
+        measured = answer.records or _unmeasured(config, job, found, _status(result, answer), isolation)
         if measured[0].tokens and measured[0].tokens in {record.tokens for record in records}:
             raise ConfigError(f"cost.sizes: {size} gives as many tokens as another size; leave one of them out")
         seconds = round((time.monotonic() - start) / len(measured), 3)
@@ -218,11 +218,11 @@ def _status(result: ChildResult, answer: Answer) -> tuple[Status, str]:
 
 
 def _unmeasured(
-    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], nursery: Isolation
+    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], isolation: Isolation
 ) -> tuple[Record, ...]:
     """Records of a size that could not be measured; the token count is 0 where that cannot be told either."""
     (height, width), (status, message) = job.cost.sizes[0], ended
-    counted = nursery.run(count_tokens, job.model_dump_json(), SECONDS_TO_COUNT)
+    counted = isolation.run(count_tokens, job.model_dump_json(), SECONDS_TO_COUNT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = f"{height} x {width} pixels"
     return tuple(

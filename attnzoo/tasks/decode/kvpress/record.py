@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, RootModel
 
-from attnzoo.bench.lines import read_lines
+from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.decode.kvpress.config import Comparison, Key, Setting, Side

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnzoo import files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.jsonl import append_line
 from attnzoo.errors import ConfigError, RunError
 from attnzoo.tasks.decode import lm as decode
 from attnzoo.tasks.decode.kvpress.config import Comparison, Key, Row, Setting, Side, rows_of
