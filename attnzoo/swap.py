@@ -1,6 +1,6 @@
 """Swap the attention of a model: all chosen layers or none, and back again.
 
-A swap changes the object it is given and nothing else. What it leaves on the model is one record a layer (`Swapped`),
+A swap changes the object it is given and nothing else. What it leaves on the model is one record per layer (`Swapped`),
 so a copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
 """
 

@@ -3,7 +3,7 @@
 python eval/activations.py [--output FOLDER]    activations.jsonl and activations.svg there; by default in docs/records
 
 A residual stream of tokens drawn from a normal distribution goes through layers with a norm before each, as in a vision
-transformer without its perceptrons. Of what each layer adds: root mean square and largest magnitude.
+transformer without its MLPs. Of what each layer adds: root mean square and largest magnitude.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def latency_plot(summary: Summary) -> str:
     def latency(record: Record) -> float | None:
         return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
 
-    return _against_tokens(summary, latency, "ms an image (p50)")
+    return _against_tokens(summary, latency, "ms per image (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -40,7 +40,7 @@ def memory_plot(summary: Summary) -> str:
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         return held / MB / _batch(record) if held else None
 
-    return _against_tokens(summary, peak, "peak activation memory, MB an image")
+    return _against_tokens(summary, peak, "peak activation memory, MB per image")
 
 
 def _batch(record: Record) -> int:

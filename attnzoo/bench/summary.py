@@ -47,7 +47,7 @@ class Summary:
     groups
         Rows of cost by part, then by token count, ascending, then by phase: prefill before decoding.
     quality
-        Rows of quality, one an attention and part.
+        Rows of quality, one per attention and part.
     labels
         Attentions of each part, the dense baseline first.
     """

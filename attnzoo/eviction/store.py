@@ -262,7 +262,7 @@ class Store:
         self.scale, self.softcap = state["scale"], state["softcap"]
 
     def _reserve(self, needed: int) -> None:
-        """Have room for `needed` entries a row. A buffer grows by a quarter, never past budget and block together."""
+        """Have room for `needed` entries per row. A buffer grows by a quarter, never past budget and block together."""
         assert self._keys is not None
         room = self._keys.shape[2]
         if needed <= room:

@@ -1,4 +1,4 @@
-"""Hosts: one file a library. Each finds the attention layers of a model and calls a substitute as the library would.
+"""Hosts: one file per library. Each finds the attention layers of a model and calls a substitute as the library would.
 
 A host has one function, ``find(model, layers, options) -> list[Site]``: `layers` maps paths to the host's own modules
 (what an earlier swap replaced stands in its place), and `options` holds what the user said about the host (see

@@ -46,7 +46,7 @@ class Hyena(nn.Module):
     order
         Number M of products, 2 and up.
     filter_order
-        Width of the perceptron that makes the filters.
+        Width of the MLP that makes the filters.
     features
         Number of positional features that it is given, odd: time, and cosines and sines.
     length
@@ -114,14 +114,14 @@ class Hyena(nn.Module):
 
 
 class ImplicitFilter(nn.Module):
-    """Filters of any length, made by a perceptron with sines for activations, that decay exponentially.
+    """Filters of any length, made by an MLP with sines for activations, that decay exponentially.
 
     Parameters
     ----------
     channels
         Number of filters.
     width
-        Width of the perceptron.
+        Width of the MLP.
     features
         Number of positional features, odd.
     length

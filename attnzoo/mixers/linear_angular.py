@@ -36,7 +36,7 @@ class LinearAngular(nn.Module):
     num_heads
         Number of heads, a divisor of `dim`.
     kernel_size
-        Length of the convolution of V over tokens, one kernel a head; odd.
+        Length of the convolution of V over tokens, one kernel per head; odd.
     auxiliary
         While training, add the softmax attention above a threshold: quadratic in the number of tokens.
 

@@ -87,7 +87,7 @@ def test_every_row_is_in_the_terminal_table(run_records):
         assert part in text
 
 
-def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_records):
+def test_the_markdown_table_has_one_line_per_attention_and_equal_columns(run_records):
     lines = markdown_table(run_records).splitlines()
     assert len(lines) == 2 + 1 + 4
     assert len({line.count("|") for line in lines}) == 1

@@ -53,7 +53,7 @@ def learning_plot(qualities: Mapping[str, Accuracy]) -> str:
 
 
 def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """A line an attention, the mean of its seeds, with their range shaded."""
+    """One line per attention, the mean of its seeds, with their range shaded."""
     shown = {label: seeds for label, seeds in curves.items() if min(map(len, seeds))}
     if not shown:
         return ""

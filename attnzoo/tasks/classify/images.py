@@ -185,7 +185,7 @@ def _open(data: DataConfig, split: str, training: bool) -> Source | IterableData
         root = assets.get(data.asset, data.path)
         name, train, test = _ASSETS[data.asset]
         split = train if training else test
-        if (root / "train").is_dir():  # an archive of folders, one a class
+        if (root / "train").is_dir():  # an archive of folders, one per class
             name, split = "", "train" if training else "test"
     if name in FOLDERS and root is not None:
         if not root.is_dir():

@@ -27,7 +27,7 @@ COST = ("training step", "speed-up", "its memory")
 
 
 def rows(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) -> list[list[str]]:
-    """The table: a row an attention.
+    """The table: one row per attention.
 
     Parameters
     ----------

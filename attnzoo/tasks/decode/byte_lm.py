@@ -18,7 +18,7 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Host:
-    """Sizes of a Llama: `layers` of `width` with `heads` heads and perceptrons of `hidden`."""
+    """Sizes of a Llama: `layers` of `width` with `heads` heads and MLPs of width `hidden`."""
 
     width: int
     layers: int

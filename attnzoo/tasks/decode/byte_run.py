@@ -1,4 +1,4 @@
-"""Train a small language model of bytes once an attention, and set each against the dense one: config, run, report."""
+"""Train a small language model of bytes once per attention, and set each against the dense one: config, run, report."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TrainConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         problems = []

@@ -17,7 +17,7 @@ SIDE_BY_SIDE = 0.006  # of the dense cache: how far points of one budget are mov
 
 
 def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
-    """NLL above dense along the window, one plot a budget: caption and SVG."""
+    """NLL above dense along the window, one plot per budget: caption and SVG."""
     plots = []
     for budget in _budgets(records):
         chosen = [r for r in records if not r.is_baseline and r.options.get("budget") == budget]
@@ -30,7 +30,7 @@ def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
             color, _ = _look(records, record)
             axes.plot(places, points, color=color, label=record.label, lw=1.5)
         axes.set_xlabel("position in the window, tokens")
-        axes.set_ylabel("NLL above dense, nats a token")
+        axes.set_ylabel("NLL above dense, nats per token")
         _legend(axes)
         what = "" if budget is None else f", budget {budget:,}"
         plots.append((f"NLL above dense along the window{what}", to_svg(figure, f"position{budget}")))
@@ -84,7 +84,7 @@ def trade_plot(records: Sequence[DecodeRecord]) -> str:
         axes.plot([x] * 2, [interval.low, interval.high], color=color, lw=2)
         axes.plot([x], [interval.mean], marker, color=color, ms=6, label=record.label)
     axes.set_xlabel("cache held, part of dense; like sizes side by side")
-    axes.set_ylabel("NLL above dense, nats a token")
+    axes.set_ylabel("NLL above dense, nats per token")
     _legend(axes)
     return to_svg(figure, "trade")
 
@@ -124,7 +124,7 @@ def _aside(records: Sequence[DecodeRecord], record: DecodeRecord) -> float:
 
 
 def _look(records: Sequence[DecodeRecord], record: DecodeRecord) -> tuple[str, str]:
-    """One color a method, whatever its budget; one marker a budget."""
+    """One color per method, whatever its budget; one marker per budget."""
     methods = list(dict.fromkeys(_method(r) for r in records))
     budgets = [None, *_budgets(records)]
     color = PALETTE[methods.index(_method(record)) % len(PALETTE)]

@@ -1,4 +1,4 @@
-"""What the decode evaluation writes: one line a row and sample while it runs, one record a row at the end."""
+"""What the decode evaluation writes: one line per row and sample while it runs, one record per row at the end."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def check(config: DecodeConfig) -> None:
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems: list[str] = []

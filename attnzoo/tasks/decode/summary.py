@@ -1,4 +1,4 @@
-"""From samples to one record a row: means, intervals and differences to dense, sample by sample."""
+"""From samples to one record per row: means, intervals and differences to dense, sample by sample."""
 
 from __future__ import annotations
 

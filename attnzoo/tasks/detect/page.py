@@ -71,7 +71,7 @@ def _stage(record: Record, name: str) -> Stage | None:
 
 
 def curves(qualities: Mapping[str, Detection]) -> Section | None:
-    """AP50 on the test images after each epoch: a line an attention, the mean of its seeds, with their range shaded."""
+    """AP50 on the test images after each epoch: one line per attention, the mean of its seeds, their range shaded."""
     shown = {
         label: [(one.epochs, one.epoch_ap50) for one in found.trainings if one.epochs]
         for label, found in qualities.items()

@@ -39,7 +39,7 @@ class VersionsLine(Entry):
 class ResultLine(Entry):
     """One prompt through one row.
 
-    `kept` is the least and the most entries a head that any layer holds after the context. `cache_peak_bytes` is the
+    `kept` is the least and the most entries per head that any layer holds after the context. `cache_peak_bytes` is the
     largest size of the cache, all layers together, seen after any layer's attention: everything allocated;
     `entries_peak_bytes` counts keys and values in use alone. `memory_peak_bytes` is the peak of the resident set above
     that of the loaded model; null where the system does not tell.
