@@ -1,4 +1,4 @@
-"""What decoding costs, dense beside it: time to first token (TTFT), time per output token (TPOT), cache, peak memory."""
+"""What decoding costs, dense beside it: time to first token (TTFT), time per output token (TPOT), cache and memory."""
 
 from __future__ import annotations
 
