@@ -35,6 +35,7 @@ from attnzoo.hosts.site import MixerLayer
 from attnzoo.swap import replace_attention, swap_report, swapped_layers
 from attnzoo.tasks.detect import mmcv_ext, stages
 
+PRELOAD = ("attnzoo.tasks.detect.cost", "attnzoo.tasks.detect.model")  # the second imports mmdet
 ORACLE = "softmax"
 DENSE = "dense"
 STATUS: dict[str, Status] = {"timeout": "timeout", "oom": "oom"}  # by the end of a process; any other is a failure
@@ -183,7 +184,7 @@ def measure(
     ConfigError
         If a swap cannot be made, or two sizes have as many tokens.
     """
-    nursery = Nursery(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
+    nursery = Nursery(PRELOAD, cuda=torch.cuda.is_available())
     records: list[Record] = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
