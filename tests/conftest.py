@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,13 @@ import attnzoo
 from attnzoo.registry import unregister_attention
 
 torch.set_num_threads(1)  # the models here are so small that threads cost more than they bring
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Keep the garbage collector from reading the million objects of imported libraries again at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 class Zeros:
