@@ -1,4 +1,4 @@
-"""Train a small language model of bytes once an attention, and set each against the dense one: config, run, report."""
+"""Train a small language model of bytes once per attention, and set each against the dense one: config, run, report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig, refuse_expect
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
 from attnzoo.bench.task import Task
@@ -83,7 +83,7 @@ class TrainConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         problems = []
@@ -189,7 +189,7 @@ def report(path: Path) -> str:
     axes.set_xlabel("steps")
     axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
-    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's color
     files.write(path.with_name(PLOT), picture)
     return table(path)
 
