@@ -22,11 +22,7 @@ from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
 from attnzoo.tasks.decode.kvpress.environment import KVPRESS, kvpress_python
 from attnzoo.tasks.decode.kvpress.run import run
 from attnzoo.tasks.decode.kvpress.table import report
-
-
-def say(text: str) -> None:
-    """Tell a person how it goes; the table alone goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
+from attnzoo.tasks.decode.kvpress.task import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

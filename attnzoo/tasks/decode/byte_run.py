@@ -19,6 +19,7 @@ from attnzoo.bench.environment import environment
 from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
+from attnzoo.bench.task import Task
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tables import Table
@@ -191,3 +192,12 @@ def report(path: Path) -> str:
     picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's color
     files.write(path.with_name(PLOT), picture)
     return table(path)
+
+
+def train_and_report(config: TrainConfig, command: str) -> int:
+    """Train what is not trained yet, and print the table."""
+    print(report(run(config)))
+    return 0
+
+
+TASK = Task(name="train_bytes", ref="attnzoo.tasks.decode.byte_run:TASK", config=TrainConfig, run=train_and_report)

@@ -37,6 +37,7 @@ from attnzoo.swap import replace_attention, swap_report, swapped_layers
 from attnzoo.tasks.detect import mmcv_ext, stages
 from attnzoo.tasks.records import Record
 
+PRELOAD = ("attnzoo.tasks.detect.cost", "attnzoo.tasks.detect.model")  # the second imports mmdet
 ORACLE = "softmax"
 DENSE = "dense"
 STATUS: dict[str, Status] = {"timeout": "timeout", "oom": "oom"}  # by the end of a process; any other is a failure
@@ -185,7 +186,7 @@ def measure(
     ConfigError
         If a swap cannot be made, or two sizes have as many tokens.
     """
-    isolation = Isolation(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
+    isolation = Isolation(PRELOAD, cuda=torch.cuda.is_available())
     records: list[Record] = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
