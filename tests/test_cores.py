@@ -200,7 +200,7 @@ def test_flash_refuses_what_it_cannot_do():
         Flash()(q, k, v, dropout=0.1)
     with pytest.raises(UnsupportedError, match="soft cap"):
         Flash()(q, k, v, softcap=1.0)
-    with pytest.raises(UnsupportedError, match="width 4 beside keys of width 8"):
+    with pytest.raises(UnsupportedError, match="width 4 with keys of width 8"):
         Flash()(q, k, v[..., :4])
     with pytest.raises(OptionError, match="backend"):
         Flash(backend="cudnn")
