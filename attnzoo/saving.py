@@ -2,7 +2,7 @@
 
 A folder holds ``model.safetensors``, the weights, and ``attnzoo.json``: how the host model is built, where its library
 leaves that to be known, which layers hold which attention, and the hash of the weights. Both are written beside and
-renamed, ``attnzoo.json`` last, so a save that was cut off is known by its hash.
+then renamed; a save that is killed between the two renames is known by the hash.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     blueprint, unknown = _checked_blueprint(model, recipe, structure)
     buffers = {key: str(b.dtype).removeprefix("torch.") for key, b in _other_buffers(model).items()}
     try:
-        # the renames come last, close together: the weights', then the description's
-        with files.atomic(folder / DESCRIPTION) as description, files.atomic(folder / WEIGHTS) as weights:
+        # both are written before either is renamed, the description first: killed between, weights that it does not
+        # tell of stand beside it, or none
+        with files.atomic(folder / WEIGHTS) as weights, files.atomic(folder / DESCRIPTION) as description:
             save_file(tensors, weights, metadata={"format": "pt"})
             content = {
                 "format": FORMAT,
