@@ -6,6 +6,7 @@ a real start do is not seen this way: of each script some test starts the real t
 """
 
 import importlib
+import io
 import os
 import runpy
 import signal
@@ -131,7 +132,9 @@ def _script(path, words, cwd, environment, places, before):
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
-        setattr(sys, name, open(number, "w", buffering=1, encoding="utf-8", closefd=False))
+        setattr(
+            sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding="utf-8", write_through=True)
+        )
     os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(1)
     os.chdir(cwd)

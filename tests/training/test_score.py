@@ -9,7 +9,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from attnzoo.bench.record import Record
+from attnzoo.tasks.records import Record
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify.config import validate_config

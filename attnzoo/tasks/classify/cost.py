@@ -321,7 +321,7 @@ def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def _swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:
-    """Put the attention of `spec` into `model`; what it adds is initialised from `seed`."""
+    """Put the attention of `spec` into `model`; what it adds is initialized from `seed`."""
     if spec is None:
         return model
     torch.manual_seed(seed)

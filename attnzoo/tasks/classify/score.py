@@ -232,7 +232,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Suit
             patch_size=patch,
             channels=config.data.channels,
             classes=classes,
-            # an initialisation may make the classifier zero, and what is zero everywhere passes no gate
+            # an initialization may make the classifier zero, and what is zero everywhere passes no gate
             options={k: v for k, v in config.model.options.items() if k not in ("patch_size", "weight_init")},
         ),
         baseline=BaselineConfig(label=config.baseline),

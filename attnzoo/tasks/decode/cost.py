@@ -103,7 +103,7 @@ def measure_quality(
     if quality.canary is not None and not quality.canary.passed:
         found = quality.canary
         message = (
-            f"the canary ({found.label}) is {found.above_dense:.3f} nats a token above dense, must be at least "
+            f"the canary ({found.label}) is {found.above_dense:.3f} nats per token above dense, must be at least "
             f"{found.at_least:g}: what was scored does not depend on the cache"
         )
         return Result(status="failed", message=message)

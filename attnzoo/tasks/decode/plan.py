@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Samples:
-    """All inputs of a run; `prompts` are for timing, one a row of the largest batch."""
+    """All inputs of a run; `prompts` are for timing, one per row of the largest batch."""
 
     windows: tuple[Window, ...]
     retrieval: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
