@@ -1,7 +1,10 @@
 """Training by mmengine's Runner: from a config alone, resumed, killed, in two processes; and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +17,6 @@ from attnzoo.tasks.detect import check, mmcv_ext, run, score
 from attnzoo.tasks.detect import config as configs
 from eval.detect import main as evaluate
 from tests.detection.runs import SIDE, make_config, make_data
-from tests.forked import IMPORTS
 from train.detect import main as train
 
 ROOT = Path(__file__).parents[2]
@@ -42,19 +44,6 @@ def weights(folder):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def by_mmengine_alone(config, folder):
-    """What a user of mmengine does, with no code of ours but what the config imports."""
-    mmcv_ext.ensure()
-    from mmengine.config import Config
-    from mmengine.runner import Runner
-
-    config = Config.fromfile(config)
-    config.work_dir = str(folder)
-    runner = Runner.from_cfg(config)
-    runner.train()
-    (folder / "ap50").write_text(str(runner.test()["coco/bbox_mAP_50"]), encoding="utf-8")
 
 
 def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_path, forked):
