@@ -13,6 +13,7 @@ from attnzoo.registry import (
     register_attention,
     unregister_attention,
 )
+from attnzoo.saving import load, save
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
 from attnzoo.weights import load_weights
 
@@ -28,11 +29,13 @@ __all__ = [
     "describe",
     "kv_bytes",
     "list_attentions",
+    "load",
     "load_cache",
     "load_weights",
     "register_attention",
     "replace_attention",
     "restore_attention",
+    "save",
     "swap_report",
     "unregister_attention",
 ]

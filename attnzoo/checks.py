@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from attnzoo.errors import OptionError, ShapeError, short
+from attnzoo.errors import OptionError, ShapeError, UnsupportedError, short
 
 Grid = tuple[int, int] | Tensor
 
@@ -37,6 +39,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {short(value)}")
     return value
+
+
+def renamed_choice(name: str, value: object, old: str, new: str) -> object:
+    """Give `value`, or `new` with a `DeprecationWarning` where it is `old`, the spelling of an earlier version."""
+    if value != old:
+        return value
+    warnings.warn(
+        f"{name}={old!r} is now spelled {new!r}; the old spelling will be refused from version 0.2 on",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return new
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -118,3 +132,13 @@ def check_grid(grid: Grid | None, tokens: int, batch: int, prefix: int) -> None:
 
 def _shapes(*tensors: Tensor) -> str:
     return ", ".join(str(tuple(t.shape)) for t in tensors)
+
+
+def refuse_tracing() -> None:
+    """Raise `UnsupportedError` under ``torch.jit.trace``, which ``torch.onnx.export(..., dynamo=False)`` uses too."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise UnsupportedError(
+            "torch.jit.trace, and so torch.onnx.export(..., dynamo=False), cannot export a swapped model: it keeps the "
+            "sizes and choices of the one call that it sees. Use torch.export.export, or torch.onnx.export(..., "
+            "dynamo=True)"
+        )

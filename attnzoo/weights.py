@@ -61,22 +61,41 @@ def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Mo
     if isinstance(weights, Mapping):
         given = _state_dict(weights, "what was given as weights")
     elif isinstance(weights, (str, os.PathLike)):
-        given = _read(Path(weights))
+        given = read_weights(Path(weights))
     else:
         raise WeightsError(f"weights must be a folder, a file or a state dict, not {short(weights)}")
+    model.load_state_dict(fit(model, given), strict=False)
+    return model
+
+
+def fit(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give weights under the names that they have in `model`, which is left as it is.
+
+    Raises
+    ------
+    WeightsError
+        If they are of other layers, names or shapes, or differ where the model has one tensor under two names.
+    """
     own = model.state_dict()
-    state = _renamed(model, given, own)
+    state = _renamed(model, dict(given), own)
     tied = {key for key in own.keys() - state.keys() if _is_tied(own, key, state)}
     missing = [key for key in own if key not in state and key not in tied]
     unknown = [key for key in state if key not in own]
     other = [key for key, value in state.items() if key in own and value.shape != own[key].shape]
     if missing or unknown or other:
         raise WeightsError(_advice(model, state, own, missing, unknown, other))
-    model.load_state_dict(state, strict=False)
-    return model
+    _check_shared(state, own)
+    return state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a folder that ``save_pretrained`` wrote, or a file of weights.
+
+    Raises
+    ------
+    WeightsError
+        If there is none, or it cannot be read.
+    """
     if not path.exists():
         raise WeightsError(f"{path} cannot be read: there is no such file or folder")
     if not path.is_dir():
@@ -170,6 +189,19 @@ def _is_tied(own: Mapping[str, Tensor], key: str, state: Mapping[str, Tensor]) -
     """Whether the weight `key` is one that is loaded under another name."""
     place = own[key].data_ptr()
     return place != 0 and any(other in state and own[other].data_ptr() == place for other in own if other != key)
+
+
+def _check_shared(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise `WeightsError` where a model has one tensor under two names that the weights have two for."""
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for key, value in own.items():
+        if key in state and value.numel() and not value.is_meta:
+            name = first.setdefault((value.data_ptr(), value.shape, value.stride()), key)
+            if name != key and state[name] is not state[key] and not torch.equal(state[name], state[key]):
+                raise WeightsError(
+                    f"{name} and {key} are one tensor in this model and two in the weights: build the model with "
+                    "untied weights, as when they were saved"
+                )
 
 
 def _advice(

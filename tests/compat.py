@@ -1,6 +1,6 @@
-"""Run the tests marked `compat` on every release that compat.toml lists, and say how each ended.
+"""Run the tests marked `compat`, or those named there, on every release that compat.toml lists; say how each ended.
 
-    python -m tests.compat                  releases of transformers and timm, installed beside the environment
+    python -m tests.compat                  releases of transformers, timm and Triton, installed beside the environment
     python -m tests.compat --torch          releases of torch, each in an environment of its own (some GB each)
     python -m tests.compat --docs           also rewrite the table of docs/compat.md
 
@@ -139,7 +139,9 @@ def run(library: str, release: str, wanted: dict[str, object]) -> Outcome:
     report = folder.with_suffix(".xml")
     report.unlink(missing_ok=True)
     began = time.monotonic()
-    command = [python, "-m", "pytest", "-m", "compat", "-n", WORKERS, "--dist", "worksteal", "-p", "no:cacheprovider"]
+    tests = wanted.get("tests", ["-m", "compat"])
+    assert isinstance(tests, list)
+    command = [python, "-m", "pytest", *tests, "-n", WORKERS, "--dist", "worksteal", "-p", "no:cacheprovider"]
     log = folder.with_suffix(".log")
     with log.open("w", encoding="utf-8") as said:
         ended = subprocess.run(

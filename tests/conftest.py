@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -13,6 +14,13 @@ from attnzoo.registry import unregister_attention
 from tests.forked import Server
 
 torch.set_num_threads(1)  # the models here are so small that threads cost more than they bring
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Keep the garbage collector from reading the million objects of imported libraries again at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 class Zeros:

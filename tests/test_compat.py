@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests import compat
 
+ROOT = Path(__file__).parents[1]
 PASSED = '<testcase classname="tests.test_a" name="test_b"/>'
 FAILED = '<testcase classname="tests.test_a" name="test_c"><failure/></testcase>'
 KNOWN = {"tests": "tests/test_a.py::test_c", "reason": "it is so"}
@@ -43,6 +47,26 @@ def test_a_known_failure_hides_no_crash(matrix, monkeypatch, cases, status, prob
     outcome = compat.run("timm", "1", {"beside": True})
     outcome.known = [KNOWN] if FAILED in cases else []
     assert outcome.problem == problem
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen"), [({}, ["-m", "compat"]), ({"tests": ["tests/kernels"]}, ["tests/kernels"])]
+)
+def test_a_library_may_name_its_tests(matrix, monkeypatch, wanted, chosen):
+    ran = []
+    monkeypatch.setattr(compat, "_beside", lambda *arguments: (sys.executable, []))
+    monkeypatch.setattr(
+        compat.subprocess, "run", lambda command, **options: ran.append(command) or subprocess.CompletedProcess([], 5)
+    )
+    compat.run("timm", "1", {"beside": True} | wanted)
+    assert ran[0][3 : ran[0].index("-n")] == chosen
+
+
+def test_the_oldest_triton_that_is_allowed_is_tried():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (asked,) = (Requirement(one) for one in project["optional-dependencies"]["gpu"])
+    oldest = tomllib.loads((ROOT / "compat.toml").read_text())["triton"]["releases"][0]
+    assert str(asked.specifier) == f">={oldest.removesuffix('.*')}"
 
 
 @pytest.mark.parametrize("rounds", [0, 1, compat.ROUNDS, None])

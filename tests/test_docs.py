@@ -1,5 +1,6 @@
 """The README and the docs tell the truth: their code runs, their tables are those of the records and the registry."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -8,18 +9,19 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from attnzoo import list_attentions
-from attnzoo.__main__ import capability_table, main
-from attnzoo.bench.config import load_config
-from attnzoo.bench.record import read_records
-from attnzoo.bench.report import markdown_section
-from attnzoo.bench.strict import read_yaml
-from attnzoo.registry import _table, unregister_attention
+from attnzoo import list_attentions, replace_attention, swap_report
+from attnzoo.__main__ import capability_table, main, source_table
+from attnzoo.bench.config import read_yaml
+from attnzoo.bench.readme import markdown_section
+from attnzoo.registry import BUILT_IN, _table, unregister_attention
+from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import report as training_report
 from attnzoo.tasks.decode import byte_run as train_bytes
@@ -30,11 +32,14 @@ from attnzoo.tasks.decode.kvpress import config as kvpress
 from attnzoo.tasks.decode.kvpress import table as kvpress_table
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
+from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels
+from tests.tasks import llm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = ROOT / "docs/recipes.md"
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,18 +50,51 @@ def between(page: Path, name: str) -> str:
     return page.read_text(encoding="utf-8").split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_examples_run(page, tmp_path, monkeypatch):
-    """All examples of a page, one after the other, as a reader would."""
-    monkeypatch.chdir(tmp_path)
+@contextlib.contextmanager
+def examples_run(page: Path) -> Iterator[dict]:
+    """All examples of a page, one after the other, as a reader would run them; what they define."""
     before = set(_table)
+    space: dict = {}
     try:
-        space: dict = {}
         for code in blocks(page, "python"):
             exec(compile(code, page.name, "exec"), space)
+        yield space
     finally:
         for name in set(_table) - before:
             unregister_attention(name)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES], ids=lambda p: p.name)
+def test_python_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with examples_run(page):
+        pass
+
+
+def test_the_recipes_run_and_do_what_they_say(tmp_path, monkeypatch):
+    """They begin from a model and a task of the reader's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    llm.save(tmp_path / "model", chat=True)
+    (tmp_path / "tasks").mkdir()
+    llm.write_task(tmp_path / "tasks")
+    with examples_run(RECIPES) as space, torch.no_grad():
+        images = torch.randn(1, 3, 224, 224)
+        assert torch.equal(space["same"].eval()(images), space["vit"](images))
+        assert [layer.attention for layer in swap_report(space["encoder"]).swapped] == ["padre", "padre"]
+        assert set(space["optimizer"].param_groups[0]["params"]) == set(space["same"].parameters())
+        chat = space["chat"]
+        assert chat.ids.shape[1] == chat.cache.get_seq_length() + 1 > 3 * 40
+        assert 64 <= chat.cache.layers[0].keys.shape[2] < 64 + 16
+        assert 0 <= space["results"]["results"]["tiny_choice"]["acc,none"] <= 1
+        assert (tmp_path / "vit.onnx").is_file()
+        ids = torch.randint(0, 256, (1, 100))
+        assert [layer.attention for layer in swap_report(space["llm"]).swapped] == ["caote", "caote"]
+        assert space["llm"](ids).cache.layers[0].keys.shape[2] < 32 + 16
+        replace_attention(space["llm"], "strided", budget=20, block_size=1, stride=8)
+        kept = space["llm"](ids).cache.layers[0].positions[0, 0].tolist()
+        assert kept == sorted({*range(0, 100, 8), *range(92, 100)})
 
 
 def test_the_readme_has_its_parts_in_order():
@@ -327,10 +365,24 @@ def test_the_guides_table_is_that_of_the_registry():
     assert between(ROOT / "docs/guide.md", "attentions") == capability_table()
 
 
+def test_the_page_of_methods_is_that_of_the_registry():
+    table = between(ROOT / "docs/methods.md", "methods")
+    assert table == source_table()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[0].strip("`") for row in rows] == [info.name for info in BUILT_IN]
+    for name, _, file, paper, sentence in rows:
+        assert re.fullmatch(r"\[(attnzoo/\S+\.py)\]\(\.\./\1\)", file), name
+        assert re.match(r"(?:\[[^\]]+\]\(https://[^)]+\)(?:; |$))+$|none; ", paper), name
+        assert re.fullmatch(r"[A-Z].*\.", sentence), name
+    assert "docs/methods.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_command_line_lists_and_describes(capsys):
     for arguments in ([], ["list"]):
         assert main(arguments) == 0
         assert "| `padre` | mixer |" in capsys.readouterr().out
+    assert main(["list", "--sources"]) == 0
+    assert "(./attnzoo/eviction/h2o.py)" in capsys.readouterr().out
     assert main(["describe", "padre"]) == 0
     assert "degree=3" in capsys.readouterr().out
     assert main(["describe", "pader"]) == 2

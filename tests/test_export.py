@@ -1,5 +1,7 @@
 """A swapped model is a model like any other: for timm's feature extraction, torch.export, ONNX and ONNX Runtime."""
 
+import warnings
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torchvision.models import feature_extraction
 
 from attnzoo import list_attentions, replace_attention
+from attnzoo.errors import UnsupportedError
+from tests.zoo import LANGUAGE, TIMM, TORCH, VISION
 
 MODEL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 ATTENTIONS = [(name, {"tokens": 17} if name == "mlp_mixer" else {}) for name in list_attentions("mixer")]
@@ -73,3 +77,32 @@ def test_timm_traces_it_by_fx(name, options):
         torch.testing.assert_close(traced(images(2))["features"][:, 1:], features)
         torch.testing.assert_close(by_torchvision(images(2))["features"][:, 1:], features)
         assert traced(images(3))["features"].shape == (3, 17, 24)
+
+
+SMALL = {"degree": 2, "kernel_size": 3}
+TRACED_HOSTS = [
+    (TIMM[0], "padre", SMALL),
+    (TIMM[0], "softmax", {}),
+    (TIMM[5], "softmax", {"where": "attn_pool"}),
+    (TORCH[0], "sdpa", {}),
+    (TORCH[1], "padre", {"grid": (4, 4), **SMALL}),
+    (VISION[0], "sima", {}),
+    (VISION[1], "flash", {}),
+    (LANGUAGE[0], "sdpa", {}),
+    (LANGUAGE[0], "keydiff", {"budget": 4}),
+    (LANGUAGE[0], "padre", {"token_mixing": "causal_conv1d", **SMALL}),
+]
+
+
+@pytest.mark.parametrize(("host", "name", "options"), TRACED_HOSTS, ids=str)
+def test_the_tracer_is_refused_with_what_to_use(host, name, options, tmp_path):
+    """It would bake the sizes of one call in, or stop with an error of its own that names neither cause nor way out."""
+    model = replace_attention(host.build().eval(), name, **options)
+    given = host.inputs()
+    args = given[:1] if isinstance(given, tuple) else (given["input_ids"] if host.causal else given,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UnsupportedError, match=r"torch\.jit\.trace.*Use torch\.export\.export"):
+            torch.jit.trace(model, args, strict=False)
+        with pytest.raises(UnsupportedError, match=r"dynamo=False\).*dynamo=True"):
+            torch.onnx.export(model, args, tmp_path / "model.onnx", dynamo=False)

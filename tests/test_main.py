@@ -7,9 +7,10 @@ import yaml
 from torch import nn
 
 from attnzoo.__main__ import main
-from attnzoo.bench.record import RECORDS_FILE, read_records
+from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.errors import ConfigError
 from attnzoo.models import load_model
+from attnzoo.tasks import read_records
 from tests.eviction.models import language_model
 
 

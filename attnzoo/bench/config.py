@@ -1,413 +1,318 @@
-"""The benchmark's config: its schema, and the registry's say on the attentions that it names."""
+"""Strict configs: YAML without silent overwrites, dotted overrides, and all that is wrong in one error."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import (
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from attnzoo.bench.strict import RunConfig, Section, Seed, refuse_twins
-from attnzoo.errors import AttnZooError, OptionError
+from attnzoo import files
+from attnzoo.errors import ConfigError
+
+CONFIG_VERSION = 1
+NOT_HASHED = frozenset({"task", "output", "fresh"})
+Seed = Annotated[int, Field(ge=0)]
+M = TypeVar("M", bound=BaseModel)
+# YAML 1.1 takes a number with an exponent for text unless it has both a point and a sign
+EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
+PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
+
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DatasetName = Literal["digits", "fashion_mnist"]
-Tokens = Annotated[int, Field(ge=2)]
 
 
-class HostConfig(Section):
-    """A model of a library, given by what its own factory takes; the image size is the benchmark's to choose.
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused and values cannot change later."""
 
-    `channels` and `classes` are those of the images whose cost is measured; a data set has its own.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """What every config has: a name, where it runs, and where it writes.
+
+    What is written follows from `identity`: `output` and `fresh` are no part of it. A task's config adds its keys, and
+    `problems` that the schema cannot find. `task` is the task's name in `attnzoo.tasks`.
     """
 
-    library: Literal["timm"] = "timm"
-    model: str = "vit_tiny_patch16_224"
-    patch_size: PositiveInt = 16
-    channels: PositiveInt = 3
-    classes: PositiveInt = 1000
-    options: dict[str, Any] = Field(default_factory=dict)
+    task: str
 
-    @model_validator(mode="after")
-    def _no_double_meaning(self) -> HostConfig:
-        for key in ("img_size", "patch_size"):
-            if key in self.options:
-                where = "the token counts decide it" if key == "img_size" else "it is a key of the host itself"
-                raise ValueError(f"options.{key} cannot be set here: {where}")
-        return self
-
-
-class AttentionConfig(Section):
-    """One attention of the zoo: its registered name, its options and how tables call it.
-
-    `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
-    `tokens` are the token counts at which its cost is measured; all by default. `expect` says how it should end: a row
-    that is unsupported makes the benchmark exit with 1, unless that is expected.
-    """
-
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-    label: Annotated[str, Field(min_length=1)] = ""
-    expect: Literal["ok", "unsupported"] = "ok"
-    fused: bool | None = None
-    tokens: tuple[PositiveInt, ...] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if isinstance(data, str):
-            data = {"name": data}
-        if isinstance(data, Mapping) and isinstance(data.get("name"), str) and data.get("label") is None:
-            options = data.get("options") or {}
-            listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
-            data = {**data, "label": " ".join([data["name"], *listed])}
-        return data
-
-    @model_serializer(mode="wrap")
-    def _leave_out_what_is_expected(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = dump(self)
-        _drop_defaults(content, {"expect": "ok"})
-        return content
-
-
-def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
-    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
-    for index, attention in enumerate(attentions):
-        for key in ("fused", "tokens"):
-            if getattr(attention, key) is not None:
-                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
-
-
-def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
-    """Raise `ValueError` where an attention says `expect`, and the task refuses what is unsupported before any work."""
-    for index, attention in enumerate(attentions):
-        if attention.expect != "ok":
-            raise ValueError(f"attentions.{index}.expect has no meaning here: what is unsupported is refused at once")
-
-
-class BaselineConfig(Section):
-    """The dense baseline: the host's own attention, untouched, with or without its fused kernel."""
-
-    fused: bool = True
-    label: Annotated[str, Field(min_length=1)] = "dense"
-
-
-class CostConfig(Section):
-    """What is timed, on what inputs, for how long.
-
-    `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
-    `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
-    timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the perceptrons
-    of each row's model are made wider or narrower until it has as many parameters as the dense one.
-    """
-
-    of: Literal["model", "layer"] = "model"
-    gradient: bool = False
-    keep_freed_memory: bool = False
-    equal_parameters: bool = False
-
-    tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (196, 784, 3136)
-    batch: dict[int, PositiveInt] = Field(default_factory=dict, description="images per forward, for each token count")
-    dtype: Dtype = "float32"
-    repeats: Annotated[int, Field(ge=3)] = 7
-    min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    warmup: Annotated[int, Field(ge=1)] = 2
-    timeout_seconds: PositiveFloat = 120.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_batch_for_all(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        tokens = data.get("tokens", cls.model_fields["tokens"].default)
-        batch = data.get("batch", 1)
-        if isinstance(batch, int) and not isinstance(batch, bool):
-            counts = tokens if isinstance(tokens, (list, tuple)) else [tokens]  # the schema says what is wrong with it
-            data = {**data, "batch": {n: batch for n in counts if isinstance(n, int)}}
-        return data
-
-    @model_validator(mode="after")
-    def _tokens_and_batches_fit(self) -> CostConfig:
-        problems = [
-            f"tokens: {n} is not a square, and images are square" for n in self.tokens if math.isqrt(n) ** 2 != n
-        ]
-        if len(set(self.tokens)) != len(self.tokens):
-            problems.append(f"tokens: {list(self.tokens)} has a count twice")
-        missing = sorted(set(self.tokens) - set(self.batch))
-        extra = sorted(set(self.batch) - set(self.tokens))
-        if missing:
-            problems.append(f"batch: no batch for token counts {missing}; give one number for all, or one for each")
-        if extra:
-            problems.append(f"batch: {extra} are not among the token counts {list(self.tokens)}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-class RecipeConfig(Section):
-    """How a classifier is trained: AdamW, a cosine schedule with warm-up, label smoothing. The same for every row."""
-
-    epochs: PositiveInt = 10
-    batch: PositiveInt = 32
-    lr: PositiveFloat = 3e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    warmup_epochs: Annotated[int, Field(ge=0)] = 2
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    clip_grad_norm: PositiveFloat = 1.0
-
-    @model_validator(mode="after")
-    def _warm_up_ends(self) -> RecipeConfig:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
-        return self
-
-
-class QualityConfig(Section):
-    """The classifier that is trained once per attention and seed, and the data it sees.
-
-    `input_std` is the deviation that images are standardised to: the embedding of a patch of one pixel has weights of
-    deviation 1, and pixels of deviation 1 would drown position embeddings that begin at 0.02. `workers` trainings run
-    at a time, each in a process and with `threads` threads: their seconds are recorded, but are no benchmark.
-    With `equal_parameters` the perceptrons of each row's model are made wider or narrower until it has as many
-    parameters as the dense one.
-    """
-
-    dataset: DatasetName = "digits"
-    host: HostConfig = HostConfig(
-        model="vit_tiny_patch16_224",
-        patch_size=1,
-        options={"embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"},
-    )
-    recipe: RecipeConfig = RecipeConfig()
-    input_std: PositiveFloat = 0.05
-    train_images: PositiveInt | None = None
-    equal_parameters: bool = False
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    threads: PositiveInt = 1
-    workers: PositiveInt = 2
-    timeout_seconds: PositiveFloat = 600.0
-
-    @model_validator(mode="after")
-    def _seeds_differ(self) -> QualityConfig:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)} has a seed twice")
-        return self
-
-
-class LanguageCostConfig(Section):
-    """What is timed of a language model: prompts of `prompt_tokens`, then `new_tokens` single steps after each.
-
-    A latency of decoding is the mean of the steps after one prompt, so that evictions, which come once in a block, are
-    in every one.
-    """
-
-    prompt_tokens: Tokens = 1024
-    new_tokens: PositiveInt = 64
-    batch: PositiveInt = 1
-    repeats: Annotated[int, Field(ge=3)] = 3
-    timeout_seconds: PositiveFloat = 300.0
-
-
-class LanguageQualityConfig(Section):
-    """Prose scored through the cache: `windows` of `tokens` tokens, each in one call; `workers` rows at a time.
-
-    `canary` is an attention that must be worse than dense by `canary_nats` a token; else what is scored does not depend
-    on the cache, and no row of the language model counts.
-    """
-
-    windows: Annotated[int, Field(ge=2)] = 8
-    tokens: Tokens = 1024
-    canary: AttentionConfig = AttentionConfig(name="streaming", options={"budget": 16, "block_size": 16}, label="tiny")
-    canary_nats: float = 0.1
-    threads: PositiveInt = 1
-    workers: PositiveInt = 2
-    timeout_seconds: PositiveFloat = 600.0
-
-
-class LanguageConfig(Section):
-    """A causal language model whose cache policies bound, beside the same model with transformers' own cache and SDPA.
-
-    `model` and `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them.
-    """
-
-    model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
-    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    dtype: Dtype = "float32"
-    baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense LLM"
-    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    cost: LanguageCostConfig = LanguageCostConfig()
-    quality: LanguageQualityConfig = LanguageQualityConfig()
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> LanguageConfig:
-        refuse_vision_keys(self.attentions)
-        refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
-        return self
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    threads: PositiveInt | None = None
+    output: Path | None = None
 
     @property
-    def host(self) -> str:
-        """What records and tables call the model."""
-        return f"transformers:{self.model}"
+    def folder(self) -> Path:
+        """Where records and the page go."""
+        return self.output if self.output is not None else Path("runs") / self.name
 
+    def check_folder(self, *inside: str) -> None:
+        """Check, before any work, that the folder and those `inside` can be written into.
 
-class BenchConfig(RunConfig):
-    """A whole benchmark."""
-
-    seed: Seed = 0
-    host: HostConfig = HostConfig()
-    baseline: BaselineConfig = BaselineConfig()
-    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
-    quality: QualityConfig | None = None
-    language: LanguageConfig | None = None
-    fresh: bool = False
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> BenchConfig:
-        refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
-        return self
+        Raises
+        ------
+        ConfigError
+            If one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
+        """
+        for name in ("", *inside):
+            files.check_folder(self.folder, "output", name)
 
     @property
-    def unsupported(self) -> set[tuple[str, str]]:
-        """Part and label of the attentions that are expected to be unsupported; both parts may have the same label."""
-        parts = {"vision": self.attentions, "language": () if self.language is None else self.language.attentions}
-        return {
-            (part, attention.label)
-            for part, attentions in parts.items()
-            for attention in attentions
-            if attention.expect == "unsupported"
-        }
+    def hash(self) -> str:
+        """16 hex digits over the `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
-        """All that is measured; keys that came later are left out where they say what was so before."""
-        content = super().identity()
-        if self.language is None:
-            del content["language"]
-        later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
-        _drop_defaults(content["cost"], later)
-        _drop_defaults(content["host"], {"channels": 3, "classes": 1000})
-        if content["quality"] is not None:
-            _drop_defaults(content["quality"], {"equal_parameters": False})
-            _drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
-        for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
-            attention.pop("expect", None)  # it changes nothing that is measured
-        for attention in content["attentions"]:
-            _drop_defaults(attention, {"fused": None, "tokens": None})
-        return content
+        """All that the results hang on, defaults and overrides included."""
+        return {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+
+    def to_yaml(self) -> str:
+        """The whole config, defaults and overrides included, as YAML that `load` reads back."""
+        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))
+
+    def plain(self) -> dict[str, Any]:
+        """The whole config but for where it writes, as plain data."""
+        return self.model_dump(mode="json", exclude={"output", "fresh"})
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
-        """What the registry says of the attentions."""
-        problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
-        language = data.get("language")
-        if isinstance(language, Mapping):
-            problems += attention_problems(language.get("attentions"), "language.attentions", language_problems)
-            quality = language.get("quality")
-            if isinstance(quality, Mapping) and "canary" in quality:
-                problems += attention_problems([quality["canary"]], "language.quality.canary", language_problems)
-            if not problems:
-                problems += _block_problems(language)
-        return problems
+        """What is wrong with plain data besides what the schema finds, such as what the registry refuses."""
+        return []
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML config, apply overrides, as `read_yaml` does, and check it.
+
+        Raises
+        ------
+        ConfigError
+            With every problem of file and overrides that could be found, one per line.
+        """
+        return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
+
+    @classmethod
+    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
+        """Check plain data against the schema and `problems`.
+
+        Raises
+        ------
+        ConfigError
+            With every problem, one per line.
+        """
+        return validated(cls, data, cls.problems(data), source)
 
 
-load_config, validate_config = BenchConfig.load, BenchConfig.check
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
-def _drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, and apply ``key=value`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file.
+    overrides
+        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, is not YAML or no mapping, or an override does not fit.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {str(path)!r} is no text in UTF-8, so no YAML ({error})") from error
+    try:
+        data = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got {type(data).__name__}")
+    for override in overrides:
+        keys, value = parse_override(override)
+        _set(data, keys, value, override)
+    return data
+
+
+def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], source: str) -> M:
+    """Check plain data against a schema.
+
+    Parameters
+    ----------
+    model, data
+        The schema, and what should fit it.
+    more
+        Problems that the caller has found besides.
+    source
+        What to call the config in the message.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one per line.
+    """
+    problems: list[str] = []
+    config = None
+    try:
+        config = model.model_validate(data)
+    except ValidationError as error:
+        problems += [_explain(detail, model) for detail in error.errors()]
+    problems += more
+    if problems or config is None:
+        count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
+        raise ConfigError("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+    return config
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """Split ``a.b=value`` into its keys and its value, read as YAML.
+
+    Raises
+    ------
+    ConfigError
+        If there is no ``=``, a key is empty, or the value is not YAML.
+    """
+    dotted, equals, raw = text.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {text!r} must read key=value, with dots between nested keys")
+    try:
+        return keys, yaml.load(raw, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
+
+
+def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Leave out the labels of attentions whose name or options were overridden, unless the label was, too.
+
+    A row must not be called by what it was before.
+    """
+    paths = [parse_override(override)[0] for override in overrides]
+    for path in paths:
+        if "attentions" not in path:
+            continue
+        at = path.index("attentions") + 2  # after the index
+        if path[at : at + 1] not in (["name"], ["options"]) or [*path[:at], "label"] in paths:
+            continue
+        entry: Any = data
+        for key in path[:at]:
+            entry = entry[int(key)] if isinstance(entry, list) else entry[key]
+        if isinstance(entry, dict):
+            entry.pop("label", None)
+    return data
+
+
+def refuse_twins(labels: list[str]) -> None:
+    """Raise `ValueError` where two rows have the same label."""
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
+
+
+def drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
     """Take keys that came later out where they say what was so before, so that older benchmarks keep their identity."""
     for key, value in later.items():
         if content[key] == value:
             del content[key]
 
 
-_Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not a silent overwrite, and 1e-4 a number, not text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            if isinstance(key, (str, int, float)):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
 
 
-def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
-    """Ask the registry for every attention named, even where the rest of the config is wrong."""
-    import attnzoo
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 
-    problems: list[str] = []
-    for index, entry in enumerate(attentions if isinstance(attentions, (list, tuple)) else []):
-        entry = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+
+def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Put `value` at the path `keys`, making mappings on the way where there is nothing yet."""
+    here: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(here, list):
+            if not key.isdigit() or int(key) >= len(here):
+                path = ".".join(keys[:depth])
+                raise ConfigError(f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index")
+            slot: Any = int(key)
+        elif isinstance(here, dict):
+            slot = next((known for known in here if str(known) == key), key)
+        else:
+            path = ".".join(keys[:depth])
+            raise ConfigError(f"override {override!r}: {path} is {here!r} and has no keys inside")
+        if last:
+            here[slot] = value
+            return
+        if isinstance(here, dict) and here.get(slot) is None:
+            here[slot] = {}
+        here = here[slot]
+
+
+def _explain(detail: Any, model: type[BaseModel]) -> str:
+    """One line for one of pydantic's error details."""
+    location = [part for part in detail["loc"] if part != "[key]"]
+    where = ".".join(map(str, location)) or "config"
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        section = _section_at(location[:-1], model)
+        known = list(section.model_fields) if section else []
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}")
+    if kind == "missing":
+        return f"{where}: must be given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{where}: {message}"
+    message = PLAIN.get(kind, message)
+    shown = repr(detail["input"])
+    return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
+
+
+def _section_at(location: Iterable[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
+    """Find the section of the schema that a location of pydantic's points into."""
+    here: Any = model
+    for part in location:
+        if isinstance(part, int):
             continue
-        here = f"{where}.{index}" if where.endswith("attentions") else where
-        try:
-            info = attnzoo.describe(entry["name"])
-        except AttnZooError as error:
-            problems.append(f"{here}.name: {error}")
-            continue
-        options = entry.get("options") or {}
-        problems += ask(info, options if isinstance(options, Mapping) else {}, here)
-    return problems
+        if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
+            return None
+        here = _section_in(here.model_fields[part].annotation)
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
-def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
-    if info.kind == "eviction":
-        return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
-            "under language.attentions of a benchmark"
-        ]
-    unknown: list[str] = []
-    for option in options:
-        try:
-            info.check_options([option])
-        except AttnZooError as error:
-            unknown.append(f"{where}.options.{option}: {error}")
-    if unknown:
-        return unknown
-    import attnzoo
-
-    try:
-        attnzoo.create_attention(info.name, 64, 4, **options)
-    except OptionError as error:
-        return [f"{where}.options: {error}"]
-    except AttnZooError:
-        return []  # a matter of this trial's width, not of the option
-    return []
+def _section_in(annotation: Any) -> Any:
+    """Find the section class inside ``X | None`` or ``tuple[X, ...]``."""
+    if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
+        return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
-def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A mixer, or the first option that the method refuses."""
-    from attnzoo.registry import build_core, build_policy
-
-    if info.kind == "mixer":
-        return [f"{where}.name: {info.name!r} is a mixer, which cannot stand in a trained language model"]
-    try:
-        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
-    except AttnZooError as error:
-        return [f"{where}.options: {error}"]
-    return []
-
-
-def _block_problems(language: Mapping[str, Any]) -> list[str]:
-    """Policies whose evictions the timed steps could all miss."""
-    import attnzoo
-    from attnzoo.registry import build_policy
-
-    try:
-        config = LanguageConfig.model_validate(language)
-    except ValueError:
-        return []  # told elsewhere
-    problems = []
-    for index, attention in enumerate(config.attentions):
-        info = attnzoo.describe(attention.name)
-        if info.kind != "eviction":
-            continue
-        block = build_policy(info, attention.options).block_size
-        if config.cost.new_tokens % block:
-            problems.append(
-                f"language.attentions.{index}.options.block_size: {block} does not divide language.cost.new_tokens "
-                f"{config.cost.new_tokens}, so the timed steps would hold too few evictions or too many"
-            )
-    return problems
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -24,6 +24,10 @@ ODD_GRID = (3, 5)
 OUTPUT = "model output"
 
 
+class OracleError(RuntimeError):
+    """The oracle could not be computed, so nothing could be checked."""
+
+
 @contextmanager
 def noted(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Note, of every call of `model` inside the block, its output and those of the modules at the paths `layers`."""
@@ -110,6 +114,14 @@ def finite(gate: Gate, output: Tensor) -> Gate:
 def refuse(gate: Gate, problem: str | None) -> Gate:
     """Fail `gate` for `problem`, if there is one."""
     return gate if problem is None else gate.model_copy(update={"passed": False, "detail": problem})
+
+
+def gate_message(name: str, gate: Gate) -> str:
+    """Say why nothing was timed."""
+    error = "not finite" if gate.max_abs_error is None else f"{gate.max_abs_error:.3g}"
+    allowed = "?" if gate.scale is None else f"{gate.tolerance * gate.scale:.3g}"
+    detail = f" ({gate.detail})" if gate.detail else ""
+    return f"{name} did not pass, so nothing was timed: error {error}, allowed {allowed}, at {gate.at}{detail}"
 
 
 def _tensor(output: Any) -> Tensor:

@@ -20,6 +20,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 Say = Callable[[str], None]
 Target = Callable[[str, Say], str]
 
@@ -46,7 +48,7 @@ class ChildResult:
     message: str
 
 
-class Nursery:
+class Isolation:
     """Starts children, one at a time.
 
     On a CPU they are forked from a server that has imported `preload` and done nothing else, which spares each the
@@ -173,3 +175,17 @@ def _follow_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, by type or by PyTorch's words."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text or "out of memory" in text
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the threads of this process; None leaves PyTorch's own choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from attnzoo.bench import plots
-from attnzoo.bench import summary as words
+from attnzoo.bench import plots, words
 from attnzoo.bench.html import Section, page
 from attnzoo.bench.html import plots as figures
-from attnzoo.bench.record import Detection, Gate, Part, Perplexity, Quality, Record, Side, Stage
+from attnzoo.bench.record import Gate, Record, Side, Stage
 from attnzoo.bench.report import SPREAD, cost_table, failed, giga
-from attnzoo.bench.summary import Group, Qualities, Summary, summarise
+from attnzoo.bench.summary import (
+    Group,
+    Summary,
+    dates,
+    keeps_freed_memory,
+    machine,
+    summarize,
+    verdict,
+    versions,
+)
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
-TRAINED = ("top-1 % (95% Wilson)", "kept (95%)", "right", "top-5 %", "calibration error", "last epoch's loss",
-           "training, s")  # fmt: skip
-DETECTED = ("AP %", "kept", "AP50 %", "AP75 %", "small %", "medium %", "large %", "AP of each seed", "images", "boxes")
 STAGED = ("attention", Column("stage", left=True), Column("ms", SPREAD), Column("speed-up", SPREAD), "part of the time",
           "FLOPs", "peak memory", "parameters")  # fmt: skip
-SCORED = ("perplexity", "kept (95%)", "NLL, nats per token", "above dense (95%)", "windows of tokens")
 GATED = ("passed", "error", "allowed", Column("against", left=True))
 HOW_TO_READ = (
     "Ratios are to the same host's own dense attention, measured in the same process. Speed-up is dense time over this "
@@ -43,7 +48,14 @@ GATES_NOTE = (
 )
 
 
-def html_page(records: Iterable[Record], config: str | None = None, sections: Sequence[Section | None] = ()) -> str:
+def html_page(
+    records: Iterable[Any],
+    config: str | None = None,
+    sections: Sequence[Section | None] = (),
+    drawn: Sequence[tuple[str, str]] = (),
+    table: Table | None = None,
+    how_to_read: str = HOW_TO_READ,
+) -> str:
     """Give the page.
 
     Parameters
@@ -54,20 +66,28 @@ def html_page(records: Iterable[Record], config: str | None = None, sections: Se
         The config as text, to be shown at the end.
     sections
         Further parts, to be shown before gates and config.
+    drawn
+        Further plots, each a caption and a picture (SVG), to be shown after the page's own.
+    table
+        The table of cost, in place of the page's own; then the page has no plots, verdict or stages of its own.
+    how_to_read
+        What the columns of that table mean.
     """
-    summary = summarise(records)
-    several = len(words.versions(summary)) > 1
+    summary = summarize(records)
+    several = len(versions(summary)) > 1
+    own = table is None
+    stages = _stages(summary) if own else None
     return page(
         f"attnzoo benchmark: {summary.any.benchmark}",
         [
-            Section(_all_plots(summary)),
-            Section(cost_table(summary).html(), "Cost", HOW_TO_READ) if summary.groups else None,
-            Section(stages.html(), "Stages", STAGES_NOTE) if (stages := _stages(summary)).rows else None,
+            Section(figures([*(_plots(summary) if own else ()), *drawn])),
+            Section((table or cost_table(summary)).html(), "Cost", how_to_read) if summary.groups else None,
+            Section(stages.html(), "Stages", STAGES_NOTE) if stages is not None and stages.rows else None,
             *_quality(summary),
             *sections,
             Section(gates.html(), "Gates", GATES_NOTE, folded=True) if (gates := _gates(summary)).rows else None,
         ],
-        verdict=words.verdict(summary),
+        verdict=verdict(summary) if own else "",
         facts=_what_was_run(summary),
         warning="These records were made by more than one version of the code or its libraries." if several else "",
         config=config,
@@ -89,13 +109,13 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
             told += f"; batch {_batches(groups)}"
         facts[part.capitalize()] = told
     facts |= {
-        "Machine": words.machine(summary),
-        "Versions": "; ".join(words.versions(summary)),
-        "Measured": words.dates(summary),
+        "Machine": machine(summary),
+        "Versions": "; ".join(versions(summary)),
+        "Measured": dates(summary),
         "Config": one.config_hash,
         "Again": one.command,
     }
-    if words.keeps_freed_memory(summary):
+    if keeps_freed_memory(summary):
         facts["Memory"] = "while timed, the process keeps what is freed, as with a caching allocator"
     return facts
 
@@ -108,81 +128,34 @@ def _batches(groups: Sequence[Group]) -> str:
     return ", ".join(f"{batch} at {tokens:,} tokens" for tokens, batch in found.items())
 
 
-def _all_plots(summary: Summary) -> str:
-    drawn = []
-    if summary.groups:
-        drawn = [
-            ("Quality kept against speed-up; bars from p20 to p80, and 95%", plots.speed_trade_plot(summary)),
-            ("Quality kept against memory; bars are 95%", plots.memory_trade_plot(summary)),
-        ]
-    if summary.cost:
-        drawn += [
-            ("Latency of a call against token count", plots.latency_plot(summary)),
-            ("Peak memory of activations against token count", plots.memory_plot(summary)),
-        ]
-    return figures([*drawn, ("Training loss, first seed", plots.training_plot(summary))])
+def _plots(summary: Summary) -> list[tuple[str, str]]:
+    """The plots that every task has, each with its caption."""
+    if not summary.groups:
+        return []
+    return [
+        ("Quality kept against speed-up; bars from p20 to p80, and 95%", plots.speed_trade_plot(summary)),
+        ("Quality kept against memory; bars are 95%", plots.memory_trade_plot(summary)),
+        ("Latency of a call against token count", plots.latency_plot(summary)),
+        ("Peak memory of activations against token count", plots.memory_plot(summary)),
+    ]
 
 
 def _quality(summary: Summary) -> list[Section]:
+    """A table of quality per part: its columns are those of the quality's own class."""
     if not summary.quality:
         note = next((row.quality_note for group in summary.groups for row in group.rows), "")
-        return [Section("", "Quality", f"None measured: {note}.")]
+        return [Section("", "Quality", f"None measured: {note}.")] if note else []
     found: list[Section] = []
-    tables: dict[Part, tuple[tuple[str, ...], Callable[[Qualities], list[str]]]] = {
-        "vision": (TRAINED, _trained_cells),
-        "detection": (DETECTED, _detected_cells),
-        "language": (SCORED, _scored_cells),
-    }
-    for part, (columns, cells) in tables.items():
+    for part in dict.fromkeys(row.part for row in summary.quality):
         rows = [row for row in summary.quality if row.part == part]
-        if not rows:
-            continue
-        note = next((row.quality.note for row in rows if row.quality is not None), "")
-        table = Table(("attention", *columns))
+        measured = [row.quality for row in rows if row.quality is not None]
+        table = Table(("attention", *(measured[0].details if measured else ("quality",))))
         for row in rows:
-            shown = [failed(row)] if row.quality is None else cells(row.quality)
+            shown = [failed(row)] if row.quality is None else list(row.quality.details.values())
             table.add(row.label, *shown, base=row.is_baseline)
-        body = table.without_empty_columns().html()
-        found.append(Section(body, "" if found else "Quality", f"{note}.{_canary(rows)}" if note else ""))
+        said = [f"{measured[0].note}.", *(quality.remark for quality in measured if quality.remark)] if measured else []
+        found.append(Section(table.without_empty_columns().html(), "" if found else "Quality", " ".join(said)))
     return found
-
-
-def _trained_cells(q: Qualities) -> list[str]:
-    if not isinstance(q, Quality):
-        return []
-    right = f"{sum(t.correct for t in q.trainings)} of {q.images}"
-    losses = ", ".join(f"{t.final_loss:.3f}" for t in q.trainings)
-    top5 = "-" if q.top5 is None else f"{q.top5:.1%}"[:-1]
-    calibration = "-" if q.calibration_error is None else f"{q.calibration_error:.3f}"
-    seconds = ", ".join(f"{t.seconds:.0f}" for t in q.trainings)
-    return [words.absolute(q), words.kept(q), right, top5, calibration, losses, seconds]
-
-
-def _detected_cells(q: Qualities) -> list[str]:
-    if not isinstance(q, Detection):
-        return []
-    parts = (q.ap50, q.ap75, q.ap_small, q.ap_medium, q.ap_large)
-    figures = ["-" if value is None else f"{100 * value:.1f}" for value in parts]
-    seeds = ", ".join(f"{100 * one.ap:.1f}" for one in q.trainings)
-    return [f"{100 * q.ap:.1f}", words.kept(q), *figures, seeds, f"{q.images:,}", f"{q.boxes:,}"]
-
-
-def _scored_cells(q: Qualities) -> list[str]:
-    if not isinstance(q, Perplexity):
-        return []
-    d = q.difference
-    difference = "-" if d is None else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
-    return [f"{q.perplexity:.2f}", words.kept(q), f"{q.nll:.3f}", difference, f"{len(q.window_nll)} of {q.tokens:,}"]
-
-
-def _canary(rows: Iterable[Record]) -> str:
-    canary = next((r.quality.canary for r in rows if isinstance(r.quality, Perplexity) and r.quality.canary), None)
-    if canary is None:
-        return ""
-    return (
-        f" Canary: {canary.label} is {canary.above_dense:+.2f} nats per token from dense, must be "
-        f"{canary.at_least:+g} or more."
-    )
 
 
 def _stages(summary: Summary) -> Table:

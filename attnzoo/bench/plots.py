@@ -1,4 +1,4 @@
-"""The page's plots, as SVG to put inside HTML: text and axes take the page's own colour."""
+"""The page's plots, as SVG to put inside HTML: text and axes take the page's own color."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnzoo.bench.record import Part, Quality, Record
-from attnzoo.bench.summary import Group, Summary, activation_ratio, spread
+from attnzoo.bench.record import Record
+from attnzoo.bench.summary import Group, Summary
+from attnzoo.bench.words import activation_ratio
 from attnzoo.extras import require
 from attnzoo.units import MB
 
-INK = "#010203"  # stands for the page's text colour, which is put in afterwards
-COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
-POLICY_COLOURS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
+INK = "#010203"  # stands for the page's text color, which is put in afterwards
+COLORS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
+POLICY_COLORS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
-NAMES: dict[Part, str] = {"vision": "mixers and cores", "detection": "detectors", "language": "policies"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -27,7 +27,7 @@ def latency_plot(summary: Summary) -> str:
     def latency(record: Record) -> float | None:
         return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
 
-    return _against_tokens(summary, latency, "ms an image (p50)")
+    return _against_tokens(summary, latency, "ms per image (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -40,7 +40,7 @@ def memory_plot(summary: Summary) -> str:
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         return held / MB / _batch(record) if held else None
 
-    return _against_tokens(summary, peak, "peak activation memory, MB an image")
+    return _against_tokens(summary, peak, "peak activation memory, MB per image")
 
 
 def _batch(record: Record) -> int:
@@ -62,7 +62,7 @@ class Trade:
     """What one attention trades: the quality kept, and the spots of what it costs, all at that height."""
 
     label: str
-    colour: str
+    color: str
     kept: float
     low: float
     high: float
@@ -70,7 +70,7 @@ class Trade:
 
 
 def speed_trade_plot(summary: Summary) -> str:
-    """Quality kept against speed-up: vision models at the largest token count, language models in both phases."""
+    """Quality kept against speed-up, of each part at its largest token count, in all phases."""
     tokens = _most_tokens(summary)
 
     def spot(group: Group, row: Record) -> Spot | None:
@@ -79,37 +79,31 @@ def speed_trade_plot(summary: Summary) -> str:
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
 
-    def name(group: Group) -> str:
-        if group.part == "language":
-            return f"policies: {group.phase}"
-        return f"{NAMES[group.part]}: {group.title.partition(',')[0]}, {tokens[group.part]:,} tokens"
-
-    shapes = {SHAPES[group.phase]: name(group) for group in summary.groups}
+    largest = [group for group in summary.groups if group.tokens == tokens[group.part]]
+    shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
 
 
 def memory_trade_plot(summary: Summary) -> str:
-    """Quality kept against memory: peak activations of vision models, bytes that the cache of language models holds."""
+    """Quality kept against memory: the bytes that a cache holds after decoding or, without one, peak activations."""
     tokens = _most_tokens(summary)
+    cached = {part for part in summary.parts if any(group.phase == "decode" for group in summary.of(part))}
 
     def spot(group: Group, row: Record) -> Spot | None:
-        vision = group.part != "language"
         if row.cost is None or group.phase == "prefill" or group.tokens != tokens[group.part]:
             return None
-        x = activation_ratio(row) if vision else row.cost.ratios.cache_held
-        return None if x is None else Spot(x, "o" if vision else "s", x, x)
+        x = row.cost.ratios.cache_held if group.part in cached else activation_ratio(row)
+        return None if x is None else Spot(x, "s" if group.part in cached else "o", x, x)
 
-    names = {
-        part: "policies: cache held"
-        if part == "language"
-        else f"{NAMES[part]}: peak activation memory, {tokens[part]:,} tokens"
-        for part in summary.parts
-    }
-    shapes = {"s" if part == "language" else "o": names[part] for part in summary.parts}
+    shapes = {}
+    for part in summary.parts:
+        host = summary.of(part)[0].host
+        what = "cache held" if part in cached else f"peak activation memory, {tokens[part]:,} tokens"
+        shapes["s" if part in cached else "o"] = f"{host}: {what}"
     return _trade(_trades(summary, spot), "memory, part of dense (left is less)", shapes, "memory-trade")
 
 
-def _most_tokens(summary: Summary) -> dict[Part, int]:
+def _most_tokens(summary: Summary) -> dict[str, int]:
     """The largest token count of each part; that of a language model is its prompt's."""
     return {part: max(group.tokens for group in summary.of(part)) for part in summary.parts}
 
@@ -125,14 +119,14 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
                 continue
             low = quality.ratio if quality.ratio_low is None else quality.ratio_low
             high = quality.ratio if quality.ratio_high is None else quality.ratio_high
-            palette = POLICY_COLOURS if part == "language" else COLOURS
-            colour = palette[summary.labels[part].index(label) % len(palette)]
-            trades.append(Trade(label, colour, quality.ratio, low, high, spots))
+            palette = POLICY_COLORS if summary.parts.index(part) else COLORS
+            color = palette[summary.labels[part].index(label) % len(palette)]
+            trades.append(Trade(label, color, quality.ratio, low, high, spots))
     return trades
 
 
 def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -> str:
-    """Draw trades, every one labelled at the side; `shapes` say what a marker stands for."""
+    """Draw trades, every one labeled at the side; `shapes` say what a marker stands for."""
     if not trades:
         return ""
     trades = sorted(trades, key=lambda trade: max(spot.x for spot in trade.spots))
@@ -150,11 +144,11 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
     places = spread([t.kept for t in trades], gap, within=(low - room, high + room))
     for trade, label_y in zip(trades, places, strict=True):
         xs = [spot.x for spot in trade.spots]
-        axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.colour, lw=0.8, alpha=0.8)
+        axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.color, lw=0.8, alpha=0.8)
         for spot in trade.spots:
-            axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.colour, lw=2)
-            axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.colour, lw=1, alpha=0.6)
-            axes.plot([spot.x], [trade.kept], spot.marker, color=trade.colour, ms=7)
+            axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.color, lw=2)
+            axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.color, lw=1, alpha=0.6)
+            axes.plot([spot.x], [trade.kept], spot.marker, color=trade.color, ms=7)
         axes.annotate(
             trade.label,
             (max(xs), trade.kept),
@@ -163,7 +157,7 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
             va="center",
             color=INK,
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": trade.colour, "lw": 0.8, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": trade.color, "lw": 0.8, "alpha": 0.6},
             annotation_clip=False,
         )
     reached = [x for t in trades for spot in t.spots for x in (spot.low, spot.high)]
@@ -177,37 +171,26 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
     return to_svg(figure, salt)
 
 
-def training_plot(summary: Summary) -> str:
-    """Mean training loss after each epoch, of the first seed."""
-    trained = [(row.label, row.quality) for row in summary.quality if isinstance(row.quality, Quality)]
-    if not trained:
+def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
+    """Draw the first part that was measured without a cache, where there is more than one token count."""
+    part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
+    if part is None or len(summary.of(part)) < 2:
         return ""
     figure, axes = new_figure()
-    for label, quality in trained:
-        losses = quality.trainings[0].epoch_losses
-        colour, _ = _look(summary.labels["vision"], label)
-        axes.plot(range(1, len(losses) + 1), losses, color=colour, label=label, lw=1.8)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss")
-    add_legend(axes)
-    return to_svg(figure, "training")
-
-
-def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
-    figure, axes = new_figure()
+    groups, labels = summary.of(part), summary.labels[part]
     drawn: list[float] = []
-    for label in summary.labels["vision"]:
-        rows = ((tokens, summary.row(label, tokens)) for tokens in summary.cost)
-        points = [(tokens, y) for tokens, row in rows if row is not None and (y := value(row)) is not None]
+    for label in labels:
+        rows = [(group.tokens, row) for group in groups for row in group.rows if row.label == label]
+        points = [(tokens, y) for tokens, row in rows if (y := value(row)) is not None]
         if points:
-            colour, marker = _look(summary.labels["vision"], label)
+            color, marker = look(labels, label)
             drawn += [y for _, y in points]
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, lw=1.8, ms=6)
+            axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label, lw=1.8, ms=6)
     if not drawn:
         return ""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks(list(summary.cost), [f"{tokens:,}" for tokens in summary.cost])
+    axes.set_xticks([group.tokens for group in groups], [f"{group.tokens:,}" for group in groups])
     axes.minorticks_off()
     plain_ticks(axes.yaxis, drawn)
     axes.set_xlabel("tokens")
@@ -216,10 +199,11 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     return to_svg(figure, title.split()[0])
 
 
-def _look(labels: Sequence[str], label: str) -> tuple[str, str]:
+def look(labels: Sequence[str], label: str) -> tuple[str, str]:
+    """Color and marker of a label, by its place among all."""
     index = labels.index(label)
-    turn = index // len(COLOURS)  # colours come round again with other markers
-    return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
+    turn = index // len(COLORS)  # colors come round again with other markers
+    return COLORS[index % len(COLORS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
 def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
@@ -271,3 +255,30 @@ def to_svg(figure: Any, salt: str) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def spread(values: Sequence[float], gap: float, within: tuple[float, float] | None = None) -> list[float]:
+    """Move values apart, as little as needed for neighbors to be `gap` apart; their order stays.
+
+    With `within` they are then moved, from the top down, so that they stay inside where there is room for all.
+    """
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    groups: list[list[int]] = []
+    centers: list[float] = []
+    for index in order:
+        groups.append([index])
+        centers.append(values[index])
+        while len(groups) > 1 and centers[-1] - centers[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+            merged = groups[-2] + groups[-1]
+            groups[-2:] = [merged]
+            centers[-2:] = [sum(values[i] for i in merged) / len(merged)]
+    placed = [0.0] * len(values)
+    for group, center in zip(groups, centers, strict=True):
+        for rank, index in enumerate(group):
+            placed[index] = center + gap * (rank - (len(group) - 1) / 2)
+    if within is not None:
+        edge = within[1]
+        for index in reversed(order):
+            placed[index] = min(placed[index], edge)
+            edge = placed[index] - gap
+    return placed

@@ -1,24 +1,25 @@
-"""Records: one JSON line a measurement under a strict schema, written whole or not at all."""
+"""Records: one JSON line per measurement under a strict schema, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from attnzoo import files
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
-SCHEMA_VERSION = 3  # 2 added the language model, 3 detection; what they added has defaults, so older lines are read
+SCHEMA_VERSION = (
+    4  # 2 added the language model, 3 detection, 4 tasks; what they added has defaults: older lines are read
+)
 RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
-Part = Literal["vision", "detection", "language"]
 Phase = Literal["forward", "training", "prefill", "decode"]
 Key = tuple[str, str, str, str, int]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
@@ -49,7 +50,7 @@ class Gate(Entry):
     `max_abs_error` is the largest difference from the oracle in the worst tensor, `at`; `scale` is the largest
     magnitude of the oracle in that tensor; the gate passes where ``max_abs_error <= tolerance * scale`` everywhere.
     An error that is not finite is null and never passes. `cache_limit` and `cache_most` are of an eviction policy: the
-    entries a key/value head that any layer may hold, and the most that one held after the prompt or any step.
+    entries per key/value head that any layer may hold, and the most that one held after the prompt or any step.
     """
 
     oracle: str
@@ -109,7 +110,7 @@ class Stage(Entry):
 class Side(Entry):
     """What one model costs, and each of its `stages` where these were told apart.
 
-    Latency is in milliseconds a forward, a prompt or a token; throughput in images, prompt or new tokens a second.
+    Latency is in milliseconds per forward, prompt or token; throughput in images, prompt or new tokens per second.
     `flops` is None where an operator that multiplies matrices has no formula; `flops_note` then names it.
     """
 
@@ -166,74 +167,48 @@ class Cost(Entry):
     attention_share: Share | None = None
 
 
-class Training(Entry):
-    """One training: seed, result, and after each epoch the mean loss in it and, where counted, the correct answers."""
-
-    seed: Count
-    correct: Count
-    images: Count
-    final_loss: float
-    seconds: NonNegative
-    epoch_losses: tuple[float, ...]
-    parameters: Count | None = None
-    epoch_correct: tuple[Count, ...] = ()
-
-
 class Quality(Entry):
-    """Top-1 accuracy on held-out images, all seeds together, with its 95% Wilson interval.
+    """How well a row does its task, and what it keeps of the dense baseline's; each task has a class of its own.
 
-    With several seeds `images` counts each image once a seed. `ratio` is accuracy over the dense baseline's, with its
-    95% interval, which is null for the baseline itself. `top5` and the expected `calibration_error` are those of all
-    seeds together, null where they were not looked at.
+    `ratio` is what is kept: above 1 the row is better than dense. It is null where there is no dense baseline, or none
+    that can be divided by, its interval also for the baseline itself. `note` says what was done on what data.
+
+    Attributes
+    ----------
+    METRIC
+        What the figure is, as a table says it.
     """
 
-    accuracy: Annotated[float, Field(ge=0, le=1)]
-    low: Annotated[float, Field(ge=0, le=1)]
-    high: Annotated[float, Field(ge=0, le=1)]
-    images: Count
-    ratio: NonNegative | None
+    METRIC: ClassVar[str] = "quality"
+
+    ratio: NonNegative | None = None
     ratio_low: NonNegative | None = None
     ratio_high: NonNegative | None = None
-    trainings: tuple[Training, ...]
-    note: str
-    top5: Annotated[float, Field(ge=0, le=1)] | None = None
-    calibration_error: Annotated[float, Field(ge=0, le=1)] | None = None
+    note: str = ""
 
+    def against(self, dense: Self) -> Self:
+        """The same with its ratio to the dense baseline's, and the ratio's interval where there is one."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is set against dense")
 
-class Detecting(Entry):
-    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested."""
+    @property
+    def figure(self) -> str:
+        """The figure with its interval, as tables show it."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is shown")
 
-    seed: Count
-    ap: Share
-    ap50: Share
-    ap75: Share
-    ap_small: Share | None
-    ap_medium: Share | None
-    ap_large: Share | None
-    epochs: tuple[Count, ...] = ()
-    epoch_ap: tuple[Share, ...] = ()
-    epoch_ap50: tuple[Share, ...] = ()
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The figure's own interval, more being better; None where it has none."""
+        return None
 
+    @property
+    def details(self) -> dict[str, str]:
+        """The columns of the table of quality, by their titles; those that are empty in every row are left out."""
+        return {self.METRIC: self.figure}
 
-class Detection(Entry):
-    """COCO's metric on held-out images, the mean of all seeds.
-
-    `ratio` is AP over the dense baseline's, null where that is 0 or there is none; it has no interval.
-    """
-
-    ap: Share
-    ap50: Share
-    ap75: Share
-    ap_small: Share | None
-    ap_medium: Share | None
-    ap_large: Share | None
-    images: Count
-    boxes: Count
-    ratio: NonNegative | None
-    ratio_low: None = None
-    ratio_high: None = None
-    trainings: tuple[Detecting, ...]
-    note: str
+    @property
+    def remark(self) -> str:
+        """A sentence below the table of quality, of the dense baseline."""
+        return ""
 
 
 class Interval(Entry):
@@ -243,40 +218,6 @@ class Interval(Entry):
     low: float
     high: float
     n: Count
-
-
-class Canary(Entry):
-    """A check that what is scored depends on the cache: NLL of a tiny cache above dense, in nats a token."""
-
-    label: str
-    above_dense: float
-    at_least: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the tiny cache did harm enough."""
-        return self.above_dense >= self.at_least
-
-
-class Perplexity(Entry):
-    """Prose scored through a language model's cache.
-
-    `window_nll` is the mean NLL of each window in nats a token, `nll` their mean, `perplexity` its exponential.
-    `difference` is NLL above dense, window by window. `ratio`, the quality kept, is dense perplexity over this one,
-    with the interval of `difference`; both are null where there is no dense baseline, the interval also for the
-    baseline itself. `canary` is the baseline's alone.
-    """
-
-    perplexity: NonNegative
-    nll: NonNegative
-    tokens: Count
-    window_nll: tuple[NonNegative, ...]
-    difference: Interval | None = None
-    ratio: NonNegative | None
-    ratio_low: NonNegative | None = None
-    ratio_high: NonNegative | None = None
-    canary: Canary | None = None
-    note: str
 
 
 class Environment(Entry):
@@ -295,20 +236,23 @@ class Environment(Entry):
     compiler: str = ""
 
 
-class Record(Entry):
-    """One row: an attention and what was measured of it.
+class Envelope(Entry):
+    """One row: an attention and what was measured of it. A task's own class gives `cost` and `quality` their types.
 
-    `part` says of what kind of host. `kind` is ``cost`` or ``quality`` (one an attention, with `tokens` 0). `scope` and
-    `phase` say what was run: the whole model or one attention layer alone; one forward of a vision model at each token
-    count, one forward and backward (``training``), or the prefill of a language model's prompt of `tokens` tokens and
-    the decoding after it.
+    `task` is the name of the task that measured it, `measured` stands for all that its figures depend on, empty in
+    older records, where `config_hash` does. `part` names the rows that share a dense baseline. `kind` is ``cost`` or
+    ``quality`` (one per attention, with `tokens` 0). `scope` and `phase` say what was run: the whole model or one
+    attention layer alone; one forward at each token count, one forward and backward (``training``), or the prefill of
+    a language model's prompt of `tokens` tokens and the decoding after it.
     """
 
-    schema_version: Literal[1, 2, 3] = 3
+    schema_version: Literal[1, 2, 3, 4] = 4
+    task: str = "suite"
+    measured: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
     config_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     benchmark: str
     command: str
-    part: Part = "vision"
+    part: str = "vision"
     kind: Literal["cost", "quality"]
     scope: Literal["model", "layer"] = "model"
     phase: Phase = "forward"
@@ -328,8 +272,8 @@ class Record(Entry):
     gate: Gate | None
     baseline_gate: Gate | None
     backends: tuple[str, ...]
-    cost: Cost | None
-    quality: Quality | Detection | Perplexity | None
+    cost: SerializeAsAny[Entry] | None
+    quality: SerializeAsAny[Quality] | None
     quality_note: str
 
     @property
@@ -338,7 +282,16 @@ class Record(Entry):
         return self.part, self.kind, self.phase, self.label, self.tokens
 
 
-def read_records(path: Path) -> list[Record]:
+class Record(Envelope):
+    """A row whose cost is that of a candidate beside the dense baseline."""
+
+    cost: Cost | None
+
+
+R = TypeVar("R", bound=Envelope)
+
+
+def read_records(path: Path, model: type[R]) -> list[R]:
     """Read a records file: the latest record of each row, in the order in which rows first appear.
 
     A last line that a killed writer left torn is dropped with a warning.
@@ -349,18 +302,18 @@ def read_records(path: Path) -> list[Record]:
         If the file is missing or any other line is not a record of this schema.
     """
     try:
-        records = read_lines(path, Record, SCHEMA_VERSION)
+        records = read_lines(path, model, SCHEMA_VERSION)
     except OSError as error:
         raise AttnZooError(f"records {str(path)!r} cannot be read: {error.strerror}") from error
     return latest(records)
 
 
-def latest(records: Iterable[Record]) -> list[Record]:
+def latest(records: Iterable[R]) -> list[R]:
     """Keep the last record of each row."""
     return list({record.key: record for record in records}.values())
 
 
-class RecordStore:
+class RecordStore(Generic[R]):
     """A folder that one process at a time writes records into.
 
     Use it as a context manager: it takes a lock that the system lets go when the process ends, however it ends, and
@@ -370,21 +323,37 @@ class RecordStore:
     ----------
     folder
         Made if it is not there.
+    model
+        The class of the records.
     config_hash
-        Of the run that will write; a folder with another config's records is refused.
+        Of the run that will write.
+    measured
+        By the key of each row that will be asked for, what stands for all that its figures depend on. Records of
+        another config stay where theirs is the same, or the row is not asked for; any other makes the folder refused.
     fresh
         Set earlier records aside, as ``records.old.jsonl``.
+    changed
+        Names the keys of the config that differ from the folder's, for the message.
     """
 
-    def __init__(self, folder: Path, config_hash: str, fresh: bool = False) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        model: type[R],
+        config_hash: str,
+        measured: Mapping[Key, str] | None = None,
+        *,
+        fresh: bool = False,
+        changed: Callable[[], str] = lambda: "",
+    ) -> None:
+        self.folder, self.model, self.config_hash = folder, model, config_hash
         self.path = folder / RECORDS_FILE
-        self.config_hash = config_hash
-        self.fresh = fresh
-        self.records: dict[Key, Record] = {}
+        self.measured: Mapping[Key, str] = measured or {}
+        self.fresh, self.changed = fresh, changed
+        self.records: dict[Key, R] = {}
         self._lock = ExitStack()
 
-    def __enter__(self) -> RecordStore:
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(files.locked(self.folder))
             self._load()
@@ -394,7 +363,7 @@ class RecordStore:
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def append(self, record: Record) -> None:
+    def append(self, record: R) -> None:
         """Put one record on disk, whole, before returning."""
         append_line(self.path, record)
         self.records[record.key] = record
@@ -408,11 +377,18 @@ class RecordStore:
             os.replace(self.path, self.folder / "records.old.jsonl")
         if not self.path.exists():
             return
-        records = read_lines(self.path, Record, SCHEMA_VERSION, mend=True, stacklevel=4)
-        other = next((r.config_hash for r in records if r.config_hash != self.config_hash), None)
+        records = latest(read_lines(self.path, self.model, SCHEMA_VERSION, mend=True, stacklevel=4))
+        other = next((record for record in records if not self._valid(record)), None)
         if other is not None:
             raise ConfigError(
-                f"{self.folder} holds records of another config ({other}, this one is {self.config_hash}). "
-                "Give another folder with output=PATH, or set them aside with fresh=true."
+                f"{self.folder} holds records of another config ({other.config_hash}, this one is "
+                f"{self.config_hash}): {other.label} was measured by it{self.changed()}. Give another folder with "
+                "output=PATH, or set them aside with fresh=true."
             )
         self.records = {record.key: record for record in records}
+
+    def _valid(self, record: R) -> bool:
+        """Whether a record may stand beside those that this run will write."""
+        if record.config_hash == self.config_hash:
+            return True
+        return bool(record.measured) and self.measured.get(record.key, record.measured) == record.measured

@@ -1,4 +1,4 @@
-"""Attention weights written out, for policies that score entries by them."""
+"""Attention weights, computed unfused, for policies that score entries by them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def attention_sums(
     q: Tensor, k: Tensor, lengths: tuple[Tensor, Tensor] | None, scale: float | None, softcap: float | None = None
 ) -> Tensor:
     """Sum of the attention that each key gets from all queries, causal, ``(B, H, S)``; see `scored_attention`."""
-    from attnzoo.kernels.scored import scored_attention  # Triton takes long to import
+    from attnzoo.kernels.scored import scored_attention
 
     with torch.autocast(q.device.type, enabled=False):
         return scored_attention(q, k, k[..., :0], causal=True, lengths=lengths, scale=scale, softcap=softcap).sums

@@ -1,7 +1,10 @@
-"""How a model of transformers with mixers is saved.
+"""How a swapped model of transformers is saved.
 
-``save_pretrained`` writes weights under the names of the library's first release of a model, and ``from_pretrained``
-on what it wrote would build the model with attention of its own, random, and go on with a warning. So a model with
+The config that ``save_pretrained`` writes holds the recipe of the swap, by which `attnzoo.load` does it again. With
+cores and policies the weights are the model's own, and ``from_pretrained`` gives the model with its own attention.
+
+With mixers, ``save_pretrained`` would write weights under the names of the library's first release of a model, and
+``from_pretrained`` would build the model with attention of its own, random, and go on with a warning. So a model with
 mixers saves its weights under the names that it has, and its config says that they are no weights for
 ``from_pretrained``, which then stops with what to do instead.
 
@@ -12,10 +15,12 @@ weights.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -24,16 +29,18 @@ from typing import Any
 from torch import nn
 
 from attnzoo import files
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import OptionError, UnsupportedError
 from attnzoo.hosts import versions
+from attnzoo.hosts.hooks import holds_swapped
 from attnzoo.hosts.site import MixerLayer, Swapped, swapped_record
 
 METHOD = "save_pretrained"
 FIELD = "transformers_weights"  # of a config: the file of the weights; another word than a file's name is an error
+RECIPE = "attnzoo"  # of a config: the recipe of the swap
 
 
 class SavePretrained:
-    """``save_pretrained`` of one model; like that of its class as long as the model has no mixers."""
+    """``save_pretrained`` of one model; like that of its class as long as nothing in the model is swapped."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -47,10 +54,15 @@ class SavePretrained:
             With ``push_to_hub=True``, which would upload the config before it says what the weights are.
         """
         save = getattr(type(self.model), METHOD)
-        swapped = list(mixers(self.model))
-        if not swapped:
+        if not holds_swapped(self.model):
             detach([self.model])
             return save(self.model, *args, **kwargs)
+        with _telling(self.model):
+            if not any(mixers(self.model)):
+                return save(self.model, *args, **kwargs)
+            return self._with_mixers(save, *args, **kwargs)
+
+    def _with_mixers(self, save: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(save).bind(self.model, *args, **kwargs).arguments
         named = given | given.get(versions.keywords(save) or "", {})
         if named.get("push_to_hub"):
@@ -65,17 +77,40 @@ class SavePretrained:
 
 
 def attach(models: list[Any]) -> None:
-    """Have models that hold a mixer save themselves as such."""
+    """Have models that hold a swapped layer save themselves as such."""
     for model in models:
         if hasattr(type(model), METHOD) and METHOD not in vars(model):
             model.__dict__[METHOD] = SavePretrained(model)
 
 
 def detach(models: list[Any]) -> None:
-    """Give models that hold no mixer their class's way of saving back."""
+    """Give models that hold no swapped layer their class's way of saving back."""
     for model in models:
-        if isinstance(vars(model).get(METHOD), SavePretrained) and not any(mixers(model)):
+        if isinstance(vars(model).get(METHOD), SavePretrained) and not holds_swapped(model):
             del model.__dict__[METHOD]
+
+
+@contextlib.contextmanager
+def _telling(model: Any) -> Iterator[None]:
+    """Have the config of `model` hold the recipe of its swap while it is saved."""
+    recipe = _recipe(model)
+    if recipe is not None:
+        setattr(model.config, RECIPE, recipe)
+    try:
+        yield
+    finally:
+        vars(model.config).pop(RECIPE, None)
+
+
+def _recipe(model: nn.Module) -> Any:
+    """The recipe of a model's swap; None, with a warning, where there is no form of it in JSON."""
+    from attnzoo.recipe import recipe_of
+
+    try:
+        return recipe_of(model)
+    except OptionError as error:
+        warnings.warn(f"saved without the recipe of the swap, which attnzoo.load needs: {error}", stacklevel=2)
+        return None
 
 
 def mixers(model: nn.Module) -> Iterator[tuple[str, Swapped]]:
@@ -97,8 +132,9 @@ def advice(swapped: list[tuple[str, Swapped]]) -> str:
         for call, paths in places.items()
     )
     return (
-        f"these are weights of a model whose attention was replaced ({calls}). Build the model from its config, "
-        "replace its attention in the same way, then attnzoo.load_weights(model, folder)"
+        f"these are weights of a model whose attention was replaced ({calls}). Load it by attnzoo.load(folder); or "
+        "build the model from its config, replace its attention in the same way, then attnzoo.load_weights(model, "
+        "folder)"
     )
 
 
@@ -128,4 +164,6 @@ def _mark(model: Any, folder: str | os.PathLike[str], is_main_process: bool) -> 
     content = json.loads(config.read_text(encoding="utf-8"))
     if FIELD not in content:
         content[FIELD] = advice(list(mixers(model)))
+        recipe = _recipe(model)
+        content |= {} if recipe is None else {RECIPE: recipe}
         files.write(config, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from attnzoo.checks import refuse_tracing
 from attnzoo.errors import ShapeError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer, cores_with
@@ -20,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class HostOptions:
     """What a user says about the host rather than about the method, where the host itself does not know.
 
     Attributes
@@ -78,8 +79,8 @@ class Site:
     note: str = ""
 
     @property
-    def takes_wanted(self) -> frozenset[str]:
-        """Which fields of `Wanted` a user may give here."""
+    def accepted_options(self) -> frozenset[str]:
+        """Which fields of `HostOptions` a user may give here."""
         return frozenset()
 
     def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str | None:
@@ -215,6 +216,7 @@ class MixerLayer(nn.Module):
         ShapeError
             If what it gives is not ``(B, N, C)``: a residual connection would broadcast it without a word.
         """
+        refuse_tracing()
         return self.checked(x, self.mixer(x, **given))
 
     def checked(self, x: Tensor, out: Any) -> Tensor:
@@ -258,7 +260,7 @@ class Swapped:
     Attributes
     ----------
     info, options
-        The method and the options given for it.
+        The method and the options given for it, those about the host (`HostOptions`) among them.
     host, host_class
         The library and the class of the host's own module.
     original
@@ -296,6 +298,7 @@ def ancestors(path: str) -> list[str]:
 
 def refuse_unable(layer: Any, **asked: bool) -> None:
     """Raise `UnsupportedError` if a call asks of a swapped layer what its attention is not capable of."""
+    refuse_tracing()
     info: AttentionInfo = layer.attnzoo_swap.info
     for capability, is_asked in asked.items():
         if is_asked and not getattr(info.capabilities, capability):

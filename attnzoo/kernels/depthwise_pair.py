@@ -288,14 +288,6 @@ def _finish(
     tl.store(out + own, a.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _of_image(pointer, offset):
-    """`pointer` moved on by `offset`, or None."""
-    if pointer is not None:
-        pointer += offset
-    return pointer
-
-
 def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> list[Any]:
     """Configurations that can be taken: bands are for 2-D kernels in half precision, tiles of a row for 1-D kernels."""
     named = {**named, **constants}
@@ -340,10 +332,22 @@ def _forward_kernel(
     image = (program // (depth * across * down)).to(tl.int64)
     whole = image * height * width
     out += whole * channels
-    u_a, u_b = _of_image(u_a, whole * channels), _of_image(u_b, whole * channels)
-    x_a, x_b, add = x_a + image * x_a_image, _of_image(x_b, image * x_b_image), _of_image(add, image * add_image)
-    bias_a, bias_b = _of_image(bias_a, image * bias_a_image), _of_image(bias_b, image * bias_b_image)
-    mask = _of_image(mask, whole)
+    x_a += image * x_a_image
+    # one by one: the oldest Triton that is supported cannot hand None back from a function
+    if u_a is not None:
+        u_a += whole * channels
+    if u_b is not None:
+        u_b += whole * channels
+    if x_b is not None:
+        x_b += image * x_b_image
+    if add is not None:
+        add += image * add_image
+    if bias_a is not None:
+        bias_a += image * bias_a_image
+    if bias_b is not None:
+        bias_b += image * bias_b_image
+    if mask is not None:
+        mask += whole
     if BANDED:
         a = _banded(
             x_a, x_a_token, weight_a, mask, row, column, channel, height, width, channels,
@@ -397,13 +401,14 @@ def _forward_kernel(
 
 @triton.jit
 def _meeting(
-    grad, x, x_token, mask, at, inside, deep, known, width, j, LEFT: tl.constexpr, KW: tl.constexpr, WIDE: tl.constexpr
+    grad, x, x_token, mask, line, at, inside, deep, known, width, j,
+    LEFT: tl.constexpr, KW: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients times the values that tap `j` of a row lets them meet; `x` and `mask` point to that row."""
+    """Gradients times the values that tap `j` of a row lets them meet; `x` points to that row, `mask + line` too."""
     at += j - LEFT
     inside &= (at >= 0) & (at < width) & (j < KW)
     if mask is not None:
-        inside = tl.load(mask + at, mask=inside, other=0) != 0
+        inside = tl.load(mask + line + at, mask=inside, other=0) != 0
     value = tl.load(x + at.to(tl.int64) * x_token + deep, mask=inside & known, other=0.0)
     return grad * value.to(WIDE)
 
@@ -434,21 +439,21 @@ def _weight_kernel(
     sum_1 = tl.zeros((COLUMNS, CHANNELS), WIDE)
     sum_2 = tl.zeros((COLUMNS, CHANNELS), WIDE)
     sum_3 = tl.zeros((COLUMNS, CHANNELS), WIDE)
-    for line in range(part, images * height, count):
-        image, row = (line // height).to(tl.int64), line % height
+    for nth in range(part, images * height, count):
+        image, row = (nth // height).to(tl.int64), nth % height
         source = row + tap_row - TOP
         if (source >= 0) & (source < height):
             line_x = x + image * x_image + source.to(tl.int64) * width * x_token
-            line_mask = _of_image(mask, (image * height + source) * width)
+            line = (image * height + source) * width
             for first in range(0, width, COLUMNS):
                 at = first + step
                 inside = at < width
                 near = image * grad_image + (row * width + at).to(tl.int64) * grad_token
                 g = tl.load(grad + near + deep, mask=inside & known, other=0.0).to(WIDE)
-                sum_0 += _meeting(g, line_x, x_token, line_mask, at, inside, deep, known, width, j, LEFT, KW, WIDE)
-                sum_1 += _meeting(g, line_x, x_token, line_mask, at, inside, deep, known, width, j + 1, LEFT, KW, WIDE)
-                sum_2 += _meeting(g, line_x, x_token, line_mask, at, inside, deep, known, width, j + 2, LEFT, KW, WIDE)
-                sum_3 += _meeting(g, line_x, x_token, line_mask, at, inside, deep, known, width, j + 3, LEFT, KW, WIDE)
+                sum_0 += _meeting(g, line_x, x_token, mask, line, at, inside, deep, known, width, j, LEFT, KW, WIDE)
+                sum_1 += _meeting(g, line_x, x_token, mask, line, at, inside, deep, known, width, j + 1, LEFT, KW, WIDE)
+                sum_2 += _meeting(g, line_x, x_token, mask, line, at, inside, deep, known, width, j + 2, LEFT, KW, WIDE)
+                sum_3 += _meeting(g, line_x, x_token, mask, line, at, inside, deep, known, width, j + 3, LEFT, KW, WIDE)
     out = parts + ((part * KH + tap_row) * KW + j) * channels + deep
     tl.store(out, tl.sum(sum_0, 0)[None, :], mask=known)
     tl.store(out + channels, tl.sum(sum_1, 0)[None, :], mask=known & (j + 1 < KW))

@@ -292,7 +292,7 @@ def _sums_kernel(
     for group in range(GROUPS):
         head = kv_head * GROUPS + group
         line = (image * kv_heads * GROUPS + head) * queries
-        total = tl.zeros((COLUMNS,), tl.float32)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)  # its rows are added up once, behind the loop
         final = tl.zeros((COLUMNS,), tl.float32)
         for row in range(start, queries, ROWS):
             rows = row + tl.arange(0, ROWS)
@@ -301,14 +301,14 @@ def _sums_kernel(
             there = asked[:, None] & (deep < WIDTH)[None, :]
             tile = tl.load(q + image * q_image + head * q_head + place, mask=there, other=0.0)
             norm = tl.load(lse + line + rows, mask=asked, other=float("inf"))
-            weight = tl.exp2((tl.dot(tile, block) * scale - norm[:, None]) * 1.4426950408889634)
+            weight = tl.exp2(tl.dot(tile, block) * (scale * 1.4426950408889634) - (norm * 1.4426950408889634)[:, None])
             if CAUSAL:
                 weight = tl.where(key[None, :] <= rows[:, None] + (keys - queries), weight, 0.0)
-            total += tl.sum(weight, 0)
+            total += weight
             if row + ROWS >= queries:
                 final = tl.sum(tl.where((rows == queries - 1)[:, None], weight, 0.0), 0)
         own = (image * kv_heads * GROUPS + head) * keys + key
-        tl.store(sums + own, total, mask=key < keys)
+        tl.store(sums + own, tl.sum(total, 0), mask=key < keys)
         tl.store(last + own, final, mask=key < keys)
 
 
@@ -402,12 +402,20 @@ def _by_flash(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """FlashAttention, then the weights again by tiles from its log-sum-exp."""
     width = q.shape[3]
-    padded = [side_by_side(x) for x in (q, k, v)]
-    if width % 8:  # the kernel takes multiples of 8
-        padded = [F.pad(x, (0, -width % 8)) for x in padded]
     # with fewer queries than keys this operator lines up the ends: see torch.nn.attention.bias
-    out, lse = _FLASH(*padded, 0.0, causal, False, scale=scale)[:2]
+    out, lse = _FLASH(*(_for_flash(x) for x in (q, k, v)), 0.0, causal, False, scale=scale)[:2]
     return out[..., :width].contiguous(), *sums_from_lse(q, k, lse, window, causal, scale)
+
+
+def _for_flash(x: Tensor) -> Tensor:
+    """`x` as FlashAttention can read it, copied if need be: heads of a multiple of 8, rows that begin at 16 bytes.
+
+    PyTorch checks neither strides nor the address where this operator is called by itself.
+    """
+    if x.shape[3] % 8:
+        x = F.pad(x, (0, -x.shape[3] % 8))
+    apart = x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16
+    return x.clone(memory_format=torch.contiguous_format) if apart else x
 
 
 def sums_from_lse(q: Tensor, k: Tensor, lse: Tensor, window: int, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

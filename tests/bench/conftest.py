@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attnzoo.bench.record import Record
+from attnzoo.tasks.records import Record
 from tests.bench.data import cost, quality, record_data
 
 

@@ -108,3 +108,9 @@ def record_data(**changes):
         "quality_note": "none",
     }
     return {**data, **changes}
+
+
+def cost_in(result):
+    """The one cost of a result of one phase."""
+    (found,) = result.costs.values()
+    return found

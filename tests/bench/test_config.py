@@ -8,10 +8,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.bench.config import BenchConfig, load_config, validate_config
-from attnzoo.bench.strict import parse_override, read_yaml
+from attnzoo.bench.config import parse_override, read_yaml
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.operations import config as operations
+from attnzoo.tasks.suite import SuiteConfig, load_config, validate_config
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "bench"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -43,7 +43,7 @@ def test_an_unknown_key_names_the_nearest_and_where():
     assert "cost.tokns: unknown key; did you mean 'tokens'?" in said
 
 
-def test_an_unknown_key_with_no_neighbour_lists_what_is_known():
+def test_an_unknown_key_with_no_neighbor_lists_what_is_known():
     assert re.search(
         r"quality\.recipe\.zzz: unknown key; known: .*epochs", problems_of({**SMALL, "quality": {"recipe": {"zzz": 1}}})
     )
@@ -185,7 +185,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_the_schema_survives_a_dump():
     config = load_config(QUICKSTART)
-    assert BenchConfig.model_validate_json(config.model_dump_json()) == config
+    assert SuiteConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_importing_attnzoo_imports_no_benchmark_and_no_optional_package():

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnzoo.bench.config import validate_config
-from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, read_records
+from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import ConfigError, DataError, MissingExtraError, RunError, TrainingError
+from attnzoo.tasks import read_records
 from attnzoo.tasks.decode.batch_cost import GateError
 from attnzoo.tasks.decode.canary import CanaryError
+from attnzoo.tasks.suite import validate_config
 from eval import bench
 from tests.bench import test_language, test_run
 
@@ -33,7 +34,7 @@ from attnzoo.eviction.streaming import Streaming
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenPolicy(Streaming):
-    def score(self, live):
+    def score(self, view):
         raise RuntimeError("this policy is broken")
 
 class BrokenMixer(nn.Module):
@@ -124,8 +125,8 @@ def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monk
             attentions[0].pop("expect")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     rows = [Row("sdpa", "ok", part="vision"), Row("sdpa", "unsupported", "refused", part="language")]
-    monkeypatch.setattr("attnzoo.bench.run.run", lambda config, command: rows)
-    monkeypatch.setattr(bench, "report", lambda path, readme: None)
+    monkeypatch.setattr("attnzoo.bench.run.run", lambda task, config, command: rows)
+    monkeypatch.setattr(bench, "report", lambda task, path, readme, records: None)
     assert bench.main([str(tmp_path / "tiny.yaml")]) == status
     assert ("note: sdpa is expected to be unsupported" in capsys.readouterr().err) is (expecting == "vision")
 

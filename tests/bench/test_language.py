@@ -6,17 +6,18 @@ import pytest
 import torch
 import yaml
 
-from attnzoo.bench.config import AttentionConfig, validate_config
-from attnzoo.bench.jobs import Job
-from attnzoo.bench.kept import against
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.page import html_page
-from attnzoo.bench.plan import plan
-from attnzoo.bench.record import Gate, Perplexity, Quality
-from attnzoo.bench.report import markdown_table
-from attnzoo.bench.run import read_prose, run
+from attnzoo.bench.readme import markdown_table
+from attnzoo.bench.record import Gate
+from attnzoo.bench.run import run
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.registry import register_attention, unregister_attention
+from attnzoo.tasks.classify.quality import Accuracy
 from attnzoo.tasks.decode import cost as llm
+from attnzoo.tasks.decode.cells import prepare
+from attnzoo.tasks.decode.quality import Perplexity
+from attnzoo.tasks.suite import TASK, plan, validate_config
 from tests.bench.data import quality, record_data
 
 WORDS = 60
@@ -73,10 +74,8 @@ def tiny(folder, **changes):
 
 def cost_of(folder, attention, **changes):
     config = validate_config(tiny(folder, **changes))
-    prose = read_prose(config.language, 0)
-    return llm.measure_cost(
-        Job(config=config, attention=attention, part="language", tokens=64, prompts=prose.prompts), lambda stage: None
-    )
+    language, prompts = config.language, prepare(config.language, 0)["prompts"]
+    return llm.measure_cost(language, language.attentions[attention], prompts, "cpu", lambda stage: None)
 
 
 def problems_of(data):
@@ -87,7 +86,7 @@ def problems_of(data):
 
 def test_a_whole_run_puts_both_parts_into_one_record_one_table_and_one_page(folder, tmp_path):
     config = validate_config({**tiny(folder), "output": str(tmp_path)})
-    records = run(config, "python eval/bench.py tiny.yaml")
+    records = run(TASK, config, "python eval/bench.py tiny.yaml")
     assert {(r.label, r.status, r.message) for r in records} == {
         (label, "ok", "") for label in ("dense", "sdpa", "dense LLM", "keydiff")
     }
@@ -109,7 +108,7 @@ def test_a_whole_run_puts_both_parts_into_one_record_one_table_and_one_page(fold
         assert costs["language", phase, "dense LLM"].quality.canary.passed
     assert costs["language", "prefill", "keydiff"].cost.candidate.flops > 0
     assert costs["vision", "forward", "dense"].cost.ratios.cache_held is None
-    assert run(config, "again") == records
+    assert run(TASK, config, "again") == records
     page = html_page(records, config.to_yaml())
     assert page.count("<table>") == 3, "one of cost, one of perplexities, one of gates"
     assert "Canary: streaming" in page
@@ -120,7 +119,7 @@ def test_a_whole_run_puts_both_parts_into_one_record_one_table_and_one_page(fold
 
 def test_a_canary_that_lives_fails_every_row_of_the_language_model_and_no_other(folder, tmp_path):
     data = tiny(folder, quality={"windows": 3, "tokens": 64, "canary_nats": 10.0})
-    records = run(validate_config({**data, "output": str(tmp_path)}), "command")
+    records = run(TASK, validate_config({**data, "output": str(tmp_path)}), "command")
     for record in records:
         assert record.status == ("ok" if record.part == "vision" else "failed")
         assert record.part == "vision" or "canary" in record.message
@@ -142,7 +141,7 @@ def test_a_core_that_is_wrong_is_not_timed(folder):
         outcome = cost_of(folder, 0, attentions=["wrong"])
     finally:
         unregister_attention("wrong")
-    assert (outcome.status, outcome.cost, outcome.decode_cost) == ("failed", None, None)
+    assert (outcome.status, outcome.costs) == ("failed", {})
     assert not outcome.gate.passed
     assert outcome.baseline_gate.passed
 
@@ -204,21 +203,21 @@ def test_what_cannot_be_had_is_told_before_anything_starts(folder, monkeypatch, 
     config = validate_config({**tiny(folder), "output": str(tmp_path)})
     monkeypatch.setattr(decode, "load_tokenizer", offline)
     with pytest.raises(AssetError, match="language=null"):
-        run(config, "command")
+        run(TASK, config, "command")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="is made for 128"):
-        read_prose(validate_config(tiny(folder, cost={"prompt_tokens": 256, "new_tokens": 8})).language, 0)
+        prepare(validate_config(tiny(folder, cost={"prompt_tokens": 256, "new_tokens": 8})).language, 0)
 
 
 def test_quality_kept_is_dense_perplexity_over_this_one_and_accuracy_over_dense():
     def scored(*windows):
         return Perplexity(perplexity=1, nll=1, tokens=9, window_nll=windows, ratio=None, note="")
 
-    found = against(scored(2.0, 3.0, 4.0), scored(1.9, 2.9, 3.9))
+    found = scored(2.0, 3.0, 4.0).against(scored(1.9, 2.9, 3.9))
     assert found.ratio == pytest.approx(2.718281828**-0.1)
     assert found.ratio_low == pytest.approx(found.ratio)
     assert found.difference.mean == pytest.approx(0.1)
-    assert against(scored(1.0, 2.0), None).ratio is None
-    better = against(Quality(**quality(0.9)), Quality(**quality(0.6)))
+    assert scored(1.0, 2.0).ratio is None
+    better = Accuracy(**quality(0.9)).against(Accuracy(**quality(0.6)))
     assert better.ratio == pytest.approx(1.5)
     assert 1 < better.ratio_low < 1.5 < better.ratio_high

@@ -3,13 +3,12 @@
 import pytest
 
 from attnzoo import list_attentions
-from attnzoo.bench.config import validate_config
-from attnzoo.bench.jobs import Job
-from attnzoo.bench.plan import plan
 from attnzoo.errors import UnsupportedError
 from attnzoo.kernels import depthwise
 from attnzoo.tasks.classify import small as classify
 from attnzoo.tasks.classify.cost import _swapped, measure_cost
+from attnzoo.tasks.suite import plan, validate_config
+from tests.bench.data import cost_in
 from tests.bench.test_run import HOST, PADRE, tiny
 
 LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}
@@ -17,7 +16,7 @@ LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}
 
 def outcome(attention, **cost):
     config = validate_config(tiny("unused", attentions=[attention], cost={**LAYER, **cost}))
-    return measure_cost(Job(config=config, attention=0, tokens=16), lambda stage: None)
+    return measure_cost(config, config.attentions[0], 16, lambda stage: None)
 
 
 @pytest.mark.parametrize("name", [*list_attentions("mixer"), *list_attentions("core")])
@@ -27,15 +26,15 @@ def test_every_layer_is_gated_and_timed_alone(name):
     assert (layer.status, layer.message) == ("ok", "")
     assert layer.gate.passed
     whole = outcome({"name": name, **own}, of="model")
-    assert 0 < layer.cost.candidate.flops < whole.cost.candidate.flops or name == "pooling"
-    assert layer.cost.baseline.flops < whole.cost.baseline.flops
-    assert layer.cost.candidate.attention_parameters == whole.cost.candidate.attention_parameters
+    assert 0 < cost_in(layer).candidate.flops < cost_in(whole).candidate.flops or name == "pooling"
+    assert cost_in(layer).baseline.flops < cost_in(whole).baseline.flops
+    assert cost_in(layer).candidate.attention_parameters == cost_in(whole).candidate.attention_parameters
 
 
 def test_forward_and_backward_are_timed_together():
     forward, both = outcome(PADRE), outcome(PADRE, gradient=True)
-    assert both.cost.candidate.flops >= 2.4 * forward.cost.candidate.flops
-    assert both.cost.baseline.flops >= 2.4 * forward.cost.baseline.flops
+    assert cost_in(both).candidate.flops >= 2.4 * cost_in(forward).candidate.flops
+    assert cost_in(both).baseline.flops >= 2.4 * cost_in(forward).baseline.flops
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch):
@@ -43,7 +42,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
     monkeypatch.setattr(depthwise, "_depthwise2d_backward", lambda *a: [1.01 * t for t in right(*a)])
     assert outcome(PADRE).status == "ok"
     wrong = outcome(PADRE, gradient=True)
-    assert (wrong.status, wrong.cost) == ("failed", None)
+    assert (wrong.status, wrong.costs) == ("failed", {})
     assert "gradients" in wrong.gate.oracle
 
 
@@ -56,14 +55,14 @@ def test_one_wrong_gradient_among_larger_ones_is_found(name, monkeypatch):
 
     monkeypatch.setattr(depthwise, "_depthwise2d_backward", backward)
     found = outcome(PADRE, gradient=True)
-    assert (found.status, found.cost) == ("failed", None)
+    assert (found.status, found.costs) == ("failed", {})
     assert name in found.gate.at
 
 
 def test_a_row_may_have_another_baseline():
     fused, written = outcome(PADRE), outcome({**PADRE, "fused": False})
-    assert "aten._softmax" not in fused.cost.uncounted_ops  # torch's fused kernel
-    assert "aten._softmax" in written.cost.uncounted_ops
+    assert "aten._softmax" not in cost_in(fused).uncounted_ops  # torch's fused kernel
+    assert "aten._softmax" in cost_in(written).uncounted_ops
 
 
 def test_a_row_may_be_measured_at_some_token_counts_only():
@@ -74,7 +73,13 @@ def test_a_row_may_be_measured_at_some_token_counts_only():
             cost={"tokens": [16, 64, 256]},
         )
     )
-    assert [(row.attention, row.tokens) for row in plan(config)] == [(None, 16), (0, 16), (1, 16), (None, 64), (1, 64)]
+    assert [(row.asks["attention"], row.tokens) for row in plan(config)] == [
+        (None, 16),
+        (0, 16),
+        (1, 16),
+        (None, 64),
+        (1, 64),
+    ]
 
 
 def test_what_came_later_changes_no_identity():

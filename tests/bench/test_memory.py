@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnzoo.bench import memory
-from attnzoo.bench.isolate import Nursery
+from attnzoo.bench.isolate import Isolation
 from attnzoo.bench.memory import map_buffers, peak_memory
 from attnzoo.units import MIB
 
@@ -58,7 +58,7 @@ def measure(name, say):
     [("one_buffer", 64), ("two_buffers_in_turn", 64), ("two_buffers_at_once", 128), ("kept_by_an_allocator", 12)],
 )
 def test_known_buffers_are_seen_as_what_they_are(run, megabytes):
-    result = Nursery(["torch"]).run(measure, run, 120)
+    result = Isolation(["torch"]).run(measure, run, 120)
     assert result.end == "done", result.message
     resident, allocated, note = json.loads(result.answer)
     assert allocated == pytest.approx(megabytes * MIB, rel=0.001)
@@ -84,7 +84,7 @@ def faults(which, say):
 def test_all_that_is_freed_is_kept_where_that_is_asked_for():
     given = {}
     for which in ("keep_buffers", "keep_all_buffers"):
-        result = Nursery(["torch"]).run(faults, which, 120)
+        result = Isolation(["torch"]).run(faults, which, 120)
         assert result.end == "done", result.message
         given[which] = int(result.answer) * 4096
     assert given["keep_all_buffers"] < 1 * MIB

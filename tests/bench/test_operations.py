@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnzoo.bench.run import run as engine
 from attnzoo.errors import ConfigError
+from attnzoo.tasks import read_records
 from attnzoo.tasks.operations import cases, run
 from attnzoo.tasks.operations.config import OperationsConfig, load_config
-from attnzoo.tasks.operations.record import read_records
-from attnzoo.tasks.operations.report import html_page, markdown_table, speed_plot
+from attnzoo.tasks.operations.report import results_table, speed_plot
+from attnzoo.tasks.operations.task import TASK
 from eval import bench
 
 GPU = Path(__file__).parents[2] / "configs/bench/gpu_kernels.yaml"
 SMALL = {
+    "task": "operations",
     "name": "small",
     "threads": 1,
     "dtype": "float32",
@@ -59,14 +62,14 @@ def test_a_run_from_config_to_page(tmp_path, capsys):
     assert [r.status for r in records] == ["ok"] * 9, [r.message for r in records]
     for record in records:
         assert record.gate.passed
-        assert record.sets > 1
-        assert record.latency_ms.n >= 3
-        assert record.fastest in {rival.name for rival in record.rivals if rival.latency_ms}
-        both = record.case.get("backward", False)
-        assert (record.share_of_bandwidth is None) == both
-    assert records[0].paths == {"depthwise_pair: torch": 1}
-    assert records[6].paths == {"scored_attention: chunks": 1}
-    assert {r.name: bool(r.latency_ms) for r in records[4].rivals} == {
+        assert record.cost.sets > 1
+        assert record.cost.latency_ms.n >= 3
+        assert record.cost.fastest in {rival.name for rival in record.cost.rivals if rival.latency_ms}
+        both = record.options.get("backward", False)
+        assert (record.cost.share_of_bandwidth is None) == both
+    assert records[0].backends == ("depthwise_pair: torch",)
+    assert records[6].backends == ("scored_attention: chunks",)
+    assert {r.name: bool(r.latency_ms) for r in records[4].cost.rivals} == {
         "timm, flash": True,
         "timm, cudnn": False,
         "timm, efficient": False,
@@ -79,7 +82,7 @@ def test_a_run_from_config_to_page(tmp_path, capsys):
     assert bench.main([str(path)]) == 0  # all is kept
     assert bench.main(["--report", str(tmp_path / "out/records.jsonl")]) == 0
     assert (tmp_path / "out/records.jsonl").read_bytes() == before
-    assert markdown_table(records).count("\n") == 10
+    assert results_table(records).markdown().count("\n") == 10
     assert bench.main([str(path), "repeats=4"]) == 2  # records of another config
     assert "fresh=true" in capsys.readouterr().err
     assert bench.main(["--report", str(tmp_path / "out/records.jsonl"), "--readme", "README.md"]) == 2
@@ -103,8 +106,10 @@ def test_a_wrong_operation_is_not_timed(tmp_path, monkeypatch):
     (record,) = read_records(tmp_path / "out/records.jsonl")
     assert record.status == "failed"
     assert not record.gate.passed
-    assert record.latency_ms is None
-    assert "Nothing was measured" in html_page([record])
+    assert record.cost is None
+    page = (tmp_path / "out/report.html").read_text()
+    assert "<svg" not in page
+    assert "did not pass" in page
 
 
 def test_an_output_that_is_wrong_only_where_values_are_small_does_not_pass():
@@ -147,7 +152,7 @@ def test_compiled_rivals_are_compiled_for_the_shapes_they_are_timed_on(tmp_path,
     pairs = [{"op": "pair", "grid": grid, "kernel": 3} for grid in (2, 3, 4, 5)]
     bench.main([str(written(tmp_path, operations=pairs, compiled=True))])
     records = read_records(tmp_path / "out/records.jsonl")
-    assert all(len([rival for rival in record.rivals if rival.latency_ms]) == 4 for record in records)
+    assert all(len([rival for rival in record.cost.rivals if rival.latency_ms]) == 4 for record in records)
     assert len(made) == 8
     assert all(isinstance(n, int) for shapes in made for shape in shapes for n in shape)
 
@@ -159,7 +164,7 @@ def test_what_runs_out_of_memory_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_times", full)
     bench.main([str(written(tmp_path, operations=SMALL["operations"][:1]))])
     (record,) = read_records(tmp_path / "out/records.jsonl")
-    assert (record.status, record.latency_ms) == ("oom", None)
+    assert (record.status, record.cost) == ("oom", None)
     assert speed_plot([record]) == ""
 
 
@@ -169,7 +174,7 @@ def test_the_config_for_a_gpu():
     assert {case.op for case in config.operations} == {"pair", "chain", "module", "scored"}
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="sees no CUDA device"):
-            run.run(config, "")
+            engine(TASK, config, "")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from attnzoo.bench.record import Record, RecordStore, read_records
+from attnzoo.bench.record import RecordStore, read_records
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.tasks.records import Record
 from tests.bench.data import HASH, record_data
 
 
@@ -17,7 +18,7 @@ def lines_of(*records):
 
 
 def test_the_schema_is_strict():
-    for change in ({"extra": 1}, {"status": "fine"}, {"seconds": float("nan")}, {"tokens": -1}, {"schema_version": 4}):
+    for change in ({"extra": 1}, {"status": "fine"}, {"seconds": float("nan")}, {"tokens": -1}, {"schema_version": 5}):
         with pytest.raises(ValidationError):
             Record.model_validate(record_data(**change))
 
@@ -49,8 +50,8 @@ def test_a_torn_last_line_is_dropped_loudly_wherever_it_tore(tmp_path, data):
     cut = data.draw(st.integers(1, len(last) - 2), label="bytes of the last line that reached the disk")
     path.write_bytes(whole + last[:cut])
     with pytest.warns(UserWarning, match=f"torn last line of {cut} bytes"):
-        assert read_records(path) == [first]
-    with pytest.warns(UserWarning, match="torn last line"), RecordStore(tmp_path, HASH) as store:
+        assert read_records(path, Record) == [first]
+    with pytest.warns(UserWarning, match="torn last line"), RecordStore(tmp_path, Record, HASH) as store:
         store.append(second)
     assert path.read_bytes() == whole + last
     path.unlink()
@@ -61,9 +62,9 @@ def test_a_last_line_that_only_lacks_its_newline_is_kept(tmp_path, make_record):
     path.write_bytes(lines_of(make_record())[:-1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with RecordStore(tmp_path, HASH) as store:
+        with RecordStore(tmp_path, Record, HASH) as store:
             store.append(make_record(tokens=64))
-        assert [record.tokens for record in read_records(path)] == [16, 64]
+        assert [record.tokens for record in read_records(path, Record)] == [16, 64]
 
 
 def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, make_record):
@@ -71,51 +72,55 @@ def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, make_rec
     good = lines_of(make_record())
     path.write_bytes(good + b'{"half": \n' + good)
     with pytest.raises(AttnZooError, match="line 2"):
-        read_records(path)
+        read_records(path, Record)
     path.write_bytes(good + b'{"another": "schema"}')
     with pytest.raises(AttnZooError, match="line 2"):
-        read_records(path)
+        read_records(path, Record)
 
 
 def test_the_latest_record_of_a_row_counts(tmp_path, make_record):
     (tmp_path / "r.jsonl").write_bytes(
         lines_of(make_record(status="failed", cost=None), make_record(tokens=64), make_record(status="ok"))
     )
-    assert [(record.tokens, record.status) for record in read_records(tmp_path / "r.jsonl")] == [(16, "ok"), (64, "ok")]
+    assert [(record.tokens, record.status) for record in read_records(tmp_path / "r.jsonl", Record)] == [
+        (16, "ok"),
+        (64, "ok"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("status", "done"), [("ok", True), ("oom", True), ("unsupported", True), ("failed", False), ("timeout", False)]
 )
 def test_which_rows_a_resumed_run_measures_again(tmp_path, make_record, status, done):
-    with RecordStore(tmp_path, HASH) as store:
+    with RecordStore(tmp_path, Record, HASH) as store:
         store.append(make_record(status=status))
-    with RecordStore(tmp_path, HASH) as store:
+    with RecordStore(tmp_path, Record, HASH) as store:
         assert store.done(make_record().key) is done
 
 
 def test_records_of_another_config_are_refused_and_fresh_sets_them_aside(tmp_path, make_record):
-    with RecordStore(tmp_path, HASH) as store:
+    with RecordStore(tmp_path, Record, HASH) as store:
         store.append(make_record())
-    with pytest.raises(ConfigError, match=r"output=PATH.*fresh=true"), RecordStore(tmp_path, "f" * 16):
+    with pytest.raises(ConfigError, match=r"output=PATH.*fresh=true"), RecordStore(tmp_path, Record, "f" * 16):
         pass
-    with RecordStore(tmp_path, "f" * 16, fresh=True) as store:
+    with RecordStore(tmp_path, Record, "f" * 16, fresh=True) as store:
         assert not store.records
     assert (tmp_path / "records.old.jsonl").exists()
 
 
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     code = (
-        "import sys, pathlib; from attnzoo.bench.record import RecordStore\n"
-        f"with RecordStore(pathlib.Path({str(tmp_path)!r}), {HASH!r}):\n print('in', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from attnzoo.bench.record import Record, RecordStore\n"
+        f"with RecordStore(pathlib.Path({str(tmp_path)!r}), Record, {HASH!r}):\n"
+        " print('in', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"in\n"
-        with pytest.raises(ConfigError, match="another run is writing"), RecordStore(tmp_path, HASH):
+        with pytest.raises(ConfigError, match="another run is writing"), RecordStore(tmp_path, Record, HASH):
             pass
     finally:
         holder.kill()
         holder.communicate()
-    with RecordStore(tmp_path, HASH):
+    with RecordStore(tmp_path, Record, HASH):
         pass

@@ -1,5 +1,6 @@
 import itertools
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -7,11 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from attnzoo.bench.page import html_page
+from attnzoo.bench.plots import spread
+from attnzoo.bench.publish import page_of
+from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Quantiles
-from attnzoo.bench.report import BEGIN, END, markdown_section, markdown_table, print_report, rewrite_readme
-from attnzoo.bench.summary import memory_verdict, need_verdict, speed_verdict, spread, summarise
+from attnzoo.bench.report import print_report
+from attnzoo.bench.summary import summarize
+from attnzoo.bench.words import memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
+from attnzoo.tasks.suite import TASK
 from tests.bench.data import cost
 
 
@@ -41,7 +46,7 @@ class Balance(HTMLParser):
 
 
 def test_the_page_needs_nothing_else_and_is_well_formed(run_records):
-    page = html_page(run_records, "name: test")
+    page = page_of(TASK, run_records, "name: test")
     parsed = Balance()
     parsed.feed(page)
     assert not parsed.open
@@ -53,7 +58,7 @@ def test_the_page_needs_nothing_else_and_is_well_formed(run_records):
 
 
 def test_the_page_says_what_was_run_where_and_how_to_run_it_again(run_records):
-    page = html_page(run_records, "name: test")
+    page = page_of(TASK, run_records, "name: test")
     for part in (
         "a CPU, 2 threads",
         "torch 2.11",
@@ -67,7 +72,7 @@ def test_the_page_says_what_was_run_where_and_how_to_run_it_again(run_records):
 
 
 def test_slower_is_as_plain_as_faster_and_what_failed_is_told(run_records):
-    page = html_page(run_records)
+    page = page_of(TASK, run_records)
     assert '<span class="worse">0.50x (0.49-0.51)</span>' in page
     assert '<span class="better">2.00x (1.96-2.04)</span>' in page
     assert '<span class="worse">70.0 (68.0-72.0)</span>' in page
@@ -82,7 +87,7 @@ def test_every_row_is_in_the_terminal_table(run_records):
         assert part in text
 
 
-def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_records):
+def test_the_markdown_table_has_one_line_per_attention_and_equal_columns(run_records):
     lines = markdown_table(run_records).splitlines()
     assert len(lines) == 2 + 1 + 4
     assert len({line.count("|") for line in lines}) == 1
@@ -108,14 +113,14 @@ def test_needs_are_told_of_the_largest_count_that_half_of_the_attentions_have(ma
 
 def test_kept_memory_is_told(make_record, run_records):
     kept = make_record(cost={**cost(), "freed_memory_kept": True})
-    for report in (markdown_section, html_page):
+    for report in (markdown_section, partial(page_of, TASK)):
         assert "keeps" in report([kept])
         assert "keeps" not in report(run_records)
 
 
 def test_forward_and_backward_are_reported_as_such(make_record, run_records):
     both = [record.model_copy(update={"phase": "training"}) for record in run_records]
-    for report in (markdown_table, html_page):
+    for report in (markdown_table, partial(page_of, TASK)):
         assert "forward and backward, 64 tokens" in report(both)
 
 
@@ -143,15 +148,15 @@ def test_a_readme_without_its_markers_is_refused_and_left_alone(tmp_path, run_re
 
 def test_reports_do_without_cost_or_without_quality(run_records):
     for kind in ("cost", "quality"):
-        page = html_page([record for record in run_records if record.kind == kind])
+        page = page_of(TASK, [record for record in run_records if record.kind == kind])
         assert "<h2>" in page
 
 
 def test_no_records_and_mixed_configs_are_refused(run_records, make_record):
     with pytest.raises(AttnZooError, match="no records"):
-        summarise([])
+        summarize([])
     with pytest.raises(AttnZooError, match="2 configs"):
-        summarise([*run_records, make_record(config_hash="f" * 16)])
+        summarize([*run_records, make_record(config_hash="f" * 16)])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +194,7 @@ def test_memory_is_judged_where_a_side_took_none_that_could_be_measured(make_rec
     data["ratios"]["activation_peak"] = held / (1 << 30)
     record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
     assert memory_verdict(record) == verdict
-    html_page([record])
+    page_of(TASK, [record])
 
 
 def test_flops_that_are_not_known_are_a_dash_with_the_reason(make_record):
@@ -197,5 +202,5 @@ def test_flops_that_are_not_known_are_a_dash_with_the_reason(make_record):
     data["candidate"] |= {"flops": None, "flops_note": "no formula for the FLOPs of aten.mv"}
     data["ratios"]["flops"] = None
     record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
-    assert "no formula for the FLOPs of aten.mv" in html_page([record])
+    assert "no formula for the FLOPs of aten.mv" in page_of(TASK, [record])
     assert "| - |" in markdown_table([record])

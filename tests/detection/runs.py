@@ -13,7 +13,7 @@ SIDE = 64
 
 
 def make_data(folder, images=8, seed=0, lower=48):
-    """Bright squares on noise, one or two an image, as COCO has it: the same images to train and to test with.
+    """Bright squares on noise, one or two per image, as COCO has it: the same images to train and to test with.
 
     Every third image is of another height, so that batches are padded.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import attnzoo
-from attnzoo.bench.record import read_records
+from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, mmcv_ext, page, tables
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER

@@ -66,7 +66,7 @@ def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_pa
     assert same(found, weights(folder))  # the same seed, the same weights: train/detect.py adds nothing to it
 
 
-def test_the_padre_weights_are_left_as_their_own_initialisation(trained):
+def test_the_padre_weights_are_left_as_their_own_initialization(trained):
     import attnzoo
     from tests.detection.models import mmdet_detector
 

@@ -26,6 +26,34 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     assert_whole([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()])
 
 
+OPTIONAL = """
+import torch
+from attnzoo.kernels.depthwise_pair import depthwise_pair
+from attnzoo.kernels.dispatch import capture_launches
+from attnzoo.kernels.resources import compile_for
+x, w, bias = torch.ones(2, 12, 16), torch.ones(16, 1, 3, 3), torch.ones(2, 16)
+mask = torch.ones(2, 12, dtype=torch.bool)
+leaf = x.clone().requires_grad_()
+with capture_launches() as launches:
+    depthwise_pair(x, w, grid=(3, 4))
+    depthwise_pair(x, w, None, x, grid=(3, 4), mask=mask)
+    depthwise_pair(leaf, w, bias, x, w, bias, grid=(3, 4), mask=mask, add=x)
+    depthwise_pair(x, w.requires_grad_(), grid=(3, 4), mask=mask).sum().backward()
+for launch in launches:
+    compile_for(launch, launch.configs()[0], 90)
+print(len(launches))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_kernels_compile_with_and_without_what_is_optional():
+    """Triton compiles another kernel for each argument that is None."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", OPTIONAL], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["5"]
+
+
 def test_the_committed_table_is_whole():
     rows = [json.loads(line) for line in RECORD.read_text().splitlines()]
     assert_whole(rows)

@@ -168,6 +168,11 @@ def flash(monkeypatch, kernels):
     """On the CPU the definition stands in for the GPU's FlashAttention, which no interpreter runs."""
 
     def stand_in(q, k, v, dropout, causal, debug, scale):
+        for x in (q, k, v):  # what the GPU's reads 16 bytes at a time
+            assert x.shape[3] % 8 == 0
+            assert x.stride(3) == 1
+            assert [stride % 8 for stride in x.stride()[:3]] == [0, 0, 0]
+            assert x.data_ptr() % 16 == 0
         q, k, v = (x.double() for x in (q, k, v))
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.mT * scale
@@ -203,6 +208,27 @@ def test_the_second_pass(flash, dtype, batch, kv_heads, groups, queries, more, w
     got = scored_attention(*(surrounded(x, DEVICE) for x in inputs), window=window, causal=causal)
     assert flash["scored_attention", "flash"] == before + 1
     assert_same(got, want, dtype, window)
+
+
+def by_heads(x):
+    """As models hand it over: heads beside one another."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def behind_one(x):
+    """Whole, but for its address: one value stands before it."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("layout", [lambda x: surrounded(x, x.device), by_heads, behind_one])
+@pytest.mark.parametrize("width", [1, 8, 12, 64])
+@pytest.mark.parametrize("dtype", OF_PRODUCTS)
+def test_the_second_pass_in_any_layout(flash, layout, width, dtype):
+    """FlashAttention reads 16 bytes at a time, wherever rows begin."""
+    inputs = [x.to(dtype) for x in qkv(1, 2, 1, 5, 7, width)]
+    want = written_out(*(x.double() for x in inputs), causal=True)
+    assert_same(scored_attention(*(layout(x.to(DEVICE)) for x in inputs), causal=True), want, dtype, None)
+    assert flash["scored_attention", "flash"] == 1
 
 
 @settings(**SLOW)

@@ -1,5 +1,6 @@
 """A tiny random Llama and a tokenizer of single bytes, as transformers keeps them on disk; and a text."""
 
+import json
 import random
 
 import torch
@@ -58,3 +59,28 @@ def save(folder, chat=False):
     tiny_llama().save_pretrained(folder)
     tokenizer(chat).save_pretrained(folder)
     return folder
+
+
+TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def write_task(folder):
+    """Put a task of the harness into a folder: ``tiny_choice``, six questions with three answers each."""
+    words = prose(400).split()
+    docs = [
+        {"context": " ".join(words[20 * i : 20 * i + 20]), "choices": [" yes", " no", " perhaps"], "label": i % 3}
+        for i in range(6)
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
+    (folder / "tiny.yaml").write_text(TASK.format(data=data), encoding="utf-8")

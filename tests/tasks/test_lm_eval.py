@@ -1,7 +1,5 @@
 """A swapped model in EleutherAI's harness, which knows nothing of it."""
 
-import json
-
 import pytest
 
 import attnzoo
@@ -9,30 +7,11 @@ from tests.tasks import llm
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with attnzoo[dev]")
 
-TASK = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{context}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{label}}}}"
-metric_list: [{{metric: acc}}]
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")
-    words = llm.prose(400).split()
-    docs = [
-        {"context": " ".join(words[20 * i : 20 * i + 20]), "choices": [" yes", " no", " perhaps"], "label": i % 3}
-        for i in range(6)
-    ]
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs), encoding="utf-8")
-    (folder / "tiny.yaml").write_text(TASK.format(data=data), encoding="utf-8")
+    llm.write_task(folder)
     return folder
 
 

@@ -13,14 +13,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import (
-    AttentionConfig,
-    Dtype,
-    attention_problems,
-    refuse_vision_keys,
-    vision_problems,
-)
-from attnzoo.bench.strict import CONFIG_VERSION, RunConfig, Section, refuse_twins
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys, vision_problems
+from attnzoo.bench.config import CONFIG_VERSION, Dtype, RunConfig, Section, refuse_twins
 from attnzoo.errors import ConfigError
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
@@ -95,7 +89,7 @@ class DataConfig(Section):
         if self.asset is None and self.path is not None:
             raise ValueError("path is where an asset lies; a folder of images is `root`")
         if self.asset is None and not self.name and self.root is None:
-            raise ValueError("give an asset, a root (a folder with a folder a class), or a name as timm takes it")
+            raise ValueError("give an asset, a root (a folder with one folder per class), or a name as timm takes it")
         if self.name in FOLDERS[1:] and self.root is None:
             raise ValueError(f"name {self.name!r} is a folder of images: give its root")
         prefix, slash, _ = self.name.partition("/")
@@ -234,6 +228,7 @@ class CostConfig(Section):
 class ClassifyConfig(RunConfig):
     """A whole comparison. Where and how it is run is no part of its identity: see `Run.hash`."""
 
+    task: Literal["classify"] = "classify"
     model: ModelConfig = ModelConfig()
     data: DataConfig
     augment: AugmentConfig | None = None
@@ -266,7 +261,7 @@ class ClassifyConfig(RunConfig):
             raise ValueError(f"only: {unknown} are not among the labels {labels}")
         if self.equal_parameters and (self.model.library != "timm" or self.model.pretrained or self.model.weights):
             raise ValueError(
-                "equal_parameters changes the perceptrons' width: for timm models from random weights alone"
+                "equal_parameters changes the width of the MLPs: for timm models from random weights alone"
             )
         names = [cost.name for cost in self.costs]
         if len(set(names)) < len(names):
@@ -303,7 +298,7 @@ class ClassifyConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         weights = config.model.weights
@@ -354,14 +349,6 @@ class Run:
         for key in ("workers", "path", "root"):
             del content["data"][key]
         return content
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def slug(label: str) -> str:

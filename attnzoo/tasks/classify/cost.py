@@ -1,4 +1,4 @@
-"""What a child process does for a vision model: one row of cost, or the trainings of one attention."""
+"""What is measured of a vision model: one attention's cost at a token count, or its accuracy after training."""
 
 from __future__ import annotations
 
@@ -6,74 +6,57 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import attnzoo
 from attnzoo.bench import gate as gates
-from attnzoo.bench.config import AttentionConfig, BenchConfig
-from attnzoo.bench.jobs import (
-    Job,
-    OracleError,
-    Outcome,
-    Say,
-    attention_paths,
-    gate_message,
-    guarded,
-    is_out_of_memory,
-    ratios_of,
-    set_threads,
-    side_of,
-)
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.cost import attention_paths, ratios_of, side_of
+from attnzoo.bench.gate import OracleError, gate_message
+from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import clock_for, interleave, quantiles, share_of
 from attnzoo.bench.memory import keep_all_buffers, keep_buffers, map_buffers, peak_memory
-from attnzoo.bench.record import Cost, Gate, Shapes, Training
+from attnzoo.bench.record import Cost, Gate, Shapes
+from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, missing_op, trace
-from attnzoo.errors import AttnZooError, UnsupportedError
+from attnzoo.errors import UnsupportedError
 from attnzoo.swap import swapped_layers
 from attnzoo.tasks.classify import small as classify
+from attnzoo.tasks.classify.quality import Training, accuracy_of
+
+if TYPE_CHECKING:
+    from attnzoo.tasks.suite import SuiteConfig
 
 ORACLE = "softmax"
 MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
 
 
-def cost_main(job: str, say: Say) -> str:
-    """Measure the cost of one attention at one token count; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return guarded(measure_cost, job, say)
-
-
-def quality_main(job: str, say: Say) -> str:
-    """Train and test one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return guarded(measure_quality, job, say)
-
-
-def measure_cost(job: Job, say: Say) -> Outcome:
+def measure_cost(config: SuiteConfig, spec: AttentionConfig | None, tokens: int, say: Say) -> Result:
     """Build, swap, gate; then, only where the gate passed, memory and time of candidate and baseline."""
-    config, spec = job.config, job.spec
     device, dtype = torch.device(config.device), getattr(torch, config.cost.dtype)
-    set_threads(config.threads)
     map_buffers()
     say("build")
-    x = _inputs(config, job.tokens).to(device, dtype)
+    x = _inputs(config, tokens).to(device, dtype)
     fused = config.baseline.fused if spec is None or spec.fused is None else spec.fused
-    dense = _with_baseline(build_host(config, job.tokens), fused).to(device, dtype)
+    dense = _with_baseline(build_host(config, tokens), fused).to(device, dtype)
     layers = attention_paths(dense)
     more: dict[str, Any] = {}
     if config.cost.equal_parameters and spec is not None:
         more = classify.equal_parameters(
-            lambda more: build_host(config, job.tokens, more),
-            lambda more: _swapped(build_host(config, job.tokens, more), spec, config.seed),
+            lambda more: build_host(config, tokens, more),
+            lambda more: _swapped(build_host(config, tokens, more), spec, config.seed),
             spec.label,
         )
-    candidate = _swapped(build_host(config, job.tokens, more), spec, config.seed).to(device, dtype)
-    shapes = _shapes(dense, layers, x, job.tokens)
+    candidate = _swapped(build_host(config, tokens, more), spec, config.seed).to(device, dtype)
+    shapes = _shapes(dense, layers, x, tokens)
     with torch.inference_mode():
         say("gate")
-        checks = _Checks(config, job.tokens, spec, layers, shapes, x)
+        checks = _Checks(config, tokens, spec, layers, shapes, x)
         gate, baseline_gate, traced, traced_dense = checks.run(candidate, dense)
-        outcome = Outcome(
+        result = Result(
             status="ok",
             shapes=shapes,
             gate=gate,
@@ -82,14 +65,14 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         )
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
-                return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+                return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
     if config.cost.gradient:
         gate = _gradient_gate(candidate, layers[0], x, checks.tolerance)
         baseline_gate = _gradient_gate(dense, layers[0], x, checks.tolerance)
-        outcome = outcome.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
+        result = result.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
-                return outcome.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+                return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
     timed, timed_dense = _timed(config, candidate, layers[0], x), _timed(config, dense, layers[0], x)
     with torch.inference_mode(not config.cost.gradient):
         if config.cost.of == "layer" or config.cost.gradient:
@@ -122,18 +105,14 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         freed_memory_kept=config.cost.keep_freed_memory,
         attention_share=share,
     )
-    return outcome.model_copy(update={"cost": cost})
+    return Result(**{**dict(result), "costs": {"training" if config.cost.gradient else "forward": cost}})
 
 
-def measure_quality(job: Job, say: Say) -> Outcome:
-    """Train once a seed and test on the held-out images."""
-    config, spec, quality = job.config, job.spec, job.config.quality
-    if quality is None:
-        raise AttnZooError("this config measures no quality")
-    set_threads(quality.threads)
-    images = classify.load_images(
-        quality.dataset, Path(job.data), train_images=quality.train_images, std=quality.input_std
-    )
+def measure_quality(config: SuiteConfig, spec: AttentionConfig | None, data: str, say: Say) -> Result:
+    """Train once per seed and test on the held-out images, which lie in the folder `data`."""
+    quality = config.quality
+    assert quality is not None
+    images = classify.load_images(quality.dataset, Path(data), train_images=quality.train_images, std=quality.input_std)
     recipe = classify.Recipe(**quality.recipe.model_dump())
     trainings: list[Training] = []
     for seed in quality.seeds:
@@ -162,7 +141,7 @@ def measure_quality(job: Job, say: Say) -> Outcome:
 
         trained = classify.train(model, images, recipe, seed=seed, device=config.device, on_epoch=tell)
         if not all(map(math.isfinite, trained.epoch_losses)):
-            return Outcome(status="failed", message=f"seed {seed}: the training loss became {trained.epoch_losses[-1]}")
+            return Result(status="failed", message=f"seed {seed}: the training loss became {trained.epoch_losses[-1]}")
         correct = classify.count_correct(model, images, device=config.device)
         trainings.append(
             Training(
@@ -175,7 +154,7 @@ def measure_quality(job: Job, say: Say) -> Outcome:
                 parameters=sum(p.numel() for p in model.parameters()),
             )
         )
-    return Outcome(status="ok", trainings=tuple(trainings))
+    return Result(status="ok", quality=accuracy_of(quality, trainings))
 
 
 class _Checks:
@@ -183,7 +162,7 @@ class _Checks:
 
     def __init__(
         self,
-        config: BenchConfig,
+        config: SuiteConfig,
         tokens: int,
         spec: AttentionConfig | None,
         layers: list[str],
@@ -253,7 +232,7 @@ class _Checks:
         return found
 
 
-def build_host(config: BenchConfig, tokens: int, more: Mapping[str, Any] | None = None) -> nn.Module:
+def build_host(config: SuiteConfig, tokens: int, more: Mapping[str, Any] | None = None) -> nn.Module:
     """Build the host as the config says, with its own attention, in evaluation mode; the same weights every time.
 
     `more` are further options of the host.
@@ -270,13 +249,13 @@ def build_host(config: BenchConfig, tokens: int, more: Mapping[str, Any] | None 
     return _with_baseline(model, config.baseline.fused).eval()
 
 
-def _inputs(config: BenchConfig, tokens: int) -> Tensor:
+def _inputs(config: SuiteConfig, tokens: int) -> Tensor:
     side = math.isqrt(tokens) * config.host.patch_size
     generator = torch.Generator().manual_seed(config.seed)
     return torch.randn(config.cost.batch[tokens], config.host.channels, side, side, generator=generator)
 
 
-def _timed(config: BenchConfig, model: nn.Module, path: str, x: Tensor) -> Callable[[], object]:
+def _timed(config: SuiteConfig, model: nn.Module, path: str, x: Tensor) -> Callable[[], object]:
     """One call as it is timed: of the model, or of its attention layer at `path`; with a backward if asked."""
     module, inputs = model, x
     if config.cost.of == "layer":
@@ -342,7 +321,7 @@ def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def _swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:
-    """Put the attention of `spec` into `model`; what it adds is initialised from `seed`."""
+    """Put the attention of `spec` into `model`; what it adds is initialized from `seed`."""
     if spec is None:
         return model
     torch.manual_seed(seed)

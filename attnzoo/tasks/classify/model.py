@@ -262,7 +262,7 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     problems, seen = _recipe_problems(config), set()
     for run in config.runs():

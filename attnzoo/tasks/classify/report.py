@@ -1,4 +1,4 @@
-"""The report of trained classifiers: accuracy and what a step costs, how they learnt, and the worst mistakes."""
+"""The report of trained classifiers: accuracy and what a step costs, how they learned, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from PIL import Image
 
-from attnzoo.bench import summary as words
+from attnzoo.bench import words
 from attnzoo.bench.html import Section, page, pictures, plots
-from attnzoo.bench.record import Quality, Record
+from attnzoo.bench.record import Record
 from attnzoo.errors import DataError
 from attnzoo.tables import Column, Table
 from attnzoo.tasks.classify import curves
 from attnzoo.tasks.classify.images import Splits
+from attnzoo.tasks.classify.quality import Accuracy
 from attnzoo.tasks.classify.score import Scored
 
 SHOWN_PIXELS = 96
@@ -25,8 +26,8 @@ HEAD = (Column("attention", code=True), "top-1 %", "each seed", "top-5 %", "cali
 COST = ("training step", "speed-up", "its memory")
 
 
-def rows(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> list[list[str]]:
-    """The table: a row an attention.
+def rows(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) -> list[list[str]]:
+    """The table: one row per attention.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ def rows(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> list[
     ]
 
 
-def _quality_cells(quality: Quality) -> list[str]:
+def _quality_cells(quality: Accuracy) -> list[str]:
     top1 = [100 * t.correct / t.images for t in quality.trainings]
     if len(top1) > 1:
         spread = f"{statistics.fmean(top1):.2f} ± {statistics.stdev(top1):.2f}"
@@ -79,7 +80,7 @@ def step_costs(records: Iterable[Record]) -> dict[str, Record]:
     return {record.label: record for record in found if record.tokens == fewest}
 
 
-def how_to_read(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> str:
+def how_to_read(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) -> str:
     """What the columns mean."""
     images = next(iter(qualities.values())).trainings[0].images
     said = (
@@ -95,20 +96,20 @@ def how_to_read(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -
     return said
 
 
-def results_table(qualities: Mapping[str, Quality], steps: Mapping[str, Record]) -> Table:
+def results_table(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) -> Table:
     """A row per attention; arguments as those of `rows`."""
     return Table(heading(steps), rows(qualities, steps))
 
 
 def markdown_table(records: Sequence[Record]) -> str:
     """The table in Markdown, from a file of records of cost and quality."""
-    qualities = {r.label: r.quality for r in records if r.kind == "quality" and isinstance(r.quality, Quality)}
+    qualities = {r.label: r.quality for r in records if r.kind == "quality" and isinstance(r.quality, Accuracy)}
     return results_table(qualities, step_costs(records)).markdown()
 
 
 def html_page(
     scored: Sequence[Scored],
-    qualities: Mapping[str, Quality],
+    qualities: Mapping[str, Accuracy],
     steps: Mapping[str, Record],
     splits: Splits,
     costs: Sequence[Path],

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from attnzoo import files
 from attnzoo.assets import sha256_of
+from attnzoo.bench.config import flat
 from attnzoo.bench.stats import wilson_interval
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import checkpoint
-from attnzoo.tasks.classify.config import ClassifyConfig, Run, flat, load_config
+from attnzoo.tasks.classify.config import ClassifyConfig, Run, load_config
 from attnzoo.tasks.classify.evaluate import has_top5
 from attnzoo.tasks.classify.images import Splits, open_splits
 from attnzoo.tasks.classify.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
@@ -128,7 +129,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         "top-5",
         "test loss",
         "parameters",
-        "ms a step, p50",
+        "ms per step, p50",
         "peak memory",
     ):
         shown.add_column(heading, justify="left" if heading == "attention" else "right")

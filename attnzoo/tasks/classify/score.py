@@ -1,6 +1,6 @@
 """Evaluation of a config's trained runs: quality of all seeds, cost beside the dense model, and the worst mistakes.
 
-Quality and cost go into the benchmark's own records, so that its tables and pages take them.
+Accuracy and cost go into the benchmark's own records, so that its tables and pages take them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ from torch.utils.data import IterableDataset
 
 from attnzoo import files
 from attnzoo.bench import run as bench
-from attnzoo.bench.config import AttentionConfig, BaselineConfig, BenchConfig, HostConfig
-from attnzoo.bench.config import CostConfig as BenchCost
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.environment import environment
-from attnzoo.bench.kept import against
-from attnzoo.bench.record import Quality, Record, RecordStore, Training
+from attnzoo.bench.record import RecordStore
 from attnzoo.bench.stats import wilson_interval
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import checkpoint
 from attnzoo.tasks.classify.config import ClassifyConfig, CostConfig, Run
+from attnzoo.tasks.classify.cost_config import BaselineConfig, HostConfig
+from attnzoo.tasks.classify.cost_config import CostConfig as BenchCost
 from attnzoo.tasks.classify.evaluate import evaluate, has_top5
 from attnzoo.tasks.classify.images import Splits, TestImages, TestStream, open_splits, transforms
 from attnzoo.tasks.classify.loop import FINAL, RESULT
 from attnzoo.tasks.classify.model import ABOUT, WEIGHTS, build, load_trained
+from attnzoo.tasks.classify.quality import Accuracy, Training
 from attnzoo.tasks.classify.run import RUN, changes, check_device, differences, facts
+from attnzoo.tasks.records import Record
+from attnzoo.tasks.suite import TASK, SuiteConfig
 
 FOLDER = "eval"
 MISTAKES = 24
@@ -153,7 +156,7 @@ def _trained(run: Run, known: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
+def quality_of(scored: list[Scored], dense: Accuracy | None) -> Accuracy:
     """Put the seeds of one attention together.
 
     Parameters
@@ -182,7 +185,7 @@ def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
     options = ", ".join(f"{key}={value}" for key, value in config.model.options.items())
     data = config.data.asset or config.data.name or "a folder of images"
     begun = "trained on" if config.model.pretrained or config.model.weights else "from scratch on"
-    quality = Quality(
+    quality = Accuracy(
         accuracy=correct / images,
         low=low,
         high=high,
@@ -196,12 +199,10 @@ def quality_of(scored: list[Scored], dense: Quality | None) -> Quality:
         top5=sum(s.counted["top5"] for s in scored) / images if has_top5(scored[0].classes) else None,
         calibration_error=sum(s.counted["calibration_error"] for s in scored) / len(scored),
     )
-    measured = quality if dense is None else against(quality, dense)
-    assert isinstance(measured, Quality)
-    return measured
+    return quality if dense is None else quality.against(dense)
 
 
-def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> BenchConfig:
+def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> SuiteConfig:
     """The benchmark that measures a cost of this config's models, with random weights.
 
     Raises
@@ -222,7 +223,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
         if tokens != ():
             attentions.append(spec_of_cost(spec, tokens))
     measured = {**cost.model_dump(exclude={"image_sizes", "batch"}), "tokens": counts, "batch": cost.batch}
-    return BenchConfig(
+    return SuiteConfig(
         name=f"{config.name}-{cost.name}",
         device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
         threads=config.threads,
@@ -231,7 +232,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Benc
             patch_size=patch,
             channels=config.data.channels,
             classes=classes,
-            # an initialisation may make the classifier zero, and what is zero everywhere passes no gate
+            # an initialization may make the classifier zero, and what is zero everywhere passes no gate
             options={k: v for k, v in config.model.options.items() if k not in ("patch_size", "weight_init")},
         ),
         baseline=BaselineConfig(label=config.baseline),
@@ -254,7 +255,7 @@ def by_label(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
     return found
 
 
-def qualities_of(config: ClassifyConfig, scored: Iterable[Scored]) -> dict[str, Quality]:
+def qualities_of(config: ClassifyConfig, scored: Iterable[Scored]) -> dict[str, Accuracy]:
     """The quality of each attention, as a ratio to the dense baseline's."""
     runs = by_label(scored)
     dense = quality_of(runs[config.baseline], None) if config.baseline in runs else None
@@ -272,9 +273,9 @@ def record_all(
     folders = []
     for cost in config.costs:
         measured = benchmark_of(config, cost, classes)
-        bench.run(measured, command, console)
+        bench.run(TASK, measured, command, console)
         folder = measured.folder
-        with RecordStore(folder, measured.hash) as store:
+        with RecordStore(folder, Record, measured.hash) as store:
             for label, quality in qualities.items():
                 record = _quality_record(config, measured, runs[label][0], quality, command)
                 old = store.records.get(record.key)
@@ -289,7 +290,7 @@ def record_all(
 
 
 def _quality_record(
-    config: ClassifyConfig, measured: BenchConfig, scored: Scored, quality: Quality, command: str
+    config: ClassifyConfig, measured: SuiteConfig, scored: Scored, quality: Accuracy, command: str
 ) -> Record:
     spec = scored.run.attention
     return Record(

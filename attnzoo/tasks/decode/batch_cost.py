@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.config import AttentionConfig
-from attnzoo.bench.jobs import attention_paths, gate_message
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.cost import attention_paths
+from attnzoo.bench.gate import gate_message
 from attnzoo.bench.measure import Interleaved, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers
 from attnzoo.bench.record import Gate, Memory

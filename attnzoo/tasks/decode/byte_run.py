@@ -1,4 +1,4 @@
-"""Train a small language model of bytes once an attention, and set each against the dense one: config, run, report."""
+"""Train a small language model of bytes once per attention, and set each against the dense one: config, run, report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
 from attnzoo import files
-from attnzoo.bench.config import AttentionConfig, refuse_expect
+from attnzoo.bench.attentions import AttentionConfig, refuse_expect
+from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
-from attnzoo.bench.strict import RunConfig, Section, Seed
+from attnzoo.bench.task import Task
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tables import Table
@@ -53,6 +54,7 @@ class RecipeConfig(Section):
 class TrainConfig(RunConfig):
     """What is trained on what, on the CPU."""
 
+    task: Literal["train_bytes"] = "train_bytes"
     device: Literal["cpu"] = "cpu"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
     seed: Seed = 0
@@ -81,7 +83,7 @@ class TrainConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         problems = []
@@ -187,6 +189,15 @@ def report(path: Path) -> str:
     axes.set_xlabel("steps")
     axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
-    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's color
     files.write(path.with_name(PLOT), picture)
     return table(path)
+
+
+def train_and_report(config: TrainConfig, command: str) -> int:
+    """Train what is not trained yet, and print the table."""
+    print(report(run(config)))
+    return 0
+
+
+TASK = Task(name="train_bytes", ref="attnzoo.tasks.decode.byte_run:TASK", config=TrainConfig, run=train_and_report)

@@ -7,15 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import (
+from attnzoo.bench.attentions import (
     AttentionConfig,
-    Dtype,
     attention_problems,
     language_problems,
     refuse_expect,
     refuse_vision_keys,
 )
-from attnzoo.bench.strict import RunConfig, Section, Seed, refuse_twins
+from attnzoo.bench.config import Dtype, RunConfig, Section, Seed, refuse_twins
 from attnzoo.tasks.decode.needles import KINDS, Kind
 
 DENSE = "dense"
@@ -79,6 +78,7 @@ class DecodeConfig(RunConfig):
     `threads` are those of each process. `attention` is transformers' own attention, which the dense model uses.
     """
 
+    task: Literal["decode"] = "decode"
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"

@@ -1,4 +1,4 @@
-"""What a child process does for a language model: one row of cost, or prose scored through one row's cache."""
+"""What is measured of a language model: the cost of prefill and decoding, or prose scored through the cache."""
 
 from __future__ import annotations
 
@@ -11,28 +11,21 @@ from torch import Tensor
 
 import attnzoo
 from attnzoo.bench import gate as gates
-from attnzoo.bench.config import AttentionConfig, LanguageConfig
-from attnzoo.bench.jobs import (
-    Job,
-    Outcome,
-    Say,
-    attention_paths,
-    gate_message,
-    guarded,
-    ratios_of,
-    set_threads,
-    side_of,
-)
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.cost import attention_paths, ratios_of, side_of
+from attnzoo.bench.gate import gate_message
 from attnzoo.bench.measure import Interleaved, clock_for, interleave, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Gate, Shapes
+from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, trace
-from attnzoo.errors import AttnZooError
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes, kv_bytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.registry import build_policy
+from attnzoo.tasks.decode.cost_config import LanguageConfig
 from attnzoo.tasks.decode.lm import largest, load_model, nll
+from attnzoo.tasks.decode.quality import perplexity_of
 from attnzoo.tasks.decode.timings import twin
 
 GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
@@ -40,40 +33,34 @@ CANARY_WINDOWS = 2
 NO_STEP_PEAK = "none"
 
 
-def cost_main(job: str, say: Say) -> str:
-    """Measure prefill and decoding of one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return guarded(measure_cost, job, say)
+def measure_cost(
+    language: LanguageConfig, spec: AttentionConfig | None, ids: Sequence[Sequence[int]], where: str, say: Say
+) -> Result:
+    """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn.
 
-
-def quality_main(job: str, say: Say) -> str:
-    """Score every window through one attention; takes a `Job` and gives an `Outcome`, both as JSON."""
-    return guarded(measure_quality, job, say)
-
-
-def measure_cost(job: Job, say: Say) -> Outcome:
-    """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn."""
-    language, device = _language(job), torch.device(job.config.device)
-    set_threads(job.config.threads)
+    `ids` are the prompts' tokens, `where` is the device.
+    """
+    device = torch.device(where)
     map_buffers()
     say("load")
     dense = _load(language, device)
     layers = attention_paths(dense)
-    candidate = swapped_twin(dense, job.spec)
-    prompts = torch.tensor(job.prompts, device=device)
+    candidate = swapped_twin(dense, spec)
+    prompts = torch.tensor(ids, device=device)
     shapes = _shapes(dense, layers, prompts)
     with torch.inference_mode():
         say("gate")
-        gate, baseline_gate = check(dense, layers, job.spec, prompts)
-        run, run_dense = Decoder(candidate, prompts, policy_of(job.spec)), Decoder(dense, prompts)
+        gate, baseline_gate = check(dense, layers, spec, prompts)
+        run, run_dense = Decoder(candidate, prompts, policy_of(spec)), Decoder(dense, prompts)
         traced, traced_dense = _traced(run), _traced(run_dense)
-        outcome = Outcome(
+        result = Result(
             status="ok",
             shapes=shapes,
             gate=run.bounded(gate),
             baseline_gate=baseline_gate,
             backends=tuple(sorted({*traced[0].backends, *traced[1].backends})),
         )
-        if failed := _failed(outcome):
+        if failed := _failed(result):
             return failed
         say("memory")
         steps = _step_peaks(run, run_dense, device)
@@ -83,8 +70,8 @@ def measure_cost(job: Job, say: Say) -> Outcome:
         reads = peak_memory(calls, device, warm=True, exact=False)  # a prefill takes seconds
         keep_buffers()
         prefills, tokens = _timed(run, run_dense, language, device, say)
-        outcome = outcome.model_copy(update={"gate": run.bounded(gate)})
-        if failed := _failed(outcome):
+        result = result.model_copy(update={"gate": run.bounded(gate)})
+        if failed := _failed(result):
             return failed
     models, batch = (candidate, dense), len(prompts)
     costs = [
@@ -94,22 +81,33 @@ def measure_cost(job: Job, say: Say) -> Outcome:
             (tokens, batch, (traced[1], traced_dense[1]), steps, (run.step_bytes, run_dense.step_bytes)),
         )
     ]
-    return outcome.model_copy(update={"cost": costs[0], "decode_cost": costs[1]})
+    return Result(**{**dict(result), "costs": {"prefill": costs[0], "decode": costs[1]}})
 
 
-def measure_quality(job: Job, say: Say) -> Outcome:
-    """Score every window; for the dense baseline also the first few with the canary's attention."""
-    language = _language(job)
-    set_threads(language.quality.threads)
+def measure_quality(
+    language: LanguageConfig, spec: AttentionConfig | None, windows: Sequence[Sequence[int]], where: str, say: Say
+) -> Result:
+    """Score every window on the device `where`; for the dense baseline also the first few with the canary's attention.
+
+    Dense has no quality where the canary is not far enough from it: what was scored then does not depend on the cache.
+    """
     say("load")
-    dense = _load(language, torch.device(job.config.device))
-    scores = _scores(swapped_twin(dense, job.spec), job.windows, say)
+    dense = _load(language, torch.device(where))
+    scores = _scores(swapped_twin(dense, spec), windows, say)
     canary: tuple[float, ...] = ()
-    if job.attention is None:
-        canary = _scores(swapped_twin(dense, language.quality.canary), job.windows[:CANARY_WINDOWS], say)
+    if spec is None:
+        canary = _scores(swapped_twin(dense, language.quality.canary), windows[:CANARY_WINDOWS], say)
     if not all(map(math.isfinite, (*scores, *canary))):
-        return Outcome(status="failed", message=f"the NLL of a window is not finite: {scores} {canary}")
-    return Outcome(status="ok", nll=scores, canary_nll=canary)
+        return Result(status="failed", message=f"the NLL of a window is not finite: {scores} {canary}")
+    quality = perplexity_of(language, scores, canary)
+    if quality.canary is not None and not quality.canary.passed:
+        found = quality.canary
+        message = (
+            f"the canary ({found.label}) is {found.above_dense:.3f} nats per token above dense, must be at least "
+            f"{found.at_least:g}: what was scored does not depend on the cache"
+        )
+        return Result(status="failed", message=message)
+    return Result(status="ok", quality=quality)
 
 
 def swapped_twin(dense: Any, spec: AttentionConfig | None) -> Any:
@@ -288,11 +286,11 @@ def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor
     return found
 
 
-def _failed(outcome: Outcome) -> Outcome | None:
-    """Give the outcome as failed where a gate did not pass."""
-    for name, gate in (("gate", outcome.gate), ("the baseline's gate", outcome.baseline_gate)):
+def _failed(result: Result) -> Result | None:
+    """Give the result as failed where a gate did not pass."""
+    for name, gate in (("gate", result.gate), ("the baseline's gate", result.baseline_gate)):
         if gate is not None and not gate.passed:
-            return outcome.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
+            return result.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
     return None
 
 
@@ -302,12 +300,6 @@ def _load(language: LanguageConfig, device: torch.device) -> Any:
 
     logging.disable_progress_bar()
     return load_model(language.model, dtype=getattr(torch, language.dtype), device=device)
-
-
-def _language(job: Job) -> LanguageConfig:
-    if job.config.language is None:
-        raise AttnZooError("this config has no language model")
-    return job.config.language
 
 
 def _shapes(model: Any, layers: Sequence[str], prompts: Tensor) -> Shapes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import attnzoo
-from attnzoo.bench.config import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import needles
 from attnzoo.tasks.decode.config import DENSE, DecodeConfig
@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Samples:
-    """All inputs of a run; `prompts` are for timing, one a row of the largest batch."""
+    """All inputs of a run; `prompts` are for timing, one per row of the largest batch."""
 
     windows: tuple[Window, ...]
     retrieval: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)

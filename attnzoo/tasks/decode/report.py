@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from attnzoo.bench import summary as words
+from attnzoo.bench import words
 from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.tables import Cell, Column, Table, Verdict
 from attnzoo.tasks.decode.record import DecodeRecord, KindResult
@@ -21,7 +21,7 @@ def columns(records: Sequence[DecodeRecord]) -> list[str]:
     titles = ["perplexity", "NLL to dense (95%)", "cache held", "cache allocated"]
     titles += [KIND_TITLES[result.kind] + ", % (95%)" for result in records[0].retrieval]
     if all(record.cost is not None for record in records):
-        titles += ["first token", "speed-up", "a token", "speed-up", "peak memory"]
+        titles += ["TTFT", "speed-up", "TPOT", "speed-up", "peak memory"]
     return titles
 
 

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import attnzoo
 from attnzoo import files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.jsonl import append_line
 from attnzoo.errors import AttnZooError, ConfigError, RunError
 from attnzoo.extras import require
 from attnzoo.tasks.decode import canary, summary
@@ -112,7 +112,7 @@ def check(config: DecodeConfig) -> None:
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems: list[str] = []
@@ -303,7 +303,7 @@ def _summary(
     canaries: Sequence[CanaryResult],
     processes: int,
 ) -> list[DecodeRecord]:
-    return summary.summarise(
+    return summary.summarize(
         config,
         lines,
         command=command,

@@ -1,4 +1,4 @@
-"""From samples to one record a row: means, intervals and differences to dense, sample by sample."""
+"""From samples to one record per row: means, intervals and differences to dense, sample by sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CURVE_POINTS = 20
 Found = Mapping[tuple[str, str, int, str], SampleLine]
 
 
-def summarise(
+def summarize(
     config: DecodeConfig,
     lines: Iterable[SampleLine],
     *,

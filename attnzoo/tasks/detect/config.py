@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import assets, files
-from attnzoo.bench.config import attention_problems, vision_problems
-from attnzoo.bench.strict import parse_override
+from attnzoo.bench.attentions import attention_problems, vision_problems
+from attnzoo.bench.config import parse_override
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.detect import check, mmcv_ext
 

@@ -20,13 +20,14 @@ import torch
 
 from attnzoo import assets, files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.kept import against
-from attnzoo.bench.record import Detecting, Detection, Record, RecordStore
+from attnzoo.bench.record import RecordStore
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.detect import cost as costs
 from attnzoo.tasks.detect import score
 from attnzoo.tasks.detect.config import prepare
+from attnzoo.tasks.detect.quality import Detecting, Detection
 from attnzoo.tasks.detect.run import FITTED, changes, is_main
+from attnzoo.tasks.records import Record
 
 FOLDER = "eval"
 RUN = "scores.json"
@@ -125,9 +126,10 @@ def qualities(runs: Sequence[Run]) -> dict[str, Detection]:
     base = None if dense is None else found[dense]
     done: dict[str, Detection] = {}
     for label, one in found.items():
-        compared = one.model_copy(update={"ratio": 1.0}) if label == dense else against(one, base)
-        assert isinstance(compared, Detection)
-        done[label] = compared
+        if base is None:
+            done[label] = one
+        else:
+            done[label] = one.model_copy(update={"ratio": 1.0}) if label == dense else one.against(base)
     return done
 
 
@@ -234,7 +236,7 @@ def hash_of(configs: Sequence[Any]) -> str:
 
 def keep(folder: Path, records: Sequence[Record]) -> None:
     """Put records into a folder, in the place of those of an earlier evaluation."""
-    with RecordStore(folder, records[0].config_hash, fresh=True) as store:
+    with RecordStore(folder, Record, records[0].config_hash, fresh=True) as store:
         for record in records:
             store.append(record)
 

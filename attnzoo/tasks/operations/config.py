@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype
-from attnzoo.bench.strict import RunConfig, Section, Seed
+from attnzoo.bench.config import Dtype, RunConfig, Section, Seed
 
 
 class PairCase(Section):
@@ -26,7 +25,7 @@ class PairCase(Section):
 
 
 class ChainCase(Section):
-    """Sums of products of two, with a weight a channel and a bias: PADRe's products."""
+    """Sums of products of two, with one weight per channel and a bias: PADRe's products."""
 
     op: Literal["chain"]
     products: PositiveInt = 1
@@ -99,6 +98,7 @@ class OperationsConfig(RunConfig):
     baselines of the operations.
     """
 
+    task: Literal["operations"] = "operations"
     seed: Seed = 0
     dtype: Dtype = "bfloat16"
     width: PositiveInt = 384

@@ -1,101 +1,47 @@
-"""Measure a config's operations, one after another, each line on disk before the next begins."""
+"""Measure one operation beside PyTorch's own ways of doing the same work: gate first, then all in turn."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from attnzoo import files
 from attnzoo.bench import gate as gates
-from attnzoo.bench.environment import environment
-from attnzoo.bench.jobs import gate_message, is_out_of_memory, set_threads
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.gate import gate_message
+from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import Clock, clock_for, quantiles
-from attnzoo.bench.record import CONFIG_FILE, FINAL, RECORDS_FILE, Gate
-from attnzoo.bench.summary import one_line
-from attnzoo.errors import ConfigError
-from attnzoo.extras import require
+from attnzoo.bench.record import Gate
+from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.bench.words import one_line
 from attnzoo.kernels.dispatch import record_paths
 from attnzoo.tasks.operations.cases import Function, Work, work
 from attnzoo.tasks.operations.config import OperationsConfig
-from attnzoo.tasks.operations.record import Ceilings, OperationRecord, Rival, read_records
+from attnzoo.tasks.operations.record import Ceilings, OperationCost, Rival
 
 COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}
 MULTIPLIED = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 WARMUP = 3
 
 
-def run(config: OperationsConfig, command: str, console: Console | None = None) -> Path:
-    """Measure what the config's folder does not hold yet, and give the records' file.
-
-    Raises
-    ------
-    ConfigError
-        If the device is not there, or the folder holds records of another config.
-    """
-    require("matplotlib")
-    config.check_folder()
-    console = console or Console(stderr=True)
+def measure(config: OperationsConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    """Measure the operation that `cell` asks for."""
+    case = config.operations[cell.asks["operation"]]
     device = torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
-    set_threads(config.threads)
-    with files.locked(config.folder):
-        path = config.folder / RECORDS_FILE
-        if config.fresh and path.exists():
-            os.replace(path, path.with_name("records.old.jsonl"))
-        held = read_records(path, mend=True) if path.exists() else []
-        if any(record.config_hash != config.hash for record in held):
-            raise ConfigError(
-                f"{config.folder} holds records of another config. Give another folder with output=PATH, or set them "
-                "aside with fresh=true."
-            )
-        (config.folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-        done = {record.label for record in held if record.status in FINAL}
-        todo = [case for case in config.operations if case.label not in done]
-        if done:
-            console.print(f"{len(done)} operations of an earlier run are kept, {len(todo)} to measure", highlight=False)
-        where = environment(config.device, config.threads)
-        ceilings = _ceilings(config, device) if todo else None
-        for case in track(todo, "operations", console=console):
-            start = time.monotonic()
-            torch.compiler.reset()  # or rivals of later cases would run by what was compiled for earlier shapes
-            found = _measured(config, work(config, case), device, ceilings)
-            append_line(
-                path,
-                OperationRecord(
-                    config_hash=config.hash,
-                    benchmark=config.name,
-                    command=command,
-                    label=case.label,
-                    case=case.model_dump(mode="json"),
-                    utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                    seconds=round(time.monotonic() - start, 3),
-                    environment=where,
-                    dtype=config.dtype,
-                    **found,
-                ),
-            )
-            why = f": {one_line(found['message'])}" if found["message"] else ""
-            console.print(f"{case.label}: {found['status']}{why}", highlight=False, markup=False, soft_wrap=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    return path
+    torch.compiler.reset()  # or rivals of later cases would run by what was compiled for earlier shapes
+    say("gate and times")
+    result = _measured(config, work(config, case), device, Ceilings.model_validate(given["ceilings"]))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
 
 
-def _ceilings(config: OperationsConfig, device: torch.device) -> Ceilings:
-    """Copy a large tensor and multiply large matrices, as often as a case is run."""
+def ceilings(config: OperationsConfig) -> Ceilings:
+    """What the device reaches: copy a large tensor and multiply large matrices, as often as a case is run."""
+    device = torch.device(config.device)
     clock, dtype = clock_for(device), getattr(torch, config.dtype)
     source = torch.randn(COPIED_BYTES[device.type] // 2, device=device, dtype=torch.float16)
     target = torch.empty_like(source)
@@ -111,27 +57,23 @@ def _ceilings(config: OperationsConfig, device: torch.device) -> Ceilings:
     )
 
 
-def _measured(config: OperationsConfig, task: Work, device: torch.device, ceilings: Ceilings | None) -> dict[str, Any]:
-    """All of a record that is found by running: gate first, then times of the operation and its rivals in turn."""
-    found: dict[str, Any] = {
-        "status": "failed", "message": "", "paths": {}, "gate": None, "graph": False, "sets": 0, "latency_ms": None,
-        "rivals": (), "fastest": None, "speedup": None, "bytes": task.bytes, "flops": task.flops,
-        "ceilings": ceilings, "share_of_bandwidth": None, "share_of_arithmetic": None,
-    }  # fmt: skip
+def _measured(config: OperationsConfig, task: Work, device: torch.device, limits: Ceilings) -> Result:
+    """Gate first, then times of the operation and its rivals in turn."""
+    known: dict[str, Any] = {}
     try:
         dtype = getattr(torch, config.dtype)
         for module in task.modules:
             module.to(device, None if module is task.oracle else dtype)
         sets = _inputs(config, task, device, dtype)
-        found["sets"] = len(sets)
         with torch.inference_mode() if not task.backward else nullcontext():
-            found["gate"], found["paths"] = _gate(task, sets[0])
-            if not found["gate"].passed:
-                return {**found, "message": gate_message("gate", found["gate"])}
-            return {**found, **_times(config, task, sets, device, ceilings)}
+            known["gate"], known["backends"] = _gate(task, sets[0])
+            if not known["gate"].passed:
+                return Result(status="failed", message=gate_message("gate", known["gate"]), **known)
+            cost = _times(config, task, sets, device, limits)
+        return Result(status="ok", costs={"training" if task.backward else "forward": cost}, **known)
     except Exception as error:  # of Triton's, of the compiler's: the next case may still run
-        status = "oom" if is_out_of_memory(error) else "failed"
-        return {**found, "status": status, "message": f"{type(error).__name__}: {error}"}
+        status: Any = "oom" if is_out_of_memory(error) else "failed"
+        return Result(status=status, message=f"{type(error).__name__}: {error}", **known)
 
 
 def _inputs(config: OperationsConfig, task: Work, device: torch.device, dtype: torch.dtype) -> list[list[Tensor]]:
@@ -145,15 +87,15 @@ def _inputs(config: OperationsConfig, task: Work, device: torch.device, dtype: t
     return sets
 
 
-def _gate(task: Work, inputs: Sequence[Tensor]) -> tuple[Gate, dict[str, int]]:
-    """Compare outputs, and gradients where there is a backward, with the oracle in float64."""
+def _gate(task: Work, inputs: Sequence[Tensor]) -> tuple[Gate, tuple[str, ...]]:
+    """Compare outputs, and gradients where there are any, with the oracle in float64; give the paths taken, too."""
     some = [x.detach()[: task.checked] if x.dim() > 1 else x.detach() for x in inputs]
     with record_paths() as paths:
         got = _all_of(task.run, some, task.backward)
     expected = _all_of(task.oracle, [x.double() for x in some], task.backward)
     tolerance = gates.TOLERANCE[inputs[0].dtype]
     gate = gates.compare(got, expected, "the definition in float64", tolerance)
-    return gate, {f"{op}: {path}": count for (op, path), count in Counter(paths).items()}
+    return gate, tuple(f"{op}: {path}" for op, path in Counter(paths))
 
 
 def _all_of(function: Function, inputs: Sequence[Tensor], backward: bool) -> dict[str, Tensor]:
@@ -176,8 +118,8 @@ def _last_eighth(x: Tensor, dim: int) -> Tensor:
 
 
 def _times(
-    config: OperationsConfig, task: Work, sets: list[list[Tensor]], device: torch.device, ceilings: Ceilings | None
-) -> dict[str, Any]:
+    config: OperationsConfig, task: Work, sets: list[list[Tensor]], device: torch.device, limits: Ceilings
+) -> OperationCost:
     own, graph = _round(task.run, task, sets, device)
     rounds, rivals, names, graphs = [own], [], [], []
     for name, function in task.rivals.items():
@@ -199,21 +141,25 @@ def _times(
     alike = best is not None and graphs[best] == graph
     seconds = latency.p50 / 1e3
     shares: dict[str, Any] = {}
-    if ceilings is not None and not task.backward:
-        shares["share_of_bandwidth"] = task.bytes / seconds / ceilings.bytes_per_second
+    if not task.backward:
+        shares["share_of_bandwidth"] = task.bytes / seconds / limits.bytes_per_second
         if task.flops is not None:
-            shares["share_of_arithmetic"] = task.flops / seconds / ceilings.flops_per_second
-    return {
-        "status": "ok",
-        "graph": graph,
-        "latency_ms": latency,
-        "rivals": (*measured, *rivals),
-        "fastest": None if best is None else names[best],
-        "speedup": None
-        if best is None or not alike
-        else quantiles([b / a for a, b in zip(times[0], times[best + 1], strict=True)]),
+            shares["share_of_arithmetic"] = task.flops / seconds / limits.flops_per_second
+    speedup = None
+    if best is not None and alike:
+        speedup = quantiles([b / a for a, b in zip(times[0], times[best + 1], strict=True)])
+    return OperationCost(
+        latency_ms=latency,
+        graph=graph,
+        sets=len(sets),
+        rivals=(*measured, *rivals),
+        fastest=None if best is None else names[best],
+        speedup=speedup,
+        bytes=task.bytes,
+        flops=task.flops,
+        ceilings=limits,
         **shares,
-    }
+    )
 
 
 def _round(

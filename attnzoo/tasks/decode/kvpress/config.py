@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype
+from attnzoo.bench.config import Dtype, RunConfig, Section, Seed
 from attnzoo.bench.record import Entry
-from attnzoo.bench.strict import RunConfig, Section, Seed
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import build_policy, describe
 
@@ -58,6 +57,7 @@ class Policy(Section):
 class Comparison(RunConfig):
     """The config; kvpress is compared with on the CPU."""
 
+    task: Literal["kvpress"] = "kvpress"
     device: Literal["cpu"] = "cpu"
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"

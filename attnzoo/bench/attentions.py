@@ -1,0 +1,121 @@
+"""Attentions as configs name them, and the registry's say on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from attnzoo.bench.config import Section, drop_defaults
+from attnzoo.errors import AttnZooError, OptionError
+
+
+class AttentionConfig(Section):
+    """One attention of the zoo: its registered name, its options and how tables call it.
+
+    `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
+    `tokens` are the token counts at which its cost is measured; all by default. `expect` says how it should end: a row
+    that is unsupported makes the benchmark exit with 1, unless that is expected.
+    """
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    label: Annotated[str, Field(min_length=1)] = ""
+    expect: Literal["ok", "unsupported"] = "ok"
+    fused: bool | None = None
+    tokens: tuple[PositiveInt, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
+        if isinstance(data, Mapping) and isinstance(data.get("name"), str) and data.get("label") is None:
+            options = data.get("options") or {}
+            listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
+            data = {**data, "label": " ".join([data["name"], *listed])}
+        return data
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_is_expected(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = dump(self)
+        drop_defaults(content, {"expect": "ok"})
+        return content
+
+
+def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
+    for index, attention in enumerate(attentions):
+        for key in ("fused", "tokens"):
+            if getattr(attention, key) is not None:
+                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+
+
+def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention says `expect`, and the task refuses what is unsupported before any work."""
+    for index, attention in enumerate(attentions):
+        if attention.expect != "ok":
+            raise ValueError(f"attentions.{index}.expect has no meaning here: what is unsupported is refused at once")
+
+
+_Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
+
+
+def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
+    """Ask the registry for every attention named, even where the rest of the config is wrong."""
+    import attnzoo
+
+    problems: list[str] = []
+    for index, entry in enumerate(attentions if isinstance(attentions, (list, tuple)) else []):
+        entry = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            continue
+        here = f"{where}.{index}" if where.endswith("attentions") else where
+        try:
+            info = attnzoo.describe(entry["name"])
+        except AttnZooError as error:
+            problems.append(f"{here}.name: {error}")
+            continue
+        options = entry.get("options") or {}
+        problems += ask(info, options if isinstance(options, Mapping) else {}, here)
+    return problems
+
+
+def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
+    if info.kind == "eviction":
+        return [
+            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
+            "under language.attentions of a benchmark"
+        ]
+    unknown: list[str] = []
+    for option in options:
+        try:
+            info.check_options([option])
+        except AttnZooError as error:
+            unknown.append(f"{where}.options.{option}: {error}")
+    if unknown:
+        return unknown
+    import attnzoo
+
+    try:
+        attnzoo.create_attention(info.name, 64, 4, **options)
+    except OptionError as error:
+        return [f"{where}.options: {error}"]
+    except AttnZooError:
+        return []  # a matter of this trial's width, not of the option
+    return []
+
+
+def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A mixer, or the first option that the method refuses."""
+    from attnzoo.registry import build_core, build_policy
+
+    if info.kind == "mixer":
+        return [f"{where}.name: {info.name!r} is a mixer, which cannot stand in a trained language model"]
+    try:
+        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
+    except AttnZooError as error:
+        return [f"{where}.options: {error}"]
+    return []

@@ -1,0 +1,68 @@
+"""What a reader gets of any task's records: the table on the terminal, the page, and the README's part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from attnzoo import files
+from attnzoo.bench.page import html_page
+from attnzoo.bench.readme import read_marked, rewrite_readme
+from attnzoo.bench.record import RECORDS_FILE, Envelope
+from attnzoo.bench.report import print_report
+from attnzoo.bench.task import Task
+from attnzoo.errors import ConfigError
+from attnzoo.tables import Table
+
+
+def publish(task: Task, records: Sequence[Envelope], path: Path, console: Console, readme: Path | None = None) -> Path:
+    """Print the table and write the page; give the page's path.
+
+    Parameters
+    ----------
+    task
+        That measured the records.
+    records, path
+        The records and their file: the page is ``report.html`` in a run's folder, else of the file's name beside it.
+    console
+        Where the table goes.
+    readme
+        A Markdown file whose part between the markers is rewritten, too.
+
+    Raises
+    ------
+    ConfigError
+        If the README cannot have a table of this task.
+    AttnZooError
+        If there is no record, or the README has no markers.
+    """
+    if readme is not None:
+        if task.columns is not None:
+            raise ConfigError(f"--readme is for tables of attentions; one of {task.name} has its own columns")
+        read_marked(readme)  # rather before the page is written
+    config = path.with_suffix(".yaml")
+    content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None)
+    page = path.with_name("report.html" if path.name == RECORDS_FILE else f"{path.stem}.html")
+    files.write(page, content)
+    print_report(records, console, _own_table(task, records))
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    if readme is not None:
+        rewrite_readme(readme, records)
+        console.print(f"rewritten: {readme}", highlight=False, soft_wrap=True)
+    return page
+
+
+def page_of(task: Task, records: Sequence[Envelope], config: str | None = None) -> str:
+    """Give the page of a task's records; `config`, as text, is shown at its end."""
+    more: dict[str, Any] = {"sections": task.sections(records), "drawn": task.plots(records)}
+    table = _own_table(task, records)
+    if table is not None:
+        more |= {"table": table, "how_to_read": task.how_to_read}
+    return html_page(records, config, **more)
+
+
+def _own_table(task: Task, records: Sequence[Envelope]) -> Table | None:
+    return None if task.columns is None else task.columns(records)

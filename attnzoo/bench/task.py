@@ -1,0 +1,171 @@
+"""What a task is to the engine: data and functions, named by one lazy line in `attnzoo.tasks`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from attnzoo.bench.config import RunConfig
+from attnzoo.bench.html import Section
+from attnzoo.bench.record import Count, Entry, Envelope, Gate, Key, Phase, Record, Shapes, Status
+from attnzoo.tables import Table
+
+Say = Callable[[str], None]
+
+
+class Cell(Entry):
+    """One piece of work: an attention's cost at one workload, or its quality.
+
+    Attributes
+    ----------
+    part, kind, label, tokens, phases
+        What makes its row: see `Record`. A cell gives a record per phase.
+    attention, options, is_baseline, host, dtype, scope
+        As in its records.
+    depends_on
+        All that its figures depend on, as plain data: a record of an earlier run is kept where this is the same.
+    asks
+        What the task's own `measure` wants to know besides, as plain data.
+    stage
+        What the progress bar calls work of this kind; stages come one after another.
+    timeout
+        Seconds after which it is ended; only of an isolated cell.
+    threads
+        Of PyTorch; None leaves its own choice.
+    workers
+        How many cells of its stage may run at a time.
+    isolated
+        Whether it runs in a process of its own.
+    needs_baseline
+        Whether it means nothing unless the quality of its part's dense baseline could be measured.
+    weight
+        A guess at the time it takes, in arbitrary units, for the time left.
+    """
+
+    part: str
+    kind: Literal["cost", "quality"]
+    label: str
+    tokens: Count = 0
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = ("forward",)
+    attention: str | None
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    is_baseline: bool
+    host: str
+    dtype: str
+    scope: Literal["model", "layer"] = "model"
+    depends_on: Mapping[str, Any]
+    asks: Mapping[str, Any] = Field(default_factory=dict)
+    stage: str
+    timeout: PositiveFloat = 600.0
+    threads: PositiveInt | None = None
+    workers: PositiveInt = 1
+    isolated: bool = True
+    needs_baseline: bool = False
+    weight: PositiveFloat = 1.0
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of its records."""
+        return [(self.part, self.kind, phase, self.label, self.tokens) for phase in self.phases]
+
+    @property
+    def measured(self) -> str:
+        """16 hex digits over `depends_on`."""
+        return hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def title(self) -> str:
+        """What is measured, in words."""
+        return f"{self.label} at {self.tokens:,} tokens" if self.tokens else self.label
+
+
+class Result(Entry):
+    """What a cell gave; what it did not get to is empty.
+
+    `costs` are by phase. Nothing that has a cost can be made without the gates that it passed in the same process.
+    """
+
+    status: Status
+    message: str = ""
+    shapes: Shapes | None = None
+    gate: Gate | None = None
+    baseline_gate: Gate | None = None
+    backends: tuple[str, ...] = ()
+    costs: Mapping[str, Any] = Field(default_factory=dict)
+    quality: Any = None
+
+    @model_validator(mode="after")
+    def _gate_before_clock(self) -> Self:
+        if not self.costs:
+            return self
+        for name, gate in (("gate", self.gate), ("the baseline's gate", self.baseline_gate)):
+            if gate is None and name == "gate":
+                raise ValueError("a cost without a gate: nothing may be timed before it was compared with its oracle")
+            if gate is not None and not gate.passed:
+                raise ValueError(f"a cost although {name} did not pass")
+        return self
+
+
+def _nothing(config: Any, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    raise NotImplementedError("this task measures no cells")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes
+    ----------
+    name
+        As `attnzoo.tasks` and configs call it.
+    ref
+        Where it is, as ``module:NAME``, for the processes that do its work.
+    config
+        The class of its configs.
+    run
+        Given the config and the command, runs it all, reports, and gives the exit status: for a task whose loop a
+        library owns, or several processes share. `plan` and what follows are then not asked.
+    plan
+        Gives a config's cells in the order of measurement. A part's dense baseline comes first.
+    measure
+        Does a cell, given the config, the cell, what `prepare` gave and a function to say how far it is.
+    prepare
+        Given the config and the cells to do, gives plain data that all of them share; before any work.
+    check
+        Finds what the schema cannot; raises `ConfigError`.
+    record
+        The class of its records.
+    preload
+        Gives the modules that its processes need, to be imported once for all.
+    expected
+        Gives part and label of the rows that the config expects to be unsupported.
+    columns
+        Gives the table of cost in place of the engine's own, for a task whose `record` has another cost.
+    how_to_read
+        What the columns of that table mean.
+    plots
+        Gives captions and pictures (SVG) to be shown after the engine's own.
+    sections
+        Gives further parts of the page.
+    """
+
+    name: str
+    ref: str
+    config: type[RunConfig]
+    plan: Callable[[Any], Sequence[Cell]] = lambda config: ()
+    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result] = _nothing
+    run: Callable[[Any, str], int] | None = None
+    prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
+    check: Callable[[Any], None] = lambda config: None
+    record: type[Envelope] = Record
+    preload: Callable[[Any], Sequence[str]] = lambda config: ()
+    expected: Callable[[Any], set[tuple[str, str]]] = lambda config: set()
+    columns: Callable[[Sequence[Any]], Table] | None = None
+    how_to_read: str = ""
+    plots: Callable[[Sequence[Any]], Sequence[tuple[str, str]]] = lambda records: ()
+    sections: Callable[[Sequence[Any]], Sequence[Section | None]] = lambda records: ()

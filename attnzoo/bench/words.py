@@ -1,0 +1,134 @@
+"""Figures in words, and better told from worse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from attnzoo.bench.record import Quality, Quantiles, Record
+from attnzoo.tables import Verdict
+
+SAME = 0.01  # ratios nearer to 1 than this are called the same
+SAME_MEMORY = 0.05
+SAME_MEMORY_BYTES = 256 * 1024  # the kernel counts the resident set of each CPU in batches
+
+
+def milliseconds(q: Quantiles) -> str:
+    """A latency and its spread: ``12.3 (12.1-12.9)``."""
+    return f"{figures(q.p50)} ({figures(q.p20)}-{figures(q.p80)})"
+
+
+def times(q: Quantiles) -> str:
+    """A speed-up and its spread: ``1.52x (1.49-1.55)``."""
+    return f"{q.p50:.2f}x ({q.p20:.2f}-{q.p80:.2f})"
+
+
+def ratio(value: float | None) -> str:
+    """A ratio to the dense baseline, or a dash where there is none."""
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def absolute(quality: Quality | None) -> str:
+    """A quality's figure with its interval, or a dash where there is none."""
+    return "-" if quality is None else quality.figure
+
+
+def kept(quality: Quality | None) -> str:
+    """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``."""
+    if quality is None or quality.ratio_low is None or quality.ratio_high is None:
+        return ratio(None if quality is None else quality.ratio)
+    return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"
+
+
+def cache(record: Record) -> str:
+    """Bytes of the cache against dense, held and allocated: ``0.27x / 0.31x``; a dash where there is no cache."""
+    ratios = None if record.cost is None else record.cost.ratios
+    if ratios is None or ratios.cache_held is None:
+        return "-"
+    return f"{ratio(ratios.cache_held)} / {ratio(ratios.cache_allocated)}"
+
+
+def noise(rows: Iterable[Record]) -> Quantiles | None:
+    """The speed-up of dense over a second copy of itself, where it was measured: what is not a difference."""
+    return next((row.cost.ratios.speedup for row in rows if row.is_baseline and row.cost is not None), None)
+
+
+def speed_verdict(q: Quantiles, still: Quantiles | None = None) -> Verdict:
+    """Faster or slower only where the whole spread is on one side of 1, and of the `noise` (`still`)."""
+    high = max(1 + SAME, still.p80 if still else 1.0)
+    low = min(1 - SAME, still.p20 if still else 1.0)
+    if q.p20 > high:
+        return "better"
+    return "worse" if q.p80 < low else "same"
+
+
+def need_verdict(value: float | None) -> Verdict:
+    """Judge a ratio of something of which less is better."""
+    if value is None or abs(value - 1) <= SAME:
+        return "same"
+    return "better" if value < 1 else "worse"
+
+
+def quality_verdict(quality: Quality | None, dense: Quality | None) -> Verdict:
+    """Better or worse only where the ratio's interval leaves 1 out or, where it has none, the two intervals differ."""
+    if quality is None or dense is None:
+        return "same"
+    if quality.ratio_low is not None and quality.ratio_high is not None:
+        low, high = quality.ratio_low, quality.ratio_high
+        return "better" if low > 1 else "worse" if high < 1 else "same"
+    own, other = quality.interval, dense.interval
+    if own is None or other is None:
+        return "same"
+    if own[0] > other[1]:
+        return "better"
+    return "worse" if own[1] < other[0] else "same"
+
+
+def activation_ratio(record: Record) -> float | None:
+    """Peak memory against the dense baseline: of the resident set, or of the allocator where that is not known."""
+    if record.cost is None:
+        return None
+    ratios = record.cost.ratios
+    return ratios.activation_peak if ratios.activation_peak is not None else ratios.allocator_peak
+
+
+def size(record: Record) -> int | None:
+    """Parameters of what was timed: of the whole model, or of its attention layers where one was timed alone."""
+    if record.cost is None:
+        return None
+    side = record.cost.candidate
+    return side.attention_parameters if record.scope == "layer" else side.parameters
+
+
+def size_ratio(record: Record) -> float | None:
+    """Parameters of what was timed against the dense baseline's."""
+    if record.cost is None:
+        return None
+    ratios = record.cost.ratios
+    return ratios.attention_parameters if record.scope == "layer" else ratios.parameters
+
+
+def memory_verdict(record: Record) -> Verdict:
+    """More or less only where it is more than the kernel's own inexactness."""
+    value = activation_ratio(record)
+    if record.cost is None or value is None:
+        return "same"
+    memory = record.cost.candidate.memory
+    held = memory.activation_peak_bytes if memory.activation_peak_bytes is not None else memory.allocator_peak_bytes
+    dense = record.cost.baseline.memory
+    other = dense.activation_peak_bytes if memory.activation_peak_bytes is not None else dense.allocator_peak_bytes
+    apart = None if held is None or other is None else abs(held - other)
+    near = abs(value - 1) <= SAME_MEMORY or (apart is not None and apart <= SAME_MEMORY_BYTES)
+    return "same" if near else need_verdict(value)
+
+
+def one_line(text: str, limit: int = 600) -> str:
+    """A message on one line, not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def figures(value: float) -> str:
+    """About three figures, never in powers of ten."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,0 +1,107 @@
+"""What a suite measures of a language model, cell by cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.extras import require
+from attnzoo.tasks.decode import lm
+from attnzoo.tasks.decode import text as texts
+from attnzoo.tasks.decode.cost import measure_cost, measure_quality
+from attnzoo.tasks.decode.cost_config import LanguageConfig
+
+if TYPE_CHECKING:
+    from attnzoo.tasks.suite import SuiteConfig
+
+PART = "language"
+PRELOAD = ("attnzoo.tasks.suite", "transformers.models.llama.modeling_llama")
+
+
+def plan(config: SuiteConfig) -> list[Cell]:
+    """Quality of every attention, then its cost; the dense baseline first in each."""
+    language = config.language
+    assert language is not None
+    who: list[int | None] = [None, *range(len(language.attentions))]
+    return [_cell(config, language, index, kind) for kind in ("quality", "cost") for index in who]
+
+
+def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind: Any) -> Cell:
+    spec = None if index is None else language.attentions[index]
+    cost, quality = language.cost, language.quality
+    of_cost = kind == "cost"
+    part: Any = cost if of_cost else quality
+    where = {"threads": config.threads} if of_cost else {}
+    return Cell(
+        part=PART,
+        kind=kind,
+        label=language.baseline if spec is None else spec.label,
+        tokens=cost.prompt_tokens if of_cost else 0,
+        phases=("prefill", "decode") if of_cost else ("forward",),
+        attention=None if spec is None else spec.name,
+        options={} if spec is None else spec.options,
+        is_baseline=spec is None,
+        host=language.host,
+        dtype=language.dtype,
+        depends_on={
+            kind: part.model_dump(mode="json", exclude={"workers", "timeout_seconds"}),
+            "model": language.model,
+            "text": language.text,
+            "dtype": language.dtype,
+            "seed": config.seed,
+            "device": config.device,
+            "attention": None if spec is None else spec.name,
+            "options": {} if spec is None else spec.options,
+            **where,
+        },
+        asks={"attention": index},
+        stage="time" if of_cost else "score",
+        timeout=part.timeout_seconds,
+        threads=config.threads if of_cost else quality.threads,
+        workers=1 if of_cost else quality.workers,
+        needs_baseline=True,
+        weight=10 + cost.prompt_tokens / 20 if of_cost else 1.0,
+    )
+
+
+def problems(language: LanguageConfig) -> list[str]:
+    """What the schema cannot find."""
+    try:
+        require("transformers", "accelerate", extra="llm")
+        texts.check_text_name(language.text)
+    except AttnZooError as error:
+        return [str(error)]
+    return []
+
+
+def prepare(language: LanguageConfig, seed: int) -> dict[str, Any]:
+    """Fetch the model and the text, once for all processes, and cut prompts to time and windows to score.
+
+    Raises
+    ------
+    AssetError
+        If one of them cannot be had.
+    ConfigError
+        If the text is too short, or the model is not made for as many tokens.
+    """
+    cost, quality = language.cost, language.quality
+    made_for, tokenizer = lm.longest(language.model), lm.load_tokenizer(language.model)
+    prose = texts.load_text(language.text)
+    longest = max(cost.prompt_tokens + cost.new_tokens, quality.tokens)
+    if made_for is not None and longest > made_for:
+        raise ConfigError(f"language: {longest:,} tokens asked for, but {language.model} is made for {made_for:,}")
+    prompts = texts.windows(prose, tokenizer, count=cost.batch, tokens=cost.prompt_tokens, seed=seed)
+    scored = texts.windows(prose, tokenizer, count=quality.windows, tokens=quality.tokens, seed=seed)
+    return {"prompts": [window.ids for window in prompts], "windows": [window.ids for window in scored]}
+
+
+def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    """Measure prefill and decoding through one attention, or score every window through it."""
+    language, index = config.language, cell.asks["attention"]
+    assert language is not None
+    spec = None if index is None else language.attentions[index]
+    if cell.kind == "quality":
+        return measure_quality(language, spec, given["windows"], config.device, say)
+    return measure_cost(language, spec, given["prompts"], config.device, say)

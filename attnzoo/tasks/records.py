@@ -1,0 +1,14 @@
+"""The record of the tasks that share the table of cost."""
+
+from __future__ import annotations
+
+from attnzoo.bench.record import Record as Measured
+from attnzoo.tasks.classify.quality import Accuracy
+from attnzoo.tasks.decode.quality import Perplexity
+from attnzoo.tasks.detect.quality import Detection
+
+
+class Record(Measured):
+    """A row whose quality is that of a classifier, a detector or a language model."""
+
+    quality: Accuracy | Detection | Perplexity | None

@@ -1,0 +1,147 @@
+"""Several tasks in one table: cost and quality of a vision model's attentions and of a language model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from attnzoo import assets
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, language_problems, vision_problems
+from attnzoo.bench.config import RunConfig, Seed, drop_defaults, refuse_twins
+from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.errors import AssetError, ConfigError
+from attnzoo.tasks.classify import cells as vision
+from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig
+from attnzoo.tasks.classify.quality import training_plot
+from attnzoo.tasks.decode import cells as language
+from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems
+from attnzoo.tasks.records import Record
+
+
+class SuiteConfig(RunConfig):
+    """A whole benchmark: cost and quality of a vision model's attentions, and of a language model's, in one table."""
+
+    task: Literal["suite"] = "suite"
+    seed: Seed = 0
+    host: HostConfig = HostConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
+    cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
+    quality: QualityConfig | None = None
+    language: LanguageConfig | None = None
+    fresh: bool = False
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> SuiteConfig:
+        refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
+        return self
+
+    @property
+    def unsupported(self) -> set[tuple[str, str]]:
+        """Part and label of the attentions that are expected to be unsupported; both parts may have the same label."""
+        parts = {"vision": self.attentions, "language": () if self.language is None else self.language.attentions}
+        return {
+            (part, attention.label)
+            for part, attentions in parts.items()
+            for attention in attentions
+            if attention.expect == "unsupported"
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """All that is measured; keys that came later are left out where they say what was so before."""
+        content = super().identity()
+        if self.language is None:
+            del content["language"]
+        later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
+        drop_defaults(content["cost"], later)
+        drop_defaults(content["host"], {"channels": 3, "classes": 1000})
+        if content["quality"] is not None:
+            drop_defaults(content["quality"], {"equal_parameters": False})
+            drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
+        for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
+            attention.pop("expect", None)  # it changes nothing that is measured
+        for attention in content["attentions"]:
+            drop_defaults(attention, {"fused": None, "tokens": None})
+        return content
+
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What the registry says of the attentions."""
+        problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
+        language = data.get("language")
+        if isinstance(language, Mapping):
+            problems += attention_problems(language.get("attentions"), "language.attentions", language_problems)
+            quality = language.get("quality")
+            if isinstance(quality, Mapping) and "canary" in quality:
+                problems += attention_problems([quality["canary"]], "language.quality.canary", language_problems)
+            if not problems:
+                problems += block_problems(language)
+        return problems
+
+
+load_config, validate_config = SuiteConfig.load, SuiteConfig.check
+
+
+def plan(config: SuiteConfig) -> list[Cell]:
+    """All cells: quality first, for rows of cost carry it; those of cost by token count."""
+    found = vision.plan(config) + (language.plan(config) if config.language is not None else [])
+    return sorted(found, key=lambda cell: cell.kind == "cost")
+
+
+def check(config: SuiteConfig) -> None:
+    """Check hosts, data and models before any work.
+
+    Raises
+    ------
+    ConfigError
+        With every problem, one per line.
+    """
+    problems = vision.problems(config)
+    if config.language is not None:
+        problems += [f"language: {problem}" for problem in language.problems(config.language)]
+    if problems:
+        raise ConfigError("\n".join(["this config cannot be run here:", *(f"  {problem}" for problem in problems)]))
+
+
+def prepare(config: SuiteConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Fetch what all processes share: the images, and the language model with token ids out of its text."""
+    data = assets.get(config.quality.dataset) if config.quality is not None else ""
+    given: dict[str, Any] = {"data": str(data)}
+    if config.language is not None and any(cell.part == language.PART for cell in cells):
+        try:
+            given |= language.prepare(config.language, config.seed)
+        except AssetError as error:
+            raise AssetError(f"{error}\nTo measure without the language model: language=null") from error
+    return given
+
+
+def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    """Measure a cell by the task that its part is of."""
+    return (language if cell.part == language.PART else vision).measure(config, cell, given, say)
+
+
+def preload(config: SuiteConfig) -> tuple[str, ...]:
+    """Modules that the processes need."""
+    return (*vision.PRELOAD, *(language.PRELOAD if config.language is not None else ()))
+
+
+def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The curves of training."""
+    return [("Training loss, first seed", training_plot([r for r in records if r.kind == "quality"]))]
+
+
+TASK = Task(
+    name="suite",
+    ref="attnzoo.tasks.suite:TASK",
+    config=SuiteConfig,
+    plan=plan,
+    measure=measure,
+    prepare=prepare,
+    check=check,
+    record=Record,
+    preload=preload,
+    expected=lambda config: config.unsupported,
+    plots=plots,
+)
