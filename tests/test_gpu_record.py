@@ -70,7 +70,7 @@ def test_the_goals_and_figures_of_the_config_of_kernels_are_those_of_the_committ
     shares = {name: f"{figures[name][1][0]:.0%}" for name in ("chain of 1 term", "chain of 3 terms")}
     large, small = (f"{value:.2f}x" for value in figures["pair, 31x31 and 3x3"][1])
     said = [
-        f"{config.dtype}, width {config.width}, {config.heads} heads, {config.tokens:,} tokens a batch",
+        f"{config.dtype}, width {config.width}, {config.heads} heads, {config.tokens:,} tokens per batch",
         f"sets of {config.spread_bytes / 2**20:.0f} MiB",
         "the pair 3x; the layer of degree 2 1x, 2x and 6x, to unfused attention 11x and 43x",
         "the chain at 85% of the bandwidth; scored attention at 1/1.15 with a window and for one query, at 1/1.6 with",
@@ -121,7 +121,7 @@ def test_the_table_and_the_findings_on_a_gpu_are_those_of_the_committed_record()
     said = [
         f"one {made[1]}; all tests passed",
         f"of {made[0]}, with torch {made[2]}, in {config.dtype}, width {config.width}, {config.heads} heads, "
-        f"{config.tokens:,} tokens a batch",
+        f"{config.tokens:,} tokens per batch",
         f"reached {spread([c.ceilings.bytes_per_second / 1e9 for c in cost.values()])} GB/s and a large product of "
         f"matrices {spread([c.ceilings.flops_per_second / 1e12 for c in cost.values()])} TFLOP/s",
         "Above 1x the operation",

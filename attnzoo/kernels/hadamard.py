@@ -149,7 +149,7 @@ def _backward_kernel(
     grad_plain, grad_us, grad_ys, grad_weights, grad_bias,
     tokens, channels, steps, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `steps` tiles; those of weights and bias, a value a channel, as sums over the tokens of them all.
+    """Gradients of `steps` tiles; those of weights and bias per channel as sums over the tokens of them all.
 
     One term after the other, so that the sums of a single one are in registers; a tile of `grad` that was read for one
     term is still in the cache for the next.
