@@ -228,7 +228,7 @@ class CostConfig(Section):
 
 
 class ClassifyConfig(RunConfig):
-    """A whole comparison. Where and how it is run is no part of its identity: see `Run.hash`."""
+    """A whole comparison. Where and how it is run is not part of its identity: see `Run.hash`."""
 
     task: Literal["classify"] = "classify"
     model: ModelConfig = ModelConfig()

@@ -83,7 +83,7 @@ def prepare(language: LanguageConfig, seed: int) -> dict[str, Any]:
     Raises
     ------
     AssetError
-        If one of them cannot be had.
+        If one of them cannot be fetched.
     ConfigError
         If the text is too short, or the model is not made for as many tokens.
     """

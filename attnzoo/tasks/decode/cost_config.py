@@ -107,7 +107,7 @@ def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list
     from attnzoo.registry import build_core, build_policy
 
     if info.kind == "mixer":
-        return [f"{where}.name: {info.name!r} is a mixer, which cannot stand in a trained language model"]
+        return [f"{where}.name: {info.name!r} is a mixer, which a trained language model does not support"]
     try:
         (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
     except AttnZooError as error:

@@ -84,7 +84,7 @@ def timings(
     Raises
     ------
     ValueError
-        If there are too few prompts, or a batch size is no multiple of the first.
+        If there are too few prompts, or a batch size is not a multiple of the first.
     """
     if batches[0] > len(prompts):
         raise ValueError(f"a batch of {batches[0]} needs as many prompts, got {len(prompts)}")
