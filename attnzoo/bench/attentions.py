@@ -8,19 +8,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from attnzoo.bench.config import Section, drop_defaults
-from attnzoo.errors import AttnZooError, OptionError
+from attnzoo.errors import AttnZooError
 
 
 class AttentionConfig(Section):
     """One attention of the zoo: its registered name, its options and how tables call it.
 
-    `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
-    `tokens` are the token counts at which its cost is measured; all by default. `expect` says how it should end: a row
-    that is unsupported makes the benchmark exit with 1, unless that is expected.
+    `where` names the layers that are swapped, as `attnzoo.replace_attention` takes it: all by default, and others keep
+    the model's own attention. `fused` chooses another dense baseline for this row than the benchmark's: with the host's
+    fused kernel or without. `tokens` are the token counts at which its cost is measured; all by default. `expect` says
+    how it should end: a row that is unsupported makes the benchmark exit with 1, unless that is expected.
     """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    where: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: Annotated[str, Field(min_length=1)] = ""
     expect: Literal["ok", "unsupported"] = "ok"
     fused: bool | None = None
@@ -34,22 +36,23 @@ class AttentionConfig(Section):
         if isinstance(data, Mapping) and isinstance(data.get("name"), str) and data.get("label") is None:
             options = data.get("options") or {}
             listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
+            where = data.get("where") or ()
+            listed += (
+                [f"in {where}"] if isinstance(where, str) else [f"in {', '.join(map(str, where))}"] if where else []
+            )
             data = {**data, "label": " ".join([data["name"], *listed])}
         return data
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_expected(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = dump(self)
-        drop_defaults(content, {"expect": "ok"})
+        drop_defaults(content, {"expect": "ok", "where": None})
         return content
 
-
-def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
-    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
-    for index, attention in enumerate(attentions):
-        for key in ("fused", "tokens"):
-            if getattr(attention, key) is not None:
-                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+    @property
+    def swap(self) -> dict[str, Any]:
+        """What `attnzoo.replace_attention` takes besides the model and the name."""
+        return self.options if self.where is None else {**self.options, "where": self.where}
 
 
 def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
@@ -80,42 +83,3 @@ def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
         options = entry.get("options") or {}
         problems += ask(info, options if isinstance(options, Mapping) else {}, here)
     return problems
-
-
-def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
-    if info.kind == "eviction":
-        return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
-            "under language.attentions of a benchmark"
-        ]
-    unknown: list[str] = []
-    for option in options:
-        try:
-            info.check_options([option])
-        except AttnZooError as error:
-            unknown.append(f"{where}.options.{option}: {error}")
-    if unknown:
-        return unknown
-    import attnzoo
-
-    try:
-        attnzoo.create_attention(info.name, 64, 4, **options)
-    except OptionError as error:
-        return [f"{where}.options: {error}"]
-    except AttnZooError:
-        return []  # a matter of this trial's width, not of the option
-    return []
-
-
-def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A mixer, or the first option that the method refuses."""
-    from attnzoo.registry import build_core, build_policy
-
-    if info.kind == "mixer":
-        return [f"{where}.name: {info.name!r} is a mixer, which a trained language model does not support"]
-    try:
-        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
-    except AttnZooError as error:
-        return [f"{where}.options: {error}"]
-    return []

@@ -161,7 +161,7 @@ def _model(config: TrainConfig, attention: AttentionConfig | None) -> Any:
     model = train_bytes.build(train_bytes.Host(**config.host.model_dump()), config.seed)
     if attention is None:
         return model
-    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.options)
+    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.swap)
 
 
 def table(path: Path) -> str:

@@ -280,7 +280,7 @@ def swapped(model: Any, row: Row) -> Iterator[None]:
     if row.attention is None:
         yield
         return
-    attnzoo.replace_attention(model, row.attention.name, **row.attention.options)
+    attnzoo.replace_attention(model, row.attention.name, **row.attention.swap)
     try:
         yield
     finally:

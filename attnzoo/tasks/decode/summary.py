@@ -58,7 +58,7 @@ def summarize(
                 command=command,
                 label=row.label,
                 attention=row.attention.name if row.attention is not None else None,
-                options=row.attention.options if row.attention is not None else {},
+                options=row.attention.swap if row.attention is not None else {},
                 is_baseline=row.attention is None,
                 utc=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(sum(line.seconds for line in found.values() if line.label == row.label), 3),

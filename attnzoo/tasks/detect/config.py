@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import assets, files
-from attnzoo.bench.attentions import attention_problems, vision_problems
+from attnzoo.bench.attentions import attention_problems
 from attnzoo.bench.config import parse_override
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.tasks.classify.cost_config import vision_problems
 from attnzoo.tasks.detect import check, mmcv_ext
 
 RUNS = Path("runs/detect")
