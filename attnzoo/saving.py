@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         If an option of the swap cannot be written as JSON, such as an object.
     WeightsError
         If the folder holds weights that `save` did not write, or if the weights cannot be written: the disk is full,
-        the model is on the meta device, or its state dict has values that are not tensors. An earlier save is then kept.
+        the model is on the meta device, or its state dict has values that are not tensors. An earlier save is kept.
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(f"expected a torch.nn.Module to save, not {short(model)}")

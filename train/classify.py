@@ -1,4 +1,4 @@
-"""Train image classifiers with any attention, each beside the model's own; a broken run goes on where it stopped.
+"""Train image classifiers with any attention, each against the model's own; an interrupted run resumes.
 
 python train/classify.py configs/classify/digits.yaml [key=value ...]             one process
 accelerate launch train/classify.py configs/classify/digits.yaml [key=value ...]  many processes, on one machine or more

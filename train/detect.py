@@ -1,4 +1,4 @@
-"""Train a detector of MMDetection with any attention, on mmengine's Runner; a broken run goes on where it stopped.
+"""Train a detector of MMDetection with any attention, on mmengine's Runner; an interrupted run resumes.
 
 python train/detect.py configs/detect/trees_padre.py [key=value ...]
 torchrun --nproc_per_node 2 train/detect.py configs/detect/trees_padre.py --launcher pytorch
