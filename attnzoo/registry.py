@@ -63,7 +63,7 @@ class Capabilities:
     any_order
         A mixer takes tokens in any order: shuffled tokens give shuffled outputs, so that some may be left out.
     decode
-        A causal mixer goes on from a state: ``extend(x, state, mask) -> (out, state)``.
+        A causal mixer can decode from a state: ``extend(x, state, mask) -> (out, state)``.
     backward
         Gradients flow.
     compile

@@ -208,7 +208,7 @@ def _built(saved: Saved) -> nn.Module:
     except WeightsError as error:
         why = str(error)
     raise WeightsError(
-        f"{saved.folder}: {why}; build it as when it was saved, with attention of its own, and pass it: "
+        f"{saved.folder}: {why}; build it as when it was saved, with its own attention, and pass it: "
         "attnzoo.load(folder, model)"
     )
 
@@ -218,9 +218,7 @@ def _check_host(model: nn.Module, saved: Saved, state: Mapping[str, Tensor]) -> 
     if not isinstance(model, nn.Module):
         raise WeightsError(f"expected a torch.nn.Module to load into, not {short(model)}")
     if swapped_layers(model):
-        raise WeightsError(
-            "the model is swapped already: pass one with attention of its own (attnzoo.restore_attention)"
-        )
+        raise WeightsError("the model is swapped already: pass one with its own attention (attnzoo.restore_attention)")
     own = {key: value.shape for key, value in model.state_dict().items()}
     if any(value.is_meta for value in model.state_dict().values()):
         raise WeightsError("the model is on the meta device: build it on a device that holds its weights")

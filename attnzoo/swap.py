@@ -215,7 +215,7 @@ def restore_attention(model: Model) -> Model:
         raise SwapError("nothing to restore: no layer of this model was swapped by attnzoo.replace_attention")
     gone = [path for path, layer in swapped.items() if original_of(layer) is None]
     if gone:
-        raise SwapError(f"swapped with keep_original=False, so the host's own modules are gone: {', '.join(gone)}")
+        raise SwapError(f"swapped with keep_original=False, so the original modules are gone: {', '.join(gone)}")
     if "" in swapped:
         raise SwapError("this module is itself a swapped layer; restore the model that holds it")
     originals = {}
@@ -301,7 +301,7 @@ def _is_swapped(layer: nn.Module) -> bool:
 
 def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
     """Layers that were swapped for good: sites that refuse."""
-    reason = "the host's own module is gone (swapped with keep_original=False)"
+    reason = "the original module is gone (swapped with keep_original=False)"
     return [
         RefusedSite(path, layer, record.host, reason)
         for path, layer in places.items()

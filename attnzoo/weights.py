@@ -222,7 +222,7 @@ def _advice(
     again = "build the model, call attnzoo.replace_attention as when they were saved, then load them"
     if set(theirs) - mixers:
         places = _some(sorted(set(theirs) - mixers))
-        return f"the weights are of a model with mixers where this one has attention of its own ({places}): {again}"
+        return f"the weights are of a model with mixers where this one has its own attention ({places}): {again}"
     if theirs or misshaped:
         places = _some(theirs or misshaped)
         return f"the weights are of other mixers than this model has ({places}): {again}, with the same options"

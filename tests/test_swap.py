@@ -359,7 +359,13 @@ REFUSALS = {
     "T5": (t5, "sdpa", {}, UnsupportedError, "relative position bias|attention interface"),  # the second on 5.10
     "learned sinks": (gpt_oss, "softmax", {}, UnsupportedError, "learned attention sinks"),
     "sparse attention": (deepseek, "softmax", {}, UnsupportedError, "sparse attention"),
-    "a subclass of timm's": (lambda: subclassed(), "sdpa", {}, UnsupportedError, r"blocks.1.attn: Zed: attnzoo does not know"),
+    "a subclass of timm's": (
+        lambda: subclassed(),
+        "sdpa",
+        {},
+        UnsupportedError,
+        r"blocks.1.attn: Zed: attnzoo does not know",
+    ),
     "parametrized weights": (lambda: parametrized(), "sdpa", {}, UnsupportedError, "parametrized"),
     "channel attention": (lambda: timm.create_model("skresnet18"), "sdpa", {}, SwapError, "found no attention"),
     "an unknown class and a grid": (

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.leave()
         return FAILED if left else OK
 
-    return run_script(body, "the same command, without resume=never, goes on from the last checkpoint")
+    return run_script(body, "run the same command again, without resume=never, to resume from the last checkpoint")
 
 
 if __name__ == "__main__":

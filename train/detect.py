@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.leave()
         print(f"trained: {folder}")
 
-    return run_script(body, "the same command goes on from the last checkpoint, if there is one")
+    return run_script(body, "run the same command again to resume from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":
