@@ -16,7 +16,7 @@ from attnzoo.bench.html import Filter, Section, fragment, page
 from attnzoo.bench.words import one_line
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import REQUIRED, AttentionInfo, Kind, describe, list_attentions
-from attnzoo.tables import Cell, Column, Table, Verdict
+from attnzoo.tables import Cell, Column, Table
 
 NAME = "results"
 BUILT_WITH = re.compile(r"\s*\([^()]*=[^()]*\)")
@@ -212,14 +212,14 @@ def _cell(
         one = chosen[name]
         figure = one[0].figures[measure]
         line = {"name": measure.name, "text": figure.text, "verdict": figure.verdict}
-        place = next((lines for other, lines in groups if other == one), None)
+        place = next((lines for other, lines in groups if other[0] is one[0]), None)
         if place is None:
             groups.append((one, [line]))
         else:
             place.append(line)
-    if not groups:  # nothing came out well
-        one = rows[0]
-        groups.append((one, [{"name": "", "text": one[0].status, "verdict": "worse"}]))
+    if not groups:
+        ended = _ended(rows[0][0])
+        groups.append((rows[0], [{"name": "", "text": ended.text, "verdict": ended.verdict}]))
     missing = [measure.name for measure, chosen in view.items() if chosen and name not in chosen]
     shown: list[dict[str, Any]] = [
         {"figures": lines, "link": _link(source.page, folder), "about": _about(one, name)}
@@ -248,7 +248,7 @@ def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
             about = (Cell(one.label), Cell(one.host, small=small))
             figures = [_figure_cell(one.figures.get(measure), link) for measure in MEASURES]
             if not one.figures:
-                figures = [_failed(one, link)]
+                figures = [replace(_ended(one), link=link)]
             table.add(*about, *figures, tags={"task": task})
     return table
 
@@ -257,10 +257,11 @@ def _figure_cell(figure: Figure | None, link: str) -> Cell:
     return Cell("-") if figure is None else Cell(figure.text, figure.verdict, link=link)
 
 
-def _failed(one: Highlight, link: str) -> Cell:
-    """In the place of figures: how the row ended, or that there was nothing to divide by."""
-    ended: Verdict = "same" if one.status == "ok" else "worse"
-    return Cell("no ratio to dense" if one.status == "ok" else one.status, ended, one_line(one.message), link)
+def _ended(one: Highlight) -> Cell:
+    """In the place of figures: how the row ended, or that there is nothing to set it against."""
+    if one.status == "ok":
+        return Cell("no ratio to dense")
+    return Cell(one.status, "worse", one_line(one.message))
 
 
 def _others(sources: Sequence[Source], folder: Path) -> Table:

@@ -284,6 +284,8 @@ def test_a_row_that_did_not_end_well_is_told(tmp_path):
     assert made.count(">oom<") == 2
     assert "no &lt;memory&gt;" in made
     assert [line["status"] for line in read_csv(results.csv([source], (), tmp_path)) if line["record"]] == ["oom"]
+    without = Source(tmp_path / "a.jsonl", (highlight(figures={}),))
+    assert results.html([without], ("classify",), tmp_path, "make").count(">no ratio to dense<") == 2
 
 
 def test_better_or_worse_is_not_rounded_to_the_same():
