@@ -1,6 +1,7 @@
 """The command line: what there is, what a model has and could have, and what each would buy on this machine.
 
-attnzoo list                    every registered method with what it can honour, as a Markdown table
+attnzoo list                    every registered method with its capabilities, as a Markdown table
+attnzoo list --sources          every method with its file, its paper and what it does
 attnzoo describe NAME ...       a method: its options with defaults, its paper
 attnzoo layers MODEL            the attention layers of a model, and which methods could stand in them, or why not
 attnzoo measure timm:NAME       time, memory and FLOPs of methods beside the model's own attention: a table and a page
@@ -22,20 +23,39 @@ from typing import Any
 
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import AttnZooError, ConfigError
-from attnzoo.registry import AttentionInfo, Capabilities, describe, list_attentions
+from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, describe, list_attentions
 from attnzoo.tables import Column, Table
 
 BUDGET = 64  # entries per head, to try a policy with
 
 
 def capability_table() -> str:
-    """Give every registered attention with what it can honour, as a Markdown table."""
+    """Give every registered attention with its capabilities, as a Markdown table."""
     columns = [f.name for f in fields(Capabilities)]
     table = Table(("name", Column("kind", left=True), *columns))
     for info in map(describe, list_attentions()):
         can = ["yes" if getattr(info.capabilities, column) else "" for column in columns]
         table.add(f"`{info.name}`", info.kind, *can)
     return table.markdown()
+
+
+def source_table(root: str = "..") -> str:
+    """Give every method that attnzoo ships with its file, its paper and what it does, as a Markdown table.
+
+    `root` is the repository's folder as seen from the page that holds the table.
+    """
+    table = Table(
+        ("name", Column("kind", left=True), *(Column(head, left=True) for head in ("file", "paper", "what it does")))
+    )
+    for info in BUILT_IN:
+        path = str(info.target).partition(":")[0].replace(".", "/") + ".py"
+        table.add(f"`{info.name}`", info.kind, f"[{path}]({root}/{path})", _links(info.paper), info.summary)
+    return table.markdown()
+
+
+def _links(paper: str) -> str:
+    """``"Title, address; Title, address"`` as links; what has no address stays as it is."""
+    return "; ".join(re.sub(r"^(.*), (https?://\S+)$", r"[\1](\2)", each) for each in paper.split("; "))
 
 
 def layers(name: str) -> None:
@@ -75,7 +95,7 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
-    from attnzoo.bench.summary import summarise, verdict
+    from attnzoo.bench.summary import summarize, verdict
     from attnzoo.tasks.suite import TASK, SuiteConfig
 
     library, _, model = parsed.model.partition(":")
@@ -106,7 +126,7 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     records = run(TASK, config, command)
     console = Console(width=None if sys.stdout.isatty() else 160)
     publish(TASK, records, config.folder / RECORDS_FILE, console)
-    console.print(verdict(summarise(records)), highlight=False, markup=False, soft_wrap=True)
+    console.print(verdict(summarize(records)), highlight=False, markup=False, soft_wrap=True)
     return check_rows(records)
 
 
@@ -129,7 +149,8 @@ def parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
     commands = found.add_subparsers(dest="command", metavar="list | describe | layers | measure")
-    commands.add_parser("list", help="every registered method")
+    one = commands.add_parser("list", help="every registered method")
+    one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
     one = commands.add_parser("describe", help="a method: options, paper")
     one.add_argument("names", nargs="+", metavar="NAME")
     one = commands.add_parser("layers", help="what stands in a model, and what could")
@@ -163,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif parsed.command == "describe":
             print("\n\n".join(str(describe(name)) for name in parsed.names))
         else:
-            print(capability_table())
+            print(source_table(".") if getattr(parsed, "sources", False) else capability_table())
         return 0
 
     return run_script(body)

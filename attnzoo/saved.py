@@ -66,7 +66,7 @@ class Saved:
             return read_weights(self.folder)
         path, size = self.folder / WEIGHTS, self.weights["bytes"]
         if not path.is_file():
-            raise WeightsError(f"{path} is missing; copy the whole folder")
+            raise WeightsError(f"{path} is missing; copy the whole folder, or save again")
         found = path.stat().st_size
         if found != size or sha256_of(path) != self.weights["sha256"]:
             told = f"it has {found:,} bytes of {size:,}" if found != size else "its SHA-256 is another"

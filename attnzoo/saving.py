@@ -2,7 +2,7 @@
 
 A folder holds ``model.safetensors``, the weights, and ``attnzoo.json``: how the host model is built, where its library
 leaves that to be known, which layers hold which attention, and the hash of the weights. Both are written beside and
-renamed, ``attnzoo.json`` last, so a save that was cut off is known by its hash.
+then renamed; a save that is killed between the two renames is known by the hash.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from attnzoo import building, files
 from attnzoo.assets import sha256_of
-from attnzoo.errors import AttnZooError, OptionError, WeightsError, short
+from attnzoo.errors import OptionError, WeightsError, short
 from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, swapped_record
-from attnzoo.recipe import Recipe, check_registered, recipe_of, swap_again
+from attnzoo.recipe import check_registered, recipe_of, swap_again
 from attnzoo.saved import DESCRIPTION, FORMAT, WEIGHTS, Saved, read_description
 from attnzoo.swap import restore_attention, swapped_layers
 from attnzoo.weights import fit
@@ -69,11 +69,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     tensors, shared = _tensors(model)
     structure = building.structure(model)
-    blueprint, unknown = _checked_blueprint(model, recipe, structure)
+    blueprint, unknown = building.checked_blueprint(model, recipe, structure)
     buffers = {key: str(b.dtype).removeprefix("torch.") for key, b in _other_buffers(model).items()}
     try:
-        # the renames come last, close together: the weights', then the description's
-        with files.atomic(folder / DESCRIPTION) as description, files.atomic(folder / WEIGHTS) as weights:
+        # both are written before either is renamed, the description first: killed between, weights that it does not
+        # tell of stand beside it, or none
+        with files.atomic(folder / WEIGHTS) as weights, files.atomic(folder / DESCRIPTION) as description:
             save_file(tensors, weights, metadata={"format": "pt"})
             content = {
                 "format": FORMAT,
@@ -173,36 +174,6 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[key] = value.clone(memory_format=torch.contiguous_format) if storage in storages else value.contiguous()
         storages.add(storage)
     return tensors, shared
-
-
-def _checked_blueprint(
-    model: nn.Module, recipe: Recipe, structure: Mapping[str, Any]
-) -> tuple[dict[str, Any] | None, str]:
-    """How the model is built, if what is built by it and swapped is the same model; else None, and why."""
-    blueprint = building.blueprint_of(model)
-    if blueprint is None:
-        return None, "its library keeps nothing to build it by"
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
-            twin = _twin(blueprint)
-            swap_again(twin, recipe)
-    except AttnZooError as error:
-        return None, str(error)
-    changed = building.differences(structure, building.structure(twin))
-    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (model, twin)]
-    changed += sorted(f"the shape of {key}" for key, _ in shapes[0].items() ^ shapes[1].items())
-    if changed:
-        return None, f"what its library would build differs: {changed[0]}"
-    return blueprint, ""
-
-
-def _twin(blueprint: Mapping[str, Any]) -> nn.Module:
-    """What is built by `blueprint`, without weights where the library can (timm before 1.0.31 cannot)."""
-    try:
-        return building.build(blueprint, "meta")
-    except WeightsError:
-        return building.build(blueprint)
 
 
 def _other_buffers(model: nn.Module) -> dict[str, Tensor]:

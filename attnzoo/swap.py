@@ -1,6 +1,6 @@
 """Swap the attention of a model: all chosen layers or none, and back again.
 
-A swap changes the object it is given and nothing else. What it leaves on the model is one record a layer (`Swapped`),
+A swap changes the object it is given and nothing else. What it leaves on the model is one record per layer (`Swapped`),
 so a copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from attnzoo.errors import OptionError, SwapError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
-from attnzoo.hosts import RefusedSite, Site, Wanted, find_sites
+from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
 from attnzoo.registry import AttentionInfo, build_core, build_policy, describe, list_attentions
 
@@ -169,19 +169,19 @@ def replace_attention(
     layers = {path: _own(layer) for path, layer in places.items()}
     info = info.given({key: value for key, value in options.items() if key in info.options})
     given = dict(options)
-    wanted, options = _split_wanted(info, options)
+    host_options, options = _split_host_options(info, options)
     info.check_options(options)
     info.require_options(options)
     bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
-    found = [site for site in find_sites(model, layers, wanted) if site.path not in {g.path for g in gone}]
+    found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
     chosen = _choose(model, [*found, *gone], where)
     sites = chosen if bounded is None else _without_own_window(chosen)
     left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
     _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
     if where is None:
         _warn_of_standing(found)
-    _check_wanted(wanted, sites)
+    _check_host_options(host_options, sites)
     core = build_core(info, options) if info.kind == "core" else bounded
     swaps = [
         (site, _substitute(site, info, options, given, core, keep_original, places[site.path].training))
@@ -222,7 +222,7 @@ def restore_attention(model: Model) -> Model:
         assert original is not None
         original.training = layer.training
         originals[id(layer)] = original
-    sites = find_sites(model, {path: _own(layer) for path, layer in places.items()}, Wanted())
+    sites = find_sites(model, {path: _own(layer) for path, layer in places.items()}, HostOptions())
     _put(model, originals)
     for site in sites:
         site.removed()
@@ -233,7 +233,7 @@ def swap_report(model: nn.Module) -> SwapReport:
     """Say which attention layers a model has, what stands in each, and what that did to its parameters."""
     places = _places(model)
     own = {path: _own(layer) for path, layer in places.items()}
-    sites = find_sites(model, own, Wanted())
+    sites = find_sites(model, own, HostOptions())
     reports = []
     seen: set[int] = set()
     standing = _standing(sites)
@@ -307,7 +307,7 @@ def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
     ]
 
 
-def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted, dict[str, Any]]:
+def _split_host_options(info: AttentionInfo, options: dict[str, Any]) -> tuple[HostOptions, dict[str, Any]]:
     """Take out of `options` what is said about the host rather than about the method."""
     names = ({"positions"} if info.kind == "mixer" else set()) | (
         {"grid", "prefix"} if info.capabilities.grid else set()
@@ -324,12 +324,12 @@ def _split_wanted(info: AttentionInfo, options: dict[str, Any]) -> tuple[Wanted,
         raise OptionError(f"prefix must be a whole number of at least 0, not {short(said['prefix'])}")
     if "positions" in said and type(said["positions"]) is not bool:
         raise OptionError(f"positions must be True or False, not {short(said['positions'])}")
-    return Wanted(**said), rest
+    return HostOptions(**said), rest
 
 
-def _check_wanted(wanted: Wanted, sites: list[Site]) -> None:
+def _check_host_options(host_options: HostOptions, sites: list[Site]) -> None:
     """Raise `OptionError` if something was said about the host that one of the layers has no use for."""
-    useless = {name for site in sites for name in wanted.given() - site.takes_wanted}
+    useless = {name for site in sites for name in host_options.given() - site.accepted_options}
     if useless & {"grid", "prefix"}:
         raise OptionError("grid and prefix are not options here: this host knows its own grid")
     if useless:

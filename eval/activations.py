@@ -3,7 +3,7 @@
 python eval/activations.py [--output FOLDER]    activations.jsonl and activations.svg there; by default in docs/records
 
 A residual stream of tokens drawn from a normal distribution goes through layers with a norm before each, as in a vision
-transformer without its perceptrons. Of what each layer adds: root mean square and largest magnitude.
+transformer without its MLPs. Of what each layer adds: root mean square and largest magnitude.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def measure(degree: int, dtype: str, output: str) -> dict[str, Any]:
 
 def draw(rows: Sequence[dict[str, Any]]) -> str:
     """Root mean square and largest magnitude by degree: the range over the layers, as SVG."""
-    from attnzoo.bench.plots import COLOURS, INK, add_legend, new_figure, to_svg
+    from attnzoo.bench.plots import COLORS, INK, add_legend, new_figure, to_svg
 
     figure, axes = new_figure()
     for index, (dtype, output) in enumerate((d, o) for o in OUTPUTS for d in DTYPES):
@@ -54,10 +54,10 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
         for values, style in (("rms", "-"), ("largest", "--")):
             degrees = [row["degree"] + 0.06 * (index - 1.5) for row in chosen]
             low, high = ([end(row[values]) for row in chosen] for end in (min, max))
-            axes.vlines(degrees, low, high, color=COLOURS[index], lw=3, alpha=0.5)
+            axes.vlines(degrees, low, high, color=COLORS[index], lw=3, alpha=0.5)
             middle = [sorted(row[values])[LAYERS // 2] for row in chosen]
             label = f'{dtype}, output="{output}"' if style == "-" else None
-            axes.plot(degrees, middle, style, color=COLOURS[index], label=label, lw=1.5)
+            axes.plot(degrees, middle, style, color=COLORS[index], label=label, lw=1.5)
     for style, what in (("-", "root mean square"), ("--", "largest magnitude")):
         axes.plot([], [], style, color=INK, label=what)
     axes.set_yscale("log")
@@ -65,7 +65,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
     axes.set_xlabel("degree")
     axes.set_ylabel(f"what a layer adds: {LAYERS} layers")
     add_legend(axes)
-    return to_svg(figure, "activations").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    return to_svg(figure, "activations").replace("currentColor", "#777777")  # an image of its own has no page's color
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

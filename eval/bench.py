@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnzoo.command import check_rows, run_script
+from attnzoo.command import PIPED_WIDTH, check_rows, run_script
+from attnzoo.errors import ConfigError
 
 if TYPE_CHECKING:
     from attnzoo.bench.record import Envelope
     from attnzoo.bench.task import Task
-
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +55,10 @@ def measure(path: Path, overrides: Sequence[str], command: str, readme: Path | N
     from attnzoo.bench.run import run
 
     task, config = tasks.load(path, overrides)
+    if task.run is not None:
+        if readme is not None:
+            raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
+        return task.run(config, command)
     if readme is not None:
         read_marked(readme)  # rather now than after an hour
     records = run(task, config, command)

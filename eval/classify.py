@@ -12,10 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import files, processes
-from attnzoo.command import check_rows, run_script
-
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
+from attnzoo.command import run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,50 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--batch must be at least 1")
 
     def body() -> int:
-        command = shlex.join(["python", "eval/classify.py", *arguments])
-        status = evaluate(parsed.config, parsed.overrides, parsed.batch, command)
-        processes.leave()
-        return status
+        from attnzoo.tasks.classify.config import load_config
+        from attnzoo.tasks.classify.task import evaluate
+
+        config = load_config(parsed.config, parsed.overrides)
+        return evaluate(config, shlex.join(["python", "eval/classify.py", *arguments]), parsed.batch)
 
     return run_script(body)
-
-
-def evaluate(path: Path, overrides: Sequence[str], batch: int, command: str) -> int:
-    """Score all runs, measure what they cost, report, and give the exit status."""
-    from rich.console import Console
-
-    from attnzoo.bench.publish import page_of
-    from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE, Record
-    from attnzoo.bench.report import print_report
-    from attnzoo.tasks import read_records
-    from attnzoo.tasks.classify import report
-    from attnzoo.tasks.classify.config import load_config
-    from attnzoo.tasks.classify.score import FOLDER, qualities_of, record_all, score_all
-    from attnzoo.tasks.suite import TASK
-
-    config = load_config(path, overrides)
-    progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    scored, splits = score_all(config, batch, progress)
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return 0
-    qualities = qualities_of(config, scored)
-    folders = record_all(config, scored, splits.classes, command, progress)
-    measured: list[Record] = []
-    for folder in folders:
-        records = read_records(folder / RECORDS_FILE)
-        measured += records
-        files.write(folder / "report.html", page_of(TASK, records, (folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        print_report(records, out)
-    page = config.folder / FOLDER / "report.html"
-    steps = report.step_costs(measured)
-    files.write(page, report.html_page(scored, qualities, steps, splits, folders))
-    out.print(report.results_table(qualities, steps).rich())
-    out.print(report.how_to_read(qualities, steps), highlight=False)
-    out.print(f"page: {page}", highlight=False, soft_wrap=True)
-    unsupported = {one.label for one in config.attentions if one.expect == "unsupported"}
-    return check_rows(measured, lambda row: row.label in unsupported)
 
 
 if __name__ == "__main__":

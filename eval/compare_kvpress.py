@@ -1,4 +1,4 @@
-"""Compare attnzoo with kvpress, side by side: same model, prompts and share of the cache kept, a process a row.
+"""Compare attnzoo with kvpress, side by side: same model, prompts and share of the cache kept, one process per row.
 
 python eval/compare_kvpress.py configs/decode/kvpress.yaml [key=value ...]    run; a broken run goes on where it stopped
 python eval/compare_kvpress.py configs/decode/kvpress.yaml --only keydiff tova    only these policies, for now
@@ -22,11 +22,7 @@ from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
 from attnzoo.tasks.decode.kvpress.environment import KVPRESS, kvpress_python
 from attnzoo.tasks.decode.kvpress.run import run
 from attnzoo.tasks.decode.kvpress.table import report
-
-
-def say(text: str) -> None:
-    """Tell a person how it goes; the table alone goes to stdout."""
-    print(text, file=sys.stderr, flush=True)
+from attnzoo.tasks.decode.kvpress.task import say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import files, processes
 from attnzoo.command import run_script
-
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,56 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give either a config or --report RECORDS")
 
     def body() -> None:
+        from attnzoo.tasks.decode import task
+        from attnzoo.tasks.decode.config import load_config
+
         if parsed.report is not None:
-            report(parsed.report)
+            task.report(parsed.report)
         elif parsed.so_far:
-            show(parsed.config, parsed.overrides)
+            task.show(load_config(parsed.config, parsed.overrides))
         else:
             lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
-            evaluate(parsed.config, parsed.overrides, shlex.join(["python", "eval/decode.py", *lasting]))
-        processes.leave()
+            command = shlex.join(["python", "eval/decode.py", *lasting])
+            task.evaluate(load_config(parsed.config, parsed.overrides), command)
 
     return run_script(body)
-
-
-def evaluate(config_path: Path, overrides: Sequence[str], command: str) -> None:
-    """Run what a config asks for; then the main process reports."""
-    from attnzoo.tasks.decode.config import load_config
-    from attnzoo.tasks.decode.record import RECORDS_FILE
-    from attnzoo.tasks.decode.run import run
-
-    config = load_config(config_path, overrides)
-    if run(config, command):
-        report(config.folder / RECORDS_FILE)
-
-
-def show(config_path: Path, overrides: Sequence[str]) -> None:
-    """Print the table of the samples that a run has finished."""
-    from rich.console import Console
-
-    from attnzoo.tasks.decode.config import load_config
-    from attnzoo.tasks.decode.report import print_report
-    from attnzoo.tasks.decode.run import so_far
-
-    records = so_far(load_config(config_path, overrides), "")
-    print_report(records, Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
-
-
-def report(records_path: Path) -> None:
-    """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
-    from rich.console import Console
-
-    from attnzoo.tasks.decode.page import html_page
-    from attnzoo.tasks.decode.record import RECORDS_FILE, read_records
-    from attnzoo.tasks.decode.report import print_report
-
-    records = read_records(records_path)
-    config = records_path.with_suffix(".yaml")
-    page = records_path.with_name("report.html" if records_path.name == RECORDS_FILE else f"{records_path.stem}.html")
-    files.write(page, html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None))
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    print_report(records, console)
-    console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import files, processes
-from attnzoo.command import check_rows, run_script
+from attnzoo.command import PIPED_WIDTH, check_rows, run_script
 from attnzoo.errors import ConfigError
-
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
+import gc
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -12,6 +14,13 @@ from attnzoo.registry import unregister_attention
 from tests.forked import Server
 
 torch.set_num_threads(1)  # the models here are so small that threads cost more than they bring
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """Keep the garbage collector from reading the million objects of imported libraries again at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 class Zeros:
@@ -35,3 +44,24 @@ def forked() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_preload() -> Iterator[None]:
+    """Let the server that benchmarks fork their children from import what a later one asks for as well.
+
+    Python has one such server in a process, with what was asked for before it started; the children of a later
+    benchmark would each take seconds to import what they need.
+    """
+    held: set[str] = set()
+    ask = forkserver.set_forkserver_preload
+
+    def ask_for_all(modules: list[str]) -> None:
+        if not held.issuperset(modules):
+            forkserver._forkserver._stop()  # made for tests
+            held.update(modules)
+            ask(sorted(held))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forkserver, "set_forkserver_preload", ask_for_all)
+        yield

@@ -6,6 +6,7 @@ a real start do is not seen this way: of each script some test starts the real t
 """
 
 import importlib
+import io
 import os
 import runpy
 import signal
@@ -22,9 +23,27 @@ import torch
 
 FORK = get_context("fork")
 ROOT = Path(__file__).parents[1]
-TRAINING = ("attnzoo.tasks.classify.run", "timm", "transformers.modeling_utils", "accelerate")
-IMPORTS = {"train/classify.py": TRAINING, "eval/classify.py": TRAINING}  # where few tests are run and none imports them
-IMPORTS |= dict.fromkeys(("train/detect.py", "eval/detect.py"), ("tests.detection.mmdet",))
+
+
+def training():
+    """Import what the scripts of classification need, where few tests are run and none does."""
+    for name in ("attnzoo.tasks.classify.run", "timm", "transformers.modeling_utils", "accelerate"):
+        importlib.import_module(name)
+
+
+def detection():
+    """The same for the scripts of detection."""
+    from tests.detection.runs import prepare
+
+    prepare()
+
+
+PREPARE = {
+    "train/classify.py": training,
+    "eval/classify.py": training,
+    "train/detect.py": detection,
+    "eval/detect.py": detection,
+}
 
 
 class Server:
@@ -40,16 +59,16 @@ class Server:
         self._pipe.close()
         self._process.join()
 
-    def start(self, function, *arguments, imports=()):
-        """Call a function of a module in a new process; give the `Child`. The server has `imports` from then on."""
-        return Child(self, self.ask("start", function, arguments, imports))
+    def start(self, function, *arguments, prepare):
+        """Call a function of a module in a new process; give the `Child`. The server itself calls `prepare`, once."""
+        return Child(self, self.ask("start", function, arguments, prepare))
 
     def script(self, path, *words, cwd=ROOT, before=None, **environment):
         """Start a script of this repository; `before` is called first, the environment is changed for it alone."""
         folder = tempfile.TemporaryDirectory()
         places = [Path(folder.name) / name for name in ("out", "err")]
         given = str(ROOT / path), [str(word) for word in words], str(cwd), environment, places, before
-        child = self.start(_script, *given, imports=IMPORTS[path])
+        child = self.start(_script, *given, prepare=PREPARE[path])
         child.folder, child.places = folder, places
         return child
 
@@ -107,16 +126,17 @@ class Child:
 
 def _serve(pipe, not_ours):
     not_ours.close()  # or the end of pytest would not be seen
-    children = {}
+    children, prepared = {}, set()
     while True:
         try:
             what, *rest = pipe.recv()
         except EOFError:
             return
         if what == "start":
-            function, arguments, imports = rest
-            for module in imports:
-                importlib.import_module(module)
+            function, arguments, prepare = rest
+            if prepare not in prepared:
+                prepare()
+                prepared.add(prepare)
             process = FORK.Process(target=function, args=arguments)
             process.start()
             children[process.pid] = process
@@ -131,7 +151,9 @@ def _script(path, words, cwd, environment, places, before):
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
-        setattr(sys, name, open(number, "w", buffering=1, encoding="utf-8", closefd=False))
+        setattr(
+            sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), encoding="utf-8", write_through=True)
+        )
     os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
     torch.set_num_threads(1)
     os.chdir(cwd)

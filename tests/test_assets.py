@@ -314,7 +314,7 @@ def test_every_asset_has_its_papers_and_every_pin_is_a_sha256():
     assert {"digits", "fashion_mnist", "cifar10", "bccd", "neon_tree_crowns", "smollm2_135m_instruct"} <= set(names)
     for asset in listed:
         assert asset.description
-        assert asset.licence
+        assert asset.license
         assert asset.sources or asset.archives
         pins = list(asset.archives)
         for source in asset.sources:

@@ -149,7 +149,9 @@ def test_a_side_that_keeps_another_share_is_refused(settings):
     row = rows_of(config)[1][1]
     prompt = prompts.Prompt(ids=range(500), question_at=460, answers=("1",), depth=0.5, limit=9)
     stub = types.SimpleNamespace(ask=lambda job, timeout: {"kept": [job["keep"], job["keep"] + 2]})
-    with pytest.raises(AttnZooError, match="kvpress KeyDiffPress kept 115 to 117 entries a head of prompt 0, not 115"):
+    with pytest.raises(
+        AttnZooError, match="kvpress KeyDiffPress kept 115 to 117 entries per head of prompt 0, not 115"
+    ):
         run._result(config, row, "question_after", 0, prompt, stub)
 
 

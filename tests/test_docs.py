@@ -17,10 +17,10 @@ import torch
 import yaml
 
 from attnzoo import list_attentions, replace_attention, swap_report
-from attnzoo.__main__ import capability_table, main
+from attnzoo.__main__ import capability_table, main, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
-from attnzoo.registry import _table, unregister_attention
+from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import report as training_report
@@ -368,10 +368,24 @@ def test_the_guides_table_is_that_of_the_registry():
     assert between(ROOT / "docs/guide.md", "attentions") == capability_table()
 
 
+def test_the_page_of_methods_is_that_of_the_registry():
+    table = between(ROOT / "docs/methods.md", "methods")
+    assert table == source_table()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[0].strip("`") for row in rows] == [info.name for info in BUILT_IN]
+    for name, _, file, paper, sentence in rows:
+        assert re.fullmatch(r"\[(attnzoo/\S+\.py)\]\(\.\./\1\)", file), name
+        assert re.match(r"(?:\[[^\]]+\]\(https://[^)]+\)(?:; |$))+$|none; ", paper), name
+        assert re.fullmatch(r"[A-Z].*\.", sentence), name
+    assert "docs/methods.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_command_line_lists_and_describes(capsys):
     for arguments in ([], ["list"]):
         assert main(arguments) == 0
         assert "| `padre` | mixer |" in capsys.readouterr().out
+    assert main(["list", "--sources"]) == 0
+    assert "(./attnzoo/eviction/h2o.py)" in capsys.readouterr().out
     assert main(["describe", "padre"]) == 0
     assert "degree=3" in capsys.readouterr().out
     assert main(["describe", "pader"]) == 2

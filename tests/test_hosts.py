@@ -237,7 +237,7 @@ def test_multihead_attention_call_by_call(batch_first, kdim, bias):
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_mixer_in_torchs_encoder_honours_padding_and_refuses_the_rest(batch_first):
+def test_a_mixer_in_torchs_encoder_honors_padding_and_refuses_the_rest(batch_first):
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=batch_first), 2).eval()
     attnzoo.replace_attention(encoder, "padre", grid=(3, 4), prefix=1, kernel_size=3)

@@ -312,17 +312,21 @@ def test_a_folder_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # killed between the two renames
 
         def killed(source: Any, target: Any) -> None:
-            if Path(target).name == "attnzoo.json":
+            if Path(target).name == "model.safetensors":
                 raise KeyboardInterrupt
             replace(source, target)
 
         patch.setattr(files.os, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
-            attnzoo.save(second, folder)
-    with pytest.raises(WeightsError, match=r"a save or a copy was cut off"):
+        for place in (folder, tmp_path / "new"):
+            with pytest.raises(KeyboardInterrupt):
+                attnzoo.save(second, place)
+    with pytest.raises(WeightsError, match="a save or a copy was cut off"):
         attnzoo.load(folder)
-    attnzoo.save(second, folder)
-    assert torch.equal(attnzoo.load(folder)(zoo.images()), second(zoo.images()))
+    with pytest.raises(WeightsError, match=r"model\.safetensors is missing; copy the whole folder, or save again"):
+        attnzoo.load(tmp_path / "new")
+    for place in (folder, tmp_path / "new"):
+        attnzoo.save(second, place)
+        assert torch.equal(attnzoo.load(place)(zoo.images()), second(zoo.images()))
 
 
 def test_other_weights_are_not_overwritten(tmp_path):
@@ -365,7 +369,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     refused("its SHA-256 is another")
     (tmp_path / "model.safetensors").unlink()
-    refused("model.safetensors is missing; copy the whole folder")
+    refused(r"model\.safetensors is missing; copy the whole folder")
     (tmp_path / "model.safetensors").write_bytes(weights)
     alter(tmp_path, format=2, attnzoo="9.0")
     refused(r"written by attnzoo 9\.0 in format 2, and this attnzoo reads up to 1: install attnzoo 9\.0 or newer")

@@ -418,7 +418,7 @@ def test_the_hint_of_a_refusal_works():
     attnzoo.replace_attention(model, "sdpa", where="0.*")
 
 
-def test_a_soft_cap_is_honoured_by_the_core_that_can():
+def test_a_soft_cap_is_honored_by_the_core_that_can():
     model = transformers.Gemma2ForCausalLM(SOFTCAPPED).eval()
     ids = torch.arange(3, 20)[None]
     before = model(ids).logits

@@ -5,7 +5,7 @@ import pytest
 
 from attnzoo.bench.page import html_page
 from attnzoo.bench.plots import memory_plot
-from attnzoo.bench.summary import summarise
+from attnzoo.bench.summary import summarize
 from attnzoo.tasks import read_records
 from attnzoo.tasks.decode.kvpress import table as kvpress_table
 from attnzoo.tasks.decode.kvpress.record import ResultLine
@@ -59,7 +59,7 @@ def test_the_memory_plot_is_drawn_in_the_unit_that_its_axis_names(monkeypatch):
 
     drawn = []
     monkeypatch.setattr(plots, "_against_tokens", lambda summary, value, label: drawn.append((value, label)))
-    summary = summarise(read_records(RECORDS / "mixers_cpu_glibc.jsonl"))
+    summary = summarize(read_records(RECORDS / "mixers_cpu_glibc.jsonl"))
     memory_plot(summary)
     ((value, label),) = drawn
     record = summary.groups[0].rows[0]

@@ -56,7 +56,7 @@ def test_any_mixer_stands_in_any_encoder_and_gives_way_again(kind, name):
 
 
 @pytest.mark.parametrize("kind", PREFIX)
-def test_patches_are_mixed_with_their_neighbours_on_the_grid(kind):
+def test_patches_are_mixed_with_their_neighbors_on_the_grid(kind):
     """A 3 x 3 convolution in one layer: what a patch changes lies round it, in images that are not square, too."""
     model = replace_attention(encoder(kind, num_hidden_layers=1), "conv", kernel_size=3)
     options = {} if kind == "ijepa" else {"interpolate_pos_encoding": True}

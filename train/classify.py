@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.command import FAILED, OK, run_script
-
-PIPED_WIDTH = 160  # columns of the table where there is no terminal to ask
+from attnzoo.command import FAILED, OK, PIPED_WIDTH, run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Train a small causal language model of bytes once an attention, each beside the dense one, and report.
+"""Train a small causal language model of bytes once per attention, each beside the dense one, and report.
 
 python train/decode.py configs/decode/train_bytes.yaml [key=value ...]    run; a broken run goes on where it stopped
 python train/decode.py --report RECORDS.jsonl                             table and plot again, without training

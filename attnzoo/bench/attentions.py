@@ -14,13 +14,15 @@ from attnzoo.errors import AttnZooError, OptionError
 class AttentionConfig(Section):
     """One attention of the zoo: its registered name, its options and how tables call it.
 
-    `fused` chooses another dense baseline for this row than the benchmark's: with the host's fused kernel or without.
-    `tokens` are the token counts at which its cost is measured; all by default. `expect` says how it should end: a row
-    that is unsupported makes the benchmark exit with 1, unless that is expected.
+    `where` names the layers that are swapped, as `attnzoo.replace_attention` takes it: all by default, and others keep
+    the model's own attention. `fused` chooses another dense baseline for this row than the benchmark's: with the host's
+    fused kernel or without. `tokens` are the token counts at which its cost is measured; all by default. `expect` says
+    how it should end: a row that is unsupported makes the benchmark exit with 1, unless that is expected.
     """
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+    where: Annotated[str, Field(min_length=1)] | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: Annotated[str, Field(min_length=1)] = ""
     expect: Literal["ok", "unsupported"] = "ok"
     fused: bool | None = None
@@ -34,14 +36,23 @@ class AttentionConfig(Section):
         if isinstance(data, Mapping) and isinstance(data.get("name"), str) and data.get("label") is None:
             options = data.get("options") or {}
             listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
+            where = data.get("where") or ()
+            listed += (
+                [f"in {where}"] if isinstance(where, str) else [f"in {', '.join(map(str, where))}"] if where else []
+            )
             data = {**data, "label": " ".join([data["name"], *listed])}
         return data
 
     @model_serializer(mode="wrap")
     def _leave_out_what_is_expected(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = dump(self)
-        drop_defaults(content, {"expect": "ok"})
+        drop_defaults(content, {"expect": "ok", "where": None})
         return content
+
+    @property
+    def swap(self) -> dict[str, Any]:
+        """What `attnzoo.replace_attention` takes besides the model and the name."""
+        return self.options if self.where is None else {**self.options, "where": self.where}
 
 
 def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:

@@ -94,7 +94,7 @@ class RunConfig(Section):
         Raises
         ------
         ConfigError
-            With every problem of file and overrides that could be found, one a line.
+            With every problem of file and overrides that could be found, one per line.
         """
         return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
 
@@ -105,7 +105,7 @@ class RunConfig(Section):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         return validated(cls, data, cls.problems(data), source)
 
@@ -166,7 +166,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     problems: list[str] = []
     config = None

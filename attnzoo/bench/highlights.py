@@ -10,7 +10,7 @@ from typing import Any
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
 from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
-from attnzoo.bench.summary import Group, summarise
+from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
 
 MIN_SAMPLES = 5  # no interval of paired differences from fewer
@@ -124,7 +124,7 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
     column
         Gives the task that a record is shown under.
     """
-    summary = summarise(records)
+    summary = summarize(records)
     dense = {row.part: row.quality for row in summary.quality if row.is_baseline}
     found = [_of_quality(row, column(row), dense.get(row.part)) for row in summary.quality if row.attention]
     for group in summary.groups:

@@ -21,7 +21,7 @@ Clock = Callable[[Run], float]
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Seconds of each call, in the order A B A B ...; `a[i]` and `b[i]` are neighbours in time."""
+    """Seconds of each call, in the order A B A B ...; `a[i]` and `b[i]` are neighbors in time."""
 
     a: tuple[float, ...]
     b: tuple[float, ...]
@@ -33,7 +33,7 @@ class Interleaved:
 
 
 def quantiles(samples: Sequence[float], scale: float = 1.0) -> Quantiles:
-    """The 20th, 50th and 80th percentile, linear between neighbours, times `scale`.
+    """The 20th, 50th and 80th percentile, linear between neighbors, times `scale`.
 
     Raises
     ------

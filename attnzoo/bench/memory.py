@@ -94,7 +94,12 @@ def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False
         run()
     if device.type == "cuda":
         return [_cuda_peak(run, device) for run in runs]
-    resident = [_resident_peak(run) for run in runs]
+    gc.collect()
+    gc.freeze()  # or the search for garbage before each run would go through all that was imported
+    try:
+        resident = [_resident_peak(run) for run in runs]
+    finally:
+        gc.unfreeze()
     peaks = []
     for run, (activation, note) in zip(runs, resident, strict=True):
         if activation is not None and not exact:
@@ -151,7 +156,7 @@ def _status_bytes(field: str) -> int:
 
 def _allocator_peak(run: Run) -> int | None:
     """Give the exact peak of bytes that PyTorch's CPU allocator gave out during `run`, from the profiler's events."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     results = getattr(profiled.profiler, "kineto_results", None)
     if results is None:

@@ -16,7 +16,7 @@ from attnzoo.bench.summary import (
     dates,
     keeps_freed_memory,
     machine,
-    summarise,
+    summarize,
     verdict,
     versions,
 )
@@ -73,7 +73,7 @@ def html_page(
     how_to_read
         What the columns of that table mean.
     """
-    summary = summarise(records)
+    summary = summarize(records)
     several = len(versions(summary)) > 1
     own = table is None
     stages = _stages(summary) if own else None

@@ -1,4 +1,4 @@
-"""The page's plots, as SVG to put inside HTML: text and axes take the page's own colour."""
+"""The page's plots, as SVG to put inside HTML: text and axes take the page's own color."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from attnzoo.bench.words import activation_ratio
 from attnzoo.extras import require
 from attnzoo.units import MB
 
-INK = "#010203"  # stands for the page's text colour, which is put in afterwards
-COLOURS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
-POLICY_COLOURS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
+INK = "#010203"  # stands for the page's text color, which is put in afterwards
+COLORS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
+POLICY_COLORS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -27,7 +27,7 @@ def latency_plot(summary: Summary) -> str:
     def latency(record: Record) -> float | None:
         return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
 
-    return _against_tokens(summary, latency, "ms an image (p50)")
+    return _against_tokens(summary, latency, "ms per image (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -40,7 +40,7 @@ def memory_plot(summary: Summary) -> str:
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         return held / MB / _batch(record) if held else None
 
-    return _against_tokens(summary, peak, "peak activation memory, MB an image")
+    return _against_tokens(summary, peak, "peak activation memory, MB per image")
 
 
 def _batch(record: Record) -> int:
@@ -62,7 +62,7 @@ class Trade:
     """What one attention trades: the quality kept, and the spots of what it costs, all at that height."""
 
     label: str
-    colour: str
+    color: str
     kept: float
     low: float
     high: float
@@ -119,14 +119,14 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
                 continue
             low = quality.ratio if quality.ratio_low is None else quality.ratio_low
             high = quality.ratio if quality.ratio_high is None else quality.ratio_high
-            palette = POLICY_COLOURS if summary.parts.index(part) else COLOURS
-            colour = palette[summary.labels[part].index(label) % len(palette)]
-            trades.append(Trade(label, colour, quality.ratio, low, high, spots))
+            palette = POLICY_COLORS if summary.parts.index(part) else COLORS
+            color = palette[summary.labels[part].index(label) % len(palette)]
+            trades.append(Trade(label, color, quality.ratio, low, high, spots))
     return trades
 
 
 def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -> str:
-    """Draw trades, every one labelled at the side; `shapes` say what a marker stands for."""
+    """Draw trades, every one labeled at the side; `shapes` say what a marker stands for."""
     if not trades:
         return ""
     trades = sorted(trades, key=lambda trade: max(spot.x for spot in trade.spots))
@@ -144,11 +144,11 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
     places = spread([t.kept for t in trades], gap, within=(low - room, high + room))
     for trade, label_y in zip(trades, places, strict=True):
         xs = [spot.x for spot in trade.spots]
-        axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.colour, lw=0.8, alpha=0.8)
+        axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.color, lw=0.8, alpha=0.8)
         for spot in trade.spots:
-            axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.colour, lw=2)
-            axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.colour, lw=1, alpha=0.6)
-            axes.plot([spot.x], [trade.kept], spot.marker, color=trade.colour, ms=7)
+            axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.color, lw=2)
+            axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.color, lw=1, alpha=0.6)
+            axes.plot([spot.x], [trade.kept], spot.marker, color=trade.color, ms=7)
         axes.annotate(
             trade.label,
             (max(xs), trade.kept),
@@ -157,7 +157,7 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
             va="center",
             color=INK,
             fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": trade.colour, "lw": 0.8, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": trade.color, "lw": 0.8, "alpha": 0.6},
             annotation_clip=False,
         )
     reached = [x for t in trades for spot in t.spots for x in (spot.low, spot.high)]
@@ -183,9 +183,9 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
         rows = [(group.tokens, row) for group in groups for row in group.rows if row.label == label]
         points = [(tokens, y) for tokens, row in rows if (y := value(row)) is not None]
         if points:
-            colour, marker = look(labels, label)
+            color, marker = look(labels, label)
             drawn += [y for _, y in points]
-            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label, lw=1.8, ms=6)
+            axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label, lw=1.8, ms=6)
     if not drawn:
         return ""
     axes.set_xscale("log")
@@ -202,8 +202,8 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
 def look(labels: Sequence[str], label: str) -> tuple[str, str]:
     """Color and marker of a label, by its place among all."""
     index = labels.index(label)
-    turn = index // len(COLOURS)  # colours come round again with other markers
-    return COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)]
+    turn = index // len(COLORS)  # colors come round again with other markers
+    return COLORS[index % len(COLORS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
 def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
@@ -258,24 +258,24 @@ def to_svg(figure: Any, salt: str) -> str:
 
 
 def spread(values: Sequence[float], gap: float, within: tuple[float, float] | None = None) -> list[float]:
-    """Move values apart, as little as needed for neighbours to be `gap` apart; their order stays.
+    """Move values apart, as little as needed for neighbors to be `gap` apart; their order stays.
 
     With `within` they are then moved, from the top down, so that they stay inside where there is room for all.
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
     groups: list[list[int]] = []
-    centres: list[float] = []
+    centers: list[float] = []
     for index in order:
         groups.append([index])
-        centres.append(values[index])
-        while len(groups) > 1 and centres[-1] - centres[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+        centers.append(values[index])
+        while len(groups) > 1 and centers[-1] - centers[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
             merged = groups[-2] + groups[-1]
             groups[-2:] = [merged]
-            centres[-2:] = [sum(values[i] for i in merged) / len(merged)]
+            centers[-2:] = [sum(values[i] for i in merged) / len(merged)]
     placed = [0.0] * len(values)
-    for group, centre in zip(groups, centres, strict=True):
+    for group, center in zip(groups, centers, strict=True):
         for rank, index in enumerate(group):
-            placed[index] = centre + gap * (rank - (len(group) - 1) / 2)
+            placed[index] = center + gap * (rank - (len(group) - 1) / 2)
     if within is not None:
         edge = within[1]
         for index in reversed(order):

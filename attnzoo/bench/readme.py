@@ -9,7 +9,7 @@ from typing import Any
 from attnzoo import files
 from attnzoo.bench import words
 from attnzoo.bench.record import Record
-from attnzoo.bench.summary import Group, Summary, keeps_freed_memory, machine, summarise
+from attnzoo.bench.summary import Group, Summary, keeps_freed_memory, machine, summarize
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
 
@@ -23,7 +23,7 @@ def markdown_table(records: Iterable[Any]) -> str:
     and decoding. Memory, FLOPs and size are those at the largest token count at which half of the attentions or more
     were measured, or of the prefill; the cache is that after the last token.
     """
-    summary = summarise(records)
+    summary = summarize(records)
     speeds = max((len(summary.of(part)) for part in summary.parts), default=0)
     cached = any(_has_cache(summary, part) for part in summary.parts)
     caches = ["cache held", "cache allocated"] if cached else []
@@ -93,7 +93,7 @@ def _padded(cells: list[str], count: int) -> list[str]:
 def markdown_section(records: Iterable[Any]) -> str:
     """Give the table with what a reader must know to read it, and the command that makes it."""
     records = list(records)
-    summary = summarise(records)
+    summary = summarize(records)
     measured = any(row.quality is not None for row in summary.records)
     kept = "; quality kept is above 1x where it is better than dense" if measured else ""
     text = [

@@ -1,4 +1,4 @@
-"""Records: one JSON line a measurement under a strict schema, written whole or not at all."""
+"""Records: one JSON line per measurement under a strict schema, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from attnzoo import files
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
 
 SCHEMA_VERSION = (
@@ -50,7 +50,7 @@ class Gate(Entry):
     `max_abs_error` is the largest difference from the oracle in the worst tensor, `at`; `scale` is the largest
     magnitude of the oracle in that tensor; the gate passes where ``max_abs_error <= tolerance * scale`` everywhere.
     An error that is not finite is null and never passes. `cache_limit` and `cache_most` are of an eviction policy: the
-    entries a key/value head that any layer may hold, and the most that one held after the prompt or any step.
+    entries per key/value head that any layer may hold, and the most that one held after the prompt or any step.
     """
 
     oracle: str
@@ -110,7 +110,7 @@ class Stage(Entry):
 class Side(Entry):
     """What one model costs, and each of its `stages` where these were told apart.
 
-    Latency is in milliseconds a forward, a prompt or a token; throughput in images, prompt or new tokens a second.
+    Latency is in milliseconds per forward, prompt or token; throughput in images, prompt or new tokens per second.
     `flops` is None where an operator that multiplies matrices has no formula; `flops_note` then names it.
     """
 

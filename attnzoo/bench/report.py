@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Record
-from attnzoo.bench.summary import Group, Quality, Summary, dates, machine, summarise
+from attnzoo.bench.summary import Group, Quality, Summary, dates, machine, summarize
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -40,7 +40,7 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
 
     `table` takes the place of that table.
     """
-    summary = summarise(records)
+    summary = summarize(records)
     if summary.groups:
         console.print((table or cost_table(summary)).rich())
     for record in (row for group in summary.groups for row in group.rows if row.cost is None):

@@ -48,7 +48,7 @@ class Summary:
     groups
         Rows of cost by part, then by token count, ascending, then by phase: prefill before decoding.
     quality
-        Rows of quality, one an attention and part.
+        Rows of quality, one per attention and part.
     labels
         Attentions of each part, the dense baseline first.
     """
@@ -81,7 +81,7 @@ class Summary:
         return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
 
 
-def summarise(records: Iterable[Any]) -> Summary:
+def summarize(records: Iterable[Any]) -> Summary:
     """Put records in order.
 
     Raises

@@ -114,6 +114,10 @@ class Result(Entry):
         return self
 
 
+def _nothing(config: Any, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    raise NotImplementedError("this task measures no cells")
+
+
 @dataclass(frozen=True)
 class Task:
     """A task.
@@ -126,6 +130,9 @@ class Task:
         Where it is, as ``module:NAME``, for the processes that do its work.
     config
         The class of its configs.
+    run
+        Given the config and the command, runs it all, reports, and gives the exit status: for a task whose loop a
+        library owns, or several processes share. `plan` and what follows are then not asked.
     plan
         Gives a config's cells in the order of measurement. A part's dense baseline comes first.
     measure
@@ -158,8 +165,9 @@ class Task:
     name: str
     ref: str
     config: type[RunConfig]
-    plan: Callable[[Any], Sequence[Cell]]
-    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result]
+    plan: Callable[[Any], Sequence[Cell]] = lambda config: ()
+    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result] = _nothing
+    run: Callable[[Any, str], int] | None = None
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
     check: Callable[[Any], None] = lambda config: None
     record: type[Envelope] = Record

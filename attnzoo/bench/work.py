@@ -11,7 +11,7 @@ from attnzoo.bench.gate import OracleError
 from attnzoo.bench.isolate import is_out_of_memory, set_threads
 from attnzoo.bench.record import Entry
 from attnzoo.bench.task import Cell, Result, Say, Task
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import AttnZooError, ConfigError
 
 
 class Job(Entry):
@@ -24,10 +24,20 @@ class Job(Entry):
 
 
 def load(ref: str) -> Task:
-    """Import a task by its ``module:NAME``."""
+    """Import a task by its ``module:NAME``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such module, or no task of this name in it.
+    """
     module, _, name = ref.partition(":")
-    task = getattr(importlib.import_module(module), name)
-    assert isinstance(task, Task)
+    try:
+        task = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"task: {ref!r} cannot be imported: {error}") from error
+    if not isinstance(task, Task):
+        raise ConfigError(f"task: {module} has no task {name!r}; give module:NAME of an attnzoo.bench.task.Task")
     return task
 
 

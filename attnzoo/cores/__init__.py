@@ -1,4 +1,4 @@
-"""Cores: parameter-free functions of queries, keys and values, one file a method.
+"""Cores: parameter-free functions of queries, keys and values, one file per method.
 
 A core is an object called ``core(q, k, v, *, mask=None, causal=False, scale=None, dropout=0.0, softcap=None)``:
 

@@ -1,4 +1,4 @@
-"""Softmax attention, written out: the oracle that every other core is held against.
+"""Unfused softmax attention: the oracle that every other core is held against.
 
 Paper: Vaswani et al., Attention Is All You Need, https://arxiv.org/abs/1706.03762
 
@@ -24,7 +24,7 @@ SCORES = 2**28  # computed at a time: 1 GiB in float32
 
 @dataclass(frozen=True)
 class Softmax:
-    """Written-out softmax attention. Long sequences go a part of the queries at a time, to bound the memory."""
+    """Unfused softmax attention. Long sequences go a part of the queries at a time, to bound the memory."""
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 The only file that touches the moving parts of transformers' cache. How a call goes:
 
-1. A hook on the model that makes masks and caches (`Intake`) looks at the call: it turns an empty `DynamicCache`,
+1. A hook on the model that makes masks and caches (`CacheHook`) looks at the call: it turns an empty `DynamicCache`,
    whoever made it, into a `BoundedCache`, takes the padding from the 2-D mask, refuses what cannot be, and sends both
    down as one keyword argument, for the attention interface is handed neither.
 2. The attention module calls ``cache.update``. A bounded layer gives the new keys and values back as they are.
@@ -42,8 +42,10 @@ CALL = "attnzoo_call"  # the keyword argument that the hook sends down
 FILE_FORMAT = 1
 
 
-class OwnLayer(CacheLayerMixin):
-    """Base of the layers of a `BoundedCache` that are attnzoo's own: what is not said of tokens dropped is refused.
+class SwappedCacheLayer(CacheLayerMixin):
+    """Base of the cache layers that belong to swapped attention layers: `BoundedLayer`, and the `StateLayer` of mixers.
+
+    Whatever would need tokens that are no longer kept, such as cropping, is refused.
 
     Attributes
     ----------
@@ -72,7 +74,7 @@ class OwnLayer(CacheLayerMixin):
         """Bytes held and allocated; see `attnzoo.kv_bytes`."""
 
     @abstractmethod
-    def copy(self) -> OwnLayer:
+    def copy(self) -> SwappedCacheLayer:
         """A layer of its own with the same content."""
 
     @abstractmethod
@@ -142,7 +144,7 @@ class Maker(Protocol):
     def name(self) -> str:
         """What messages call the method."""
 
-    def __call__(self, index: int) -> OwnLayer:
+    def __call__(self, index: int) -> SwappedCacheLayer:
         """Make an empty one."""
 
 
@@ -167,7 +169,7 @@ class MakesBounded:
         return f"{self.name} with budget {self.policy.budget}"
 
 
-class BoundedLayer(OwnLayer):
+class BoundedLayer(SwappedCacheLayer):
     """One layer of a `BoundedCache`.
 
     Attributes
@@ -304,7 +306,7 @@ class BoundedCache(DynamicCache):
         """
         layer = self.layers[layer_idx]
         readers = [other for other in self.layers if not getattr(other, "is_sliding", False)]
-        if isinstance(layer, OwnLayer) and all(isinstance(other, OwnLayer) for other in readers):
+        if isinstance(layer, SwappedCacheLayer) and all(isinstance(other, SwappedCacheLayer) for other in readers):
             return versions.new_tokens(query), layer.columns
         return super().get_mask_sizes(query, layer_idx)
 
@@ -358,14 +360,16 @@ class BoundedCache(DynamicCache):
         self.real = None if self.real is None else change(self.real)
 
     @property
-    def own(self) -> list[OwnLayer]:
+    def own(self) -> list[SwappedCacheLayer]:
         """The layers that are attnzoo's own."""
-        return [layer for layer in self.layers if isinstance(layer, OwnLayer)]
+        return [layer for layer in self.layers if isinstance(layer, SwappedCacheLayer)]
 
     def copy(self) -> BoundedCache:
         """A cache of its own with the same content, cut off from autograd: to use a prompt more than once."""
         other = copy.copy(self)
-        other.layers = [layer.copy() if isinstance(layer, OwnLayer) else _copy_plain(layer) for layer in self.layers]
+        other.layers = [
+            layer.copy() if isinstance(layer, SwappedCacheLayer) else _copy_plain(layer) for layer in self.layers
+        ]
         return other
 
     def save(self, path: str | Path) -> None:
@@ -434,7 +438,7 @@ class Call:
     padding: Padding | None
 
 
-class Intake:
+class CacheHook:
     """The hooks on a model that makes masks and caches; see the head of this file."""
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -502,7 +506,7 @@ class Intake:
             )
         for index, maker in own_layers(model):
             layer = cache.layers[index] if index < len(cache.layers) else None
-            if not isinstance(layer, OwnLayer) or layer.maker != maker:
+            if not isinstance(layer, SwappedCacheLayer) or layer.maker != maker:
                 raise UnsupportedError(
                     f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is {maker}; "
                     "give the call a cache of its own"
@@ -543,7 +547,7 @@ def bounded_attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honour")
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honor")
     attention: BoundedAttention = module.attnzoo_core
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     if layer is not None:
@@ -566,18 +570,20 @@ def own_layers(model: nn.Module) -> Iterator[tuple[int, Maker]]:
 
 def add_hook(model: nn.Module) -> None:
     """Have `model` look at its calls."""
-    if not any(isinstance(hook, Intake) for hook in model._forward_pre_hooks.values()):
-        intake = Intake()
-        model.register_forward_pre_hook(intake, with_kwargs=True)
-        model.register_forward_hook(intake.end, with_kwargs=True, always_call=True)
+    if not any(isinstance(hook, CacheHook) for hook in model._forward_pre_hooks.values()):
+        hook = CacheHook()
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+        model.register_forward_hook(hook.end, with_kwargs=True, always_call=True)
 
 
 def drop_hook(model: nn.Module) -> None:
     """Undo `add_hook`."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Intake)]:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, CacheHook)]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key in [k for k, hook in model._forward_hooks.items() if isinstance(getattr(hook, "__self__", None), Intake)]:
+    for key in [
+        k for k, hook in model._forward_hooks.items() if isinstance(getattr(hook, "__self__", None), CacheHook)
+    ]:
         del model._forward_hooks[key]
         model._forward_hooks_with_kwargs.pop(key, None)
         model._forward_hooks_always_called.pop(key, None)
@@ -619,7 +625,7 @@ def _is_filled(layer: Any) -> bool:
 
 def _counts(layer: Any) -> bool:
     """Whether a layer counts the tokens that it has seen."""
-    return isinstance(layer, (OwnLayer, DynamicLayer))
+    return isinstance(layer, (SwappedCacheLayer, DynamicLayer))
 
 
 def _with_new(past: Tensor | None, real: Tensor | None, rows: int, seen: int, new: int) -> Tensor | None:
@@ -638,14 +644,14 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
         return None
     if isinstance(mask, Mapping):
         raise UnsupportedError(
-            f"an attention mask ({type(mask).__name__}) cannot be honoured by layers that keep a bounded cache or a "
+            f"an attention mask ({type(mask).__name__}) cannot be honored by layers that keep a bounded cache or a "
             "state: it holds masks that were made outside of the language model (as some vision-language models do, so "
             "that the tokens of an image see one another); load the language model alone, by its ...ForCausalLM class"
         )
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
         raise UnsupportedError(
-            f"an attention mask {what} cannot be honoured by layers that keep a bounded cache or a state; give a 2-D "
+            f"an attention mask {what} cannot be honored by layers that keep a bounded cache or a state; give a 2-D "
             "mask (B, tokens) that tells padding, or none"
         )
     if mask.shape != (rows, seen + tokens):
@@ -656,7 +662,7 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise UnsupportedError(
             "attention_mask (B, tokens) must hold 1 where a token is real and 0 where it is padding, and holds other "
-            "numbers: a mask that is added to the scores cannot be honoured by layers that keep a bounded cache or a "
+            "numbers: a mask that is added to the scores cannot be honored by layers that keep a bounded cache or a "
             "state; give (mask == 0).long() if 0 means seen"
         )
     mask = mask.bool()
@@ -729,7 +735,7 @@ def _layer_state(layer: Any) -> dict[str, Any]:
             "keys": None if layer.keys is None else layer.keys.clone(),
             "values": None if layer.values is None else layer.values.clone(),
         }
-    what = f"state of {layer.maker.name!r}" if isinstance(layer, OwnLayer) else type(layer).__name__
+    what = f"state of {layer.maker.name!r}" if isinstance(layer, SwappedCacheLayer) else type(layer).__name__
     raise UnsupportedError(f"a cache with a {what} cannot be saved; copy() keeps one in memory")
 
 

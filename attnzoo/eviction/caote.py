@@ -10,7 +10,7 @@ https://arxiv.org/abs/2504.14051
 Differs from the paper: it does not say how query heads that share a key/value head combine. Here by the root of the
 sum of squares, which is how far the concatenated output of the group moves, before the output projection. Nor does it
 say what becomes of the base's protected entries: they stay protected. SnapKV's scores are pooled before they
-are normalised, and over ``base="tova"`` heads no longer keep the same tokens.
+are normalized, and over ``base="tova"`` heads no longer keep the same tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_bool
-from attnzoo.eviction.policy import Live, by_group, wide
+from attnzoo.eviction.policy import CacheView, by_group, wide
 from attnzoo.eviction.wrapper import Wrapper
 
 
@@ -41,10 +41,10 @@ class Caote(Wrapper):
         super().__post_init__()
         check_bool("fast", self.fast)
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Error of the output that the eviction of each entry would make."""
-        scores = self.inner.checked_attention_scores(live)
-        return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), live.values, fast=self.fast)
+        scores = self.inner.checked_attention_scores(view)
+        return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), view.values, fast=self.fast)
 
 
 def output_error(attention: Tensor, values: Tensor, fast: bool = False) -> Tensor:

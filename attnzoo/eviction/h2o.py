@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import AttentionPolicy, Live
+from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class H2O(AttentionPolicy):
         """Half the budget."""
         return self.budget // 2
 
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """The accumulated sums."""
-        assert live.sums is not None
-        return live.sums
+        assert view.sums is not None
+        return view.sums

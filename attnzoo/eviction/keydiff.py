@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.checks import check_choice
-from attnzoo.eviction.policy import Live, Policy, wide
+from attnzoo.checks import check_choice, renamed_choice
+from attnzoo.eviction.policy import CacheView, Policy, wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,19 @@ class KeyDiff(Policy):
     Parameters
     ----------
     anchor
-        Mean of the ``normalised`` or of the ``raw`` keys.
+        Mean of the ``normalized`` or of the ``raw`` keys. The spelling ``normalised`` is deprecated.
     """
 
-    anchor: str = "normalised"
+    anchor: str = "normalized"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("anchor", self.anchor, ("normalised", "raw"))
+        object.__setattr__(self, "anchor", renamed_choice("anchor", self.anchor, "normalised", "normalized"))
+        check_choice("anchor", self.anchor, ("normalized", "raw"))
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Minus the cosine with the anchor."""
-        keys = wide(live.keys)
+        keys = wide(view.keys)
         directions = F.normalize(keys, dim=-1)
-        anchor = (directions if self.anchor == "normalised" else keys).mean(2, keepdim=True)
+        anchor = (directions if self.anchor == "normalized" else keys).mean(2, keepdim=True)
         return -(directions * F.normalize(anchor, dim=-1)).sum(-1)

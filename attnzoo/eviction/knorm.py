@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import Live, Policy, wide
+from attnzoo.eviction.policy import CacheView, Policy, wide
 
 STEPS = 1024  # to each doubling of the norm
 
@@ -25,6 +25,6 @@ STEPS = 1024  # to each doubling of the norm
 class Knorm(Policy):
     """Norm of the key."""
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """The smaller the norm, the better."""
-        return -(wide(live.keys).norm(dim=-1).log2() * STEPS).round()
+        return -(wide(view.keys).norm(dim=-1).log2() * STEPS).round()

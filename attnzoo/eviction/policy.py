@@ -16,7 +16,7 @@ from attnzoo.eviction.weights import attention_weights
 
 
 @dataclass(frozen=True)
-class Live:
+class CacheView:
     """What a policy sees of one layer at an eviction: its entries in time order, none of them empty.
 
     Attributes
@@ -120,12 +120,12 @@ class Policy(ABC):
 
     @property
     def accumulates(self) -> bool:
-        """Whether `Live.sums` is needed."""
+        """Whether `CacheView.sums` is needed."""
         return False
 
     @property
     def queries_kept(self) -> int:
-        """How many of the last queries `Live.queries` must hold."""
+        """How many of the last queries `CacheView.queries` must hold."""
         return 0
 
     @property
@@ -153,17 +153,17 @@ class Policy(ABC):
         return sink, recent
 
     @abstractmethod
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Give every entry a score, ``(B, Hkv, S)``: the lowest go. Of equal scores the older goes first."""
 
-    def keep(self, live: Live) -> Tensor:
+    def keep(self, view: CacheView) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
         sink, recent = self.protected
-        scores = _checked(self, "score", self.score(live), live.positions.shape)
+        scores = _checked(self, "score", self.score(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
         most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
-        safe = (live.positions < sink) | (live.positions >= (live.counts - recent)[:, None, None])
+        safe = (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
         order = scores.masked_fill(safe, float("inf")).argsort(dim=-1, stable=True)
         return order[..., -self.budget :].sort(dim=-1).values
 
@@ -173,14 +173,14 @@ class AttentionPolicy(Policy):
     """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them."""
 
     @abstractmethod
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """Give every entry a score of at least 0 for each query head, ``(B, H, S)``."""
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Mean of `attention_scores` over the query heads that share a key/value head."""
-        return by_group(self.checked_attention_scores(live), live.kv_heads).mean(2)
+        return by_group(self.checked_attention_scores(view), view.kv_heads).mean(2)
 
-    def checked_attention_scores(self, live: Live) -> Tensor:
+    def checked_attention_scores(self, view: CacheView) -> Tensor:
         """Give `attention_scores`, ``(B, H, S)``.
 
         Raises
@@ -188,8 +188,8 @@ class AttentionPolicy(Policy):
         ShapeError
             If they are of another shape.
         """
-        batch, kv_heads, entries = live.positions.shape
-        scores = self.attention_scores(live)
+        batch, kv_heads, entries = view.positions.shape
+        scores = self.attention_scores(view)
         heads = scores.shape[1] if isinstance(scores, Tensor) and scores.dim() == 3 else 0
         if heads == 0 or heads % kv_heads:
             heads = kv_heads  # the least number of query heads that there may be

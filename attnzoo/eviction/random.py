@@ -2,7 +2,7 @@
 
     s_j = hash(seed, layer, head, position of j), evenly spread over [0, 1)
 
-The hash is the finaliser of SplitMix64 (Steele et al., https://doi.org/10.1145/2660193.2660195). Since the number of an
+The hash is the finalizer of SplitMix64 (Steele et al., https://doi.org/10.1145/2660193.2660195). Since the number of an
 entry never changes, what is left after any number of evictions is a fair sample of all tokens so far.
 
 Differs from the paper: there is none.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_int
-from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.policy import CacheView, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +35,18 @@ class Random(Policy):
         super().__post_init__()
         check_int("seed", self.seed, minimum=0)
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """A number in [0, 1) for each entry."""
-        device = live.positions.device
-        heads = torch.arange(live.kv_heads, device=device)[:, None]
+        device = view.positions.device
+        heads = torch.arange(view.kv_heads, device=device)[:, None]
         key = torch.tensor(_signed(self.seed % 2**64), device=device)
-        for part in (torch.tensor(live.layer, device=device), heads, live.positions.long()):
+        for part in (torch.tensor(view.layer, device=device), heads, view.positions.long()):
             key = _mix(_mix(key) ^ part)
         return (key & (2**53 - 1)).double() / 2**53
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's step and finaliser on int64, which wraps round like the unsigned integers of the original."""
+    """SplitMix64's step and finalizer on int64, which wraps round like the unsigned integers of the original."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attnzoo.checks import check_choice, check_int
-from attnzoo.eviction.policy import AttentionPolicy, Live
+from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ class Scissorhands(AttentionPolicy):
         """As in the authors' script."""
         return 10
 
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """Counts or means over the window's queries."""
         if self.importance == "mean":
-            return live.attention_of_window() / self.window
-        weights = live.window_attention()
-        assert live.query_positions is not None
-        groups = weights.shape[1] // live.kv_heads
-        seen = (live.positions[:, :, None, :] <= live.query_positions[:, None, :, None]).sum(-1, keepdim=True)
+            return view.attention_of_window() / self.window
+        weights = view.window_attention()
+        assert view.query_positions is not None
+        groups = weights.shape[1] // view.kv_heads
+        seen = (view.positions[:, :, None, :] <= view.query_positions[:, None, :, None]).sum(-1, keepdim=True)
         share = 1.0 / seen.clamp(min=1).to(weights.dtype)
         return (weights > share.repeat_interleave(groups, 1)).to(weights.dtype).sum(2)

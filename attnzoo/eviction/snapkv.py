@@ -1,11 +1,11 @@
-"""SnapKV: the attention of an observation window, pooled over neighbours so that what is kept comes in runs.
+"""SnapKV: the attention of an observation window, pooled over neighbors so that what is kept comes in runs.
 
 Paper: Li et al., SnapKV, https://arxiv.org/abs/2404.14469
 
     s_j = pool_k( sum over the last `window` queries i of A_ij )   for j before the window; the window itself is kept
 
-Differs from the paper: evicts after each block, in decoding too (the paper once, after the prompt), so neighbours in
-the pooling are neighbours in the cache, not always in the text; the window's attention is that over the entries still
+Differs from the paper: evicts after each block, in decoding too (the paper once, after the prompt), so neighbors in
+the pooling are neighbors in the cache, not always in the text; the window's attention is that over the entries still
 there; query heads that share a key/value head are averaged (the paper repeats the keys). `window`, `kernel` and
 `pooling` default to those of the paper's runs.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError
-from attnzoo.eviction.policy import AttentionPolicy, Live
+from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class SnapKV(AttentionPolicy):
         """The window."""
         return self.window
 
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """Sums over the window's queries, pooled before the window and plain inside it."""
-        sums = live.attention_of_window()
-        groups = sums.shape[1] // live.kv_heads
-        before = live.positions < (live.counts - self.window)[:, None, None]
+        sums = view.attention_of_window()
+        groups = sums.shape[1] // view.kv_heads
+        before = view.positions < (view.counts - self.window)[:, None, None]
         before = before.repeat_interleave(groups, 1)
         earlier = sums.masked_fill(~before, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.policy import CacheView, Policy
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.eviction.weights import attention_sums
 
@@ -164,7 +164,7 @@ class Store:
                 self._query_positions = positions.gather(1, last)
 
     def evict(self, rows: Sequence[int], window_sums: Tensor | None = None) -> None:
-        """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `Live`."""
+        """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `CacheView`."""
         over = [row for row in rows if self.held[row] > self.policy.budget]
         for held in sorted({self.held[row] for row in over}):
             self._evict([row for row in over if self.held[row] == held], held, window_sums)
@@ -177,7 +177,7 @@ class Store:
         device, budget = self._keys.device, self.policy.budget
         index: Rows = slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            live = Live(
+            view = CacheView(
                 keys=self._keys[index, :, :held],
                 values=self._values[index, :, :held],
                 positions=self._positions[index, :, :held],
@@ -190,7 +190,7 @@ class Store:
                 scale=self.scale,
                 softcap=self.softcap,
             )
-            keep = self.policy.keep(live)
+            keep = self.policy.keep(view)
         heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
         for name in ("_keys", "_values", "_positions", "_sums"):
             old: Tensor | None = getattr(self, name)
@@ -262,7 +262,7 @@ class Store:
         self.scale, self.softcap = state["scale"], state["softcap"]
 
     def _reserve(self, needed: int) -> None:
-        """Have room for `needed` entries a row. A buffer grows by a quarter, never past budget and block together."""
+        """Have room for `needed` entries per row. A buffer grows by a quarter, never past budget and block together."""
         assert self._keys is not None
         room = self._keys.shape[2]
         if needed <= room:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import Live, Policy
+from attnzoo.eviction.policy import CacheView, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class Streaming(Policy):
         """All that is left."""
         return self.budget - sink
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """The later the better."""
-        return live.positions.double()
+        return view.positions.double()

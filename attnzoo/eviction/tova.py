@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import AttentionPolicy, Live
+from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Tova(AttentionPolicy):
         """The last one."""
         return 1
 
-    def attention_scores(self, live: Live) -> Tensor:
+    def attention_scores(self, view: CacheView) -> Tensor:
         """The last row of attention, a distribution over the entries."""
-        return live.attention_of_window()
+        return view.attention_of_window()
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """Mean over all heads, the same for each key/value head."""
-        return self.attention_scores(live).mean(1, keepdim=True).expand(live.positions.shape)
+        return self.attention_scores(view).mean(1, keepdim=True).expand(view.positions.shape)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import Live, by_group, wide
+from attnzoo.eviction.policy import CacheView, by_group, wide
 from attnzoo.eviction.wrapper import Wrapper
 
 
@@ -29,7 +29,7 @@ class Vatp(Wrapper):
         """As in the authors' command."""
         return 20
 
-    def score(self, live: Live) -> Tensor:
+    def score(self, view: CacheView) -> Tensor:
         """The base's scores times the l1 norm of the values."""
-        attention = by_group(self.inner.checked_attention_scores(live), live.kv_heads).mean(2)
-        return attention * wide(live.values).abs().sum(-1)
+        attention = by_group(self.inner.checked_attention_scores(view), view.kv_heads).mean(2)
+        return attention * wide(view.values).abs().sum(-1)

@@ -1,4 +1,4 @@
-"""Attention weights written out, for policies that score entries by them."""
+"""Attention weights, computed unfused, for policies that score entries by them."""
 
 from __future__ import annotations
 

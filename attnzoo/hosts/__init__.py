@@ -1,8 +1,8 @@
-"""Hosts: one file a library. Each finds the attention layers of a model and calls a substitute as the library would.
+"""Hosts: one file per library. Each finds the attention layers of a model and calls a substitute as the library would.
 
-A host has one function, ``find(model, layers, wanted) -> list[Site]``: `layers` maps paths to the host's own modules
-(what an earlier swap replaced stands in its place), and `wanted` holds what the user said about the host (see
-`Wanted`).
+A host has one function, ``find(model, layers, options) -> list[Site]``: `layers` maps paths to the host's own modules
+(what an earlier swap replaced stands in its place), and `options` holds what the user said about the host (see
+`HostOptions`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from attnzoo.hosts.site import NOBODY, RefusedSite, Site, Wanted, looks_like_attention, swapped_record
+from attnzoo.hosts.site import NOBODY, HostOptions, RefusedSite, Site, looks_like_attention, swapped_record
 from attnzoo.hosts.standing import attends
 
-__all__ = ["RefusedSite", "Site", "Wanted", "find_sites"]
+__all__ = ["HostOptions", "RefusedSite", "Site", "find_sites"]
 
 # the package whose classes give a host away -> the file that knows it, most particular first
 _HOSTS = {
@@ -26,7 +26,7 @@ _HOSTS = {
 }
 
 
-def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted) -> list[Site]:
+def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], options: HostOptions) -> list[Site]:
     """Find every attention layer of `model`, in the model's order.
 
     A layer that no host knows is a site too, one that refuses, if it is attention by its class's name or by what its
@@ -36,7 +36,7 @@ def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], wanted: Wanted
     sites: dict[str, Site] = {}
     for package, module in _HOSTS.items():
         if package in packages:
-            for site in importlib.import_module(module).find(model, layers, wanted):
+            for site in importlib.import_module(module).find(model, layers, options):
                 sites.setdefault(site.path, site)
     found = set(sites) | {path for path, layer in layers.items() if swapped_record(layer) is not None}
     for path, layer in layers.items():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.errors import UnsupportedError
-from attnzoo.eviction.cache import CALL, Call, OwnLayer
+from attnzoo.eviction.cache import CALL, Call, SwappedCacheLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.site import MixerLayer
 
@@ -37,7 +37,7 @@ class MakesState:
         return self.mixer
 
 
-class StateLayer(OwnLayer):
+class StateLayer(SwappedCacheLayer):
     """What a causal mixer remembers of a sequence.
 
     Attributes

@@ -27,9 +27,9 @@ from attnzoo.hosts.feature_map import CROSS, NO_GRID, FeatureMapMixer, Teller
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
+    HostOptions,
     RefusedSite,
     Site,
-    Wanted,
     ancestors,
     looks_like_attention,
     refuse_unable,
@@ -40,13 +40,14 @@ from attnzoo.registry import AttentionInfo
 ENCODERS = ("DetrTransformerEncoderLayer",)
 
 
-def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> list[Site]:
     """Find mmcv's wrappers of torch's attention, and conditional attention; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():
         if isinstance(layer, nn.MultiheadAttention) and _wrapper(path, layers) is not None:
             reason = torch_host.refusal(layer)
-            sites.append(RefusedSite(path, layer, "mmdet", reason) if reason else _wrapped(path, layer, layers, wanted))
+            refused = RefusedSite(path, layer, "mmdet", reason) if reason else None
+            sites.append(refused or _wrapped(path, layer, layers, options))
         elif isinstance(layer, ConditionalAttention):
             sites.append(_conditional(path, layer))
         elif looks_like_attention(layer) and "Deformable" in type(layer).__name__:
@@ -61,9 +62,9 @@ def _wrapper(path: str, layers: Mapping[str, Any]) -> Any:
     return parent if isinstance(parent, MultiheadAttention) else None
 
 
-def _wrapped(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], wanted: Wanted) -> Site:
+def _wrapped(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], options: HostOptions) -> Site:
     site = MmdetSite(path, layer, "mmdet", layer.embed_dim, layer.num_heads)
-    site.positions = True if wanted.positions is None else wanted.positions
+    site.positions = True if options.positions is None else options.positions
     site.teller = _teller(path, layers)
     name = path.split(".")[-2]
     holder = layers.get(ancestors(path)[1]) if path.count(".") > 1 else None
@@ -111,7 +112,7 @@ class MmdetSite(torch_host.TorchSite):
     teller: Teller | None = None
 
     @property
-    def takes_wanted(self) -> frozenset[str]:
+    def accepted_options(self) -> frozenset[str]:
         """What mmdet adds at each layer, a mixer can do without."""
         return frozenset({"positions"})
 
@@ -186,7 +187,7 @@ class MmdetMixer(FeatureMapMixer):
             If the caller gives an attention mask, or key and query differ.
         """
         if attn_mask is not None:
-            raise UnsupportedError("a mixer cannot honour attn_mask, only key_padding_mask")
+            raise UnsupportedError("a mixer cannot honor attn_mask, only key_padding_mask")
         if key.shape != query.shape or value.shape != query.shape:
             raise UnsupportedError(CROSS)
         x = query if self.positions else value

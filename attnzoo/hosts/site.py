@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class HostOptions:
     """What a user says about the host rather than about the method, where the host itself does not know.
 
     Attributes
@@ -79,8 +79,8 @@ class Site:
     note: str = ""
 
     @property
-    def takes_wanted(self) -> frozenset[str]:
-        """Which fields of `Wanted` a user may give here."""
+    def accepted_options(self) -> frozenset[str]:
+        """Which fields of `HostOptions` a user may give here."""
         return frozenset()
 
     def problem(self, info: AttentionInfo, core: AttentionInfo | None = None) -> str | None:
@@ -260,7 +260,7 @@ class Swapped:
     Attributes
     ----------
     info, options
-        The method and the options given for it, those about the host (`Wanted`) among them.
+        The method and the options given for it, those about the host (`HostOptions`) among them.
     host, host_class
         The library and the class of the host's own module.
     original

@@ -25,10 +25,10 @@ from attnzoo.hosts.site import (
     NOBODY,
     Core,
     CoreLayer,
+    HostOptions,
     MixerLayer,
     RefusedSite,
     Site,
-    Wanted,
     ancestors,
     comes_from,
     looks_like_attention,
@@ -56,7 +56,7 @@ _REFUSED = {
 }
 
 
-def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> list[Site]:
     """Find timm's attention layers; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():
@@ -291,7 +291,7 @@ class TimmMixer(MixerLayer):
             If the tokens are not those of the image that the patch embedding saw last.
         """
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer in a timm model cannot honour attn_mask or is_causal")
+            raise UnsupportedError("a mixer in a timm model cannot honor attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
         layer: Any = self

@@ -26,10 +26,10 @@ from attnzoo.hosts.hooks import holds_swapped, take_off
 from attnzoo.hosts.site import (
     Core,
     CoreLayer,
+    HostOptions,
     MixerLayer,
     RefusedSite,
     Site,
-    Wanted,
     ancestors,
     looks_like_attention,
     refuse_unable,
@@ -39,7 +39,7 @@ from attnzoo.registry import AttentionInfo
 _NESTED = "attnzoo_use_nested_tensor"
 
 
-def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> list[Site]:
     """Find `nn.MultiheadAttention`; see `attnzoo.hosts`."""
     sites: list[Site] = []
     for path, layer in layers.items():
@@ -49,7 +49,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
                 sites.append(RefusedSite(path, layer, "torch", reason or "no host of attnzoo knows this class"))
         else:
             reason = refusal(layer)
-            sites.append(RefusedSite(path, layer, "torch", reason) if reason else _site(path, layer, layers, wanted))
+            sites.append(RefusedSite(path, layer, "torch", reason) if reason else _site(path, layer, layers, options))
     return sites
 
 
@@ -62,7 +62,7 @@ def refusal(layer: nn.MultiheadAttention) -> str:
     return ""
 
 
-def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], wanted: Wanted) -> Site:
+def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], options: HostOptions) -> Site:
     parent = layers[ancestors(path)[0]] if path else layer
     kind = type(parent).__name__
     site = TorchSite(path, layer, "torch", layer.embed_dim, layer.num_heads)
@@ -77,8 +77,8 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], wa
     elif layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
         site.no_mixer = "cross-attention (keys or values of another width), and a mixer has one input"
     site.encoder = next((m for a in ancestors(path) if isinstance(m := layers[a], nn.TransformerEncoder)), None)
-    site.grid, site.prefix = wanted.grid, wanted.prefix or 0
-    if wanted.grid is None:
+    site.grid, site.prefix = options.grid, options.prefix or 0
+    if options.grid is None:
         vit = next((m for a in ancestors(path) if _is_torchvision_vit(m := layers[a])), None)
         if vit is not None:
             side = vit.image_size // vit.patch_size
@@ -100,7 +100,7 @@ class TorchSite(Site):
     encoder: nn.TransformerEncoder | None = None
 
     @property
-    def takes_wanted(self) -> frozenset[str]:
+    def accepted_options(self) -> frozenset[str]:
         """A user tells what torch does not know."""
         return frozenset({"grid", "prefix"})
 
@@ -243,7 +243,7 @@ class TorchMixer(MixerLayer):
                 "cross-attention: a mixer has one input, but query, key and value are not one tensor"
             )
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer cannot honour attn_mask or is_causal, only key_padding_mask")
+            raise UnsupportedError("a mixer cannot honor attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
         check_masks(self.num_heads, sizes(self, query, key), None, key_padding_mask, batched)
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)

@@ -38,9 +38,9 @@ from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.hooks import holds_swapped
 from attnzoo.hosts.site import (
     Core,
+    HostOptions,
     RefusedSite,
     Site,
-    Wanted,
     ancestors,
     comes_from,
     looks_like_attention,
@@ -54,7 +54,7 @@ BATCHING = "init_continuous_batching"  # what makes the manager of transformers'
 _MASKS = ("sdpa", "eager", None)
 
 
-def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Site]:
+def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> list[Site]:
     """Find the modules that call transformers' attention interface; see `attnzoo.hosts`."""
     AttentionInterface.register(NAME, attention)
     sites: list[Site] = []
@@ -80,7 +80,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], wanted: Wanted) -> list[Si
                     site.patches = vision_mixer.patches_of(site.path, layers)
                     site.prefix = vision_mixer.prefix_of(site.module)
                 else:
-                    site.positions = True if wanted.positions is None else wanted.positions
+                    site.positions = True if options.positions is None else options.positions
             if site.owner is not None and "causal" in site.needs:
                 versions.facts()  # a release that is not understood is refused as such
                 if id(site.owner) not in caches:
@@ -104,7 +104,7 @@ def _nested(a: str, b: str) -> bool:
 
 
 def _unsupported(layer: Any) -> str | None:
-    """Say what the module hands to the interface that no core can honour, or None."""
+    """Say what the module hands to the interface that no core can honor, or None."""
     words = versions.words(layer)
     if "position_bias" in words:
         return "relative position bias"
@@ -171,7 +171,7 @@ class TransformersSite(Site):
     positions: bool = True
 
     @property
-    def takes_wanted(self) -> frozenset[str]:
+    def accepted_options(self) -> frozenset[str]:
         """What detectors add at each layer, a mixer can do without."""
         return frozenset() if self.detector is None else frozenset({"positions"})
 
@@ -394,7 +394,7 @@ def attention(
     Raises
     ------
     UnsupportedError
-        For a module that was not swapped, and for what no core can honour.
+        For a module that was not swapped, and for what no core can honor.
     """
     core = getattr(module, "attnzoo_core", None)
     if core is None:
@@ -409,7 +409,7 @@ def attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honour")
+            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honor")
     queries, keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "mask": attention_mask}
     if attention_mask is not None:

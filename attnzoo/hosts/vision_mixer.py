@@ -73,7 +73,7 @@ class VisionMixer(MixerLayer):
         """
         # while a model is exported, transformers makes a mask of nothing but ones where the caller gave none
         if attention_mask is not None and (self.grid.masked or not torch.compiler.is_exporting()):
-            raise UnsupportedError("a mixer in an image encoder cannot honour attention_mask")
+            raise UnsupportedError("a mixer in an image encoder cannot honor attention_mask")
         height, width = self.grid.size
         if self.prefix + height * width != hidden_states.shape[1]:
             raise ShapeError(

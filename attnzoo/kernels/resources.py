@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,12 @@ def compile_for(launch: Launch, config: Any, capability: int) -> Resources:
     options |= OPTIONS
     source = ASTSource(function, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        usage = _told_by(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary)
-        code = _told_by(triton.knobs.nvidia.nvdisasm.path, "-c", binary)
-    counts = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", code))
+    usage = _told_by(triton.knobs.nvidia.cuobjdump.path, ("--dump-resource-usage",), compiled.asm["cubin"])
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    counts: Counter[str] = Counter()
+    if "mma" in compiled.asm["ptx"]:  # the assembler makes no tensor-core instruction of anything else
+        code = _told_by(triton.knobs.nvidia.nvdisasm.path, ("-c", "--no-dataflow"), compiled.asm["cubin"])
+        counts = Counter(re.findall(r"\b[A-Z][A-Z0-9]+\b", code))
     return Resources(
         registers=found["REG"],
         shared_bytes=compiled.metadata.shared,
@@ -114,5 +114,8 @@ def _alignments(at: tuple[int, ...], value: Any) -> dict[tuple[int, ...], Any]:
     return {at: ALIGNED} if isinstance(value, Tensor) or value % 16 == 0 else {}
 
 
-def _told_by(tool: str, option: str, binary: Path) -> str:
-    return subprocess.run([tool, option, str(binary)], capture_output=True, text=True, check=True).stdout
+@lru_cache(maxsize=256)  # several launches have one binary, and reading it takes longer than compiling it
+def _told_by(tool: str, options: tuple[str, ...], binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(binary)
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Mixers: modules with weights of their own that mix tokens, one file a method.
+"""Mixers: modules with weights of their own that mix tokens, one file per method.
 
 A mixer is built ``Mixer(dim, num_heads, **options)`` and called ``mixer(x, grid=None, prefix=0, mask=None)``:
 

@@ -8,7 +8,7 @@ Paper: Poli et al., Hyena Hierarchy, ICML 2023, https://arxiv.org/abs/2302.10866
 Given its filters, order M is PADRe of degree M+1 exactly, with C_1 = I and the long convolutions as C_2 .. C_M, and W_o
 the map of the output.
 
-Differs from the paper: by default the sequence has no direction (short filters are centred, and the filters of the MLP
+Differs from the paper: by default the sequence has no direction (short filters are centered, and the filters of the MLP
 have values for tokens after as well as before), for images have none and a class token stands first; the frequencies of
 the positional features are not trained; a sequence longer than `length` is not cut, its filters go on.
 ``bidirectional=False`` is the authors' operator. Its transforms, as theirs, let a later token move an earlier output by
@@ -46,7 +46,7 @@ class Hyena(nn.Module):
     order
         Number M of products, 2 and up.
     filter_order
-        Width of the perceptron that makes the filters.
+        Width of the MLP that makes the filters.
     features
         Number of positional features that it is given, odd: time, and cosines and sines.
     length
@@ -114,14 +114,14 @@ class Hyena(nn.Module):
 
 
 class ImplicitFilter(nn.Module):
-    """Filters of any length, made by a perceptron with sines for activations, that decay exponentially.
+    """Filters of any length, made by an MLP with sines for activations, that decay exponentially.
 
     Parameters
     ----------
     channels
         Number of filters.
     width
-        Width of the perceptron.
+        Width of the MLP.
     features
         Number of positional features, odd.
     length

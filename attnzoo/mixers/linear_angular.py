@@ -5,7 +5,7 @@ Paper: You et al., Castling-ViT, CVPR 2023, https://arxiv.org/abs/2211.10526
     Q <- Q / |Q|_2,  K <- K / |K|_2  (each token of a head),   Y = V / 2 + Q K^T V / pi,   O = Y / |Y|_2 + DWConv_9(V)
     while training, if asked: Y + M V, M the softmax attention where it is above 0.02
 
-Without the normalisations V / 2 + Q K^T V / pi is a polynomial of degree 3 exactly. Those of Q and K break it: they are
+Without the normalizations V / 2 + Q K^T V / pi is a polynomial of degree 3 exactly. Those of Q and K break it: they are
 algebraic, quotients by square roots of squares, and so is that of Y.
 
 Differs from the paper: a vector of norm 0 stays 0 (the authors' code divides by 0); M is used in training only, as the
@@ -36,7 +36,7 @@ class LinearAngular(nn.Module):
     num_heads
         Number of heads, a divisor of `dim`.
     kernel_size
-        Length of the convolution of V over tokens, one kernel a head; odd.
+        Length of the convolution of V over tokens, one kernel per head; odd.
     auxiliary
         While training, add the softmax attention above a threshold: quadratic in the number of tokens.
 

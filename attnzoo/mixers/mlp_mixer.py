@@ -17,7 +17,7 @@ from attnzoo.mixers.canvas import fixed
 
 
 class MlpMixer(nn.Module):
-    """A perceptron over tokens: for one fixed number of them.
+    """An MLP over tokens: for one fixed number of them.
 
     Parameters
     ----------

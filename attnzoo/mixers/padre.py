@@ -61,10 +61,10 @@ class Padre(nn.Module):
         What A and C are: ``conv2d`` over the grid, ``conv1d`` along the sequence of patches, ``causal_conv1d`` over a
         token and those before it, ``dense`` (a matrix over all tokens), or ``identity``.
     channel_mixing
-        What B and D are: ``dense``, ``grouped`` (block-diagonal, a block a head) or ``identity``.
+        What B and D are: ``dense``, ``grouped`` (block-diagonal, one block per head) or ``identity``.
     output
-        ``last``: Z_d. ``sum``: all Z_i, with a weight a channel, and a bias. ``element_sum``: with a weight for each
-        token and channel, as the paper writes it.
+        ``last``: Z_d. ``sum``: all Z_i, with one weight per channel, and a bias. ``element_sum``: with one weight for
+        each token and channel, as the paper writes it.
     tokens
         Number of tokens, prefix included, for the parts that have weights for each of them (``dense``,
         ``element_sum``); such a module is for this number alone. All others take any number at any time.

@@ -1,11 +1,11 @@
-"""SimA: attention without softmax, its queries and keys normalised over the tokens.
+"""SimA: attention without softmax, its queries and keys normalized over the tokens.
 
 Paper: Koohpayegani and Pirsiavash, SimA, WACV 2024, https://arxiv.org/abs/2206.08898
 
     Q <- Q / |Q|_1,  K <- K / |K|_1  (each channel by its sum over tokens),   O = Q K^T V, in the cheaper order
 
-Without the normalisation an output is a polynomial of degree 3 exactly: the sum over n of (W_q x_m . W_k x_n) W_v x_n.
-The normalisation divides by sums of absolute values: no polynomial, nor smooth where a coordinate is 0; by scale, an
+Without the normalization an output is a polynomial of degree 3 exactly: the sum over n of (W_q x_m . W_k x_n) W_v x_n.
+The normalization divides by sums of absolute values: no polynomial, nor smooth where a coordinate is 0; by scale, an
 output of degree 1.
 
 Differs from the paper: the local interaction block that its models add belongs to the host.
@@ -21,7 +21,7 @@ from attnzoo.mixers.heads import check_heads, join_heads, split_heads, unit
 
 
 class Sima(nn.Module):
-    """Linear attention with l1-normalised queries and keys.
+    """Linear attention with l1-normalized queries and keys.
 
     Parameters
     ----------

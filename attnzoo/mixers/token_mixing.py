@@ -1,9 +1,9 @@
-"""Token mixing: the linear maps over tokens that A and C of a polynomial can be, one class a kind.
+"""Token mixing: the linear maps over tokens that A and C of a polynomial can be, one class per kind.
 
 Patches (the tokens after the prefix) are mixed as the class says, each channel by weights of its own where there are
 any. Prefix tokens (a class token, registers) take part linearly, so that a polynomial's degree stays exact: each
 becomes ``own`` times itself plus ``to_prefix`` times the mean of all tokens, and ``to_patches`` times the mean of the
-prefix is added to every patch, with a learned weight a channel. Where a kind mixes prefix and patches alike
+prefix is added to every patch, with one learned weight per channel. Where a kind mixes prefix and patches alike
 (``causal_conv1d``, ``dense``) or nothing at all (``identity``) there are no such weights.
 """
 

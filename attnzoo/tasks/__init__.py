@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 TASKS = {
     "suite": "attnzoo.tasks.suite:TASK",
+    "classify": "attnzoo.tasks.classify.task:TASK",
+    "decode": "attnzoo.tasks.decode.task:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
+    "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
+    "train_bytes": "attnzoo.tasks.decode.byte_run:TASK",
 }
 
 
@@ -47,6 +51,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
     """
     from attnzoo.bench.config import read_yaml
 
+    if path.suffix == ".py":
+        raise ConfigError(f"{path} is a config of mmengine's; run: python eval/detect.py {path}")
     task = find(str(read_yaml(path, overrides).get("task", "suite")))
     return task, task.config.load(path, overrides)
 

@@ -1,5 +1,5 @@
 # What PADRe saves in DETR R-50's encoder, from images of 320 to 1,333 pixels: the attention alone, the encoder, the
-# whole detector, against written-out softmax as timm has it, PyTorch's SDPA, and mmdet's own (torch's, written out,
+# whole detector, against unfused softmax as timm has it, PyTorch's SDPA, and mmdet's own (torch's, unfused,
 # which also averages its weights over heads). Nothing is trained.
 #
 #   python eval/detect.py configs/detect/detr_r50_cost.py

@@ -1,5 +1,5 @@
 # A small DAB-DETR, which the configs of trees and blood cells begin with: ResNet-18 of half its width up to its third
-# stage (16 pixels a token), group normalisation, since it is trained from scratch in small batches, 2 encoder layers,
+# stage (16 pixels per token), group normalization, since it is trained from scratch in small batches, 2 encoder layers,
 # 3 decoder layers, width 128, no dropout. DAB-DETR and not DETR itself, whose queries take hundreds of epochs to find
 # their places.
 default_scope = "mmdet"

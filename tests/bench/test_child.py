@@ -42,46 +42,46 @@ def threads_after_a_product(argument, say):
 
 
 @pytest.fixture(scope="module", params=["forkserver", "spawn"])
-def nursery(request):
+def isolation(request):
     return Isolation(["torch"], cuda=request.param == "spawn")
 
 
-def test_an_answer_comes_back_and_words_on_the_way(nursery):
+def test_an_answer_comes_back_and_words_on_the_way(isolation):
     words = []
-    result = nursery.run(echo, "abc", 60, words.append)
+    result = isolation.run(echo, "abc", 60, words.append)
     assert (result.end, result.answer, words) == ("done", "ABC", ["thinking"])
 
 
-def test_an_exception_is_told_with_its_trace(nursery):
-    result = nursery.run(fail, "", 60)
+def test_an_exception_is_told_with_its_trace(isolation):
+    result = isolation.run(fail, "", 60)
     assert result.end == "crashed"
     assert "it broke here" in result.message
     assert "in fail" in result.message
 
 
-def test_a_crash_is_told_with_signal_stage_and_last_words(nursery):
-    result = nursery.run(die, str(int(signal.SIGSEGV)), 60)
+def test_a_crash_is_told_with_signal_stage_and_last_words(isolation):
+    result = isolation.run(die, str(int(signal.SIGSEGV)), 60)
     assert result.end == "crashed"
     for part in ("SIGSEGV", "a dangerous step", "my last words"):
         assert part in result.message
 
 
-def test_a_silent_exit_is_told_with_its_code(nursery):
-    assert "exit code 3" in nursery.run(leave, "", 60).message
+def test_a_silent_exit_is_told_with_its_code(isolation):
+    assert "exit code 3" in isolation.run(leave, "", 60).message
 
 
 def test_a_hang_ends_at_its_time():
-    nursery = Isolation(["torch"])
-    nursery.run(echo, "the server is up now", 60)
+    isolation = Isolation(["torch"])
+    isolation.run(echo, "the server is up now", 60)
     start = time.monotonic()
-    result = nursery.run(hang, "", 3)
+    result = isolation.run(hang, "", 3)
     assert result.end == "timeout"
     assert "3 s; last at: asleep" in result.message
     assert time.monotonic() - start < 20
 
 
-def test_parallel_work_goes_on_in_a_child(nursery):
-    assert nursery.run(threads_after_a_product, "", 60).answer == str(300.0**3)
+def test_parallel_work_goes_on_in_a_child(isolation):
+    assert isolation.run(threads_after_a_product, "", 60).answer == str(300.0**3)
 
 
 @pytest.mark.parametrize(

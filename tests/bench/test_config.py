@@ -43,7 +43,7 @@ def test_an_unknown_key_names_the_nearest_and_where():
     assert "cost.tokns: unknown key; did you mean 'tokens'?" in said
 
 
-def test_an_unknown_key_with_no_neighbour_lists_what_is_known():
+def test_an_unknown_key_with_no_neighbor_lists_what_is_known():
     assert re.search(
         r"quality\.recipe\.zzz: unknown key; known: .*epochs", problems_of({**SMALL, "quality": {"recipe": {"zzz": 1}}})
     )

@@ -34,7 +34,7 @@ from attnzoo.eviction.streaming import Streaming
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenPolicy(Streaming):
-    def score(self, live):
+    def score(self, view):
         raise RuntimeError("this policy is broken")
 
 class BrokenMixer(nn.Module):

@@ -162,6 +162,14 @@ def test_a_cache_that_holds_more_than_it_may_fails_the_gate(folder):
     assert gate.detail == "a layer held 24 entries after 40 tokens, 16 are allowed"
 
 
+def test_a_policy_in_some_layers(folder):
+    result = cost_of(folder, 0, attentions=[{**KEYDIFF, "where": "model.layers.1"}])
+    assert (result.status, result.message) == ("ok", "")
+    assert result.gate.cache_most <= result.gate.cache_limit
+    everywhere = cost_of(folder, 1).costs["decode"].ratios.cache_held
+    assert everywhere < result.costs["decode"].ratios.cache_held < 1
+
+
 @pytest.mark.compat
 def test_the_gate_gives_a_small_budget_room_for_its_prompt(folder):
     outcome = cost_of(folder, 1)

@@ -82,6 +82,32 @@ def test_a_row_may_be_measured_at_some_token_counts_only():
     ]
 
 
+def test_a_part_of_the_model_is_swapped():
+    host = {**HOST, "options": {**HOST["options"], "depth": 3}}
+    found = {}
+    for where in (None, "blocks.[01]", ["blocks.1"]):
+        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}]))
+        result = measure_cost(config, config.attentions[0], 16, lambda stage: None)
+        assert result.gate.passed
+        cost = cost_in(result)
+        found[str(where)] = cost.candidate.attention_parameters - cost.baseline.attention_parameters
+        cell = plan(config)[1]
+        assert cell.options.get("where") == (tuple(where) if isinstance(where, list) else where)
+        alone = {**LAYER, "tokens": [16]}
+        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}], cost=alone))
+        layer = cost_in(measure_cost(config, config.attentions[0], 16, lambda stage: None))
+        assert layer.candidate.flops != layer.baseline.flops, "the layer that is timed alone is a swapped one"
+    assert found["None"] == pytest.approx(3 * found["['blocks.1']"])
+    assert found["blocks.[01]"] == pytest.approx(2 * found["['blocks.1']"])
+    labels = [
+        a.label
+        for a in validate_config(tiny("x", attentions=["flash", {"name": "flash", "where": "blocks.0"}])).attentions
+    ]
+    assert labels == ["flash", "flash in blocks.0"]
+    plain, said = (validate_config(tiny("x", attentions=[a])) for a in ("flash", {"name": "flash", "where": None}))
+    assert plain.hash == said.hash
+
+
 def test_what_came_later_changes_no_identity():
     """Configs of before keep their hash, so that their runs go on."""
     plain = validate_config(tiny("unused"))

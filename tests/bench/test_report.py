@@ -13,7 +13,7 @@ from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Quantiles
 from attnzoo.bench.report import print_report
-from attnzoo.bench.summary import summarise
+from attnzoo.bench.summary import summarize
 from attnzoo.bench.words import memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks.suite import TASK
@@ -87,7 +87,7 @@ def test_every_row_is_in_the_terminal_table(run_records):
         assert part in text
 
 
-def test_the_markdown_table_has_a_line_an_attention_and_equal_columns(run_records):
+def test_the_markdown_table_has_one_line_per_attention_and_equal_columns(run_records):
     lines = markdown_table(run_records).splitlines()
     assert len(lines) == 2 + 1 + 4
     assert len({line.count("|") for line in lines}) == 1
@@ -154,9 +154,9 @@ def test_reports_do_without_cost_or_without_quality(run_records):
 
 def test_no_records_and_mixed_configs_are_refused(run_records, make_record):
     with pytest.raises(AttnZooError, match="no records"):
-        summarise([])
+        summarize([])
     with pytest.raises(AttnZooError, match="2 configs"):
-        summarise([*run_records, make_record(config_hash="f" * 16)])
+        summarize([*run_records, make_record(config_hash="f" * 16)])
 
 
 @pytest.mark.parametrize(

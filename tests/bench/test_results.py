@@ -70,7 +70,7 @@ def test_the_committed_page_and_table_are_those_of_the_committed_records(page, s
 def test_every_method_and_every_task_is_on_the_page(page, lines):
     assert re.findall(r"<td class=\"text\"><b>(\w+)</b>", page) == list_attentions()
     assert tuple(re.findall(r'<th class="text" data-task="(\w+)"', page)) == COLUMNS
-    assert set(TASKS) - {"suite"} <= set(COLUMNS)
+    assert set(TASKS) - {"suite", "kvpress", "train_bytes"} <= set(COLUMNS)  # these stand under decode
     assert {(line["method"], line["kind"]) for line in lines} == {(n, describe(n).kind) for n in list_attentions()}
     assert {line["task"] for line in lines} == set(COLUMNS)
     empty = re.findall(r'<td class="text none soft" data-task="\w+" data-head="\w+">not measured</td>', page)

@@ -93,7 +93,7 @@ def test_a_whole_run_with_quality_and_its_reports(tmp_path):
                 "depth": 1,
             }
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 3  # of one size there is no line to draw
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert again.returncode == 0, again.stderr
     assert "6 rows of an earlier run are kept, 0 to measure" in again.stderr

@@ -6,13 +6,14 @@ import pprint
 import numpy as np
 from PIL import Image
 
+from attnzoo.tasks.detect import mmcv_ext
 from tests.detection.models import mmdet_config
 
 SIDE = 64
 
 
 def make_data(folder, images=8, seed=0, lower=48):
-    """Bright squares on noise, one or two an image, as COCO has it: the same images to train and to test with.
+    """Bright squares on noise, one or two per image, as COCO has it: the same images to train and to test with.
 
     Every third image is of another height, so that batches are padded.
     """
@@ -84,3 +85,17 @@ def make_config(path, data, attention=None, epochs=4, flips=0.5, **more):
     lines = (f"{key} = {pprint.pformat(value, width=110, sort_dicts=False)}" for key, value in content.items())
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def as_it_is(text, **style):
+    """In the place of yapf's `FormatCode`."""
+    return text, True
+
+
+def prepare():
+    """Import what the scripts of detection need, and have configs saved as in `configs_as_they_are`."""
+    from yapf.yapflib import yapf_api
+
+    for name in ("mmengine.runner", "mmdet.apis", "attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"):
+        mmcv_ext.load(name)
+    yapf_api.FormatCode = as_it_is

@@ -73,8 +73,8 @@ def test_needs_of_a_stage_are_those_of_its_own_call():
     tokens, width = 20, 16
     projections, products = 4 * 2 * tokens * width**2, 2 * 2 * tokens**2 * width
     assert found[stages.ATTENTION][0].flops == 2 * (projections + products)
-    perceptrons = 2 * 2 * 2 * tokens * width * 32
-    assert found["encoder"][0].flops == found[stages.ATTENTION][0].flops + perceptrons
+    mlps = 2 * 2 * 2 * tokens * width * 32
+    assert found["encoder"][0].flops == found[stages.ATTENTION][0].flops + mlps
     with torch.inference_mode():
         whole = needs(detector, attention, lambda: detector(pixels, told, mode="tensor"))
     assert whole["decoder"][0].flops > found["decoder"][0].flops  # the head is called by a detector alone

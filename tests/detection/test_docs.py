@@ -41,7 +41,7 @@ def test_every_config_builds_and_says_how_it_is_run(config):
 
 
 def test_the_first_commands_run(tmp_path, forked):
-    """As they stand, but for data drawn here, an epoch and few rounds; each script is once started as users start it."""
+    """As they stand, but for data drawn here, an epoch and few rounds; each script is started once as users do it."""
     cached = tmp_path / "cache" / "neon_tree_crowns_coco"
     for split in ("train", "val"):
         made = make_data(tmp_path / split, images=4)

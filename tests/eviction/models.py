@@ -44,7 +44,7 @@ def language_model(name: str = "llama", dtype: torch.dtype = torch.float64, seed
     made = config(**{**TEXT, **own, **options})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
-    with torch.no_grad():  # the initialisation is too small for attention to tell tokens apart
+    with torch.no_grad():  # the initialization is too small for attention to tell tokens apart
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
     return model.to(dtype)

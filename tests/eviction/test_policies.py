@@ -12,7 +12,7 @@ import attnzoo
 from attnzoo.errors import OptionError, ShapeError, UnknownNameError
 from attnzoo.eviction.caote import output_error
 from attnzoo.eviction.keydiff import KeyDiff
-from attnzoo.eviction.policy import AttentionPolicy, Live, Policy
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy
 from attnzoo.eviction.random import Random
 from attnzoo.registry import build_policy, describe
 from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
@@ -180,8 +180,8 @@ def test_random_is_a_fair_sample():
 
     def scores(policy, layer):
         positions = torch.arange(4000).expand(1, 2, -1)
-        live = Live(torch.zeros(1, 2, 4000, 1), torch.zeros(1, 2, 4000, 1), positions, torch.tensor([4000]), layer)
-        return policy.score(live)[0]
+        view = CacheView(torch.zeros(1, 2, 4000, 1), torch.zeros(1, 2, 4000, 1), positions, torch.tensor([4000]), layer)
+        return policy.score(view)[0]
 
     one = scores(policy, 0)
     assert one.min() >= 0
@@ -287,8 +287,8 @@ def test_bad_options_of_one_policy(name, options):
 
 def test_a_policy_of_ones_own():
     class Oldest(Policy):
-        def score(self, live):
-            return -live.positions
+        def score(self, view):
+            return -view.positions
 
     attnzoo.register_attention("oldest", "eviction", Oldest)
     try:
@@ -301,28 +301,28 @@ def test_a_policy_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    "scores", [lambda live: live.counts.double(), lambda live: live.positions[:, :1].double(), lambda live: None]
+    "scores", [lambda view: view.counts.double(), lambda view: view.positions[:, :1].double(), lambda view: None]
 )
 def test_scores_of_another_shape_are_refused(scores):
     class Wrong(Policy):
-        def score(self, live):
-            return scores(live)
+        def score(self, view):
+            return scores(view)
 
     class WrongAttention(AttentionPolicy):
-        def attention_scores(self, live):
-            return scores(live)
+        def attention_scores(self, view):
+            return scores(view)
 
-    live = Live(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
+    view = CacheView(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
     for cls, method in ((Wrong, "score"), (WrongAttention, "attention_scores")):
         with pytest.raises(ShapeError, match=rf"{cls.__name__}\.{method} gave .* a tensor of shape \(1, 2, 8\)"):
-            cls(budget=4).keep(live)
+            cls(budget=4).keep(view)
 
 
 @pytest.mark.parametrize("name", ["vatp", "caote"])
 def test_a_wrapper_refuses_scores_of_another_shape(name):
     class Wrong(AttentionPolicy):
-        def attention_scores(self, live):
-            return live.positions[..., :5].double()
+        def attention_scores(self, view):
+            return view.positions[..., :5].double()
 
     attnzoo.register_attention("wrong", "eviction", Wrong)
     try:
@@ -334,7 +334,27 @@ def test_a_wrapper_refuses_scores_of_another_shape(name):
 
 
 def test_nan_and_zero_keys_do_no_harm():
-    live = Live(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 3), torch.arange(4).view(1, 1, 4), torch.tensor([4]))
-    assert KeyDiff(budget=2).keep(live).tolist() == [[[2, 3]]]
-    live.keys[0, 0, 3] = torch.nan
-    assert KeyDiff(budget=2).keep(live).shape == (1, 1, 2)
+    view = CacheView(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 4, 3), torch.arange(4).view(1, 1, 4), torch.tensor([4]))
+    assert KeyDiff(budget=2).keep(view).tolist() == [[[2, 3]]]
+    view.keys[0, 0, 3] = torch.nan
+    assert KeyDiff(budget=2).keep(view).shape == (1, 1, 2)
+
+
+def test_the_former_spelling_of_an_option_is_taken_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="anchor='normalised' is now spelled 'normalized'"):
+        old = KeyDiff(budget=2, anchor="normalised")
+    assert old == KeyDiff(budget=2)
+    view = CacheView(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
+    assert torch.equal(old.keep(view), KeyDiff(budget=2, anchor="normalized").keep(view))
+
+
+def test_the_former_spelling_swaps_and_loads_as_a_model_saved_with_it_does(tmp_path):
+    with pytest.warns(DeprecationWarning, match="normalised"):
+        old = attnzoo.replace_attention(language_model(), "keydiff", budget=6, block_size=2, anchor="normalised")
+    attnzoo.save(old, tmp_path / "old")
+    with pytest.warns(DeprecationWarning, match="normalised"):
+        loaded = attnzoo.load(tmp_path / "old")
+    ids = token_ids(1, 16)
+    new = attnzoo.replace_attention(language_model(), "keydiff", budget=6, block_size=2, anchor="normalized")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, new.eval()(ids).logits)

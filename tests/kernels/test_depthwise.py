@@ -100,7 +100,7 @@ def test_a_slice_of_more_channels_and_a_stride_of_tokens():
 
 
 def test_empty_buffers_are_never_read():
-    """A batch whose neighbours in memory are NaN."""
+    """A batch whose neighbors in memory are NaN."""
     x, weight, bias = problem(1, 9, 9, 17, 7)
     big = torch.full((3, 81, 60), float("nan"))
     big[1, :, 20:37] = x[0]

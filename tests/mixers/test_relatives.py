@@ -98,7 +98,7 @@ def test_conv2former_without_gelu_is_padre_of_degree_2():
 
 
 def hyena_taps(m, tokens):
-    """The filters (order - 1, C, tokens), as the authors make them: sines of a perceptron of the time, decaying."""
+    """The filters (order - 1, C, tokens), as the authors make them: sines of an MLP of the time, decaying."""
     f = m.filters
     assert f.length == 40
     t = torch.linspace(0, 1, 40, dtype=torch.float64)[:tokens, None]

@@ -42,7 +42,7 @@ from .conftest import ROOT, tiny
         ({"model__weights": "nowhere.pth"}, "there is no file 'nowhere.pth'"),
         ({"model__weights": "/"}, "there is no file '/' .a folder; give the file"),
         ({"model__pretrained": True, "model__weights": "x"}, "weights and pretrained exclude one another"),
-        ({"model__pretrained": True, "equal_parameters": True}, "equal_parameters changes the perceptrons' width"),
+        ({"model__pretrained": True, "equal_parameters": True}, "equal_parameters changes the width of the MLPs"),
         ({"augment__mixup": 0.2, "recipe__batch": 25}, "pair images"),
         ({"attentions": ["pader"]}, "attentions.0.name: .*padre"),
         ({"attentions": ["padre", "padre"]}, "labels must differ"),

@@ -21,7 +21,7 @@ from attnzoo.files import locked
 from attnzoo.tasks.classify import checkpoint, nonfinite, run
 from attnzoo.tasks.classify.config import validate_config
 from attnzoo.tasks.classify.run import train_all
-from tests.forked import TRAINING
+from tests.forked import training
 from train.classify import main as train
 
 from .conftest import fork, tiny
@@ -57,7 +57,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(images, tmp_path
     parent = tmp_path / "broken/padre-seed0/checkpoints"
     while len(at) < KILLS:
         before = steps_done(parent)
-        process = forked.start(train_here, config, imports=TRAINING)
+        process = forked.start(train_here, config, prepare=training)
         starting = dice.random() < 0.2
         while not starting and process.is_alive() and steps_done(parent) == before:
             time.sleep(0.01)
@@ -95,7 +95,7 @@ def broken_off(forked, images, tmp_path, **changes):
     """Train for some steps, and be killed; give the config and the checkpoints that are left."""
     config = tiny(images, tmp_path / "runs", only=["padre"], checkpoint_steps=1, keep_checkpoints=4, **changes)
     parent = tmp_path / "runs/padre-seed0/checkpoints"
-    process = forked.start(train_here, config, imports=TRAINING)
+    process = forked.start(train_here, config, prepare=training)
     while process.is_alive() and steps_done(parent) < 6:
         time.sleep(0.005)
     process.kill()

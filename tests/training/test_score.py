@@ -9,7 +9,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from attnzoo.bench.record import Record
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify.config import validate_config
@@ -18,6 +17,7 @@ from attnzoo.tasks.classify.quality import Training
 from attnzoo.tasks.classify.report import markdown_table, step_costs
 from attnzoo.tasks.classify.run import table, train_all
 from attnzoo.tasks.classify.score import benchmark_of, quality_of, score_all
+from attnzoo.tasks.records import Record
 from train.classify import main as train
 
 from ..bench.data import cost, record_data

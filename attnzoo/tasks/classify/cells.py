@@ -47,7 +47,7 @@ def _row(config: SuiteConfig, index: int | None) -> dict[str, Any]:
         "part": PART,
         "label": config.baseline.label if spec is None else spec.label,
         "attention": None if spec is None else spec.name,
-        "options": {} if spec is None else spec.options,
+        "options": {} if spec is None else spec.swap,
         "is_baseline": spec is None,
         "asks": {"attention": index},
     }

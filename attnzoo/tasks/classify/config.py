@@ -89,7 +89,7 @@ class DataConfig(Section):
         if self.asset is None and self.path is not None:
             raise ValueError("path is where an asset lies; a folder of images is `root`")
         if self.asset is None and not self.name and self.root is None:
-            raise ValueError("give an asset, a root (a folder with a folder a class), or a name as timm takes it")
+            raise ValueError("give an asset, a root (a folder with one folder per class), or a name as timm takes it")
         if self.name in FOLDERS[1:] and self.root is None:
             raise ValueError(f"name {self.name!r} is a folder of images: give its root")
         prefix, slash, _ = self.name.partition("/")
@@ -261,7 +261,7 @@ class ClassifyConfig(RunConfig):
             raise ValueError(f"only: {unknown} are not among the labels {labels}")
         if self.equal_parameters and (self.model.library != "timm" or self.model.pretrained or self.model.weights):
             raise ValueError(
-                "equal_parameters changes the perceptrons' width: for timm models from random weights alone"
+                "equal_parameters changes the width of the MLPs: for timm models from random weights alone"
             )
         names = [cost.name for cost in self.costs]
         if len(set(names)) < len(names):
@@ -298,7 +298,7 @@ class ClassifyConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         weights = config.model.weights

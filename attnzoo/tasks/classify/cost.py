@@ -66,14 +66,15 @@ def measure_cost(config: SuiteConfig, spec: AttentionConfig | None, tokens: int,
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
                 return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+    path = next(iter(swapped_layers(candidate)), layers[0])  # of what is timed alone
     if config.cost.gradient:
-        gate = _gradient_gate(candidate, layers[0], x, checks.tolerance)
-        baseline_gate = _gradient_gate(dense, layers[0], x, checks.tolerance)
+        gate = _gradient_gate(candidate, path, x, checks.tolerance)
+        baseline_gate = _gradient_gate(dense, path, x, checks.tolerance)
         result = result.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
                 return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
-    timed, timed_dense = _timed(config, candidate, layers[0], x), _timed(config, dense, layers[0], x)
+    timed, timed_dense = _timed(config, candidate, path, x), _timed(config, dense, path, x)
     with torch.inference_mode(not config.cost.gradient):
         if config.cost.of == "layer" or config.cost.gradient:
             traced, traced_dense = trace(timed), trace(timed_dense)
@@ -321,11 +322,11 @@ def _with_baseline(model: nn.Module, fused: bool) -> nn.Module:
 
 
 def _swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:
-    """Put the attention of `spec` into `model`; what it adds is initialised from `seed`."""
+    """Put the attention of `spec` into `model`; what it adds is initialized from `seed`."""
     if spec is None:
         return model
     torch.manual_seed(seed)
-    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.options)
+    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.swap)
 
 
 def _shapes(model: nn.Module, layers: list[str], x: Tensor, tokens: int) -> Shapes:

@@ -47,7 +47,7 @@ class CostConfig(Section):
 
     `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
     `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
-    timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the perceptrons
+    timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the MLPs
     of each row's model are made wider or narrower until it has as many parameters as the dense one.
     """
 
@@ -115,10 +115,10 @@ class RecipeConfig(Section):
 class QualityConfig(Section):
     """The classifier that is trained once per attention and seed, and the data it sees.
 
-    `input_std` is the deviation that images are standardised to: the embedding of a patch of one pixel has weights of
+    `input_std` is the deviation that images are standardized to: the embedding of a patch of one pixel has weights of
     deviation 1, and pixels of deviation 1 would drown position embeddings that begin at 0.02. `workers` trainings run
     at a time, each in a process and with `threads` threads: their seconds are recorded, but are no benchmark.
-    With `equal_parameters` the perceptrons of each row's model are made wider or narrower until it has as many
+    With `equal_parameters` the MLPs of each row's model are made wider or narrower until it has as many
     parameters as the dense one.
     """
 

@@ -6,10 +6,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, to_svg
+from attnzoo.bench.plots import COLORS, INK, MARKERS, add_legend, new_figure, to_svg
 from attnzoo.tasks.classify.quality import Accuracy, Training
 
-DENSE, OTHER = COLOURS[0], COLOURS[2]
+DENSE, OTHER = COLORS[0], COLORS[2]
 MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
 TOP1 = "top-1, % of the test images"
 
@@ -25,13 +25,13 @@ def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
     figure, axes = new_figure(height=height)
     figure.subplots_adjust(left=0.38, bottom=0.6 / height)
     for place, label in enumerate(order):
-        colour, mean = DENSE if label == baseline else OTHER, statistics.fmean(seeds[label])
+        color, mean = DENSE if label == baseline else OTHER, statistics.fmean(seeds[label])
         if label == baseline:
-            axes.axvline(mean, color=colour, lw=1, ls=":")
+            axes.axvline(mean, color=color, lw=1, ls=":")
         if len(seeds[label]) == 1:
-            axes.hlines(place, 100 * qualities[label].low, 100 * qualities[label].high, color=colour, alpha=0.6, lw=1.2)
-        axes.plot(seeds[label], [place] * len(seeds[label]), "o", color=colour, alpha=0.6, ms=6, mew=0)
-        axes.plot([mean], [place], "|", color=colour, ms=16, mew=2.2)
+            axes.hlines(place, 100 * qualities[label].low, 100 * qualities[label].high, color=color, alpha=0.6, lw=1.2)
+        axes.plot(seeds[label], [place] * len(seeds[label]), "o", color=color, alpha=0.6, ms=6, mew=0)
+        axes.plot([mean], [place], "|", color=color, ms=16, mew=2.2)
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel(TOP1)
@@ -53,7 +53,7 @@ def learning_plot(qualities: Mapping[str, Accuracy]) -> str:
 
 
 def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """A line an attention, the mean of its seeds, with their range shaded."""
+    """One line per attention, the mean of its seeds, with their range shaded."""
     shown = {label: seeds for label, seeds in curves.items() if min(map(len, seeds))}
     if not shown:
         return ""
@@ -65,13 +65,13 @@ def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
         each = list(zip(*seeds, strict=False))
         epochs = range(1, len(each) + 1)
         longest = max(longest, len(each))
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
         if len(seeds) > 1:
             axes.fill_between(
-                epochs, *zip(*((min(v), max(v)) for v in each), strict=True), color=colour, alpha=0.15, lw=0
+                epochs, *zip(*((min(v), max(v)) for v in each), strict=True), color=color, alpha=0.15, lw=0
             )
         means = [statistics.fmean(values) for values in each]
-        axes.plot(epochs, means, color=colour, marker=marker if longest <= 30 else None, ms=5, label=label, lw=1.6)
+        axes.plot(epochs, means, color=color, marker=marker if longest <= 30 else None, ms=5, label=label, lw=1.6)
     if longest <= 12:
         axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel("epoch")

@@ -185,7 +185,7 @@ def _open(data: DataConfig, split: str, training: bool) -> Source | IterableData
         root = assets.get(data.asset, data.path)
         name, train, test = _ASSETS[data.asset]
         split = train if training else test
-        if (root / "train").is_dir():  # an archive of folders, one a class
+        if (root / "train").is_dir():  # an archive of folders, one per class
             name, split = "", "train" if training else "test"
     if name in FOLDERS and root is not None:
         if not root.is_dir():
@@ -384,11 +384,11 @@ def test_options(data: DataConfig, augment: AugmentConfig | None) -> dict[str, A
     """What a test image goes through, as timm's ``create_transform`` takes it."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    grey = data.channels == 1
+    gray = data.channels == 1
     return {
         "input_size": (data.channels, data.image_size, data.image_size),
-        "mean": data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if grey else IMAGENET_DEFAULT_MEAN),
-        "std": data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if grey else IMAGENET_DEFAULT_STD),
+        "mean": data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if gray else IMAGENET_DEFAULT_MEAN),
+        "std": data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if gray else IMAGENET_DEFAULT_STD),
         "interpolation": "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation,
         "crop_pct": data.crop_pct,
     }

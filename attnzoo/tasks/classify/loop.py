@@ -379,7 +379,7 @@ def steps_an_epoch(config: ClassifyConfig, splits: Splits) -> int:
     steps = splits.train_images // config.recipe.batch
     if steps == 0:
         raise ConfigError(
-            f"recipe.batch: {config.recipe.batch} images a step, but there are {splits.train_images} in all"
+            f"recipe.batch: {config.recipe.batch} images per step, but there are {splits.train_images} in all"
         )
     return steps
 

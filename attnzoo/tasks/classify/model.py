@@ -150,7 +150,7 @@ def _about(run: Run, classes: int, model: Any, more: Mapping[str, Any]) -> dict[
         "library": config.model.library,
         "name": name,
         "options": options,
-        "attention": None if attention is None else {"name": attention.name, "options": attention.options},
+        "attention": None if attention is None else {"name": attention.name, "options": attention.swap},
         "classes": classes,
         "image_size": config.data.image_size,
         "channels": config.data.channels,
@@ -217,7 +217,7 @@ def _swapped(model: nn.Module, spec: TrainedAttention | None, seed: int) -> nn.M
     if spec is None:
         return model
     torch.manual_seed(seed)
-    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.options)
+    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.swap)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -262,7 +262,7 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     problems, seen = _recipe_problems(config), set()
     for run in config.runs():

@@ -28,7 +28,7 @@ class Training(Entry):
 class Accuracy(Quality):
     """Top-1 accuracy on held-out images, all seeds together, with its 95% Wilson interval.
 
-    With several seeds `images` counts each image once a seed. `ratio` is accuracy over the dense baseline's, with its
+    With several seeds `images` counts each image once per seed. `ratio` is accuracy over the dense baseline's, with its
     95% Katz interval. `top5` and the expected `calibration_error` are those of all
     seeds together, null where they were not looked at.
     """

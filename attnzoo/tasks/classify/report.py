@@ -1,4 +1,4 @@
-"""The report of trained classifiers: accuracy and what a step costs, how they learnt, and the worst mistakes."""
+"""The report of trained classifiers: accuracy and what a step costs, how they learned, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COST = ("training step", "speed-up", "its memory")
 
 
 def rows(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) -> list[list[str]]:
-    """The table: a row an attention.
+    """The table: one row per attention.
 
     Parameters
     ----------

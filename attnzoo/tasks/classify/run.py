@@ -129,7 +129,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
         "top-5",
         "test loss",
         "parameters",
-        "ms a step, p50",
+        "ms per step, p50",
         "peak memory",
     ):
         shown.add_column(heading, justify="left" if heading == "attention" else "right")

@@ -232,7 +232,7 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Suit
             patch_size=patch,
             channels=config.data.channels,
             classes=classes,
-            # an initialisation may make the classifier zero, and what is zero everywhere passes no gate
+            # an initialization may make the classifier zero, and what is zero everywhere passes no gate
             options={k: v for k, v in config.model.options.items() if k not in ("patch_size", "weight_init")},
         ),
         baseline=BaselineConfig(label=config.baseline),
@@ -244,7 +244,9 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Suit
 
 def spec_of_cost(spec: AttentionConfig, tokens: tuple[int, ...] | None) -> AttentionConfig:
     """An attention of a training, as the benchmark of its cost takes it."""
-    return AttentionConfig(name=spec.name, options=spec.options, label=spec.label, expect=spec.expect, tokens=tokens)
+    return AttentionConfig(
+        name=spec.name, options=spec.options, where=spec.where, label=spec.label, expect=spec.expect, tokens=tokens
+    )
 
 
 def by_label(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
@@ -300,7 +302,7 @@ def _quality_record(
         kind="quality",
         label=scored.run.label,
         attention=None if spec is None else spec.name,
-        options={} if spec is None else spec.options,
+        options={} if spec is None else spec.swap,
         is_baseline=spec is None,
         status="ok",
         message="",

@@ -29,7 +29,7 @@ class Images:
     Attributes
     ----------
     train_x, test_x
-        ``(N, channels, side, side)``, float32, standardised by the training images' mean and deviation, times `std`.
+        ``(N, channels, side, side)``, float32, standardized by the training images' mean and deviation, times `std`.
     train_y, test_y
         ``(N,)``, int64.
     classes
@@ -120,7 +120,7 @@ def build_model(
     options: Mapping[str, Any],
     seed: int,
 ) -> nn.Module:
-    """Build a timm model, freshly initialised from `seed`.
+    """Build a timm model, freshly initialized from `seed`.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def check_model_name(model: str) -> None:
 def equal_parameters(
     dense: Callable[[Mapping[str, Any]], nn.Module], swapped: Callable[[Mapping[str, Any]], nn.Module], label: str
 ) -> dict[str, Any]:
-    """Find the width of the perceptrons with which a swapped timm model has the parameters of the dense one, to 3%.
+    """Find the width of the MLPs with which a swapped timm model has the parameters of the dense one, to 3%.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def equal_parameters(
     found = sum(p.numel() for p in swapped({"mlp_ratio": ratio}).parameters()) if hidden > 0 else 0
     if abs(found / wanted - 1) > NEARLY_EQUAL:
         raise UnsupportedError(
-            f"no width of the perceptrons gives {label} {wanted:,} parameters, those of the dense model: the attention "
+            f"no width of the MLPs gives {label} {wanted:,} parameters, those of the dense model: the attention "
             f"alone has too many (nearest: {found:,})"
         )
     return {"mlp_ratio": ratio}

@@ -2,5 +2,5 @@
 
 - `config`: its schema. `record`: the lines it writes.
 - `plan`: what is run on what. `run`: the loop, over one process or several. `canary`: checks that the run itself works.
-- `summary`: one record a row, out of the samples. `report`, `page`, `plots`: what a reader sees.
+- `summary`: one record per row, out of the samples. `report`, `page`, `plots`: what a reader sees.
 """

@@ -18,7 +18,7 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class Host:
-    """Sizes of a Llama: `layers` of `width` with `heads` heads and perceptrons of `hidden`."""
+    """Sizes of a Llama: `layers` of `width` with `heads` heads and MLPs of width `hidden`."""
 
     width: int
     layers: int
@@ -64,7 +64,7 @@ def split(text: str, windows: int, tokens: int) -> Bytes:
 
 
 def build(host: Host, seed: int) -> Any:
-    """A Llama of bytes, freshly initialised from `seed`."""
+    """A Llama of bytes, freshly initialized from `seed`."""
     require("transformers", extra="llm")
     from transformers import LlamaConfig, LlamaForCausalLM
 

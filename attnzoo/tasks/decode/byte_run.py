@@ -1,4 +1,4 @@
-"""Train a small language model of bytes once an attention, and set each against the dense one: config, run, report."""
+"""Train a small language model of bytes once per attention, and set each against the dense one: config, run, report."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig, refuse_expect
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line, read_lines
+from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.bench.stats import paired_difference
+from attnzoo.bench.task import Task
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tables import Table
@@ -82,7 +83,7 @@ class TrainConfig(RunConfig):
         Raises
         ------
         ConfigError
-            With every problem, one a line.
+            With every problem, one per line.
         """
         config = super().check(data, source)
         problems = []
@@ -160,7 +161,7 @@ def _model(config: TrainConfig, attention: AttentionConfig | None) -> Any:
     model = train_bytes.build(train_bytes.Host(**config.host.model_dump()), config.seed)
     if attention is None:
         return model
-    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.options)
+    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.swap)
 
 
 def table(path: Path) -> str:
@@ -188,6 +189,15 @@ def report(path: Path) -> str:
     axes.set_xlabel("steps")
     axes.set_ylabel("training loss, nats per byte")
     add_legend(axes)
-    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's colour
+    picture = to_svg(figure, "loss").replace("currentColor", "#777777")  # an image of its own has no page's color
     files.write(path.with_name(PLOT), picture)
     return table(path)
+
+
+def train_and_report(config: TrainConfig, command: str) -> int:
+    """Train what is not trained yet, and print the table."""
+    print(report(run(config)))
+    return 0
+
+
+TASK = Task(name="train_bytes", ref="attnzoo.tasks.decode.byte_run:TASK", config=TrainConfig, run=train_and_report)

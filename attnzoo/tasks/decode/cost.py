@@ -103,7 +103,7 @@ def measure_quality(
     if quality.canary is not None and not quality.canary.passed:
         found = quality.canary
         message = (
-            f"the canary ({found.label}) is {found.above_dense:.3f} nats a token above dense, must be at least "
+            f"the canary ({found.label}) is {found.above_dense:.3f} nats per token above dense, must be at least "
             f"{found.at_least:g}: what was scored does not depend on the cache"
         )
         return Result(status="failed", message=message)
@@ -113,7 +113,7 @@ def measure_quality(
 def swapped_twin(dense: Any, spec: AttentionConfig | None) -> Any:
     """Give a second model on the same weights, with the attention of `spec`; with None, the same attention."""
     model = twin(dense)
-    return model if spec is None else attnzoo.replace_attention(model, spec.name, **spec.options)
+    return model if spec is None else attnzoo.replace_attention(model, spec.name, **spec.swap)
 
 
 def policy_of(spec: AttentionConfig | None) -> Policy | None:
@@ -188,7 +188,7 @@ class Decoder:
             self.step_bytes = largest(self.step_bytes, size)
         if self.policy is None:
             return
-        held = max(layer.keys.shape[-2] for layer in cache.layers)
+        held = max(layer.keys.shape[-2] for layer in cache.own)
         self.most = max(self.most, held)
         allowed = self.policy.budget + (self.policy.block_size - 1 if seen % self.policy.block_size else 0)
         if held > allowed and not self.broken:

@@ -11,7 +11,7 @@ from attnzoo.extras import require
 
 
 def convert(folder: Path, target: Path) -> None:
-    """Write the causal language model of the one GGUF file under `folder`, dequantised to float32, into `target`.
+    """Write the causal language model of the one GGUF file under `folder`, dequantized to float32, into `target`.
 
     `target` becomes a folder that ``from_pretrained`` of model and tokenizer read.
 

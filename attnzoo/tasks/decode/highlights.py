@@ -22,7 +22,7 @@ from attnzoo.bench.highlights import (
     quality,
     speed,
 )
-from attnzoo.bench.lines import read_lines
+from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Interval, Memory, Phase
 from attnzoo.bench.stats import paired_difference, ratio_of_shares
 from attnzoo.errors import AttnZooError

@@ -119,7 +119,7 @@ def found(sample: Sample, answer: str) -> tuple[bool, ...]:
 
 
 class _Maker:
-    """Puts prompts together out of token ids: pieces are tokenised apart, so that lengths add up exactly."""
+    """Puts prompts together out of token ids: pieces are tokenized apart, so that lengths add up exactly."""
 
     def __init__(self, text: Text, tokenizer: Any, form: Format, kind: Kind, tokens: int, seed: int) -> None:
         self.text, self.tokenizer, self.form = text, tokenizer, form

@@ -102,8 +102,8 @@ def _batches(records: Sequence[DecodeRecord]) -> Section | None:
             table.add(record.label, str(one.batch), *speeds, per_token, f"{one.tokens_per_second:,.1f}")
     asked = (
         f"After prompts of {cost.prompt_tokens:,} tokens, {cost.new_tokens} tokens each. Prompts are read at the first "
-        "batch size; larger ones decode on from its caches, rows repeated. TTFT is the time to the first token, TPOT "
-        "the time per token after it."
+        "batch size; larger ones decode on from its caches, rows repeated. TTFT is the time to first token, TPOT "
+        "the time per output token after it."
     )
     return Section(table.html(), "Speed by batch size", asked)
 

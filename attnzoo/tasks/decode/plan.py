@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Samples:
-    """All inputs of a run; `prompts` are for timing, one a row of the largest batch."""
+    """All inputs of a run; `prompts` are for timing, one per row of the largest batch."""
 
     windows: tuple[Window, ...]
     retrieval: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
@@ -128,5 +128,6 @@ def _unbounded(attention: AttentionConfig, tokens: int) -> Row:
     options = dict(attention.options)
     if attnzoo.describe(attention.name).kind == "eviction":
         options["budget"] = tokens
-    label = " ".join([attention.name, *(f"{key}={options[key]}" for key in sorted(options))])
-    return Row(label, AttentionConfig(name=attention.name, options=options, label=label))
+    where = [] if attention.where is None else [f"in {attention.where}"]
+    label = " ".join([attention.name, *(f"{key}={options[key]}" for key in sorted(options)), *where])
+    return Row(label, AttentionConfig(name=attention.name, options=options, where=attention.where, label=label))

@@ -17,7 +17,7 @@ SIDE_BY_SIDE = 0.006  # of the dense cache: how far points of one budget are mov
 
 
 def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
-    """NLL above dense along the window, one plot a budget: caption and SVG."""
+    """NLL above dense along the window, one plot per budget: caption and SVG."""
     plots = []
     for budget in _budgets(records):
         chosen = [r for r in records if not r.is_baseline and r.options.get("budget") == budget]
@@ -27,10 +27,10 @@ def position_plots(records: Sequence[DecodeRecord]) -> list[tuple[str, str]]:
             points = record.nll.curve
             step = record.nll.tokens / len(points)
             places = [(index + 0.5) * step for index in range(len(points))]
-            colour, _ = _look(records, record)
-            axes.plot(places, points, color=colour, label=record.label, lw=1.5)
+            color, _ = _look(records, record)
+            axes.plot(places, points, color=color, label=record.label, lw=1.5)
         axes.set_xlabel("position in the window, tokens")
-        axes.set_ylabel("NLL above dense, nats a token")
+        axes.set_ylabel("NLL above dense, nats per token")
         _legend(axes)
         what = "" if budget is None else f", budget {budget:,}"
         plots.append((f"NLL above dense along the window{what}", to_svg(figure, f"position{budget}")))
@@ -79,12 +79,12 @@ def trade_plot(records: Sequence[DecodeRecord]) -> str:
         interval, ratio = record.nll.difference, record.nll.cache_ratio
         if interval is None or ratio is None:
             continue
-        colour, marker = _look(records, record)
+        color, marker = _look(records, record)
         x = ratio.held + _aside(records, record)
-        axes.plot([x] * 2, [interval.low, interval.high], color=colour, lw=2)
-        axes.plot([x], [interval.mean], marker, color=colour, ms=6, label=record.label)
+        axes.plot([x] * 2, [interval.low, interval.high], color=color, lw=2)
+        axes.plot([x], [interval.mean], marker, color=color, ms=6, label=record.label)
     axes.set_xlabel("cache held, part of dense; like sizes side by side")
-    axes.set_ylabel("NLL above dense, nats a token")
+    axes.set_ylabel("NLL above dense, nats per token")
     _legend(axes)
     return to_svg(figure, "trade")
 
@@ -97,10 +97,10 @@ def recall_trade_plot(records: Sequence[DecodeRecord], index: int) -> str:
     for record in records:
         result = record.retrieval[index]
         ratio = result.cache.held / dense.cache.held if dense.cache.held else 1.0
-        colour, marker = _look(records, record)
+        color, marker = _look(records, record)
         ratio += _aside(records, record)
-        axes.plot([ratio] * 2, [result.low, result.high], color=colour, lw=2)
-        axes.plot([ratio], [result.recall], marker, color=colour, ms=6, label=record.label)
+        axes.plot([ratio] * 2, [result.low, result.high], color=color, lw=2)
+        axes.plot([ratio], [result.recall], marker, color=color, ms=6, label=record.label)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("cache held, part of dense; like sizes side by side")
     axes.set_ylabel("numbers found, part of those asked for")
@@ -124,11 +124,11 @@ def _aside(records: Sequence[DecodeRecord], record: DecodeRecord) -> float:
 
 
 def _look(records: Sequence[DecodeRecord], record: DecodeRecord) -> tuple[str, str]:
-    """One colour a method, whatever its budget; one marker a budget."""
+    """One color per method, whatever its budget; one marker per budget."""
     methods = list(dict.fromkeys(_method(r) for r in records))
     budgets = [None, *_budgets(records)]
-    colour = PALETTE[methods.index(_method(record)) % len(PALETTE)]
-    return colour, MARKERS[budgets.index(record.options.get("budget")) % len(MARKERS)]
+    color = PALETTE[methods.index(_method(record)) % len(PALETTE)]
+    return color, MARKERS[budgets.index(record.options.get("budget")) % len(MARKERS)]
 
 
 def _method(record: DecodeRecord) -> str:

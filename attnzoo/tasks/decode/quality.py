@@ -13,7 +13,7 @@ from attnzoo.tasks.decode.cost_config import LanguageConfig
 
 
 class Canary(Entry):
-    """A check that what is scored depends on the cache: NLL of a tiny cache above dense, in nats a token."""
+    """A check that what is scored depends on the cache: NLL of a tiny cache above dense, in nats per token."""
 
     label: str
     above_dense: float
@@ -28,7 +28,7 @@ class Canary(Entry):
 class Perplexity(Quality):
     """Prose scored through a language model's cache.
 
-    `window_nll` is the mean NLL of each window in nats a token, `nll` their mean, `perplexity` its exponential.
+    `window_nll` is the mean NLL of each window in nats per token, `nll` their mean, `perplexity` its exponential.
     `difference` is NLL above dense, window by window. `ratio`, the quality kept, is dense perplexity over this one,
     with the interval of `difference`; both are null where there is no dense baseline, the interval also for the
     baseline itself. `canary` is the baseline's alone.

@@ -1,4 +1,4 @@
-"""What the decode evaluation writes: one line a row and sample while it runs, one record a row at the end."""
+"""What the decode evaluation writes: one line per row and sample while it runs, one record per row at the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from attnzoo import files
-from attnzoo.bench.lines import read_lines
+from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Count, Entry, Environment, Gate, Interval, Memory, NonNegative, Quantiles
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.size import CacheBytes

@@ -21,7 +21,7 @@ def columns(records: Sequence[DecodeRecord]) -> list[str]:
     titles = ["perplexity", "NLL to dense (95%)", "cache held", "cache allocated"]
     titles += [KIND_TITLES[result.kind] + ", % (95%)" for result in records[0].retrieval]
     if all(record.cost is not None for record in records):
-        titles += ["first token", "speed-up", "a token", "speed-up", "peak memory"]
+        titles += ["TTFT", "speed-up", "TPOT", "speed-up", "peak memory"]
     return titles
 
 

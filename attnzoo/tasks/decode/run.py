@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import attnzoo
 from attnzoo import files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.jsonl import append_line
 from attnzoo.errors import AttnZooError, ConfigError, RunError
 from attnzoo.extras import require
 from attnzoo.tasks.decode import canary, summary
@@ -112,7 +112,7 @@ def check(config: DecodeConfig) -> None:
     Raises
     ------
     ConfigError
-        With every problem, one a line.
+        With every problem, one per line.
     """
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems: list[str] = []
@@ -280,7 +280,7 @@ def swapped(model: Any, row: Row) -> Iterator[None]:
     if row.attention is None:
         yield
         return
-    attnzoo.replace_attention(model, row.attention.name, **row.attention.options)
+    attnzoo.replace_attention(model, row.attention.name, **row.attention.swap)
     try:
         yield
     finally:
@@ -303,7 +303,7 @@ def _summary(
     canaries: Sequence[CanaryResult],
     processes: int,
 ) -> list[DecodeRecord]:
-    return summary.summarise(
+    return summary.summarize(
         config,
         lines,
         command=command,

@@ -1,4 +1,4 @@
-"""From samples to one record a row: means, intervals and differences to dense, sample by sample."""
+"""From samples to one record per row: means, intervals and differences to dense, sample by sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CURVE_POINTS = 20
 Found = Mapping[tuple[str, str, int, str], SampleLine]
 
 
-def summarise(
+def summarize(
     config: DecodeConfig,
     lines: Iterable[SampleLine],
     *,
@@ -58,7 +58,7 @@ def summarise(
                 command=command,
                 label=row.label,
                 attention=row.attention.name if row.attention is not None else None,
-                options=row.attention.options if row.attention is not None else {},
+                options=row.attention.swap if row.attention is not None else {},
                 is_baseline=row.attention is None,
                 utc=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(sum(line.seconds for line in found.values() if line.label == row.label), 3),

@@ -1,4 +1,4 @@
-"""What decoding costs: time to the first token, time a token, bytes of the cache, peak memory; dense beside it."""
+"""What decoding costs, dense beside it: time to first token (TTFT), time per output token (TPOT), cache and memory."""
 
 from __future__ import annotations
 

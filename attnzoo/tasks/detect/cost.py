@@ -1,6 +1,6 @@
 """The cost of a detector with its own attention and with others, beside one another in one process.
 
-The weights are those that the config begins with: time and memory do not depend on what was learnt. A config says what
+The weights are those that the config begins with: time and memory do not depend on what was learned. A config says what
 to measure in a key of its own::
 
     cost = dict(sizes=[(800, 1333)], batch=1, repeats=10, attentions=[dict(label="softmax", name="softmax")])
@@ -37,6 +37,7 @@ from attnzoo.swap import replace_attention, swap_report, swapped_layers
 from attnzoo.tasks.detect import mmcv_ext, stages
 from attnzoo.tasks.records import Record
 
+PRELOAD = ("attnzoo.tasks.detect.cost", "attnzoo.tasks.detect.model")  # the second imports mmdet
 ORACLE = "softmax"
 DENSE = "dense"
 STATUS: dict[str, Status] = {"timeout": "timeout", "oom": "oom"}  # by the end of a process; any other is a failure
@@ -120,7 +121,7 @@ def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
 
 
 def dense_detector(config: Any) -> nn.Module:
-    """Build a config's detector with its own attention, and initialise it by the config's seed."""
+    """Build a config's detector with its own attention, and initialize it by the config's seed."""
     registry, scopes = mmcv_ext.load("mmdet.registry"), mmcv_ext.load("mmengine.registry")
     scopes.init_default_scope("mmdet")
     model = copy.deepcopy(config.model)
@@ -185,7 +186,7 @@ def measure(
     ConfigError
         If a swap cannot be made, or two sizes have as many tokens.
     """
-    nursery = Isolation(("attnzoo.tasks.detect.cost",), cuda=torch.cuda.is_available())
+    isolation = Isolation(PRELOAD, cuda=torch.cuda.is_available())
     records: list[Record] = []
     pixels, whole = 0, sum(height * width for height, width in cost.sizes)
     for size in cost.sizes:
@@ -197,12 +198,12 @@ def measure(
         )
         start = time.monotonic()
         pixels += size[0] * size[1]
-        result = nursery.run(main, job.model_dump_json(), cost.timeout_seconds, say)
+        result = isolation.run(main, job.model_dump_json(), cost.timeout_seconds, say)
         done(pixels / whole)
         answer = Answer.model_validate_json(result.answer) if result.end == "done" else Answer()
         if answer.refused:
             raise ConfigError(answer.refused)
-        measured = answer.records or _unmeasured(config, job, found, _status(result, answer), nursery)
+        measured = answer.records or _unmeasured(config, job, found, _status(result, answer), isolation)
         if measured[0].tokens and measured[0].tokens in {record.tokens for record in records}:
             raise ConfigError(f"cost.sizes: {size} gives as many tokens as another size; leave one of them out")
         seconds = round((time.monotonic() - start) / len(measured), 3)
@@ -218,11 +219,11 @@ def _status(result: ChildResult, answer: Answer) -> tuple[Status, str]:
 
 
 def _unmeasured(
-    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], nursery: Isolation
+    config: Any, job: Job, found: Sequence[Variant], ended: tuple[Status, str], isolation: Isolation
 ) -> tuple[Record, ...]:
     """Records of a size that could not be measured; the token count is 0 where that cannot be told either."""
     (height, width), (status, message) = job.cost.sizes[0], ended
-    counted = nursery.run(count_tokens, job.model_dump_json(), SECONDS_TO_COUNT)
+    counted = isolation.run(count_tokens, job.model_dump_json(), SECONDS_TO_COUNT)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = f"{height} x {width} pixels"
     return tuple(

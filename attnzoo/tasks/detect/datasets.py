@@ -1,4 +1,4 @@
-"""The named data sets of detection, as COCO has it: ``annotations/instances_SPLIT.json`` and a folder a split."""
+"""The named data sets of detection, as COCO has it: ``annotations/instances_SPLIT.json`` and one folder per split."""
 
 from __future__ import annotations
 

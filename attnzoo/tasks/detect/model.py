@@ -37,7 +37,7 @@ class Swapped(nn.Module):
             replace_attention(self, **{"keep_original": False, **self.attention})
 
     def init_weights(self) -> None:
-        """Initialise as the detector does, but leave mixers as they were made: DETR's way is for attention alone."""
+        """Initialize as the detector does, but leave mixers as they were made: DETR's way is for attention alone."""
         mixers = [module.mixer for module in self.modules() if isinstance(module, MixerLayer)]
         kept = [{name: t.clone() for name, t in mixer.state_dict().items()} for mixer in mixers]
         detector: Any = super()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from attnzoo.bench.html import Section, pictures, plots
-from attnzoo.bench.plots import COLOURS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
+from attnzoo.bench.plots import COLORS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
 from attnzoo.bench.record import Stage
 from attnzoo.errors import DataError
 from attnzoo.tasks.detect.quality import Detection
@@ -42,12 +42,12 @@ def _speed_plot(records: Sequence[Record], stage: str) -> str:
     tokens = sorted({one.tokens for one in records})
     reached = [1.0]
     for number, label in enumerate(dict.fromkeys(one.label for one in records)):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         own = sorted((one for one in records if one.label == label), key=lambda one: one.tokens)
         points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
         x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
-        axes.plot(x, y, color=colour, marker=marker, ms=6, lw=1.8, label=label)
-        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=colour, lw=2, alpha=0.6)
+        axes.plot(x, y, color=color, marker=marker, ms=6, lw=1.8, label=label)
+        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=color, lw=2, alpha=0.6)
         reached += [value for _, s in points for value in (s.p20, s.p80)]
     if stage == ENCODER:
         bounds = [(one.tokens, one.cost.baseline.most_speedup(ATTENTION, ENCODER)) for one in records if one.cost]
@@ -71,7 +71,7 @@ def _stage(record: Record, name: str) -> Stage | None:
 
 
 def curves(qualities: Mapping[str, Detection]) -> Section | None:
-    """AP50 on the test images after each epoch: a line an attention, the mean of its seeds, with their range shaded."""
+    """AP50 on the test images after each epoch: one line per attention, the mean of its seeds, their range shaded."""
     shown = {
         label: [(one.epochs, one.epoch_ap50) for one in found.trainings if one.epochs]
         for label, found in qualities.items()
@@ -81,13 +81,13 @@ def curves(qualities: Mapping[str, Detection]) -> Section | None:
         return None
     figure, axes = new_figure()
     for number, (label, seeds) in enumerate(shown.items()):
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         epochs = sorted(set.intersection(*(set(times) for times, _ in seeds)))
         each = [[100 * dict(zip(times, values, strict=True))[e] for times, values in seeds] for e in epochs]
         if len(seeds) > 1:
-            axes.fill_between(epochs, [min(v) for v in each], [max(v) for v in each], color=colour, alpha=0.15, lw=0)
+            axes.fill_between(epochs, [min(v) for v in each], [max(v) for v in each], color=color, alpha=0.15, lw=0)
         marked = marker if len(epochs) <= 30 else None
-        axes.plot(epochs, [statistics.fmean(v) for v in each], color=colour, marker=marked, ms=5, label=label, lw=1.6)
+        axes.plot(epochs, [statistics.fmean(v) for v in each], color=color, marker=marked, ms=5, label=label, lw=1.6)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP50, % of the test images")
     add_legend(axes)
@@ -149,12 +149,12 @@ def picture_of(one: Judged, names: Sequence[str]) -> bytes:
     scale = SHOWN_PIXELS / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(image)
-    for colour, line, boxes in ((TRUE, 4, one.true), (PREDICTED, 2, one.predicted)):
+    for color, line, boxes in ((TRUE, 4, one.true), (PREDICTED, 2, one.predicted)):
         for box in boxes:
             x, y, width, height = (value * scale for value in box[:4])
-            draw.rectangle((x, y, x + width, y + height), outline=colour, width=line)
+            draw.rectangle((x, y, x + width, y + height), outline=color, width=line)
             if len(names) > 1:
-                draw.text((x + 3, y + (1 if colour == TRUE else 11)), names[int(box[4])], fill=colour)
+                draw.text((x + 3, y + (1 if color == TRUE else 11)), names[int(box[4])], fill=color)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
     return content.getvalue()

@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of each call, by stage; `rounds` of all variants are neighbours in time."""
+    """Seconds of each call, by stage; `rounds` of all variants are neighbors in time."""
 
     rounds: tuple[Mapping[str, float], ...]
 

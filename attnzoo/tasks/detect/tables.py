@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from attnzoo.bench import words
 from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.record import Stage
-from attnzoo.bench.summary import summarise
+from attnzoo.bench.summary import summarize
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
 from attnzoo.tasks.detect.quality import Detection
@@ -29,7 +29,7 @@ QUALITY_HEAD = ("attention", "AP %", "each seed", "AP50 %", "AP75 %", "small %",
 
 
 def encoder_table(records: Iterable[Record]) -> str:
-    """What attention costs in a detector's encoder, at each size: a line an attention.
+    """What attention costs in a detector's encoder, at each size: one line per attention.
 
     Speed-ups are over the detector's own attention; `at most` is Amdahl's bound for the encoder, were its attention to
     take no time.
@@ -40,7 +40,7 @@ def encoder_table(records: Iterable[Record]) -> str:
         If a row was not measured.
     """
     lines = []
-    for group in summarise(records).of("detection"):
+    for group in summarize(records).of("detection"):
         for row in group.rows:
             attention, encoder = _stage(row, ATTENTION), _stage(row, ENCODER)
             assert row.cost is not None
@@ -70,7 +70,7 @@ def _stage(row: Measured, name: str) -> Stage:
 
 
 def quality_table(records: Iterable[Record]) -> str:
-    """COCO's metric: a line an attention."""
+    """COCO's metric: one line per attention."""
     lines = []
     for row in records:
         if row.kind != "quality" or not isinstance(row.quality, Detection):

@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("annotations", type=Path, help="folder of the XML files")
     parser.add_argument("images", type=Path, help="folder of the images")
     parser.add_argument("output", type=Path, help="the COCO file to write")
-    parser.add_argument("--list", type=Path, help="file with the names to take, one a line (ImageSets/Main/train.txt)")
+    parser.add_argument("--list", type=Path, help="file of the names to take, one per line (ImageSets/Main/train.txt)")
     parser.add_argument("--classes", help="the classes in their order, with commas; splits must share them")
     parsed = parser.parse_args(arguments)
     classes = None if parsed.classes is None else [name.strip() for name in parsed.classes.split(",")]

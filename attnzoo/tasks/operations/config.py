@@ -25,7 +25,7 @@ class PairCase(Section):
 
 
 class ChainCase(Section):
-    """Sums of products of two, with a weight a channel and a bias: PADRe's products."""
+    """Sums of products of two, with one weight per channel and a bias: PADRe's products."""
 
     op: Literal["chain"]
     products: PositiveInt = 1

@@ -6,7 +6,7 @@ from attnzoo.bench.record import Count, Entry, Envelope, NonNegative, Quantiles
 
 
 class Ceilings(Entry):
-    """What the device reached in the same run: bytes a second of a large copy, operations a second of a product."""
+    """What the device reached in the same run: bytes per second of a large copy, operations per second of a product."""
 
     bytes_per_second: NonNegative
     flops_per_second: NonNegative

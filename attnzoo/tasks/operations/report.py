@@ -72,7 +72,7 @@ def rivals_section(records: Sequence[Record]) -> list[Section]:
 
 
 def speed_plot(records: Sequence[Record]) -> str:
-    """Speed-ups with their spread, an operation a line; empty where nothing was measured."""
+    """Speed-ups with their spread, one operation per line; empty where nothing was measured."""
     found = [(record.label, record.cost.speedup) for record in reversed(records) if record.cost is not None]
     shown = [(label, speedup) for label, speedup in found if speedup is not None]
     if not shown:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, RootModel
 
-from attnzoo.bench.lines import read_lines
+from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Count, Entry, Environment, NonNegative
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.decode.kvpress.config import Comparison, Key, Setting, Side
@@ -39,7 +39,7 @@ class VersionsLine(Entry):
 class ResultLine(Entry):
     """One prompt through one row.
 
-    `kept` is the least and the most entries a head that any layer holds after the context. `cache_peak_bytes` is the
+    `kept` is the least and the most entries per head that any layer holds after the context. `cache_peak_bytes` is the
     largest size of the cache, all layers together, seen after any layer's attention: everything allocated;
     `entries_peak_bytes` counts keys and values in use alone. `memory_peak_bytes` is the peak of the resident set above
     that of the loaded model; null where the system does not tell.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from attnzoo import files
 from attnzoo.bench.environment import environment
-from attnzoo.bench.lines import append_line
+from attnzoo.bench.jsonl import append_line
 from attnzoo.errors import ConfigError, RunError
 from attnzoo.tasks.decode import lm as decode
 from attnzoo.tasks.decode.kvpress.config import Comparison, Key, Row, Setting, Side, rows_of
@@ -54,7 +54,7 @@ def run(config: Comparison, python: str, command: str, only: Sequence[str], say:
                     append_line(path, Line(line))
                     say(
                         f"{number} of {len(jobs)}  {setting}  {row.side} {row.method}  prompt {sample + 1}: "
-                        f"{'found' if all(line.hits) else 'missed'}, first token {line.first_token_seconds:.2f} s"
+                        f"{'found' if all(line.hits) else 'missed'}, TTFT {line.first_token_seconds:.2f} s"
                     )
     return path
 
@@ -97,7 +97,7 @@ def _result(
     expected = context if row.spec is None else keep
     if any(abs(n - expected) > 1 for n in kept):  # kvpress rounds the share that goes, not the one that stays
         raise RunError(
-            f"{row.side} {row.method} kept {kept[0]} to {kept[1]} entries a head of prompt {sample}, not {expected}: "
+            f"{row.side} {row.method} kept {kept[0]} to {kept[1]} entries per head of prompt {sample}, not {expected}: "
             "the two sides cannot be compared"
         )
     whole = Sample("single", sample, prompt.ids, prompt.answers, (prompt.depth,), config.seed, "")

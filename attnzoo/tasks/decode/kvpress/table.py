@@ -61,7 +61,7 @@ def table(lines: Sequence[AnyLine], path: Path) -> str:
 
 
 def found(lines: Sequence[AnyLine], path: Path) -> str:
-    """Pass keys found by each method, in Markdown: a line a policy and method, a column a setting."""
+    """Pass keys found by each method, in Markdown: one line per policy and method, one column per setting."""
     config = first_line(lines, path).config
     results = {line.key: line for line in lines if isinstance(line, ResultLine)}
     heads = [setting.replace("_", " ") for setting in config.settings]
@@ -77,12 +77,12 @@ def found(lines: Sequence[AnyLine], path: Path) -> str:
 
 
 READING = (
-    "- Each prompt went through the rows of a policy in turn, one process a row, one at work at a time. Prompts, "
+    "- Each prompt went through the rows of a policy in turn, one process per row, one at work at a time. Prompts, "
     "weights, precision, threads and the rule that ends an answer are the same.",
     "- found: with its 95% Wilson interval. attnzoo's less this one's: mean over the same prompts, with the 95% "
     "interval of a paired bootstrap; above 0 attnzoo finds more. over attnzoo's: the times, prompt by prompt, the "
     "median; above 1 kvpress is slower.",
-    "- kept: entries a head after the context. attnzoo reads the context in blocks, evicting at the end of each, and "
+    "- kept: entries per head after the context. attnzoo reads the context in blocks, evicting at the end of each, and "
     "evicts what is pending at the end of the context (`cache.flush()`), so that both sides keep the same share. Its "
     "budget goes on to hold at the end of every block; kvpress evicts no more, and its cache grows with question and "
     "answer.",
@@ -184,7 +184,7 @@ def _ahead(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) 
         doubt = "" if d.high < 0 else ", which may be chance"
         said.append(f"finds {found_these} pass keys, attnzoo {found_ours} of {len(pairs)}{doubt}")
     if (ratio := _time_ratio(pairs)) < 1:
-        said.append(f"first token in {ratio:.2f} of attnzoo's time")
+        said.append(f"TTFT is {ratio:.2f} of attnzoo's time")
     cache = [max(line.cache_peak_bytes for line in side) for side in zip(*pairs, strict=True)]
     if cache[1] < cache[0]:
         said.append(f"peak cache {megabytes(cache[1])}, attnzoo {megabytes(cache[0])}")

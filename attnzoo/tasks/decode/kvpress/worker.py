@@ -40,7 +40,7 @@ class AttnZoo:
 
     @contextlib.contextmanager
     def whole_answer(self, keep: int) -> Iterator[None]:
-        """Bound the cache to `keep` entries a head."""
+        """Bound the cache to `keep` entries per head."""
         if self.method is None:
             yield
             return
