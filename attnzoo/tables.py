@@ -154,13 +154,16 @@ class Table:
             table.add_row(*(f"[{style}]{text}[/{style}]" if style else text for style, text in styled))
         return table
 
-    def html(self) -> str:
-        """A ``table`` of a page, in a box that scrolls where the table is wider than the page."""
+    def html(self, labeled: bool = False) -> str:
+        """A ``table`` of a page, in a box that scrolls where the table is wider than the page.
+
+        With `labeled`, each cell names its column in ``data-head``, for pages that show rows as cards on a phone.
+        """
         head = "".join(f"<th{_left(column)}>{_lines(column.head, column.small)}</th>" for column in self.columns)
-        body = "\n".join(self._html_row(row) for row in self.rows)
+        body = "\n".join(self._html_row(row, labeled) for row in self.rows)
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
-    def _html_row(self, row: Row | Section) -> str:
+    def _html_row(self, row: Row | Section, labeled: bool) -> str:
         count = len(self.columns)
         if isinstance(row, Section):
             small = f" <small>({escape(row.small)})</small>" if row.small else ""
@@ -173,7 +176,7 @@ class Table:
             if index == len(row.cells) - 1 and spanned > 1:
                 found.append(f'<td class="text" colspan="{spanned}">{text}</td>')
             else:
-                found.append(f"<td{_left(column)}>{text}</td>")
+                found.append(f"<td{_left(column)}{_label(column, cell) if labeled else ''}>{text}</td>")
         base = ' class="base"' if row.base else ""
         return f"<tr{base}{_tags(row)}>{''.join(found)}</tr>"
 
@@ -193,6 +196,10 @@ class Table:
 
 def _left(column: Column) -> str:
     return ' class="text"' if column.left else ""
+
+
+def _label(column: Column, cell: Cell) -> str:
+    return f' data-head="{escape(column.head)}"' + (" data-empty" if cell.is_empty else "")
 
 
 def _tags(row: Row | Section) -> str:

@@ -197,7 +197,7 @@ def _shown(
         "summary": info.summary,
         "cells": cells,
         "count": len(rows),
-        "table": _table(rows, views, folder).html() if rows else "",
+        "table": _table(rows, views, folder).html(labeled=True) if rows else "",
     }
 
 
@@ -237,19 +237,19 @@ def _about(one: Highlight, name: str) -> str:
 def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
     """All that was measured of a method, in sections by task."""
     heads = [Column(m.name, f"{m.low} to {m.high}" if m.low else "") for m in MEASURES]
-    table = Table(("setting", Column("workload", left=True), *heads))
+    table = Table(("setting", *heads, Column("workload", left=True)))
     for task in views:
         these = [one for one in rows if one[0].task == task]
         if these:
             table.section(task, tags={"task": task})
         for one, source in these:
             link = _link(source.page, folder)
-            small = "\n".join([one.workload, ", ".join(filter(None, (one.machine, one.utc[:10])))])
-            about = (Cell(one.label), Cell(one.host, small=small))
             figures = [_figure_cell(one.figures.get(measure), link) for measure in MEASURES]
             if not one.figures:
-                figures = [replace(_ended(one), link=link)]
-            table.add(*about, *figures, tags={"task": task})
+                figures[0] = replace(_ended(one), link=link)
+            about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
+            workload = Cell(one.host, small="\n".join(filter(None, about)))
+            table.add(one.label, *figures, workload, tags={"task": task})
     return table
 
 
@@ -261,7 +261,7 @@ def _ended(one: Highlight) -> Cell:
     """In the place of figures: how the row ended, or that there is nothing to set it against."""
     if one.status == "ok":
         return Cell("no ratio to dense")
-    return Cell(one.status, "worse", one_line(one.message))
+    return Cell(one.status, "worse")
 
 
 def _others(sources: Sequence[Source], folder: Path) -> Table:
