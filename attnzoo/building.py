@@ -23,7 +23,7 @@ from attnzoo.hosts.site import comes_from
 from attnzoo.recipe import Recipe, from_json, swap_again, to_json
 
 _MODES = {"training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "name_or_path"}
-"""Attributes that are no part of what a module computes."""
+"""Attributes that are not part of what a module computes."""
 
 
 def blueprint_of(model: nn.Module) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ class ShapeError(AttnZooError):
 
 
 class UnsupportedError(AttnZooError):
-    """Something that a method cannot honor: the message names it, and nothing was changed or computed."""
+    """Something that a method does not support: the message names it, and nothing was changed or computed."""
 
 
 class SwapError(AttnZooError):

@@ -1,4 +1,4 @@
-"""The table of attentions: names, what each can honor, and where its code is.
+"""The table of attentions: names, what each supports, and where its code is.
 
 An entry is data. Its code is imported when it is first built, so `import attnzoo` stays light. To add a method of
 your own to the package, write its file and add one line to `BUILT_IN`; from outside, call `register_attention` or
@@ -40,7 +40,7 @@ REQUIRED = Required()
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a method can honor. A host that needs more is refused by the name of what is missing.
+    """What a method supports. If a host needs more, the swap is refused and the error names what is missing.
 
     causal
         Token t can be kept from seeing tokens after t.
@@ -102,7 +102,7 @@ class AttentionInfo:
     paper
         Title and address of the source, as ``"PADRe, https://..."``; several with semicolons between them.
     capabilities
-        What the method can honor.
+        What the method supports.
     """
 
     name: str
@@ -404,7 +404,7 @@ def register_attention(
     name, kind, target, summary, paper
         As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
     capabilities
-        What it can honor, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+        What it supports, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
 
     Raises
     ------
@@ -486,7 +486,7 @@ def build_policy(info: AttentionInfo, options: Mapping[str, Any]) -> Policy:
     policy = info.load()(**options)
     if not isinstance(policy, Policy):
         raise AttnZooError(
-            f"{info.name!r} is registered as an eviction policy but is no attnzoo.eviction.policy.Policy"
+            f"{info.name!r} is registered as an eviction policy but is not an attnzoo.eviction.policy.Policy"
         )
     return policy
 
@@ -533,13 +533,15 @@ def _check_class(info: AttentionInfo) -> None:
         from attnzoo.eviction.policy import Policy
 
         if not issubclass(target, Policy):
-            raise AttnZooError(f"{said} is no attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it")
+            raise AttnZooError(
+                f"{said} is not an attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it"
+            )
         if inspect.isabstract(target):
             missing = ", ".join(sorted(target.__abstractmethods__))
             raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
         return
     if not issubclass(target, nn.Module):
-        raise AttnZooError(f"{said} {target.__name__} is no torch.nn.Module")
+        raise AttnZooError(f"{said} {target.__name__} is not a torch.nn.Module")
     if target.__init__ is nn.Module.__init__ or not _takes(target, 2, info.options):
         raise AttnZooError(f"{said} {target.__name__} cannot be built as {target.__name__}(dim, num_heads, **options)")
     if not _takes(target.forward, 2, ("grid", "prefix", "mask")):

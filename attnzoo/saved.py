@@ -137,5 +137,5 @@ def _checked(recipe: Any) -> Recipe:
     for entry in recipe:
         named = all(isinstance(entry[key], str) for key in ("attention", "kind", "class"))
         if not named or not isinstance(entry["options"], dict) or not entry["layers"]:
-            raise TypeError(f"{entry} is no entry of a recipe")
+            raise TypeError(f"{entry} is not an entry of a recipe")
     return list(recipe)

@@ -177,7 +177,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _other_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers of floating-point numbers that are no part of the state dict."""
+    """Buffers of floating-point numbers that are not part of the state dict."""
     own = model.state_dict().keys()
     return {key: value for key, value in model.named_buffers() if key not in own and value.is_floating_point()}
 
@@ -196,7 +196,7 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device={short(device)} is no device of torch, such as 'cpu' or 'cuda:0'") from error
+        raise OptionError(f"device={short(device)} is not a device of torch, such as 'cpu' or 'cuda:0'") from error
 
 
 def _built(saved: Saved) -> nn.Module:

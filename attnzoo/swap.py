@@ -120,7 +120,7 @@ def _told(standing: Sequence[LayerReport]) -> str:
     for layer in standing:
         classes.setdefault(f"{layer.host_class} ({layer.host})", []).append(layer.path)
     said = [f"{len(paths)} of {name}, the first at {paths[0]}" for name, paths in classes.items()]
-    return "; ".join(said) + ": they attend, but no host of attnzoo knows their class"
+    return "; ".join(said) + ": they compute attention, but attnzoo does not know their class"
 
 
 def replace_attention(
@@ -163,7 +163,7 @@ def replace_attention(
         swapped (all such layers are listed with the reason). The model is then as it was.
     """
     if isinstance(model, str) and isinstance(name, nn.Module):
-        raise SwapError(f"the arguments are the wrong way round: it is replace_attention(model, {model!r})")
+        raise SwapError(f"the arguments are in the wrong order: it is replace_attention(model, {model!r})")
     places = _places(model)
     info = describe(name)
     layers = {path: _own(layer) for path, layer in places.items()}
@@ -379,7 +379,7 @@ def _warn_of_standing(sites: Sequence[Site]) -> None:
     left = _standing(sites)
     if left:
         warnings.warn(
-            f"this swap leaves attention standing: {_told(left)}. Choose layers with where= to swap a part on purpose",
+            f"this swap leaves some attention unchanged: {_told(left)}. Choose layers with where= to swap a part only",
             stacklevel=3,
         )
 
@@ -423,7 +423,7 @@ def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) 
         paths = [site.path for site in sites if site.path not in problems]
         hint = f" Choose layers with where=, for example where={_pattern(paths, list(problems))!r}." if paths else ""
         raise UnsupportedError(
-            f"{info.name!r} cannot stand in {len(problems)} of {len(sites)} layers:\n{lines}\n"
+            f"{info.name!r} cannot replace the attention in {len(problems)} of {len(sites)} layers:\n{lines}\n"
             f"Nothing was swapped.{hint}"
         )
 

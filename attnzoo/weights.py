@@ -122,7 +122,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         return [index.parent / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is no index of files of weights: {_reason(error)}") from error
+        raise WeightsError(f"{index} is not an index of weight files: {_reason(error)}") from error
 
 
 class _LeftOut:

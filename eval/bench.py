@@ -1,6 +1,7 @@
 """Measure what a config asks for, whatever its task, and report it.
 
 python eval/bench.py configs/bench/quickstart.yaml [key=value ...]   measure; a broken run goes on where it stopped
+python eval/bench.py CONFIG [key=value ...] --so-far                 table and page of what a run under way has done
 python eval/bench.py --report RECORDS.jsonl [--readme README.md]     report again from records, without measuring
 """
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
     parser.add_argument("--report", type=Path, metavar="RECORDS", help="report from these records; measure nothing")
     parser.add_argument("--readme", type=Path, help="also rewrite the part of this file between the bench markers")
+    parser.add_argument("--so-far", action="store_true", help="show what the run of CONFIG has done; measure nothing")
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if parsed.report is not None:
             report(tasks.task_of(parsed.report), parsed.report, parsed.readme)
+            return 0
+        if parsed.so_far:
+            so_far(parsed.config, parsed.overrides)
             return 0
         lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
         return measure(
@@ -65,6 +70,22 @@ def measure(path: Path, overrides: Sequence[str], command: str, readme: Path | N
     report(task, config.folder / RECORDS_FILE, readme, records)
     unsupported = task.expected(config)
     return check_rows(records, lambda row: (row.part, row.label) in unsupported)
+
+
+def so_far(path: Path, overrides: Sequence[str]) -> None:
+    """Show what a run of a config has done."""
+    from attnzoo import tasks
+    from attnzoo.bench.record import RECORDS_FILE
+
+    task, config = tasks.load(path, overrides)
+    if task.so_far is not None:
+        task.so_far(config)
+    elif task.run is not None:
+        raise ConfigError(f"--so-far: {task.name} shows how far it is while it runs, and has no table before its end")
+    elif not (config.folder / RECORDS_FILE).is_file():
+        raise ConfigError(f"--so-far: there are no records in {config.folder} yet")
+    else:
+        report(task, config.folder / RECORDS_FILE, None)
 
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:

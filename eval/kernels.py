@@ -48,12 +48,12 @@ def pair(size: int, *, kind: str = "2d", factors: int = 2) -> Callable[[torch.dt
     return call
 
 
-def chain(plain: int, products: int, *, weighted: bool) -> Callable[[torch.dtype], None]:
+def chain(plain: int, products: int, *, weighted: bool, batch: int = BATCH) -> Callable[[torch.dtype], None]:
     """A Hadamard chain."""
     from attnzoo.kernels.hadamard import hadamard_chain
 
     def call(dtype: torch.dtype) -> None:
-        terms = [leaf(dtype, BATCH, TOKENS, DIM) for _ in range(plain + 2 * products)]
+        terms = [leaf(dtype, batch, TOKENS, DIM) for _ in range(plain + 2 * products)]
         factors = zip(terms[plain : plain + products], terms[plain + products :], strict=True)
         extras = (leaf(dtype, plain + products, DIM), leaf(dtype, DIM)) if weighted else (None, None)
         hadamard_chain(terms[:plain], list(factors), *extras).sum().backward()
@@ -103,6 +103,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "causal pair of length 4": pair(4, kind="causal"),
     "product": chain(0, 1, weighted=False),
     "weighted sum of 3": chain(2, 1, weighted=True),
+    "weighted sum of 3, many images": chain(2, 1, weighted=True, batch=16),
     "second pass": second_pass(64, causal=False, window=LENGTH),
     "second pass, causal": second_pass(64, causal=True, window=LENGTH),
     "second pass, last 128, head 128": second_pass(128, causal=True, window=128),

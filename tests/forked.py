@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def training():
-    """Import what the scripts of classification need, where few tests are run and none does."""
+    """Import what the scripts of classification and benchmarks need, where few tests are run and none does."""
     for name in ("attnzoo.tasks.classify.run", "timm", "transformers.modeling_utils", "accelerate"):
         importlib.import_module(name)
 
@@ -41,6 +41,7 @@ def detection():
 PREPARE = {
     "train/classify.py": training,
     "eval/classify.py": training,
+    "eval/bench.py": training,
     "train/detect.py": detection,
     "eval/detect.py": detection,
 }

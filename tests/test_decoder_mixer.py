@@ -168,10 +168,10 @@ def test_what_cannot_be_is_refused():
     for name in set(attnzoo.list_attentions("mixer")) - {"mlp_mixer"}:
         with pytest.raises(UnsupportedError, match="causality"):
             attnzoo.replace_attention(language_model(), name)
-    with pytest.raises(UnsupportedError, match="'padre' cannot go on from a state"):
+    with pytest.raises(UnsupportedError, match="'padre' cannot decode token by token"):
         attnzoo.replace_attention(language_model(), "padre", **OPTIONS, output="element_sum", tokens=9)
     for name in ("hyena", "mamba"):
-        with pytest.raises(UnsupportedError, match=f"'{name}' cannot go on from a state"):
+        with pytest.raises(UnsupportedError, match=f"'{name}' cannot decode token by token"):
             attnzoo.replace_attention(language_model(), name, bidirectional=False)
 
     model, other, ids = swapped(), swapped(degree=2), token_ids(2, 9)

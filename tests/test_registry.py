@@ -180,7 +180,7 @@ UNFIT = {
     "NoInit": ("mixer", NoInit, {}, r"cannot be built as NoInit\(dim, num_heads"),
     "NoGrid": ("mixer", NoGrid, {}, r"NoGrid.forward cannot be called as mixer\(x, grid=, prefix=, mask=\)"),
     "NoState": ("mixer", NoState, {"decode": True}, r"NoState.extend cannot be called as mixer.extend\("),
-    "NoModule": ("mixer", NoModule, {}, r"NoModule is no torch\.nn\.Module"),
+    "NoModule": ("mixer", NoModule, {}, r"NoModule is not a torch\.nn\.Module"),
     "Mean": ("eviction", Mean, {}, r"Mean must inherit from it"),
     "NoScore": ("eviction", NoScore, {}, r"NoScore does not define score"),
 }
@@ -220,11 +220,11 @@ def test_a_broken_target_says_where():
 def test_eviction_policies_have_their_place():
     with pytest.raises(UnsupportedError, match="cannot stand alone"):
         attnzoo.create_attention("keydiff", 8, 1, budget=4)
-    with pytest.raises(attnzoo.AttnZooError, match=r"is no attnzoo\.eviction\.policy\.Policy"):
+    with pytest.raises(attnzoo.AttnZooError, match=r"is not an attnzoo\.eviction\.policy\.Policy"):
         attnzoo.register_attention("drop_all", "eviction", nn.Identity)
     attnzoo.register_attention("drop_all", "eviction", "torch.nn:Identity")
     try:
-        with pytest.raises(attnzoo.AttnZooError, match=r"is no attnzoo\.eviction\.policy\.Policy"):
+        with pytest.raises(attnzoo.AttnZooError, match=r"is not an attnzoo\.eviction\.policy\.Policy"):
             attnzoo.replace_attention(nn.TransformerEncoderLayer(16, 2), "drop_all")
     finally:
         registry.unregister_attention("drop_all")

@@ -385,7 +385,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
     refused("transformers cannot build pipeline")
     (tmp_path / "attnzoo.json").unlink()
     refused("holds no attnzoo.json, which attnzoo.save writes, and no config.json of a swapped model")
-    with pytest.raises(OptionError, match="device='gpu' is no device of torch"):
+    with pytest.raises(OptionError, match="device='gpu' is not a device of torch"):
         attnzoo.load(tmp_path, device="gpu")
 
 

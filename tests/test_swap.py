@@ -468,8 +468,8 @@ def test_the_report_reads():
 # ---- attention that no host knows
 
 UNKNOWN = {
-    "convit_tiny": "GPSA: it attends, but no host of attnzoo knows this class",
-    "shvit_s1": "SHSA: it attends, but no host of attnzoo knows this class",
+    "convit_tiny": "GPSA: it computes attention, but attnzoo does not know this class",
+    "shvit_s1": "SHSA: it computes attention, but attnzoo does not know this class",
 }
 WRAPPED = {
     "cait_xxs24_224": r"blocks\.0\.attn: TalkingHeadAttn: talking heads",
@@ -580,7 +580,9 @@ def test_a_method_that_wraps_a_function_without_python_code_is_skipped():
 @pytest.mark.parametrize("unknown", [Unknown, Fused, Helped, ByHand, Packed, Varlen])
 def test_a_swap_says_what_attention_it_leaves_standing(unknown):
     model = nn.Sequential(torch_layer(), unknown(), unknown())
-    with pytest.warns(UserWarning, match=rf"leaves attention standing: 2 of {unknown.__name__} .*, the first at 1:"):
+    with pytest.warns(
+        UserWarning, match=rf"leaves some attention unchanged: 2 of {unknown.__name__} .*, the first at 1:"
+    ):
         attnzoo.replace_attention(model, "sdpa")
     report = attnzoo.swap_report(model)
     assert [layer.path for layer in report.swapped] == ["0.self_attn"]

@@ -276,7 +276,7 @@ def test_missing_shards_and_a_broken_index_are_named(tmp_path):
     with pytest.raises(WeightsError, match=rf"index\.json names files that are missing: {gone.name}; copy the whole"):
         attnzoo.load_weights(model, tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(WeightsError, match="is no index of files of weights"):
+    with pytest.raises(WeightsError, match="is not an index of weight files"):
         attnzoo.load_weights(model, tmp_path)
 
 

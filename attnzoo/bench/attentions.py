@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from attnzoo.bench.config import Section, drop_defaults
-from attnzoo.errors import AttnZooError, OptionError
+from attnzoo.errors import AttnZooError
 
 
 class AttentionConfig(Section):
@@ -55,14 +55,6 @@ class AttentionConfig(Section):
         return self.options if self.where is None else {**self.options, "where": self.where}
 
 
-def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
-    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
-    for index, attention in enumerate(attentions):
-        for key in ("fused", "tokens"):
-            if getattr(attention, key) is not None:
-                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
-
-
 def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
     """Raise `ValueError` where an attention says `expect`, and the task refuses what is unsupported before any work."""
     for index, attention in enumerate(attentions):
@@ -91,42 +83,3 @@ def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
         options = entry.get("options") or {}
         problems += ask(info, options if isinstance(options, Mapping) else {}, here)
     return problems
-
-
-def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
-    if info.kind == "eviction":
-        return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
-            "under language.attentions of a benchmark"
-        ]
-    unknown: list[str] = []
-    for option in options:
-        try:
-            info.check_options([option])
-        except AttnZooError as error:
-            unknown.append(f"{where}.options.{option}: {error}")
-    if unknown:
-        return unknown
-    import attnzoo
-
-    try:
-        attnzoo.create_attention(info.name, 64, 4, **options)
-    except OptionError as error:
-        return [f"{where}.options: {error}"]
-    except AttnZooError:
-        return []  # a matter of this trial's width, not of the option
-    return []
-
-
-def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """A mixer, or the first option that the method refuses."""
-    from attnzoo.registry import build_core, build_policy
-
-    if info.kind == "mixer":
-        return [f"{where}.name: {info.name!r} is a mixer, which cannot stand in a trained language model"]
-    try:
-        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
-    except AttnZooError as error:
-        return [f"{where}.options: {error}"]
-    return []

@@ -38,7 +38,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What every config has: a name, where it runs, and where it writes.
 
-    What is written follows from `identity`: `output` and `fresh` are no part of it. A task's config adds its keys, and
+    What is written follows from `identity`: `output` and `fresh` are not part of it. A task's config adds its keys, and
     `problems` that the schema cannot find. `task` is the task's name in `attnzoo.tasks`.
     """
 
@@ -138,7 +138,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     except OSError as error:
         raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"config {str(path)!r} is no text in UTF-8, so no YAML ({error})") from error
+        raise ConfigError(f"config {str(path)!r} is not UTF-8 text, so not YAML ({error})") from error
     try:
         data = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:

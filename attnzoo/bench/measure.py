@@ -87,15 +87,21 @@ def interleave(a: Run, b: Run, clock: Clock, *, warmup: int, repeats: int, min_s
     min_seconds
         Goes on until the timed calls add up to this.
     """
+    return Interleaved(*in_turn((a, b), clock, warmup=warmup, repeats=repeats, min_seconds=min_seconds))
+
+
+def in_turn(
+    calls: Sequence[Run], clock: Clock, *, warmup: int, repeats: int, min_seconds: float
+) -> list[tuple[float, ...]]:
+    """Seconds of each of several calls, in the order A B C A B C ...; see `interleave`."""
     for _ in range(warmup):
-        a()
-        b()
-    times_a: list[float] = []
-    times_b: list[float] = []
-    while len(times_a) < repeats or sum(times_a) + sum(times_b) < min_seconds:
-        times_a.append(clock(a))
-        times_b.append(clock(b))
-    return Interleaved(tuple(times_a), tuple(times_b))
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    while len(times[0]) < repeats or sum(map(sum, times)) < min_seconds:
+        for call, kept in zip(calls, times, strict=True):
+            kept.append(clock(call))
+    return [tuple(kept) for kept in times]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
         If something that the config asks for is not here, another run is writing into the folder, or the folder holds
         records that cannot stand beside those of this config.
     AssetError
-        If data, a model or a text cannot be had.
+        If data, a model or a text cannot be fetched.
     """
     console = console or Console(stderr=True)
     config.check_folder()

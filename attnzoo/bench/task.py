@@ -133,6 +133,8 @@ class Task:
     run
         Given the config and the command, runs it all, reports, and gives the exit status: for a task whose loop a
         library owns, or several processes share. `plan` and what follows are then not asked.
+    so_far
+        Shows what a run of the config has done, for a task with `run`.
     plan
         Gives a config's cells in the order of measurement. A part's dense baseline comes first.
     measure
@@ -168,6 +170,7 @@ class Task:
     plan: Callable[[Any], Sequence[Cell]] = lambda config: ()
     measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result] = _nothing
     run: Callable[[Any, str], int] | None = None
+    so_far: Callable[[Any], None] | None = None
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
     check: Callable[[Any], None] = lambda config: None
     record: type[Envelope] = Record

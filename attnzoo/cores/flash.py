@@ -87,7 +87,7 @@ class Flash:
         if softcap is not None and self.backend == "torch":
             raise self._refusal("a soft cap on the scores")
         if v.shape[-1] != q.shape[-1]:
-            raise self._refusal(f"values of width {v.shape[-1]} beside keys of width {q.shape[-1]}")
+            raise self._refusal(f"values of width {v.shape[-1]} with keys of width {q.shape[-1]}")
         if 0 in (q.shape[0], q.shape[2], k.shape[2]):  # the kernels divide by their number of tiles
             return without_tokens(q, k, v)
         if causal and q.shape[2] == 1:

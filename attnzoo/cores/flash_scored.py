@@ -5,7 +5,7 @@ Paper: Dao, FlashAttention-2, https://arxiv.org/abs/2307.08691
     O = softmax(scale * Q K^T + mask) V,    sums_j = sum of A_ij over the last queries i
 
 Differs from the paper: the sums, which no FlashAttention kernel gives (see `attnzoo.kernels.scored_attention`). Where
-nobody asks for them it is PyTorch's scaled dot-product attention, which is FlashAttention where that can be had.
+nobody asks for them it is PyTorch's scaled dot-product attention, which is FlashAttention where it is available.
 """
 
 from __future__ import annotations

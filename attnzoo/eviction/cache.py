@@ -257,8 +257,8 @@ class BoundedLayer(SwappedCacheLayer):
         """
         if self.pending is None or self.pending[0] is not key or self.pending[1] is not value:
             raise UnsupportedError(
-                "the model hands its attention other keys and values than it put into the cache, or the same ones more "
-                "than once: such a model cannot be bounded"
+                "the model passes its attention other keys and values than it put into the cache, or the same ones "
+                "more than once: such a model cannot be bounded"
             )
         self._call = self.pending = None
 
@@ -547,7 +547,7 @@ def bounded_attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which a bounded cache cannot honor")
+            raise UnsupportedError(f"{type(module).__name__} passes {name!r}, which a bounded cache does not support")
     attention: BoundedAttention = module.attnzoo_core
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     if layer is not None:
@@ -644,14 +644,14 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
         return None
     if isinstance(mask, Mapping):
         raise UnsupportedError(
-            f"an attention mask ({type(mask).__name__}) cannot be honored by layers that keep a bounded cache or a "
+            f"an attention mask ({type(mask).__name__}) is not supported by layers that keep a bounded cache or a "
             "state: it holds masks that were made outside of the language model (as some vision-language models do, so "
             "that the tokens of an image see one another); load the language model alone, by its ...ForCausalLM class"
         )
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"({type(mask).__name__})"
         raise UnsupportedError(
-            f"an attention mask {what} cannot be honored by layers that keep a bounded cache or a state; give a 2-D "
+            f"an attention mask {what} is not supported by layers that keep a bounded cache or a state; give a 2-D "
             "mask (B, tokens) that tells padding, or none"
         )
     if mask.shape != (rows, seen + tokens):
@@ -662,7 +662,7 @@ def _real_tokens(mask: Any, rows: int, tokens: int, seen: int, past: Tensor | No
     if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
         raise UnsupportedError(
             "attention_mask (B, tokens) must hold 1 where a token is real and 0 where it is padding, and holds other "
-            "numbers: a mask that is added to the scores cannot be honored by layers that keep a bounded cache or a "
+            "numbers: a mask that is added to the scores is not supported by layers that keep a bounded cache or a "
             "state; give (mask == 0).long() if 0 means seen"
         )
     mask = mask.bool()

@@ -46,7 +46,7 @@ def kv_bytes(cache: Any) -> CacheBytes:
     Raises
     ------
     OptionError
-        If it is no cache.
+        If it is not a cache.
     """
     total = CacheBytes(0, 0, 0)
     if cache is None:

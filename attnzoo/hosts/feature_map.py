@@ -41,7 +41,7 @@ class FeatureMapMixer(MixerLayer):
 
     Attention adds position to queries and keys and leaves it off values. A mixer has one input: tokens with position
     added, as queries have it (`positions`), or tokens alone, as values are. With position is the choice where the user
-    makes none, for a mixer that is no convolution would not know where a token stands.
+    makes none, for a mixer without convolutions would not know where a token is.
     """
 
     def __init__(self, mixer: nn.Module, positions: bool) -> None:

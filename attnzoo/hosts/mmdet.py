@@ -51,7 +51,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
         elif isinstance(layer, ConditionalAttention):
             sites.append(_conditional(path, layer))
         elif looks_like_attention(layer) and "Deformable" in type(layer).__name__:
-            reason = "deformable attention samples points of its own, where no core can stand and no mixer has its grid"
+            reason = "deformable attention samples points of its own, which no core or mixer can do"
             sites.append(RefusedSite(path, layer, "mmdet", reason))
     return sites
 
@@ -187,7 +187,7 @@ class MmdetMixer(FeatureMapMixer):
             If the caller gives an attention mask, or key and query differ.
         """
         if attn_mask is not None:
-            raise UnsupportedError("a mixer cannot honor attn_mask, only key_padding_mask")
+            raise UnsupportedError("a mixer does not support attn_mask, only key_padding_mask")
         if key.shape != query.shape or value.shape != query.shape:
             raise UnsupportedError(CROSS)
         x = query if self.positions else value

@@ -15,7 +15,7 @@ from attnzoo.errors import ShapeError, UnsupportedError, short
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer, cores_with
 
-NOBODY = "no host of attnzoo knows this class"
+NOBODY = "attnzoo does not know this class"
 Core = Callable[..., Tensor]
 M = TypeVar("M", bound=nn.Module)
 

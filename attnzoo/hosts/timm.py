@@ -173,7 +173,7 @@ class TimmSite(Site):
         drop = getattr(self.owner, "patch_drop", None)
         if getattr(drop, "prob", 0.0) > 0 and not info.capabilities.any_order:
             return (
-                "patches are dropped in training (patch_drop_rate), so that what is left is no grid and in no order; "
+                "patches are dropped in training (patch_drop_rate), so that what is left has no grid and no order; "
                 "build the model with patch_drop_rate=0"
             )
         return None
@@ -291,7 +291,7 @@ class TimmMixer(MixerLayer):
             If the tokens are not those of the image that the patch embedding saw last.
         """
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer in a timm model cannot honor attn_mask or is_causal")
+            raise UnsupportedError("a mixer in a timm model does not support attn_mask or is_causal")
         if rope is not None:
             raise UnsupportedError("a mixer has no queries and keys to rotate, and this call gives rope")
         layer: Any = self

@@ -46,7 +46,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
         if not isinstance(layer, nn.MultiheadAttention):
             if type(layer).__module__.startswith("torchvision.") and looks_like_attention(layer):
                 reason = "window shift and relative position bias" if "Window" in type(layer).__name__ else ""
-                sites.append(RefusedSite(path, layer, "torch", reason or "no host of attnzoo knows this class"))
+                sites.append(RefusedSite(path, layer, "torch", reason or "attnzoo does not know this class"))
         else:
             reason = refusal(layer)
             sites.append(RefusedSite(path, layer, "torch", reason) if reason else _site(path, layer, layers, options))
@@ -243,7 +243,7 @@ class TorchMixer(MixerLayer):
                 "cross-attention: a mixer has one input, but query, key and value are not one tensor"
             )
         if attn_mask is not None or is_causal:
-            raise UnsupportedError("a mixer cannot honor attn_mask or is_causal, only key_padding_mask")
+            raise UnsupportedError("a mixer does not support attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
         check_masks(self.num_heads, sizes(self, query, key), None, key_padding_mask, batched)
         x = query if batched else query.unsqueeze(0 if self.batch_first else 1)

@@ -67,7 +67,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
         elif looks_like_attention(layer):
             reason = "it does not go through transformers' attention interface"
             if "Deformable" in type(layer).__name__:
-                reason = "deformable attention samples points of its own, where no core can stand"
+                reason = "deformable attention samples points of its own, which no core can replace"
             sites.append(RefusedSite(path, layer, "transformers", reason))
     caches: dict[int, list[Any]] = {}
     for site in sites:
@@ -104,7 +104,7 @@ def _nested(a: str, b: str) -> bool:
 
 
 def _unsupported(layer: Any) -> str | None:
-    """Say what the module hands to the interface that no core can honor, or None."""
+    """Say what the module passes to the interface that no core supports, or None."""
     words = versions.words(layer)
     if "position_bias" in words:
         return "relative position bias"
@@ -245,7 +245,7 @@ class TransformersSite(Site):
         """Say that a module does not hand on what the hook sends down, or give None."""
         if versions.passes_down(outer):
             return None
-        return f"{type(outer).__name__}.forward hands no further keyword arguments on; they carry the padding"
+        return f"{type(outer).__name__}.forward does not pass on further keyword arguments; they carry the padding"
 
     def put_bounded(self, attention: BoundedAttention) -> nn.Module:
         """Make the host's class, on the host's state, attend through a bounded cache."""
@@ -290,7 +290,7 @@ class TransformersSite(Site):
         if not info.capabilities.causal:
             return "causality: a mixer that is not causal would let a token see those after it" + _causal_form(info)
         if not info.capabilities.decode:
-            return f"{info.name!r} cannot go on from a state, token by token, as decoding needs"
+            return f"{info.name!r} cannot decode token by token from a state"
         return self._decoder_problem("a causal mixer")
 
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
@@ -394,7 +394,7 @@ def attention(
     Raises
     ------
     UnsupportedError
-        For a module that was not swapped, and for what no core can honor.
+        For a module that was not swapped, and for arguments that no core supports.
     """
     core = getattr(module, "attnzoo_core", None)
     if core is None:
@@ -409,7 +409,7 @@ def attention(
         )
     for name in versions.UNREAD:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} hands over {name!r}, which no core can honor")
+            raise UnsupportedError(f"{type(module).__name__} passes {name!r}, which no core supports")
     queries, keys = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "dropout": dropout, "mask": attention_mask}
     if attention_mask is not None:

@@ -23,7 +23,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 """What releases of transformers call the key/value cache of a call and of its output, newest first."""
 
 UNREAD = ("position_bias", "s_aux", "sinks", "cache", "indices", "block_indices")
-"""What some models hand to the attention interface beside queries, keys, values and mask, and no core can honor."""
+"""Arguments of the attention interface that some models pass and no core supports."""
 
 PROBE = "attnzoo_probe"  # in transformers' attention interface
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # the table of functions that attention modules look into

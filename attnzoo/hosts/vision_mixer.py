@@ -73,7 +73,7 @@ class VisionMixer(MixerLayer):
         """
         # while a model is exported, transformers makes a mask of nothing but ones where the caller gave none
         if attention_mask is not None and (self.grid.masked or not torch.compiler.is_exporting()):
-            raise UnsupportedError("a mixer in an image encoder cannot honor attention_mask")
+            raise UnsupportedError("a mixer in an image encoder does not support attention_mask")
         height, width = self.grid.size
         if self.prefix + height * width != hidden_states.shape[1]:
             raise ShapeError(
@@ -127,9 +127,7 @@ def problem(layer: Any, patches: Patches | None) -> str | None:
     kind = getattr(layer.config, "model_type", "")
     if kind not in PREFIX or patches is None:
         known = ", ".join(PREFIX)
-        return (
-            f"in transformers models of type {kind!r} only cores can be swapped; mixers stand in {known} and decoders"
-        )
+        return f"transformers models of type {kind!r} support cores only; mixers are supported in {known} and decoders"
     if not any(isinstance(getattr(layer, name, None), nn.Linear) for name in _OUTPUTS):
         return "this version of transformers has its output projection in another module; a newer one has not"
     return None

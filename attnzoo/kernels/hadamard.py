@@ -26,7 +26,9 @@ from attnzoo.errors import ShapeError
 from attnzoo.kernels.dispatch import launch, need_triton, note, side_by_side, sums_dtype, triton_works, wide
 from attnzoo.kernels.language import tl, triton
 
-BLOCK = 1024  # elements of a program's tile
+BLOCK = 1024  # elements of a tile
+PROGRAMS = 2048  # some 15 for each multiprocessor of the largest GPUs
+MOST_STEPS = 8  # a program's tiles of the gradient, 16 KiB in half precision, stay in the first cache
 
 
 def hadamard_chain(
@@ -98,12 +100,15 @@ def _check(
 
 
 @triton.jit
-def _tile(tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Batch, tokens ``(TOKENS, 1)``, channels ``(1, CHANNELS)`` of a program, and its number but for the channels."""
+def _tile(tokens, channels, steps, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Batch, tokens ``(TOKENS, 1)``, channels ``(1, CHANNELS)`` of a program, and its number but for the channels.
+
+    Its tokens are those of the first of `steps` tiles, one under the other.
+    """
     program = tl.program_id(0)
-    across, down = tl.cdiv(channels, CHANNELS), tl.cdiv(tokens, TOKENS)
+    across, down = tl.cdiv(channels, CHANNELS), tl.cdiv(tokens, TOKENS * steps)
     channel = program % across * CHANNELS + tl.arange(0, CHANNELS)
-    token = program // across % down * TOKENS + tl.arange(0, TOKENS)
+    token = program // across % down * (TOKENS * steps) + tl.arange(0, TOKENS)
     batch = (program // (across * down)).to(tl.int64)
     return batch, token[:, None].to(tl.int64), channel[None, :].to(tl.int64), (program // across).to(tl.int64)
 
@@ -113,7 +118,7 @@ def _forward_kernel(
     out, plain, us, ys, plain_strides, u_strides, y_strides, weights, weight_strides, bias, bias_stride,
     tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    batch, token, channel, _ = _tile(tokens, channels, TOKENS, CHANNELS)
+    batch, token, channel, _ = _tile(tokens, channels, 1, TOKENS, CHANNELS)
     inside = (token < tokens) & (channel < channels)
     total = tl.zeros((TOKENS, CHANNELS), WIDE)
     for t in tl.static_range(len(plain)):
@@ -142,41 +147,62 @@ def _forward_kernel(
 def _backward_kernel(
     grad, grad_strides, plain, us, ys, plain_strides, u_strides, y_strides, weights, weight_strides,
     grad_plain, grad_us, grad_ys, grad_weights, grad_bias,
-    tokens, channels, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+    tokens, channels, steps, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile; those of weights and bias, a value a channel, as sums over the tile's tokens."""
-    batch, token, channel, part = _tile(tokens, channels, TOKENS, CHANNELS)
-    inside = (token < tokens) & (channel < channels)
-    own = (batch * tokens + token) * channels + channel
-    at = batch * grad_strides[0] + token * grad_strides[1] + channel
-    g = tl.load(grad + at, mask=inside, other=0.0).to(WIDE)
+    """Gradients of `steps` tiles; those of weights and bias per channel as sums over the tokens of them all.
+
+    One term after the other, so that the sums of a single one are in registers; a tile of `grad` that was read for one
+    term is still in the cache for the next.
+    """
+    batch, first, channel, part = _tile(tokens, channels, steps, TOKENS, CHANNELS)
     of_weight = part * (len(plain) + len(us)) * channels + channel
     for t in tl.static_range(len(plain)):
-        gz = g
-        if weights is not None:
-            at = t * weight_strides[0] + token * weight_strides[1] + channel
-            gz *= tl.load(weights + at, mask=inside, other=0.0).to(WIDE)
-        tl.store(grad_plain[t] + own, gz.to(grad_plain[t].dtype.element_ty), mask=inside)
+        total = tl.zeros((TOKENS, CHANNELS), WIDE)
+        for step in range(steps):
+            token = first + step * TOKENS
+            inside = (token < tokens) & (channel < channels)
+            g = tl.load(grad + batch * grad_strides[0] + token * grad_strides[1] + channel, mask=inside, other=0.0)
+            g = g.to(WIDE)
+            gz = g
+            if weights is not None:
+                at = t * weight_strides[0] + token * weight_strides[1] + channel
+                gz *= tl.load(weights + at, mask=inside, other=0.0).to(WIDE)
+            own = (batch * tokens + token) * channels + channel
+            tl.store(grad_plain[t] + own, gz.to(grad_plain[t].dtype.element_ty), mask=inside)
+            if grad_weights is not None:
+                at = batch * plain_strides[t][0] + token * plain_strides[t][1] + channel
+                total += g * tl.load(plain[t] + at, mask=inside, other=0.0).to(WIDE)
         if grad_weights is not None:
-            at = batch * plain_strides[t][0] + token * plain_strides[t][1] + channel
-            z = tl.load(plain[t] + at, mask=inside, other=0.0).to(WIDE)
-            tl.store(grad_weights + of_weight + t * channels, tl.sum(g * z, 0)[None, :], mask=channel < channels)
+            tl.store(grad_weights + of_weight + t * channels, tl.sum(total, 0)[None, :], mask=channel < channels)
     for t in tl.static_range(len(us)):
-        gz = g
-        if weights is not None:
-            at = (len(plain) + t) * weight_strides[0] + token * weight_strides[1] + channel
-            gz *= tl.load(weights + at, mask=inside, other=0.0).to(WIDE)
-        at = batch * u_strides[t][0] + token * u_strides[t][1] + channel
-        u = tl.load(us[t] + at, mask=inside, other=0.0).to(WIDE)
-        at = batch * y_strides[t][0] + token * y_strides[t][1] + channel
-        y = tl.load(ys[t] + at, mask=inside, other=0.0).to(WIDE)
-        tl.store(grad_us[t] + own, (gz * y).to(grad_us[t].dtype.element_ty), mask=inside)
-        tl.store(grad_ys[t] + own, (gz * u).to(grad_ys[t].dtype.element_ty), mask=inside)
+        total = tl.zeros((TOKENS, CHANNELS), WIDE)
+        for step in range(steps):
+            token = first + step * TOKENS
+            inside = (token < tokens) & (channel < channels)
+            g = tl.load(grad + batch * grad_strides[0] + token * grad_strides[1] + channel, mask=inside, other=0.0)
+            g = g.to(WIDE)
+            gz = g
+            if weights is not None:
+                at = (len(plain) + t) * weight_strides[0] + token * weight_strides[1] + channel
+                gz *= tl.load(weights + at, mask=inside, other=0.0).to(WIDE)
+            at = batch * u_strides[t][0] + token * u_strides[t][1] + channel
+            u = tl.load(us[t] + at, mask=inside, other=0.0).to(WIDE)
+            at = batch * y_strides[t][0] + token * y_strides[t][1] + channel
+            y = tl.load(ys[t] + at, mask=inside, other=0.0).to(WIDE)
+            own = (batch * tokens + token) * channels + channel
+            tl.store(grad_us[t] + own, (gz * y).to(grad_us[t].dtype.element_ty), mask=inside)
+            tl.store(grad_ys[t] + own, (gz * u).to(grad_ys[t].dtype.element_ty), mask=inside)
+            total += g * u * y
         if grad_weights is not None:
-            at = of_weight + (len(plain) + t) * channels
-            tl.store(grad_weights + at, tl.sum(g * u * y, 0)[None, :], mask=channel < channels)
+            own_weight = of_weight + (len(plain) + t) * channels
+            tl.store(grad_weights + own_weight, tl.sum(total, 0)[None, :], mask=channel < channels)
     if grad_bias is not None:
-        tl.store(grad_bias + part * channels + channel, tl.sum(g, 0)[None, :], mask=channel < channels)
+        total = tl.zeros((TOKENS, CHANNELS), WIDE)
+        for step in range(steps):
+            token = first + step * TOKENS
+            at = batch * grad_strides[0] + token * grad_strides[1] + channel
+            total += tl.load(grad + at, mask=(token < tokens) & (channel < channels), other=0.0).to(WIDE)
+        tl.store(grad_bias + part * channels + channel, tl.sum(total, 0)[None, :], mask=channel < channels)
 
 
 def _blocks(channels: int) -> tuple[int, int]:
@@ -185,9 +211,14 @@ def _blocks(channels: int) -> tuple[int, int]:
     return BLOCK // across, across
 
 
-def _grid(shape: torch.Size) -> tuple[int]:
+def _grid(shape: torch.Size, steps: int = 1) -> tuple[int]:
     down, across = _blocks(shape[2])
-    return (max(shape[0] * triton.cdiv(shape[1], down) * triton.cdiv(shape[2], across), 1),)
+    return (max(shape[0] * triton.cdiv(shape[1], down * steps) * triton.cdiv(shape[2], across), 1),)
+
+
+def _steps(shape: torch.Size) -> int:
+    """Tiles of a program that sums: fewer partial sums to write and read again, and programs enough for a large GPU."""
+    return min(max(_grid(shape)[0] // PROGRAMS, 1), MOST_STEPS)
 
 
 def _rows(tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[int, int], ...]]:
@@ -237,22 +268,23 @@ def _chain_backward(
     outs = [grad.new_empty(shape) for _ in (*plain, *us, *ys)]
     dtype = sums_dtype(grad.dtype)
     tokens, channels = _blocks(shape[2])
-    parts = shape[0] * triton.cdiv(shape[1], tokens)
-    per_token = [t is not None and t.dim() == d for t, d in ((weights, 3), (bias, 2))]
+    of_channels = [t is not None and t.dim() == d for t, d in ((weights, 2), (bias, 1))]
+    steps = _steps(shape) if any(of_channels) else 1
+    parts = shape[0] * triton.cdiv(shape[1], tokens * steps)
     grad_weights = grad_bias = None
-    if weights is not None and not per_token[0]:
+    if of_channels[0]:
         grad_weights = grad.new_empty(parts, count, shape[2], dtype=dtype)
-    if bias is not None and not per_token[1]:
+    if of_channels[1]:
         grad_bias = grad.new_empty(parts, shape[2], dtype=dtype)
     if grad.numel():
         (g,), (g_strides,) = _rows([grad])
         (p, ps), (u, u_strides), (y, y_strides) = map(_rows, (plain, us, ys))
         split = len(plain), len(plain) + len(us)
         launch(
-            _backward_kernel, _grid(shape), grad.device,
+            _backward_kernel, _grid(shape, steps), grad.device,
             g, g_strides, p, u, y, ps, u_strides, y_strides, *_weights(weights, None)[:2],
             tuple(outs[: split[0]]), tuple(outs[split[0] : split[1]]), tuple(outs[split[1] :]), grad_weights, grad_bias,
-            *shape[1:], TOKENS=tokens, CHANNELS=channels, WIDE=wide(grad.dtype),
+            *shape[1:], steps, TOKENS=tokens, CHANNELS=channels, WIDE=wide(grad.dtype),
         )  # fmt: skip
     if weights is not None:
         if grad_weights is None:  # a weight for each token: sums over the batch, as large as the terms

@@ -252,7 +252,7 @@ def _config(rows: int, columns: int, warps: int, stages: int) -> Any:
 
 def _fitting(configs: Sequence[Any], named: Mapping[str, Any], **constants: Any) -> list[Any]:
     """Configurations whose tiles find room in the registers: of wide heads the small ones, and those of many warps."""
-    wide = {**named, **constants}["DEPTH"] > 128
+    wide = {**named, **constants}["DEPTH"] > 64
     tiles = [(c, c.kwargs["ROWS"] * c.kwargs["COLUMNS"] // c.num_warps) for c in configs]
     return [c for c, tile in tiles if not wide or tile <= 1024]
 

@@ -5,7 +5,7 @@ Paper: Hou et al., Conv2Former, TPAMI 2024, https://arxiv.org/abs/2211.11943
     A = DWConv_11(GELU(W_1 X)),   V = W_2 X,   O = W_3 (A * V)     (* elementwise)
 
 Without its GELU it is PADRe of degree 2: A_1 = DWConv, B_1 = W_1, A_2 = C_1 = D_1 = I, B_2 = W_2, with W_3 over the
-output. With it, it is no polynomial.
+output. With it, it is not a polynomial.
 
 Differs from the paper: the norm before and the scale after belong to the host; weights start as PADRe's; prefix tokens,
 for which the paper has none, as in `token_mixing`.

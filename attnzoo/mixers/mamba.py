@@ -6,8 +6,8 @@ https://arxiv.org/abs/2401.09417
     u, z = W_in X,   u <- silu(DWConv_4(u)),   dt = softplus(W_dt W_r u + b),   B = W_B u,   C = W_C u
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,   y_t = C_t h_t + D u_t,   O = W_out (y . silu(z))
 
-It is no polynomial. Where the steps dt are constant and the silu are left out, y is one of degree 3 exactly (C_t times
-the sum over s of exp((t-s) dt A) B_s u_s, each of C, B and u linear in X), and O, with the gate z, of degree 4.
+It is not a polynomial. With constant steps dt and without the silu, y is one of degree 3 exactly (C_t times the sum
+over s of exp((t-s) dt A) B_s u_s, each of C, B and u linear in X), and O, with the gate z, of degree 4.
 
 Differs from the papers: nothing for ``bidirectional=False``. Bidirectional as Vision Mamba's second form: a
 convolution, a selection and a state for each direction, one W_in, z and W_out; their sum is not halved. The class token

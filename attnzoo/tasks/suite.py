@@ -8,16 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from attnzoo import assets
-from attnzoo.bench.attentions import AttentionConfig, attention_problems, language_problems, vision_problems
+from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import RunConfig, Seed, drop_defaults, refuse_twins
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.tasks.classify import cells as vision
-from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig
+from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig, vision_problems
 from attnzoo.tasks.classify.quality import training_plot
 from attnzoo.tasks.decode import cells as language
-from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems
+from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems, language_problems
 from attnzoo.tasks.records import Record
 
 PARTS = {"vision": "classify", "language": "decode", "detection": "detect"}  # older records name no task

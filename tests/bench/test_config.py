@@ -249,5 +249,5 @@ def test_keys_of_images_are_refused_for_language():
 def test_a_file_that_is_no_text_is_a_sentence(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"PK\x03\x04\xff\xfe")
     for load in (load_config, operations.load_config):
-        with pytest.raises(ConfigError, match=r"weights.bin' is no text in UTF-8, so no YAML"):
+        with pytest.raises(ConfigError, match=r"weights.bin' is not UTF-8 text, so not YAML"):
             load(tmp_path / "weights.bin")

@@ -162,6 +162,16 @@ def test_a_cache_that_holds_more_than_it_may_fails_the_gate(folder):
     assert gate.detail == "a layer held 24 entries after 40 tokens, 16 are allowed"
 
 
+def test_cost_without_quality(folder, tmp_path):
+    """Of a model of random weights a canary proves nothing, and what it costs can be measured all the same."""
+    data = {**tiny(folder, quality=None, attentions=[KEYDIFF]), "output": str(tmp_path)}
+    records = [r for r in run(TASK, validate_config(data), "command") if r.part == "language"]
+    assert {(r.kind, r.phase, r.label, r.status) for r in records} == {
+        ("cost", phase, label, "ok") for phase in ("prefill", "decode") for label in ("dense LLM", "keydiff")
+    }
+    assert {(r.quality, r.quality_note) for r in records} == {(None, "this config measures no quality")}
+
+
 def test_a_policy_in_some_layers(folder):
     result = cost_of(folder, 0, attentions=[{**KEYDIFF, "where": "model.layers.1"}])
     assert (result.status, result.message) == ("ok", "")
@@ -179,7 +189,7 @@ def test_the_gate_gives_a_small_budget_room_for_its_prompt(folder):
 
 def test_the_config_is_checked_before_anything_runs(folder):
     for attention, says in (
-        ("padre", "is a mixer, which cannot stand in a trained language model"),
+        ("padre", "is a mixer, which a trained language model does not support"),
         ("keydif", "did you mean 'keydiff'"),
         ({"name": "keydiff"}, "needs budget="),
         ({"name": "keydiff", "options": {"budget": 0}}, "language.attentions.0.options: "),

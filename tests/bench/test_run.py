@@ -1,8 +1,6 @@
 """End to end, on a host of one layer and 16 tokens."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -62,7 +60,7 @@ def own_attention():
         unregister_attention(name)
 
 
-def test_a_whole_run_with_quality_and_its_reports(tmp_path):
+def test_a_whole_run_with_quality_and_its_reports(tmp_path, forked):
     quality = {"recipe": {"epochs": 2, "warmup_epochs": 1, "batch": 128}, "train_images": 256}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out", quality=quality)))
     command = [sys.executable, str(SCRIPT), "tiny.yaml"]
@@ -94,22 +92,21 @@ def test_a_whole_run_with_quality_and_its_reports(tmp_path):
             }
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<svg") == 3  # of one size there is no line to draw
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    again = forked.script("eval/bench.py", "tiny.yaml", cwd=tmp_path).finish()
     assert again.returncode == 0, again.stderr
     assert "6 rows of an earlier run are kept, 0 to measure" in again.stderr
     assert read_records(tmp_path / "out" / RECORDS_FILE) == records
 
 
-def test_a_run_killed_in_the_middle_goes_on_without_measuring_twice(tmp_path):
+def test_a_run_killed_in_the_middle_goes_on_without_measuring_twice(tmp_path, forked):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out")))
     path = tmp_path / "out" / RECORDS_FILE
-    runner = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "tiny.yaml"), "cost.min_seconds=2"])
+    runner = forked.script("eval/bench.py", tmp_path / "tiny.yaml", "cost.min_seconds=2")
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 1) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    os.kill(runner.pid, signal.SIGKILL)
-    runner.wait()
+    runner.kill()
     kept = read_records(path)
     assert 1 <= len(kept) < 3
     with path.open("ab") as handle:
@@ -131,11 +128,11 @@ def measures(process):
         return False
 
 
-def test_the_children_of_a_killed_run_end_too(tmp_path):
+def test_the_children_of_a_killed_run_end_too(tmp_path, forked):
     import psutil
 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny(tmp_path / "out")))
-    runner = subprocess.Popen([sys.executable, str(SCRIPT), str(tmp_path / "tiny.yaml"), "cost.min_seconds=30"])
+    runner = forked.script("eval/bench.py", tmp_path / "tiny.yaml", "cost.min_seconds=30")
     deadline = time.monotonic() + 120
     family = []
     while len(family) < 2 and time.monotonic() < deadline:  # the server that forks, and the child that measures
@@ -143,7 +140,6 @@ def test_the_children_of_a_killed_run_end_too(tmp_path):
         family = [child for child in psutil.Process(runner.pid).children(recursive=True) if measures(child)]
     assert len(family) >= 2
     runner.kill()
-    runner.wait()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
 
@@ -260,9 +256,9 @@ def test_the_plan_measures_quality_first_and_the_baseline_first_of_all(tmp_path)
     ]
 
 
-def test_the_command_line_refuses_with_the_reason_and_no_traceback(tmp_path):
+def test_the_command_line_refuses_with_the_reason_and_no_traceback(tmp_path, forked):
     (tmp_path / "bad.yaml").write_text("name: x\nattentions: [sofmax]\n")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path / "bad.yaml")], capture_output=True, text=True)
+    done = forked.script("eval/bench.py", tmp_path / "bad.yaml").finish()
     assert done.returncode == 2
     assert "'softmax'" in done.stderr
     assert "Traceback" not in done.stderr

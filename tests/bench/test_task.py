@@ -60,6 +60,10 @@ def test_a_run_is_added_to_and_what_cannot_stay_is_named(tmp_path, capsys):
     path, records = written(tmp_path, sizes=[16], isolated=False), tmp_path / "out" / "records.jsonl"
     assert bench.main([path]) == 0
     before = tasks.read_records(records)
+    capsys.readouterr()
+    assert bench.main([path, "sizes=[16, 32]", "--so-far"]) == 0
+    assert "forward, 16 tokens" in capsys.readouterr().out
+    assert tasks.read_records(records) == before
     assert bench.main([path, "sizes=[16, 32]"]) == 0, "another size keeps the rows that are still valid"
     assert "4 rows of an earlier run are kept, 2 to measure" in capsys.readouterr().err
     after = tasks.read_records(records)
@@ -72,6 +76,11 @@ def test_a_run_is_added_to_and_what_cannot_stay_is_named(tmp_path, capsys):
     assert bench.main([path, "wrong=true", "fresh=true"]) == 1
     assert "cost of float32 at 16 tokens: failed: gate did not pass" in capsys.readouterr().err
     assert {r.cost for r in tasks.read_records(records)} == {None}
+
+
+def test_what_has_not_begun_is_told(tmp_path, capsys):
+    assert bench.main([written(tmp_path), "--so-far"]) == 2
+    assert "there are no records in" in capsys.readouterr().err
 
 
 def test_a_task_that_is_not_there_is_told(tmp_path, capsys):
@@ -106,4 +115,14 @@ def imports(path):
 def test_the_engine_imports_no_task():
     found = {path.name: [n for n in imports(path) if n.startswith("attnzoo.tasks")] for path in ROOT.glob("bench/*.py")}
     assert len(found) > 15
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_mmdet_is_known_in_one_task_and_one_host_alone():
+    known = {ROOT / "hosts/mmdet.py", *ROOT.glob("tasks/detect/*.py")}
+    others = set(ROOT.rglob("*.py")) - known
+    assert len(known) > 10
+    assert len(others) > 100
+    of_mmdet = ("mmdet", "mmcv", "mmengine")
+    found = {str(path): [n for n in imports(path) if n.partition(".")[0] in of_mmdet] for path in others}
     assert {name: names for name, names in found.items() if names} == {}

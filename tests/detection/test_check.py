@@ -91,7 +91,7 @@ def test_training_needs_a_box_where_images_without_one_are_left_out(dataset):
     ("told", "message"),
     [
         ("{", r"a\.json are broken"),
-        ({"images": []}, r"a\.json is no COCO file: it has no list 'annotations'"),
+        ({"images": []}, r"a\.json is not a COCO file: it has no list 'annotations'"),
         (content(images=0), r"a\.json holds no image"),
         (changed("annotations", bbox=[1, 2]), r"a\.json: annotations\.0\.bbox: list should have at least 4 items"),
         (changed("annotations", image_id=9), "annotation 1 is of an image or a category that is not listed"),

@@ -295,7 +295,7 @@ def test_the_windows_of_a_swin_backbone_are_told_of():
 
     backbone = SwinTransformer(pretrain_img_size=32, embed_dims=8, num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1))
     model = nn.ModuleDict({"backbone": backbone, "encoder": nn.TransformerEncoderLayer(8, 2, 16)})
-    with pytest.warns(UserWarning, match=r"leaves attention standing: 4 of WindowMSA \(mmdet\)"):
+    with pytest.warns(UserWarning, match=r"leaves some attention unchanged: 4 of WindowMSA \(mmdet\)"):
         attnzoo.replace_attention(model, "sdpa")
     report = attnzoo.swap_report(model)
     assert len(report.swapped) == 1

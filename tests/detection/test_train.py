@@ -195,7 +195,7 @@ def test_a_config_of_another_task_is_a_sentence(tmp_path, capsys, command, kind)
         path.write_bytes(bytes(range(256)))
     assert command([str(path)]) == 2
     said = capsys.readouterr().err
-    assert f"error: {path} is no config of " in said
+    assert f"error: {path} is not a config of " in said
     assert "Traceback" not in said
 
 
@@ -209,7 +209,7 @@ def test_a_config_that_trains_or_tests_nothing_is_a_sentence(data, tmp_path, cap
 
 
 @pytest.mark.parametrize("harm", ["gone", "empty", "binary", "altered"])
-def test_a_run_whose_last_checkpoint_is_damaged_does_not_begin_anew(trained, tmp_path, capsys, harm):
+def test_a_run_whose_last_checkpoint_is_damaged_does_not_start_over(trained, tmp_path, capsys, harm):
     config, folder = trained
     shutil.copytree(folder, tmp_path / "seed0")
     told, last = tmp_path / "seed0" / "last_checkpoint", tmp_path / "seed0" / "epoch_4.pth"
@@ -225,7 +225,7 @@ def test_a_run_whose_last_checkpoint_is_damaged_does_not_begin_anew(trained, tmp
         assert command([str(config), f"work_dir={tmp_path}/seed0"]) == 2
         said = capsys.readouterr().err
         assert ("epoch_4.pth is damaged" if harm == "altered" else "names no checkpoint that is there") in said
-        assert "or begin anew with resume=false" in said
+        assert "or start over with resume=false" in said
 
 
 def test_data_are_those_that_the_config_names(data, tmp_path):
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_is_cut_short_is_named(trained, tmp_path, capsys):
 def test_bad_configs_and_swaps_are_refused_before_any_work(data, tmp_path, capsys):
     (tmp_path / "broken.py").write_text("model = (", encoding="utf-8")
     for path, message in (
-        (tmp_path / "broken.py", "is no config of mmengine"),
+        (tmp_path / "broken.py", "is not a config of mmengine"),
         (tmp_path / "none.py", "not exist"),
         (ROOT / "configs" / "bench" / "quickstart.yaml", "it has no model"),
     ):
@@ -344,7 +344,7 @@ def test_every_config_resumes_unless_the_command_says_no(config):
     assert configs.load_config(config, ["resume=false"]).resume is False
 
 
-def test_beginning_anew_sets_the_old_run_aside(trained, tmp_path):
+def test_starting_over_sets_the_old_run_aside(trained, tmp_path):
     config, _ = trained
     words = [str(config), f"work_dir={tmp_path}/seed0", "train_cfg.max_epochs=1"]
     for _ in range(3):
@@ -406,7 +406,7 @@ def test_a_link_that_leads_nowhere_is_made_again(tmp_path):
     configs._link(tmp_path / "asset", tmp_path / "data")
     assert (tmp_path / "data").resolve() == (tmp_path / "asset").resolve()
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         configs._link(tmp_path / "asset", tmp_path / "file")
 
 

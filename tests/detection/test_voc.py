@@ -69,7 +69,7 @@ def test_bad_files_are_named(tmp_path):
         read_voc(annotation, image, Converted())
     for text in ("<annotation>", "<annotation><object><name>cat</name></object></annotation>"):
         annotation.write_text(text, encoding="utf-8")
-        with pytest.raises(DataError, match=r"a\.xml is no annotation"):
+        with pytest.raises(DataError, match=r"a\.xml is not an annotation"):
             read_voc(annotation, image, Converted())
     image.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.png cannot be read as an image"):

@@ -622,7 +622,7 @@ def test_models_that_cannot_be_bounded_are_refused():
     with pytest.raises(UnsupportedError, match="is_causal=False"):
         attnzoo.replace_attention(backwards, "keydiff", budget=16)
     small = {**TEXT, "num_key_value_heads": 2}
-    for config, message in ((transformers.StableLmConfig(**small), "hands no further keyword arguments on"),):
+    for config, message in ((transformers.StableLmConfig(**small), "does not pass on further keyword arguments"),):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
         before = fingerprint(model)
         with pytest.raises(UnsupportedError, match=message):

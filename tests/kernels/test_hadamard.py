@@ -74,6 +74,25 @@ def test_any_shape_and_number_of_terms(kernels, dtype, plain, products, shape, w
     check(kernels, dtype, plain, products, shape, weights, bias, seed)
 
 
+@pytest.mark.parametrize(
+    ("programs", "steps", "shape", "weights"),
+    [(7, 5, (2, 37, 300), "channel"), (1, 8, (2, 37, 300), "channel"), (7, 3, (1, 50, 300), None)],
+)
+def test_programs_that_sum_over_several_tiles(kernels, monkeypatch, programs, steps, shape, weights):
+    """In a large input a program goes down several tiles, so that there are fewer partial sums; here in a small one."""
+    monkeypatch.setattr(hadamard, "PROGRAMS", programs)
+    assert hadamard._steps(torch.Size(shape)) == steps
+    check(kernels, torch.float32, 1, 2, shape, weights, "channel")
+
+
+def test_partial_sums_are_few_however_large_the_input():
+    for shape in ((1, 32768, 384), (64, 3136, 384), (8, 50176, 768)):
+        shape = torch.Size(shape)
+        (one,), (several,) = hadamard._grid(shape), hadamard._grid(shape, hadamard._steps(shape))
+        assert several >= hadamard.PROGRAMS
+        assert several * min(one // hadamard.PROGRAMS, hadamard.MOST_STEPS) <= 1.1 * one
+
+
 def test_reference_is_the_equation_and_its_gradient():
     leaves = problem(2, 1, 2, 3, 4, "channel", "token")
     run = as_function(hadamard.hadamard_chain, 2, 1)

@@ -20,7 +20,8 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     """In a process of its own, for here kernels are for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "eval/kernels.py", "--output", tmp_path / "rows.jsonl", "--cases", "pair 11x11"]
-    command += ["pair of length 11", "weighted sum of 3", "second pass, causal", "one query"]
+    command += ["pair of length 11", "weighted sum of 3, many images", "second pass, causal", "one query"]
+    command += ["second pass, last 128, head 128"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_whole([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()])

@@ -173,7 +173,7 @@ def test_a_run_none_of_whose_checkpoints_is_whole_is_refused(images, tmp_path, f
     reasons = [harm(folder) for folder in checkpoints]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none says that an earlier one is used
-        with pytest.raises(ConfigError, match=r"no usable checkpoint .*; begin anew with resume=never") as raised:
+        with pytest.raises(ConfigError, match=r"no usable checkpoint .*; start over with resume=never") as raised:
             train_all(validate_config(config))
     for folder, reason in zip(checkpoints, reasons, strict=True):
         assert f"{folder.name}: {reason}" in str(raised.value)
@@ -193,7 +193,7 @@ def test_a_harmed_result_is_told_and_not_trained_anew_without_a_word(images, tmp
             train_all(validate_config(config))
         return
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ConfigError, match="there is no checkpoint; begin anew with resume=never"):
+    with pytest.raises(ConfigError, match="there is no checkpoint; start over with resume=never"):
         train_all(validate_config(config))
 
 

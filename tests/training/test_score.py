@@ -154,7 +154,7 @@ def test_an_output_that_is_a_file_is_a_sentence(once, tmp_path, capsys, task):
 
 
 def test_classes_in_another_order_are_refused(once, tmp_path):
-    """Numbers of classes come from a class map here, whose file is no part of a run's identity."""
+    """Numbers of classes come from a class map here, whose file is not part of a run's identity."""
     shutil.copytree(once / "images", tmp_path / "images")
     class_map = tmp_path / "classes.txt"
     class_map.write_text("bright\ndark\nleft\n")

@@ -116,7 +116,7 @@ def newest_good(parent: Path) -> Path | None:
         refused[folder] = wrong
     if refused:
         told = "; ".join(f"{folder.name}: {reason}" for folder, reason in refused.items())
-        raise ConfigError(f"{parent} has no usable checkpoint ({told}); begin anew with resume=never")
+        raise ConfigError(f"{parent} has no usable checkpoint ({told}); start over with resume=never")
     return None
 
 

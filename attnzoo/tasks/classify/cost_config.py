@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import Dtype, Section
+from attnzoo.errors import AttnZooError, OptionError
 
 DatasetName = Literal["digits", "fashion_mnist"]
 
@@ -142,3 +143,29 @@ class QualityConfig(Section):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: {list(self.seeds)} has a seed twice")
         return self
+
+
+def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
+    if info.kind == "eviction":
+        return [
+            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
+            "under language.attentions of a benchmark"
+        ]
+    unknown: list[str] = []
+    for option in options:
+        try:
+            info.check_options([option])
+        except AttnZooError as error:
+            unknown.append(f"{where}.options.{option}: {error}")
+    if unknown:
+        return unknown
+    import attnzoo
+
+    try:
+        attnzoo.create_attention(info.name, 64, 4, **options)
+    except OptionError as error:
+        return [f"{where}.options: {error}"]
+    except AttnZooError:
+        return []  # a matter of this trial's width, not of the option
+    return []

@@ -56,7 +56,7 @@ class ImageFolder:
     folder
         The split: every folder in it is a class, and every image at any depth below that is of the class. Links are
         followed, but not to what is read anyway. Hidden files and folders are left out, such as
-        ``.ipynb_checkpoints``, and so are files in the split's own folder and files that are no images; `left_out`
+        ``.ipynb_checkpoints``, and so are files in the split's own folder and files that are not images; `left_out`
         counts them.
     mode
         ``"L"`` or ``"RGB"``; see `attnzoo.pixels.to_mode`.

@@ -95,7 +95,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
         If there is no such folder or data set, the splits' classes differ, their number is not known or less than two,
         or images have pixels of an unknown range.
     AssetError
-        If an asset cannot be had.
+        If an asset cannot be fetched.
     """
     train, test = _open(data, data.train, training=True), _open(data, data.test, training=False)
     if isinstance(test, IterableDataset) and processes > 1:

@@ -230,7 +230,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if strange or not state:
         raise ConfigError(
-            f"model.weights: {str(path)!r} is no state dict: {', '.join(map(str, strange[:5])) or 'empty'}"
+            f"model.weights: {str(path)!r} is not a state dict: {', '.join(map(str, strange[:5])) or 'empty'}"
         )
     return state
 

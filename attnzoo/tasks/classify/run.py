@@ -47,7 +47,7 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     ConfigError
         If the data or a model are not as the config says, or a folder holds a run of another config.
     AssetError
-        If an asset cannot be had.
+        If an asset cannot be fetched.
     TrainingError
         If a training cannot go on.
     """
@@ -222,7 +222,7 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     except ConfigError as error:
         return error
     if final.is_dir() and newest is None:
-        return ConfigError(f"{final} is damaged ({wrong}), and there is no checkpoint; begin anew with resume=never")
+        return ConfigError(f"{final} is damaged ({wrong}), and there is no checkpoint; start over with resume=never")
     if final.is_dir():
         warnings.warn(f"{final} is refused: {wrong}; the end is trained again from {newest}", stacklevel=2)
     return "train"

@@ -25,7 +25,8 @@ def plan(config: SuiteConfig) -> list[Cell]:
     language = config.language
     assert language is not None
     who: list[int | None] = [None, *range(len(language.attentions))]
-    return [_cell(config, language, index, kind) for kind in ("quality", "cost") for index in who]
+    kinds = ("cost",) if language.quality is None else ("quality", "cost")
+    return [_cell(config, language, index, kind) for kind in kinds for index in who]
 
 
 def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind: Any) -> Cell:
@@ -59,9 +60,9 @@ def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind
         asks={"attention": index},
         stage="time" if of_cost else "score",
         timeout=part.timeout_seconds,
-        threads=config.threads if of_cost else quality.threads,
-        workers=1 if of_cost else quality.workers,
-        needs_baseline=True,
+        threads=config.threads if of_cost else part.threads,
+        workers=1 if of_cost else part.workers,
+        needs_baseline=quality is not None,
         weight=10 + cost.prompt_tokens / 20 if of_cost else 1.0,
     )
 
@@ -82,19 +83,22 @@ def prepare(language: LanguageConfig, seed: int) -> dict[str, Any]:
     Raises
     ------
     AssetError
-        If one of them cannot be had.
+        If one of them cannot be fetched.
     ConfigError
         If the text is too short, or the model is not made for as many tokens.
     """
     cost, quality = language.cost, language.quality
     made_for, tokenizer = lm.longest(language.model), lm.load_tokenizer(language.model)
     prose = texts.load_text(language.text)
-    longest = max(cost.prompt_tokens + cost.new_tokens, quality.tokens)
+    longest = max(cost.prompt_tokens + cost.new_tokens, 0 if quality is None else quality.tokens)
     if made_for is not None and longest > made_for:
         raise ConfigError(f"language: {longest:,} tokens asked for, but {language.model} is made for {made_for:,}")
     prompts = texts.windows(prose, tokenizer, count=cost.batch, tokens=cost.prompt_tokens, seed=seed)
-    scored = texts.windows(prose, tokenizer, count=quality.windows, tokens=quality.tokens, seed=seed)
-    return {"prompts": [window.ids for window in prompts], "windows": [window.ids for window in scored]}
+    given = {"prompts": [window.ids for window in prompts]}
+    if quality is not None:
+        scored = texts.windows(prose, tokenizer, count=quality.windows, tokens=quality.tokens, seed=seed)
+        given["windows"] = [window.ids for window in scored]
+    return given
 
 
 def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:

@@ -7,14 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.attentions import (
-    AttentionConfig,
-    attention_problems,
-    language_problems,
-    refuse_expect,
-    refuse_vision_keys,
-)
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect
 from attnzoo.bench.config import Dtype, RunConfig, Section, Seed, refuse_twins
+from attnzoo.tasks.decode.cost_config import language_problems, refuse_vision_keys
 from attnzoo.tasks.decode.needles import KINDS, Kind
 
 DENSE = "dense"

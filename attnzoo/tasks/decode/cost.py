@@ -14,19 +14,19 @@ from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths, ratios_of, side_of
 from attnzoo.bench.gate import gate_message
-from attnzoo.bench.measure import Interleaved, clock_for, interleave, quantiles
+from attnzoo.bench.measure import Interleaved, clock_for, quantiles
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Gate, Shapes
 from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, trace
 from attnzoo.eviction.policy import Policy
-from attnzoo.eviction.size import CacheBytes, kv_bytes
+from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.registry import build_policy
 from attnzoo.tasks.decode.cost_config import LanguageConfig
-from attnzoo.tasks.decode.lm import largest, load_model, nll
+from attnzoo.tasks.decode.lm import load_model, nll
 from attnzoo.tasks.decode.quality import perplexity_of
-from attnzoo.tasks.decode.timings import twin
+from attnzoo.tasks.decode.timings import Decoder, decode_in_turn, read, twin
 
 GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
 CANARY_WINDOWS = 2
@@ -91,12 +91,14 @@ def measure_quality(
 
     Dense has no quality where the canary is not far enough from it: what was scored then does not depend on the cache.
     """
+    asked = language.quality
+    assert asked is not None
     say("load")
     dense = _load(language, torch.device(where))
     scores = _scores(swapped_twin(dense, spec), windows, say)
     canary: tuple[float, ...] = ()
     if spec is None:
-        canary = _scores(swapped_twin(dense, language.quality.canary), windows[:CANARY_WINDOWS], say)
+        canary = _scores(swapped_twin(dense, asked.canary), windows[:CANARY_WINDOWS], say)
     if not all(map(math.isfinite, (*scores, *canary))):
         return Result(status="failed", message=f"the NLL of a window is not finite: {scores} {canary}")
     quality = perplexity_of(language, scores, canary)
@@ -123,11 +125,6 @@ def policy_of(spec: AttentionConfig | None) -> Policy | None:
     return build_policy(attnzoo.describe(spec.name), spec.options)
 
 
-def read(model: Any, prompts: Tensor) -> Any:
-    """A prefill: the prompts into a new cache, and the logits of the first new token."""
-    return model(prompts, use_cache=True, logits_to_keep=1)
-
-
 def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, prompts: Tensor) -> tuple[Gate, Gate]:
     """Compare, on the first tokens of a prompt, the candidate with the dense model and that with the softmax core.
 
@@ -147,60 +144,6 @@ def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, promp
         spec = spec.model_copy(update={"options": {**spec.options, "budget": budget}})
         oracle += f", budget {budget} of {ids.shape[1]} tokens"
     return gates.compare(_outputs(swapped_twin(dense, spec), layers, ids), own, oracle, tolerance), baseline
-
-
-class Decoder:
-    """A model at work on prompts: `read` them, then `step` greedily. After each the cache's bound is checked.
-
-    Attributes
-    ----------
-    read_bytes, step_bytes
-        Of the cache after a prompt, and the largest after any step.
-    """
-
-    def __init__(self, model: Any, prompts: Tensor, policy: Policy | None = None) -> None:
-        self.model, self.prompts, self.policy = model, prompts, policy
-        self.read_bytes = self.step_bytes = CacheBytes(0, 0, 0)
-        self.most = 0
-        self.broken = ""
-        self._out: Any = None
-
-    def forget(self) -> None:
-        """Let the cache go."""
-        self._out = None
-
-    def read(self) -> None:
-        """Read the prompts into a new cache."""
-        self._out = read(self.model, self.prompts)
-
-    def step(self) -> None:
-        """Take the likeliest token and put it in."""
-        token = self._out.logits[:, -1:].argmax(-1)
-        self._out = self.model(token, **cache_arguments(self.model, output_cache(self._out)), use_cache=True)
-
-    def look(self) -> None:
-        """Take the cache's measures, and note where it holds more than it may."""
-        cache = output_cache(self._out)
-        seen, size = cache.get_seq_length(), kv_bytes(cache)
-        if seen == self.prompts.shape[1]:
-            self.read_bytes = largest(self.read_bytes, size)
-        else:
-            self.step_bytes = largest(self.step_bytes, size)
-        if self.policy is None:
-            return
-        held = max(layer.keys.shape[-2] for layer in cache.own)
-        self.most = max(self.most, held)
-        allowed = self.policy.budget + (self.policy.block_size - 1 if seen % self.policy.block_size else 0)
-        if held > allowed and not self.broken:
-            self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
-
-    def bounded(self, gate: Gate) -> Gate:
-        """Put the bound into a gate, which fails where it was broken."""
-        if self.policy is None:
-            return gate
-        limit = self.policy.budget + self.policy.block_size - 1
-        gate = gate.model_copy(update={"cache_limit": limit, "cache_most": self.most})
-        return gates.refuse(gate, self.broken or None)
 
 
 def _traced(run: Decoder) -> tuple[Trace, Trace]:
@@ -227,24 +170,11 @@ def _timed(
     run: Decoder, dense: Decoder, language: LanguageConfig, device: torch.device, say: Say
 ) -> tuple[Interleaved, Interleaved]:
     """Seconds of prefills, in turn, and of a step: the mean of the steps after each prefill, taken in turn."""
-    clock = clock_for(device)
     prefills: tuple[list[float], list[float]] = ([], [])
     tokens: tuple[list[float], list[float]] = ([], [])
-    steps = language.cost.new_tokens
-
-    def looked(call: Any) -> float:
-        seconds = clock(call)
-        (run if call == run.step else dense).look()
-        return seconds
-
     for repeat in range(language.cost.repeats):
         say(f"time {repeat + 1}/{language.cost.repeats}")
-        run.forget()
-        dense.forget()
-        once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
-        run.look()
-        dense.look()
-        then = interleave(run.step, dense.step, looked, warmup=0, repeats=steps, min_seconds=0)
+        once, then = decode_in_turn(run, dense, language.cost.new_tokens, clock_for(device))
         for kept, seconds in zip((*prefills, *tokens), (once.a, once.b, then.a, then.b), strict=True):
             kept.append(math.fsum(seconds) / len(seconds))
     return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.attentions import AttentionConfig, refuse_vision_keys
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.config import Dtype, Section, refuse_twins
+from attnzoo.errors import AttnZooError
 
 Tokens = Annotated[int, Field(ge=2)]
+
+
+def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
+    for index, attention in enumerate(attentions):
+        for key in ("fused", "tokens"):
+            if getattr(attention, key) is not None:
+                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
 
 
 class LanguageCostConfig(Section):
@@ -46,7 +55,8 @@ class LanguageQualityConfig(Section):
 class LanguageConfig(Section):
     """A causal language model whose cache policies bound, beside the same model with transformers' own cache and SDPA.
 
-    `model` and `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them.
+    With ``quality: null`` nothing is scored, as for a model of random weights, whose canary proves nothing. `model` and
+    `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them.
     """
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
@@ -55,7 +65,7 @@ class LanguageConfig(Section):
     baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense LLM"
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     cost: LanguageCostConfig = LanguageCostConfig()
-    quality: LanguageQualityConfig = LanguageQualityConfig()
+    quality: LanguageQualityConfig | None = LanguageQualityConfig()
 
     @model_validator(mode="after")
     def _labels_differ(self) -> LanguageConfig:
@@ -90,3 +100,16 @@ def block_problems(language: Mapping[str, Any]) -> list[str]:
                 f"{config.cost.new_tokens}, so the timed steps would hold too few evictions or too many"
             )
     return problems
+
+
+def language_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A mixer, or the first option that the method refuses."""
+    from attnzoo.registry import build_core, build_policy
+
+    if info.kind == "mixer":
+        return [f"{where}.name: {info.name!r} is a mixer, which a trained language model does not support"]
+    try:
+        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
+    except AttnZooError as error:
+        return [f"{where}.options: {error}"]
+    return []

@@ -103,7 +103,7 @@ def load_model(
     MissingExtraError
         If transformers is not installed.
     AssetError
-        If the asset cannot be had.
+        If the asset cannot be fetched.
     ConfigError
         If transformers finds no such model, or cannot load it.
     """

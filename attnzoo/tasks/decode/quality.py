@@ -86,6 +86,7 @@ def perplexity_of(config: LanguageConfig, window_nll: Sequence[float], canary_nl
     """Put the windows of one attention together; the difference and the ratio to dense are left open."""
     mean = math.fsum(window_nll) / len(window_nll)
     quality, canary = config.quality, None
+    assert quality is not None
     if canary_nll:
         above = math.fsum(canary_nll) - math.fsum(window_nll[: len(canary_nll)])
         tiny = " ".join([quality.canary.name, *(f"{key}={value}" for key, value in quality.canary.options.items())])

@@ -64,7 +64,7 @@ def run(config: DecodeConfig, command: str, console: Console | None = None) -> l
         If something that the config asks for is not here, another run is writing into the folder, or the folder holds
         samples of another config or text.
     AssetError
-        If model or text cannot be had.
+        If model or text cannot be fetched.
     CanaryError
         If the run does not do what any run must.
     """

@@ -42,4 +42,4 @@ def report(path: Path) -> None:
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
 
-TASK = Task(name="decode", ref="attnzoo.tasks.decode.task:TASK", config=DecodeConfig, run=evaluate)
+TASK = Task(name="decode", ref="attnzoo.tasks.decode.task:TASK", config=DecodeConfig, run=evaluate, so_far=show)

@@ -53,7 +53,7 @@ def load_text(name: str) -> Text:
     ConfigError
         If there is neither such a text nor such a file, or the file is not UTF-8.
     AssetError
-        If the book cannot be had.
+        If the book cannot be fetched.
     """
     if name in TEXTS:
         text = TEXTS[name]()

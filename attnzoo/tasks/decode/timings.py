@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnzoo.bench.measure import Clock, Interleaved, clock_for
+from attnzoo.bench import gate as gates
+from attnzoo.bench.measure import Clock, Interleaved, clock_for, interleave
 from attnzoo.bench.memory import Peak, peak_memory
+from attnzoo.bench.record import Gate
+from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes, kv_bytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.lm import largest
@@ -81,7 +84,7 @@ def timings(
     Raises
     ------
     ValueError
-        If there are too few prompts, or a batch size is no multiple of the first.
+        If there are too few prompts, or a batch size is not a multiple of the first.
     """
     if batches[0] > len(prompts):
         raise ValueError(f"a batch of {batches[0]} needs as many prompts, got {len(prompts)}")
@@ -89,67 +92,110 @@ def timings(
         raise ValueError(f"batch sizes {list(batches)} must be multiples of the first")
     first = prompts[: batches[0]]
     device = prompts.device
-    peak, peak_dense = peak_memory([lambda: _read(candidate, first), lambda: _read(dense, first)], device)
+    peak, peak_dense = peak_memory([lambda: read(candidate, first), lambda: read(dense, first)], device)
     before_clock()
     clock = clock_for(device)
-    caches = [CacheBytes(0, 0, 0), CacheBytes(0, 0, 0)]
+    sizes = (CacheBytes(0, 0, 0), CacheBytes(0, 0, 0))
     times = []
     for batch in batches:
-        prefills: list[list[float]] = [[], []]
-        steps: list[list[float]] = [[], []]
-        for repeat in range(repeats + 1) if batch == batches[0] else (1,):
-            runs = [_Run(model, first, clock) for model in (candidate, dense)]
-            for which, run in enumerate(runs):
-                seconds = run.read()
-                if repeat:
-                    prefills[which].append(seconds)
-            if batch > batches[0]:
-                for run in runs:
-                    run.repeat_rows(batch // batches[0])
-            for _ in range(new_tokens if repeat else min(new_tokens, 2)):
-                for which, run in enumerate(runs):
-                    seconds = run.step()
-                    if repeat:
-                        steps[which].append(seconds)
-                    if batch == batches[0]:
-                        caches[which] = largest(caches[which], run.cache_bytes())
-        times.append(BatchTimes(batch, _pair(prefills) if batch == batches[0] else None, _pair(steps)))
-    return Timings(tuple(times), caches[0], caches[1], peak, peak_dense)
+        rows = batch // batches[0]
+        prefills: tuple[list[float], list[float]] = ([], [])
+        steps: tuple[list[float], list[float]] = ([], [])
+        for repeat in range(repeats + 1) if rows == 1 else (1,):  # the first of the first batch size is not counted
+            runs = Decoder(candidate, first), Decoder(dense, first)
+            once, then = decode_in_turn(*runs, new_tokens if repeat else min(new_tokens, 2), clock, rows)
+            if rows == 1:
+                sizes = (largest(sizes[0], runs[0].step_bytes), largest(sizes[1], runs[1].step_bytes))
+            if repeat:
+                for kept, seconds in zip((*prefills, *steps), (once.a, once.b, then.a, then.b), strict=True):
+                    kept += seconds
+        read_times = Interleaved(*map(tuple, prefills)) if rows == 1 else None
+        times.append(BatchTimes(batch, read_times, Interleaved(*map(tuple, steps))))
+    return Timings(tuple(times), *sizes, peak, peak_dense)
 
 
-class _Run:
-    """One prefill and the greedy steps after it, each under the clock."""
+def decode_in_turn(
+    run: Decoder, dense: Decoder, steps: int, clock: Clock, rows: int = 1
+) -> tuple[Interleaved, Interleaved]:
+    """Seconds of a prefill of each, then of single steps of each, in turn; `rows` repeats every row in between."""
+    run.forget()
+    dense.forget()
+    once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
+    run.look()
+    dense.look()
+    if rows > 1:
+        run.repeat_rows(rows)
+        dense.repeat_rows(rows)
 
-    def __init__(self, model: Any, prompts: Tensor, clock: Clock) -> None:
-        self.model, self.prompts, self.clock = model, prompts, clock
-        self.out: Any = None
+    def looked(call: Any) -> float:
+        seconds = clock(call)
+        (run if call == run.step else dense).look()
+        return seconds
 
-    def read(self) -> float:
-        return self.clock(self._read)
-
-    def step(self) -> float:
-        return self.clock(self._step)
-
-    def repeat_rows(self, times: int) -> None:
-        output_cache(self.out).batch_repeat_interleave(times)
-        self.out.logits = self.out.logits.repeat_interleave(times, 0)
-        for _ in range(2):  # the first steps at a new size are slower
-            self._step()
-
-    def cache_bytes(self) -> CacheBytes:
-        return kv_bytes(output_cache(self.out))
-
-    def _read(self) -> None:
-        self.out = _read(self.model, self.prompts)
-
-    def _step(self) -> None:
-        token = self.out.logits[:, -1:].argmax(-1)
-        self.out = self.model(token, **cache_arguments(self.model, output_cache(self.out)), use_cache=True)
+    return once, interleave(run.step, dense.step, looked, warmup=0, repeats=steps, min_seconds=0)
 
 
-def _read(model: Any, prompts: Tensor) -> Any:
+def read(model: Any, prompts: Tensor) -> Any:
+    """A prefill: the prompts into a new cache, and the logits of the first new token."""
     return model(prompts, use_cache=True, logits_to_keep=1)
 
 
-def _pair(samples: list[list[float]]) -> Interleaved:
-    return Interleaved(tuple(samples[0]), tuple(samples[1]))
+class Decoder:
+    """A model at work on prompts: `read` them, then `step` greedily. After each the cache's bound is checked.
+
+    Attributes
+    ----------
+    read_bytes, step_bytes
+        Of the cache after a prompt, and the largest after any step.
+    """
+
+    def __init__(self, model: Any, prompts: Tensor, policy: Policy | None = None) -> None:
+        self.model, self.prompts, self.policy = model, prompts, policy
+        self.read_bytes = self.step_bytes = CacheBytes(0, 0, 0)
+        self.most = 0
+        self.broken = ""
+        self._out: Any = None
+
+    def forget(self) -> None:
+        """Let the cache go."""
+        self._out = None
+
+    def read(self) -> None:
+        """Read the prompts into a new cache."""
+        self._out = read(self.model, self.prompts)
+
+    def step(self) -> None:
+        """Take the likeliest token and put it in."""
+        token = self._out.logits[:, -1:].argmax(-1)
+        self._out = self.model(token, **cache_arguments(self.model, output_cache(self._out)), use_cache=True)
+
+    def repeat_rows(self, times: int) -> None:
+        """Go on with every row so many times, and take two steps: the first at a new size are slower."""
+        output_cache(self._out).batch_repeat_interleave(times)
+        self._out.logits = self._out.logits.repeat_interleave(times, 0)
+        for _ in range(2):
+            self.step()
+
+    def look(self) -> None:
+        """Take the cache's measures, and note where it holds more than it may."""
+        cache = output_cache(self._out)
+        seen, size = cache.get_seq_length(), kv_bytes(cache)
+        if seen == self.prompts.shape[1]:
+            self.read_bytes = largest(self.read_bytes, size)
+        else:
+            self.step_bytes = largest(self.step_bytes, size)
+        if self.policy is None:
+            return
+        held = max(layer.keys.shape[-2] for layer in cache.own)
+        self.most = max(self.most, held)
+        allowed = self.policy.budget + (self.policy.block_size - 1 if seen % self.policy.block_size else 0)
+        if held > allowed and not self.broken:
+            self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
+
+    def bounded(self, gate: Gate) -> Gate:
+        """Put the bound into a gate, which fails where it was broken."""
+        if self.policy is None:
+            return gate
+        limit = self.policy.budget + self.policy.block_size - 1
+        gate = gate.model_copy(update={"cache_limit": limit, "cache_most": self.most})
+        return gates.refuse(gate, self.broken or None)

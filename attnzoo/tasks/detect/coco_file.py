@@ -81,7 +81,7 @@ def parse(text: bytes, file: Path) -> dict[str, Any]:
         if first["type"] == "json_invalid":
             raise DataError(f"annotations {file} are broken: {first['msg']}") from error
         if len(first["loc"]) < 2:
-            raise DataError(f"{file} is no COCO file: it has no list {place or 'images'!r}") from error
+            raise DataError(f"{file} is not a COCO file: it has no list {place or 'images'!r}") from error
         value = "" if first["type"] == "missing" else f", not {short(first['input'])}"
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         zero = "; pycocotools takes the id 0 for none" if first["loc"][-1] == "id" and first["input"] == 0 else ""

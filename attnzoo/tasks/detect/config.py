@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import assets, files
-from attnzoo.bench.attentions import attention_problems, vision_problems
+from attnzoo.bench.attentions import attention_problems
 from attnzoo.bench.config import parse_override
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.tasks.classify.cost_config import vision_problems
 from attnzoo.tasks.detect import check, mmcv_ext
 
 RUNS = Path("runs/detect")
 OF_THE_SWAP = ("name", "label", "where", "keep_original", "positions")
-"""Keys of an attention that are no options of its method."""
+"""Keys of an attention that are not options of its method."""
 MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
 
 
@@ -51,11 +52,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     except AttnZooError:
         raise
     except Exception as error:  # a config is Python and may raise anything
-        raise ConfigError(f"{path} is no config of mmengine: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path} is not a config of mmengine: {type(error).__name__}: {error}") from error
     model = config.get("model")
     if not isinstance(model, Mapping) or "type" not in model:
         lacks = "it has no model" if not isinstance(model, Mapping) else "its model has no type"
-        raise ConfigError(f"{path} is no config of a detector: {lacks}; see configs/detect")
+        raise ConfigError(f"{path} is not a config of a detector: {lacks}; see configs/detect")
     values = {}
     for override in overrides:
         keys, value = parse_override(override)
@@ -65,7 +66,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     config.merge_from_dict(values)
     if "data_root" in values:
         _move_data(config, str(root), str(values["data_root"]))
-    config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would begin anew
+    config.resume = bool(values.get("resume", True))  # mmdet's own configs say False, and a broken run would start over
     config.setdefault("randomness", {"seed": 0})
     if not isinstance(config.randomness, dict):
         raise ConfigError(f"randomness={config.randomness!r} must be a dict; the seed alone is randomness.seed")
@@ -248,4 +249,4 @@ def _link(folder: Path, place: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{place} cannot be made a link to {folder}: {error}; set data_root={folder}/") from error
     if not place.is_dir():
-        raise ConfigError(f"{place} is no folder; remove it, or set data_root={folder}/")
+        raise ConfigError(f"{place} is not a folder; remove it, or set data_root={folder}/")

@@ -106,7 +106,7 @@ def train(config: Any) -> Path:
         if changed:
             raise ConfigError(
                 f"{folder} holds a run of another config ({'; '.join(changed[:5])}); give another folder with "
-                "work_dir=PATH, or begin anew with resume=false"
+                "work_dir=PATH, or start over with resume=false"
             )
         config.resume = begun
         if begun:
@@ -177,7 +177,7 @@ def last_checkpoint(config: Any) -> Path | None:
         return None
     name = Path(told.read_text(encoding="utf-8", errors="replace").strip()).name  # the folder may have moved
     path = told.with_name(name) if name else told
-    mend = f"name one that is whole in {told}, or begin anew with resume=false"
+    mend = f"name one that is whole in {told}, or start over with resume=false"
     if path == told or not path.is_file():
         raise DataError(f"{told} names no checkpoint that is there ({name!r}); {mend}")
     if not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end

@@ -93,7 +93,7 @@ def read_voc(annotation: Path, image: Path, found: Converted) -> Photo:
         said = [int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height")]
         objects = [_box(thing) for thing in root.iter("object")]
     except (OSError, ElementTree.ParseError, ValueError, TypeError) as error:
-        raise DataError(f"{annotation} is no annotation of Pascal VOC: {error}") from error
+        raise DataError(f"{annotation} is not an annotation of Pascal VOC: {error}") from error
     if min(said) < 0 or said not in ([0, 0], [width, height]):
         raise DataError(f"{annotation} is for an image of {said[0]} x {said[1]}, but {image} has {width} x {height}")
     boxes = []

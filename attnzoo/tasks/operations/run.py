@@ -13,7 +13,7 @@ from torch import Tensor
 from attnzoo.bench import gate as gates
 from attnzoo.bench.gate import gate_message
 from attnzoo.bench.isolate import is_out_of_memory
-from attnzoo.bench.measure import Clock, clock_for, quantiles
+from attnzoo.bench.measure import clock_for, in_turn, quantiles
 from attnzoo.bench.record import Gate
 from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.bench.words import one_line
@@ -49,7 +49,7 @@ def ceilings(config: OperationsConfig) -> Ceilings:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for call in (lambda: target.copy_(source), lambda: a @ b):
-        times = _in_turn([call], clock, config)[0]
+        times = in_turn([call], clock, warmup=1, repeats=config.repeats, min_seconds=config.min_seconds)[0]
         seconds.append(quantiles(times).p50)
     return Ceilings(
         bytes_per_second=2 * source.numel() * source.element_size() / seconds[0],
@@ -132,7 +132,8 @@ def _times(
             rivals.append(Rival(name=name, latency_ms=None, message=one_line(f"{type(error).__name__}: {error}")))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    times = [[t / len(sets) for t in each] for each in _in_turn(rounds, clock_for(device), config)]
+    taken = in_turn(rounds, clock_for(device), warmup=1, repeats=config.repeats, min_seconds=config.min_seconds)
+    times = [[t / len(sets) for t in each] for each in taken]
     latency = quantiles(times[0], 1e3)
     measured = [
         Rival(name=n, latency_ms=quantiles(t, 1e3), graph=g) for n, t, g in zip(names, times[1:], graphs, strict=True)
@@ -188,14 +189,3 @@ def _round(
         torch.cuda.synchronize(device)
         return once, False
     return graph.replay, True
-
-
-def _in_turn(rounds: Sequence[Callable[[], object]], clock: Clock, config: OperationsConfig) -> list[list[float]]:
-    """Seconds of each, in the order A B C A B C ..."""
-    times: list[list[float]] = [[] for _ in rounds]
-    for each in rounds:
-        each()
-    while len(times[0]) < config.repeats or sum(map(sum, times)) < config.min_seconds:
-        for each, kept in zip(rounds, times, strict=True):
-            kept.append(clock(each))
-    return times
