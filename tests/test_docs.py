@@ -34,7 +34,7 @@ from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
-from eval import kernels
+from eval import kernels, report
 from tests.tasks import llm
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,9 @@ def test_shell_commands_are_real(page):
                 continue
             if command[1] == "eval/kernels.py":
                 assert kernels.parser().parse_args(command[2:]), line
+                continue
+            if command[1] == "eval/report.py":
+                assert report.parser().parse_args(command[2:]).records.is_dir(), line
                 continue
             assert command[1] in load, line
             if command[2] == "--report":
