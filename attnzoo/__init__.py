@@ -1,4 +1,4 @@
-"""attnzoo: swap the attention of a real model in one line and see, honestly, what it buys."""
+"""attnzoo: swap the attention of a model in one line, and measure what the swap costs and saves."""
 
 from typing import Any
 

@@ -1,10 +1,10 @@
-"""The command line: what there is, what a model has and could have, and what each would buy on this machine.
+"""List the methods, show the attention layers of a model, and measure what a swap would cost and save on this machine.
 
 attnzoo list                    every registered method with its capabilities, as a Markdown table
 attnzoo list --sources          every method with its file, its paper and what it does
-attnzoo describe NAME ...       a method: its options with defaults, its paper
-attnzoo layers MODEL            the attention layers of a model, and which methods could stand in them, or why not
-attnzoo measure timm:NAME       time, memory and FLOPs of methods beside the model's own attention: a table and a page
+attnzoo describe NAME ...       options with defaults, capabilities and paper of methods
+attnzoo layers MODEL            the attention layers of a model, and which methods can replace them, or why not
+attnzoo measure timm:NAME       time, memory and FLOPs of methods against the model's own attention: a table and a page
 
 MODEL is timm:NAME, transformers:FOLDER_OR_NAME or package.module:function.
 """
@@ -59,20 +59,20 @@ def _links(paper: str) -> str:
 
 
 def layers(name: str) -> None:
-    """Print the attention layers of a model, and for each method whether it could stand in them, or why not."""
+    """Print the attention layers of a model, and for each method whether it can replace them, or why not."""
     import attnzoo
     from attnzoo.models import load_model
 
     model = load_model(name)
     print(attnzoo.swap_report(model), end="\n\n")
-    table = Table(("method", Column("kind", left=True), Column("can stand here", left=True)))
+    table = Table(("method", Column("kind", left=True), Column("can be swapped in", left=True)))
     for info in map(describe, list_attentions()):
         table.add(info.name, info.kind, _tried(model, info))
     _print(table)
 
 
 def _tried(model: Any, info: AttentionInfo) -> str:
-    """Swap, and give the model's own layers back: where it could be done, or the reason why not."""
+    """Try a swap and restore the model: how many layers can be swapped, or the reason why not."""
     import attnzoo
 
     options: dict[str, Any] = {"budget": BUDGET} if info.kind == "eviction" else {}
@@ -88,7 +88,7 @@ def _tried(model: Any, info: AttentionInfo) -> str:
 
 
 def measure(parsed: argparse.Namespace, command: str) -> int:
-    """Measure methods in a timm model: print the config that this is, the table and the verdict, and write the page."""
+    """Measure methods in a timm model: print the config, the table and the verdict, and write the page."""
     import yaml
     from rich.console import Console
 
@@ -151,23 +151,30 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(dest="command", metavar="list | describe | layers | measure")
     one = commands.add_parser("list", help="every registered method")
     one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
-    one = commands.add_parser("describe", help="a method: options, paper")
+    one = commands.add_parser("describe", help="options, capabilities and paper of a method")
     one.add_argument("names", nargs="+", metavar="NAME")
-    one = commands.add_parser("layers", help="what stands in a model, and what could")
+    one = commands.add_parser("layers", help="the attention layers of a model, and what can replace them")
     one.add_argument("model", metavar="MODEL")
-    one = commands.add_parser("measure", help="what methods cost in a model, on this machine")
+    one = commands.add_parser("measure", help="measure methods in a model on this machine")
     one.add_argument("model", metavar="MODEL", help="timm:NAME")
-    one.add_argument("--attention", default="padre,sdpa", type=lambda text: text.split(","), help="names, with commas")
-    one.add_argument("--tokens", default=[196, 784], type=_numbers, help="token counts, squares (196,784)")
+    one.add_argument(
+        "--attention",
+        default="padre,sdpa",
+        type=lambda text: text.split(","),
+        help="comma-separated names (padre,sdpa)",
+    )
+    one.add_argument(
+        "--tokens", default=[196, 784], type=_numbers, help="comma-separated token counts, squares (196,784)"
+    )
     one.add_argument("--batch", default=1, type=int, help="images per forward (1)")
     one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     one.add_argument("--device", default="cpu", help="cpu or cuda")
-    one.add_argument("--threads", default=None, type=int, help="of PyTorch; by default its own choice")
-    one.add_argument("--patch-size", default=16, type=int, help="pixels (16)")
-    one.add_argument("--repeats", default=5, type=int, help="pairs of calls at least (5)")
-    one.add_argument("--min-seconds", default=1.0, type=float, help="of timed calls in all (1)")
+    one.add_argument("--threads", default=None, type=int, help="threads of PyTorch; by default its own choice")
+    one.add_argument("--patch-size", default=16, type=int, help="side of a patch in pixels (16)")
+    one.add_argument("--repeats", default=5, type=int, help="minimum number of timed pairs of calls (5)")
+    one.add_argument("--min-seconds", default=1.0, type=float, help="minimum seconds of timed calls (1)")
     one.add_argument("--timeout", default=120.0, type=float, help="seconds per row (120)")
-    one.add_argument("--output", default=None, help="folder of records and page (runs/measure-...)")
+    one.add_argument("--output", default=None, help="folder for records and page (runs/measure-...)")
     return found
 
 

@@ -492,7 +492,9 @@ def _into_cache(asset: Asset, sources: list[Source]) -> Path:
                 return final
     if not reasons:
         reasons = ["  no address or package is known for it"]
-    advice = asset.advice or f"get it by hand and call get({asset.name!r}, path=...) with the folder or the archive"
+    advice = (
+        asset.advice or f"download it yourself and call get({asset.name!r}, path=...) with the folder or the archive"
+    )
     raise AssetError("\n".join([f"asset {asset.name!r} could not be had:", *reasons, f"What you can do: {advice}."]))
 
 

@@ -1,4 +1,4 @@
-"""How the scripts of train/ and eval/ end: one sentence and an exit status, never a traceback for what users can mend.
+"""How the scripts of train/ and eval/ end: one sentence and an exit status, never a traceback for what users can fix.
 
 0: everything that was asked for is there. 1: the run broke off, something could not be written or read, or a row
 that the config asks for did not end well. 2: refused before any work. 130: interrupted.
@@ -17,7 +17,7 @@ from attnzoo.errors import AttnZooError, RunError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 PIPED_WIDTH = 160  # columns of a table where there is no terminal to ask
-GOES_ON = "what was finished is kept; the same command goes on from there"
+RESUME = "finished work is kept; run the same command again to resume"
 
 _OF_FILES = frozenset(
     getattr(errno, name)
@@ -48,7 +48,7 @@ class Ended(Protocol):
 Row = TypeVar("Row", bound=Ended)
 
 
-def run_script(body: Callable[[], int | None], resume: str = GOES_ON) -> int:
+def run_script(body: Callable[[], int | None], resume: str = RESUME) -> int:
     """Do what a script does and give its exit status.
 
     Parameters

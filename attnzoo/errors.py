@@ -1,4 +1,4 @@
-"""The errors that attnzoo raises: every one is an `AttnZooError`, and so a `ValueError`."""
+"""The errors that attnzoo raises: every one is an `AttnZooError`, which is a `ValueError`."""
 
 
 class AttnZooError(ValueError):
@@ -6,7 +6,7 @@ class AttnZooError(ValueError):
 
 
 class UnknownNameError(AttnZooError):
-    """A name that is not in a table: the message gives the nearest names."""
+    """A name that is not registered: the message suggests the closest names."""
 
 
 class OptionError(AttnZooError):
@@ -22,11 +22,11 @@ class UnsupportedError(AttnZooError):
 
 
 class SwapError(AttnZooError):
-    """A swap or a restore that cannot be done: the model is as it was."""
+    """A swap or restore that is not possible: the model is unchanged."""
 
 
 class WeightsError(AttnZooError):
-    """Weights that do not fit a model: the message says what to do, and the model is as it was."""
+    """Weights that do not match a model: the message says what to do, and the model is unchanged."""
 
 
 class MissingExtraError(AttnZooError):
@@ -34,7 +34,7 @@ class MissingExtraError(AttnZooError):
 
 
 class AssetError(AttnZooError):
-    """A data set or weight file that could not be had whole: nothing is left behind."""
+    """A data set or weight file that could not be fetched completely: nothing is left behind."""
 
 
 class ConfigError(AttnZooError):
@@ -46,18 +46,18 @@ class DataError(AttnZooError):
 
 
 class RunError(AttnZooError):
-    """A run that cannot go on, found out at work: what was finished before is kept."""
+    """A run that cannot continue: finished work is kept."""
 
     resumes = True
-    """Whether the same command may go on from what is kept."""
+    """Whether the same command can resume the run."""
 
 
 class TrainingError(RunError):
-    """A training that cannot go on, or a checkpoint that cannot be used: the message says where and what is left."""
+    """A training that cannot continue, or a checkpoint that cannot be used: the message says where and what is left."""
 
 
 def short(value: object, limit: int = 60) -> str:
-    """Give the repr of what a user handed over, or the name of its type where that takes lines (a model, a tensor)."""
+    """Give the repr of a user's argument, or the name of its type if the repr is long (a model, a tensor)."""
     try:
         said = repr(value)
     except Exception:  # a repr of someone else's

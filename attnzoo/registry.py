@@ -1,7 +1,7 @@
 """The table of attentions: names, what each supports, and where its code is.
 
-An entry is data. Its code is imported when it is first built, so `import attnzoo` stays light. To add a method of
-your own to the package, write its file and add one line to `BUILT_IN`; from outside, call `register_attention` or
+An entry is data. Its module is imported when the method is first built, so `import attnzoo` is fast. To add a method to
+the package, write its file and add one line to `BUILT_IN`; from another package, call `register_attention` or
 publish an entry point in the group ``attnzoo.attentions`` whose object is an `AttentionInfo`.
 """
 
@@ -29,7 +29,7 @@ ENTRY_POINTS = "attnzoo.attentions"
 
 
 class Required:
-    """Stands for the default of an option that must be given; printed as three dots."""
+    """The default of an option that must be given; prints as three dots."""
 
     def __repr__(self) -> str:
         return "..."
@@ -63,7 +63,7 @@ class Capabilities:
     any_order
         A mixer takes tokens in any order: shuffled tokens give shuffled outputs, so that some may be left out.
     decode
-        A causal mixer goes on from a state: ``extend(x, state, mask) -> (out, state)``.
+        A causal mixer can decode from a state: ``extend(x, state, mask) -> (out, state)``.
     backward
         Gradients flow.
     compile
@@ -92,11 +92,11 @@ class AttentionInfo:
     Parameters
     ----------
     name
-        What a user writes.
+        The name that users pass to `replace_attention`.
     kind
         ``core``, ``mixer`` or ``eviction``.
     target
-        Where the class is, as ``"package.module:Class"``, or the class itself.
+        The class, or its place as ``"package.module:Class"``.
     summary
         One sentence.
     paper
@@ -351,12 +351,12 @@ _entry_points_read = False
 
 
 def list_attentions(kind: Kind | None = None) -> list[str]:
-    """Names of all registered attentions, or of one kind, in the order of registration.
+    """List the names of all registered methods, or those of one kind, in the order of registration.
 
     Raises
     ------
     UnknownNameError
-        If `kind` is none of core, mixer, eviction.
+        If `kind` is not core, mixer or eviction.
     """
     if kind is not None:
         _check_kind(kind)
@@ -365,12 +365,12 @@ def list_attentions(kind: Kind | None = None) -> list[str]:
 
 
 def describe(name: str) -> AttentionInfo:
-    """Give the entry of `name`: its kind, options, capabilities and source.
+    """Return the registry entry of a method: its kind, options, capabilities and paper. It prints as text.
 
     Raises
     ------
     UnknownNameError
-        If there is no such name; the message gives the nearest ones.
+        If there is no such name; the message suggests the closest ones.
     """
     if not isinstance(name, str):
         raise UnknownNameError(f"there is no attention {short(name)}: a name is a string such as 'padre'")
@@ -392,9 +392,9 @@ def register_attention(
     paper: str = "",
     capabilities: Capabilities | Mapping[str, bool] | None = None,
 ) -> AttentionInfo:
-    """Add a method of your own, so that every function of attnzoo knows its name.
+    """Register a method of your own, so that every function of attnzoo knows its name.
 
-    A core is a class without parameters to train whose instances are called
+    A core is a class without trainable parameters whose instances are called as
     ``core(q, k, v, mask=, causal=, scale=, dropout=, softcap=)`` on ``(B, H, N, D)``; a mixer is an `nn.Module` built
     as ``Class(dim, num_heads, **options)`` and called ``mixer(x, grid=, prefix=, mask=)`` on ``(B, N, C)``; an eviction
     policy is a subclass of `attnzoo.eviction.policy.Policy`. Options are the keyword-only parameters of the class.
@@ -409,8 +409,8 @@ def register_attention(
     Raises
     ------
     AttnZooError
-        If the name is taken, the kind unknown, a capability unknown, or the class is not what its kind asks for (one
-        that is named by a string is looked at when it is first built).
+        If the name is taken, the kind or a capability is unknown, or the class does not meet the contract of its kind
+        (a class given as a string is checked when it is first built).
     """
     _check_kind(kind)
     _read_entry_points()
@@ -445,7 +445,7 @@ def register_attention(
 
 
 def unregister_attention(name: str) -> None:
-    """Take a method registered by `register_attention` out again; built-in names stay."""
+    """Remove a method that `register_attention` added; built-in methods cannot be removed."""
     info = describe(name)
     if info in BUILT_IN:
         raise AttnZooError(f"{name!r} is built in and cannot be taken out")
@@ -492,19 +492,19 @@ def build_policy(info: AttentionInfo, options: Mapping[str, Any]) -> Policy:
 
 
 def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.Module:
-    """Make a stand-alone self-attention module of any core or mixer.
+    """Create a stand-alone self-attention module from any core or mixer.
 
-    Called ``m(x, grid=(h, w), prefix=0, mask=None)``: `x` is ``(B, prefix + h * w, C)``, `mask` ``(B, N)``, True where
-    a token is real. Methods that need no grid may be called without one. A core gets projections of its own.
-    `num_heads` divides `dim` for cores and for mixers with heads (`sima`, `linear_angular`, and `padre` with
-    ``channel_mixing="grouped"``); mixers without heads do not use it.
+    Call it as ``m(x, grid=(h, w), prefix=0, mask=None)``: `x` is ``(B, prefix + h * w, C)``, `mask` is ``(B, N)``, True
+    for real tokens. Methods that need no grid may be called without one. A core gets projections of its own.
+    `num_heads` must divide `dim` for cores and for mixers with heads (`sima`, `linear_angular`, and `padre` with
+    ``channel_mixing="grouped"``); mixers without heads ignore it.
 
     Raises
     ------
     UnknownNameError, OptionError
-        For a name or an option that does not exist, or a value that an option cannot take.
+        If a name or an option does not exist, or an option has an invalid value.
     UnsupportedError
-        For an eviction policy: it wraps a language model's cache and cannot stand alone.
+        For an eviction policy: it bounds the cache of a language model and cannot stand alone.
     """
     from attnzoo.checks import check_int
 

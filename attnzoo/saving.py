@@ -35,23 +35,23 @@ _LIBRARIES = ("torch", "timm", "transformers", "onedl-mmdetection", "mmdet")
 def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the weights of a model with the recipe of its swap, for `load`.
 
-    Models of every host are taken, swapped or not. What a mixer replaced is not saved. An earlier save in the folder is
-    replaced; other files there (a tokenizer's, say) stay.
+    Works for models of every host, swapped or not. Modules that a mixer replaced are not saved. An earlier save in the
+    folder is replaced; other files in it (such as a tokenizer's) are kept.
 
     Parameters
     ----------
     model
-        The model. Of a compiled or a parallel one, the model inside is saved.
+        The model. Compiled and parallel wrappers are removed first.
     folder
-        Made if it is not there.
+        Created if it does not exist.
 
     Raises
     ------
     OptionError
-        If an option of the swap has no form in JSON: an object, say.
+        If an option of the swap cannot be written as JSON, such as an object.
     WeightsError
-        If the folder holds weights that `save` did not write, or if weights cannot be written: the disk is full, or the
-        model holds no tensors (it is on the meta device) or other things than tensors. An earlier save is then whole.
+        If the folder holds weights that `save` did not write, or if the weights cannot be written: the disk is full,
+        the model is on the meta device, or its state dict has values that are not tensors. An earlier save is kept.
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(f"expected a torch.nn.Module to save, not {short(model)}")
@@ -96,31 +96,31 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def load(
     folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device | None = None
 ) -> nn.Module:
-    """Load a model that `save` saved, or transformers' ``save_pretrained`` from a swapped model, swapped as it was.
+    """Load a model saved by `save`, or a swapped one saved by transformers' ``save_pretrained``, swapped as it was.
 
-    The model is given back in evaluation mode, each tensor in the dtype that it was saved in. Cores and policies can be
-    taken out again with `restore_attention`; mixers cannot, since what they replaced was not saved.
+    The model is returned in evaluation mode, with each tensor in the dtype that it was saved in. Cores and policies can
+    be removed with `restore_attention`; mixers cannot, because the modules they replaced were not saved.
 
     Parameters
     ----------
     folder
-        What was given to `save` or ``save_pretrained``.
+        The folder that was given to `save` or ``save_pretrained``.
     model
-        A model of the same architecture with attention of its own, which is changed in place and returned. Needed where
-        the library leaves nothing to build the model by: torch and mmdet always, timm where arguments of the factory
-        cannot be known.
+        A model of the same architecture with its own attention, which is changed in place and returned. Required if the
+        saved folder does not say how to build the model: always for torch and mmdet, and for timm if arguments of its
+        factory are not known.
     device
         Where to put the model; by default the CPU, or where `model` is.
 
     Raises
     ------
     WeightsError
-        If the folder is none of these, was cut short, altered, or written by a newer attnzoo; or if `model` is needed,
-        is swapped already, or is of another architecture.
+        If the folder was not written by these, is incomplete, altered, or from a newer attnzoo; or if `model` is
+        required, swapped already, or of another architecture.
     UnknownNameError
         If an attention of the model is not registered here.
     AttnZooError
-        If a layer cannot be swapped as it was. In each case `model` is as it was.
+        If a layer cannot be swapped as it was. In all cases `model` is unchanged.
     """
     place = _device(device)
     saved = read_description(Path(folder))
@@ -208,7 +208,7 @@ def _built(saved: Saved) -> nn.Module:
     except WeightsError as error:
         why = str(error)
     raise WeightsError(
-        f"{saved.folder}: {why}; build it as when it was saved, with attention of its own, and pass it: "
+        f"{saved.folder}: {why}; build it as when it was saved, with its own attention, and pass it: "
         "attnzoo.load(folder, model)"
     )
 
@@ -218,9 +218,7 @@ def _check_host(model: nn.Module, saved: Saved, state: Mapping[str, Tensor]) -> 
     if not isinstance(model, nn.Module):
         raise WeightsError(f"expected a torch.nn.Module to load into, not {short(model)}")
     if swapped_layers(model):
-        raise WeightsError(
-            "the model is swapped already: pass one with attention of its own (attnzoo.restore_attention)"
-        )
+        raise WeightsError("the model is swapped already: pass one with its own attention (attnzoo.restore_attention)")
     own = {key: value.shape for key, value in model.state_dict().items()}
     if any(value.is_meta for value in model.state_dict().values()):
         raise WeightsError("the model is on the meta device: build it on a device that holds its weights")

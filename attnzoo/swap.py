@@ -1,7 +1,7 @@
-"""Swap the attention of a model: all chosen layers or none, and back again.
+"""Swap the attention of a model, in all chosen layers or none, and restore it.
 
-A swap changes the object it is given and nothing else. What it leaves on the model is one record per layer (`Swapped`),
-so a copy of a swapped model, or a part of it, can be reported on and restored like the model itself.
+A swap changes only the object it is given. It stores one record per swapped layer on the model (`Swapped`), so a copy
+of a swapped model, or a part of it, can be reported on and restored like the model itself.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class LayerReport:
     Attributes
     ----------
     path, host, host_class
-        Where it is and what it is by birth.
+        Name of the layer in the model, library it comes from, and class of the original module.
     attention
-        Name of what stands there now; None where it is the host's own.
+        Name of the attention that was swapped in; None if the layer has its own.
     options
-        Options given for it.
+        Options of the swap.
     parameters_before, parameters_after, reused, added
-        Numbers of parameters of the layer; before, after, shared by both, new.
+        Numbers of parameters of the layer: before the swap, after it, shared by both, new.
     note
-        What else there is to know: a sliding window that bounds the layer's cache already.
+        Why an eviction policy leaves the layer out: a sliding window bounds its cache already.
     """
 
     path: str
@@ -53,13 +53,13 @@ class LayerReport:
 
     @property
     def added(self) -> int:
-        """Parameters that the swap brought."""
+        """Number of new parameters."""
         return self.parameters_after - self.reused
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_report` found; printed, it is a table.
+    """The attention layers of a model; prints as a table.
 
     Attributes
     ----------
@@ -68,7 +68,8 @@ class SwapReport:
     parameters_before, parameters_after
         Numbers of parameters of the whole model.
     standing
-        Layers that attend, by what their classes call, and that no host knows: no swap reaches them.
+        Layers that compute attention, judging by the functions they call, but whose class attnzoo does not know. They
+        cannot be swapped.
     """
 
     layers: tuple[LayerReport, ...]
@@ -78,17 +79,17 @@ class SwapReport:
 
     @property
     def swapped(self) -> tuple[LayerReport, ...]:
-        """The layers that a swap put in place."""
+        """The swapped layers."""
         return tuple(layer for layer in self.layers if layer.attention is not None)
 
     @property
     def reused(self) -> int:
-        """Parameters of the host that the swapped layers go on using."""
+        """Number of the original parameters that the swapped layers still use."""
         return sum(layer.reused for layer in self.swapped)
 
     @property
     def added(self) -> int:
-        """Parameters that the swap brought."""
+        """Number of new parameters."""
         return sum(layer.added for layer in self.swapped)
 
     def __str__(self) -> str:
@@ -131,36 +132,37 @@ def replace_attention(
     keep_original: bool = True,
     **options: Any,
 ) -> Model:
-    """Put the attention `name` in the place of a model's own, in every layer or in those that `where` names.
+    """Replace the attention of a model, in every layer or in the layers that `where` selects.
 
-    The model is changed in place and returned. A core or a policy runs on the host's own weights; a mixer brings its
-    own. A swap of a swapped layer replaces the first swap, also where the new method leaves the layer's own attention
-    (an eviction policy, in layers with a sliding window). If any chosen layer cannot be swapped, nothing is. Layers
-    that attend though no host knows their class (the windows of a detector's Swin backbone, say) stay: a swap without
-    `where` warns of them, and `swap_report` names them.
+    The model is changed in place and returned. A core or a policy runs on the model's own weights; a mixer has new
+    weights and must be trained. Swapping a swapped layer replaces the first swap, also if the new method then leaves
+    the layer's own attention (an eviction policy, in layers with a sliding window). If any chosen layer cannot be
+    swapped, none is. Layers that compute attention but whose class attnzoo does not know (such as the windows of a
+    detector's Swin backbone) are left unchanged: a swap without `where` warns about them, and `swap_report` lists them.
 
     Parameters
     ----------
     model
-        A timm, torch, transformers or mmdet model, or a module that holds one.
+        A timm, torch, transformers or mmdet model, or a module that contains one.
     name
         A registered core, mixer or eviction policy; see `attnzoo.list_attentions`. A policy bounds the key/value cache
         of a causal language model of transformers; layers with a sliding window keep their own cache.
     where
-        Shell-style pattern, or several, of the names of the layers to swap, or of modules that hold them:
+        One or several shell-style patterns for the names of the layers to swap, or of modules that contain them:
         ``"blocks.0"``, ``"blocks.*"``, ``"*.11.attn"``.
     keep_original
-        Keep the host's own modules, so that `restore_attention` can give them back. False frees them.
+        Keep the original modules, so that `restore_attention` can put them back. False frees them.
     **options
-        Options of the method. For mixers in hosts that know no grid (torch's encoders): also ``grid=(h, w)`` and
-        ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder: ``positions=True``,
-        whether the mixer gets tokens with position added, as queries and keys do, or without, as values do.
+        Options of the method. For mixers in models that do not know their grid (torch's encoders), also
+        ``grid=(h, w)`` and ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder, also
+        ``positions=True``: whether the mixer gets tokens with position embeddings added, as queries and keys do, or
+        without, as values do.
 
     Raises
     ------
     AttnZooError
-        The name or an option is unknown; the model has no attention; `where` matches none; or a chosen layer cannot be
-        swapped (all such layers are listed with the reason). The model is then as it was.
+        The name or an option is unknown; the model has no attention; `where` matches nothing; or a chosen layer cannot
+        be swapped (all such layers are listed with the reason). The model is then unchanged.
     """
     if isinstance(model, str) and isinstance(name, nn.Module):
         raise SwapError(f"the arguments are in the wrong order: it is replace_attention(model, {model!r})")
@@ -200,12 +202,12 @@ def replace_attention(
 
 
 def restore_attention(model: Model) -> Model:
-    """Give a swapped model the very modules back that it had before; the model is changed in place and returned.
+    """Put the original attention modules back into a swapped model, in place, and return the model.
 
     Raises
     ------
     SwapError
-        If nothing in the model was swapped, or an original was not kept (``keep_original=False``).
+        If nothing in the model was swapped, or if an original was not kept (``keep_original=False``).
     """
     places = _places(model)
     swapped = {path: layer for path, layer in places.items() if swapped_record(layer) is not None}
@@ -213,7 +215,7 @@ def restore_attention(model: Model) -> Model:
         raise SwapError("nothing to restore: no layer of this model was swapped by attnzoo.replace_attention")
     gone = [path for path, layer in swapped.items() if original_of(layer) is None]
     if gone:
-        raise SwapError(f"swapped with keep_original=False, so the host's own modules are gone: {', '.join(gone)}")
+        raise SwapError(f"swapped with keep_original=False, so the original modules are gone: {', '.join(gone)}")
     if "" in swapped:
         raise SwapError("this module is itself a swapped layer; restore the model that holds it")
     originals = {}
@@ -230,7 +232,7 @@ def restore_attention(model: Model) -> Model:
 
 
 def swap_report(model: nn.Module) -> SwapReport:
-    """Say which attention layers a model has, what stands in each, and what that did to its parameters."""
+    """List the attention layers of a model, the attention that each has, and the number of parameters."""
     places = _places(model)
     own = {path: _own(layer) for path, layer in places.items()}
     sites = find_sites(model, own, HostOptions())
@@ -266,7 +268,7 @@ def swap_report(model: nn.Module) -> SwapReport:
 
 
 def swapped_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Paths and modules of the layers that a swap put in place."""
+    """Names and modules of the swapped layers."""
     return {path: layer for path, layer in _places(model).items() if swapped_record(layer) is not None}
 
 
@@ -299,7 +301,7 @@ def _is_swapped(layer: nn.Module) -> bool:
 
 def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
     """Layers that were swapped for good: sites that refuse."""
-    reason = "the host's own module is gone (swapped with keep_original=False)"
+    reason = "the original module is gone (swapped with keep_original=False)"
     return [
         RefusedSite(path, layer, record.host, reason)
         for path, layer in places.items()

@@ -36,12 +36,12 @@ _LEFT_OUT = (  # what mmengine's checkpoints hold beside the weights: its log, H
 
 
 def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Model:
-    """Load weights into a model, and say what to do where they are of a model with other attention.
+    """Load weights into a model; if they belong to a model with other attention, the error says what to do.
 
-    Weights of a model whose attention is a mixer are loaded in three steps: build the model, swap it with
-    `replace_attention` as when they were saved, load. `load_state_dict` does the third step as well; this function
-    also reads the folder that transformers' ``save_pretrained`` writes, under whichever names that release gave the
-    weights, and its errors say which step is missing. The model is changed in place and returned.
+    Weights of a model with mixers are loaded in three steps: build the model, swap it with `replace_attention` as when
+    the weights were saved, load. `load_state_dict` works for the third step as well; this function also reads folders
+    written by transformers' ``save_pretrained``, whatever names that release gave the weights, and its errors say which
+    step is missing. The model is changed in place and returned.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ def load_weights(model: Model, weights: str | Path | Mapping[str, Tensor]) -> Mo
     Raises
     ------
     WeightsError
-        The weights cannot be read, or do not fit: of other layers, names or shapes. The model is then as it was.
+        The weights cannot be read, or do not match the model (other layers, names or shapes). The model is then
+        unchanged.
     """
     if not isinstance(model, nn.Module):
         raise WeightsError(f"expected a torch.nn.Module to load weights into, not {short(model)}")
@@ -221,7 +222,7 @@ def _advice(
     again = "build the model, call attnzoo.replace_attention as when they were saved, then load them"
     if set(theirs) - mixers:
         places = _some(sorted(set(theirs) - mixers))
-        return f"the weights are of a model with mixers where this one has attention of its own ({places}): {again}"
+        return f"the weights are of a model with mixers where this one has its own attention ({places}): {again}"
     if theirs or misshaped:
         places = _some(theirs or misshaped)
         return f"the weights are of other mixers than this model has ({places}): {again}, with the same options"

@@ -1,4 +1,4 @@
-"""Measure how large PADRe's activations are at the start, by degree, dtype and output, and draw them.
+"""Measure how large PADRe's activations are at initialization, by degree, dtype and output, and draw them.
 
 python eval/activations.py [--output FOLDER]    activations.jsonl and activations.svg there; by default in docs/records
 

@@ -1,6 +1,6 @@
-"""Measure what a config asks for, whatever its task, and report it.
+"""Run the benchmark of a config, whatever its task, and report it.
 
-python eval/bench.py configs/bench/quickstart.yaml [key=value ...]   measure; a broken run goes on where it stopped
+python eval/bench.py configs/bench/quickstart.yaml [key=value ...]   measure; an interrupted run resumes
 python eval/bench.py CONFIG [key=value ...] --so-far                 table and page of what a run under way has done
 python eval/bench.py --report RECORDS.jsonl [--readme README.md]     report again from records, without measuring
 """

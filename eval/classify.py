@@ -1,4 +1,4 @@
-"""Evaluate what train/classify.py trained: accuracy, calibration, cost beside the dense model, the worst mistakes.
+"""Evaluate what train/classify.py trained: accuracy, calibration, cost against the dense model, the worst mistakes.
 
 python eval/classify.py configs/classify/digits.yaml [key=value ...]             what was evaluated before is kept
 accelerate launch eval/classify.py configs/classify/digits.yaml [key=value ...]  processes share the test images

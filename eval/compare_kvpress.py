@@ -1,6 +1,6 @@
 """Compare attnzoo with kvpress, side by side: same model, prompts and share of the cache kept, one process per row.
 
-python eval/compare_kvpress.py configs/decode/kvpress.yaml [key=value ...]    run; a broken run goes on where it stopped
+python eval/compare_kvpress.py configs/decode/kvpress.yaml [key=value ...]    run; an interrupted run resumes
 python eval/compare_kvpress.py configs/decode/kvpress.yaml --only keydiff tova    only these policies, for now
 python eval/compare_kvpress.py --report RECORDS.jsonl                         the table again, without running
 

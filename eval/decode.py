@@ -1,9 +1,9 @@
 """Measure what cache eviction costs a language model in quality, and what it saves, and report it.
 
-python eval/decode.py configs/decode/prose.yaml [key=value ...]    run; a broken run goes on where it stopped
+python eval/decode.py configs/decode/prose.yaml [key=value ...]    run; an interrupted run resumes
 accelerate launch eval/decode.py configs/decode/prose.yaml         the same, the samples split over GPUs
 torchrun --standalone --nproc_per_node 2 eval/decode.py CONFIG     the same, split over 2 processes on CPUs
-python eval/decode.py CONFIG --so-far                              table of what a run under way has done
+python eval/decode.py CONFIG --so-far                              table of what the run of CONFIG has finished so far
 python eval/decode.py --report RECORDS.jsonl                       report again from records, without running
 """
 

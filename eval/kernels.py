@@ -1,4 +1,4 @@
-"""Compile every configuration of every Triton kernel for GPUs that need not be here, and say what each takes.
+"""Compile every configuration of every Triton kernel for GPUs that need not be present, and report what each uses.
 
 python eval/kernels.py [--output FILE] [--cases NAME ...] [--capabilities 80 90]
 

@@ -194,13 +194,13 @@ def test_masks_of_every_shape(name, shape):
 
 def test_flash_refuses_what_it_cannot_do():
     q, k, v = torch.randn(3, 1, 2, 9, 8)
-    with pytest.raises(UnsupportedError, match="wants a gradient"):
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
         Flash()(q, k, v, mask=torch.zeros(9, 9, requires_grad=True))
     with pytest.raises(UnsupportedError, match="dropout"):
         Flash()(q, k, v, dropout=0.1)
     with pytest.raises(UnsupportedError, match="soft cap"):
         Flash()(q, k, v, softcap=1.0)
-    with pytest.raises(UnsupportedError, match="width 4 beside keys of width 8"):
+    with pytest.raises(UnsupportedError, match="width 4 with keys of width 8"):
         Flash()(q, k, v[..., :4])
     with pytest.raises(OptionError, match="backend"):
         Flash(backend="cudnn")

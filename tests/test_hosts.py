@@ -119,13 +119,13 @@ def test_a_core_with_weights_is_refused():
 
 
 def test_flash_and_a_learned_position_bias():
-    """The bias comes as a mask that wants a gradient: refused in training, exact without."""
+    """The bias comes as a mask that requires a gradient: refused in training, exact without."""
     model, x = seeded(RELATIVE.build), images()
     with torch.no_grad():
         expected = RELATIVE.call(model, x)
         attnzoo.replace_attention(model, "flash")
         torch.testing.assert_close(RELATIVE.call(model, x), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(UnsupportedError, match="wants a gradient"):
+    with pytest.raises(UnsupportedError, match="requires a gradient"):
         RELATIVE.call(model, x)
 
 

@@ -22,7 +22,7 @@ def gradients(model, host: Host):
     return out.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-# flash takes no mask that wants a gradient
+# flash takes no mask that requires a gradient
 PAIRS = [(h, c) for h in HOSTS for c in CORES] + [(RELATIVE, "softmax"), (RELATIVE, "sdpa")]
 
 

@@ -344,7 +344,7 @@ LONG = nn.Sequential(*(nn.Linear(4, 4) for _ in range(40)))
     [
         (
             lambda: attnzoo.replace_attention("padre", LONG),
-            r"wrong way round: it is replace_attention\(model, 'padre'\)",
+            r"in the wrong order: it is replace_attention\(model, 'padre'\)",
         ),
         (lambda: attnzoo.replace_attention(LONG, LONG), "no attention a Sequential: a name is a string"),
         (lambda: attnzoo.replace_attention(LONG, None), "no attention None: a name is a string"),

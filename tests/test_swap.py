@@ -359,7 +359,13 @@ REFUSALS = {
     "T5": (t5, "sdpa", {}, UnsupportedError, "relative position bias|attention interface"),  # the second on 5.10
     "learned sinks": (gpt_oss, "softmax", {}, UnsupportedError, "learned attention sinks"),
     "sparse attention": (deepseek, "softmax", {}, UnsupportedError, "sparse attention"),
-    "a subclass of timm's": (lambda: subclassed(), "sdpa", {}, UnsupportedError, r"blocks.1.attn: Zed: no host"),
+    "a subclass of timm's": (
+        lambda: subclassed(),
+        "sdpa",
+        {},
+        UnsupportedError,
+        r"blocks.1.attn: Zed: attnzoo does not know",
+    ),
     "parametrized weights": (lambda: parametrized(), "sdpa", {}, UnsupportedError, "parametrized"),
     "channel attention": (lambda: timm.create_model("skresnet18"), "sdpa", {}, SwapError, "found no attention"),
     "an unknown class and a grid": (
@@ -367,14 +373,14 @@ REFUSALS = {
         "padre",
         {"grid": (4, 4)},
         UnsupportedError,
-        "1: MyAttention: no host",
+        "1: MyAttention: attnzoo does not know",
     ),
     "another class": (
         lambda: nn.Sequential(torch_layer(), MyAttention()),
         "sdpa",
         {},
         UnsupportedError,
-        r"1: MyAttention: no host(?s:.*)where='0\.\*'",
+        r"1: MyAttention: attnzoo does not know(?s:.*)where='0\.\*'",
     ),
 }
 
@@ -593,5 +599,5 @@ def test_a_swap_says_what_attention_it_leaves_standing(unknown):
         warnings.simplefilter("error")
         attnzoo.replace_attention(model, "sdpa", where="0")
         attnzoo.replace_attention(model, "sdpa", where="*")
-    with pytest.raises(UnsupportedError, match=f"1: {unknown.__name__}: it attends, but"):
+    with pytest.raises(UnsupportedError, match=f"1: {unknown.__name__}: it computes attention, but"):
         attnzoo.replace_attention(model, "sdpa", where="1")

@@ -231,7 +231,7 @@ def test_swapped_weights_and_an_unswapped_model_say_what_to_do(host, tmp_path):
     model, plain = attnzoo.replace_attention(seeded(host.build), "padre", **options), host.build()
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     torch.save({"state_dict": model.state_dict()}, tmp_path / "swapped.pt")
-    with pytest.raises(WeightsError, match=r"mixers where this one has attention of its own.*replace_attention"):
+    with pytest.raises(WeightsError, match=r"mixers where this one has its own attention.*replace_attention"):
         attnzoo.load_weights(plain, tmp_path / "swapped.pt")
     with pytest.raises(WeightsError, match="unswapped model before the swap"):
         attnzoo.load_weights(model, before)

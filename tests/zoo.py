@@ -158,7 +158,7 @@ VISION = [
     _vision("clip-vision", transformers.CLIPVisionConfig(**_VISION)),
     _vision("siglip-vision", transformers.SiglipVisionConfig(**_VISION)),
 ]
-# its learned position bias reaches a core as an additive mask that wants a gradient
+# its learned position bias reaches a core as an additive mask that requires a gradient
 RELATIVE = Host(
     "transformers:beit-relative",
     lambda: transformers.BeitModel(

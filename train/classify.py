@@ -1,4 +1,4 @@
-"""Train image classifiers with any attention, each beside the model's own; a broken run goes on where it stopped.
+"""Train image classifiers with any attention, each against the model's own; an interrupted run resumes.
 
 python train/classify.py configs/classify/digits.yaml [key=value ...]             one process
 accelerate launch train/classify.py configs/classify/digits.yaml [key=value ...]  many processes, on one machine or more
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.leave()
         return FAILED if left else OK
 
-    return run_script(body, "the same command, without resume=never, goes on from the last checkpoint")
+    return run_script(body, "run the same command again, without resume=never, to resume from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train a small causal language model of bytes once per attention, each beside the dense one, and report.
+"""Train a small causal language model of bytes once per attention, each against the dense one, and report.
 
-python train/decode.py configs/decode/train_bytes.yaml [key=value ...]    run; a broken run goes on where it stopped
+python train/decode.py configs/decode/train_bytes.yaml [key=value ...]    run; an interrupted run resumes
 python train/decode.py --report RECORDS.jsonl                             table and plot again, without training
 """
 

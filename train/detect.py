@@ -1,4 +1,4 @@
-"""Train a detector of MMDetection with any attention, on mmengine's Runner; a broken run goes on where it stopped.
+"""Train a detector of MMDetection with any attention, on mmengine's Runner; an interrupted run resumes.
 
 python train/detect.py configs/detect/trees_padre.py [key=value ...]
 torchrun --nproc_per_node 2 train/detect.py configs/detect/trees_padre.py --launcher pytorch
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.leave()
         print(f"trained: {folder}")
 
-    return run_script(body, "the same command goes on from the last checkpoint, if there is one")
+    return run_script(body, "run the same command again to resume from the last checkpoint, if there is one")
 
 
 if __name__ == "__main__":

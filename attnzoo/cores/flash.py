@@ -100,7 +100,7 @@ class Flash:
 
     def _cpu(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
         if mask is not None and mask.requires_grad:
-            raise self._refusal("an attention mask that wants a gradient")
+            raise self._refusal("an attention mask that requires a gradient")
         if causal and (mask is not None or q.shape[2] != k.shape[2]):
             mask, causal = with_causal(mask, q.shape[2], k.shape[2], q.device), False
         if mask is not None:

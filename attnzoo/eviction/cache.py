@@ -242,7 +242,7 @@ class BoundedLayer(SwappedCacheLayer):
         if not self.open:
             raise UnsupportedError(
                 "this cache is bounded by attnzoo and can only be used by a model swapped in the same way; "
-                "give this model a cache of its own"
+                "give this model its own cache"
             )
         self.pending, self.torn = (key_states, value_states), True
         return key_states, value_states
@@ -509,7 +509,7 @@ class CacheHook:
             if not isinstance(layer, SwappedCacheLayer) or layer.maker != maker:
                 raise UnsupportedError(
                     f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is {maker}; "
-                    "give the call a cache of its own"
+                    "give the call its own cache"
                 )
         cache.check_whole()
         for layer in cache.own:
@@ -696,7 +696,7 @@ def _refuse_packed(positions: Any, real: Tensor | None, separates: bool) -> None
     if bool(packed.any()):
         raise UnsupportedError(
             "position_ids run backwards or jump, as those of several sequences packed into one row do, which cannot "
-            "share a bounded cache; give each a row of its own"
+            "share a bounded cache; give each its own row"
         )
 
 

@@ -15,16 +15,16 @@ HALVES = ("self_attention_cache", "cross_attention_cache")  # of the cache of an
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """What `kv_bytes` gives, in bytes.
+    """The size of a key/value cache, in bytes.
 
     Attributes
     ----------
     entries
         Keys and values held.
     held
-        The same with what comes along: positions, and what a policy keeps from call to call.
+        Keys and values, positions, and the state that a policy keeps from call to call.
     allocated
-        Memory that the cache has taken, empty places included.
+        Memory that the cache has allocated, empty slots included.
     """
 
     entries: int
@@ -36,12 +36,12 @@ class CacheBytes:
 
 
 def kv_bytes(cache: Any) -> CacheBytes:
-    """Give the bytes that a cache holds and has allocated.
+    """Count the bytes that a key/value cache holds and has allocated.
 
     Parameters
     ----------
     cache
-        Any cache of transformers, bounded or not; None counts nothing.
+        Any cache of transformers, bounded or not; None has no bytes.
 
     Raises
     ------

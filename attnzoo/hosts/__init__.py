@@ -46,7 +46,7 @@ def find_sites(model: nn.Module, layers: Mapping[str, nn.Module], options: HostO
     for path, layer in layers.items():
         if path not in found and not _related(path, found) and attends(layer):
             library = type(layer).__module__.partition(".")[0]
-            sites[path] = RefusedSite(path, layer, library, f"it attends, but {NOBODY}", standing=True)
+            sites[path] = RefusedSite(path, layer, library, f"it computes attention, but {NOBODY}", standing=True)
     order = {path: i for i, path in enumerate(layers)}
     return sorted(sites.values(), key=lambda site: order[site.path])
 

@@ -78,7 +78,7 @@ class StateLayer(SwappedCacheLayer):
         """
         raise UnsupportedError(
             f"this cache holds the state of a mixer ({self.maker}) and can only be used by a model swapped in the same "
-            "way; give this model a cache of its own"
+            "way; give this model its own cache"
         )
 
     def reset(self) -> None:

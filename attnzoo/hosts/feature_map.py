@@ -16,7 +16,7 @@ from attnzoo.errors import ShapeError
 from attnzoo.hosts import hooks
 from attnzoo.hosts.site import MixerLayer, refuse_unable
 
-NO_GRID = "self-attention over object queries, which lie on no grid: a mixer stands in the encoder"
+NO_GRID = "self-attention over object queries, which have no grid: mixers are supported in the encoder"
 CROSS = "cross-attention, and a mixer has one input"
 
 Read = Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[int, int]]

@@ -204,7 +204,7 @@ class ConditionalSite(Site):
     def core_problem(self, info: AttentionInfo, option: str = "") -> str | None:
         """A subclass may attend in another way."""
         if type(self.module).forward_attn is not ConditionalAttention.forward_attn:
-            return "a subclass with a way of attending of its own"
+            return "a subclass that computes attention in its own way"
         return super().core_problem(info, option)
 
     def put_core(self, core: Core) -> nn.Module:

@@ -56,7 +56,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
 def refusal(layer: nn.MultiheadAttention) -> str:
     """Say why nothing can stand in the place of `layer`; empty if something can."""
     if type(layer).forward is not nn.MultiheadAttention.forward:
-        return "a subclass with a forward of its own"
+        return "a subclass with its own forward"
     if layer.bias_k is not None or layer.add_zero_attn:
         return f"{'add_bias_kv' if layer.bias_k is not None else 'add_zero_attn'}=True adds a key of its own"
     return ""
@@ -107,9 +107,8 @@ class TorchSite(Site):
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
         if info.capabilities.grid and self.grid is None:
-            return (
-                "torch's encoders know no grid of tokens: give grid=(h, w), and prefix= if tokens stand before the grid"
-            )
+            "torch's encoders do not know the grid of the tokens: give grid=(h, w), and prefix= if there are tokens "
+            "before the grid"
         return None
 
     def put_core(self, core: Core) -> nn.Module:

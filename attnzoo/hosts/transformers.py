@@ -111,7 +111,7 @@ def _unsupported(layer: Any) -> str | None:
     if words & {"s_aux", "sinks"} or hasattr(layer, "sinks"):
         return "learned attention sinks"
     if words & {"indices", "block_indices"} or words & {"sdpa", "eager"}:
-        return "sparse attention, whose choice of keys hangs on the name of the attention implementation"
+        return "sparse attention, whose choice of keys depends on the name of the attention implementation"
     if layer.config._attn_implementation not in _MASKS:
         return (
             f"the model was loaded with attn_implementation={layer.config._attn_implementation!r}, whose masks a core "
@@ -399,7 +399,7 @@ def attention(
     core = getattr(module, "attnzoo_core", None)
     if core is None:
         raise UnsupportedError(
-            "attn_implementation='attnzoo' is set by attnzoo.replace_attention(model, name), not by hand"
+            "attn_implementation='attnzoo' is set by attnzoo.replace_attention(model, name); do not set it yourself"
         )
     implementation = module.attnzoo_model_config._attn_implementation
     if implementation not in _MASKS or (attention_mask is not None and attention_mask.dim() != 4):

@@ -187,7 +187,7 @@ class Padre(nn.Module):
         """
         if not isinstance(self._mixing, CausalConv1d) or self.output == "element_sum":
             raise UnsupportedError(
-                "only a padre with token_mixing='causal_conv1d' and no weights for each token goes on from a state"
+                "only a padre with token_mixing='causal_conv1d' and no weights for each token can decode from a state"
             )
         check_tokens(x, self.dim, mask)
         self._check_state(state, x.shape[0])

@@ -170,7 +170,7 @@ def test_an_override_written_as_yaml_reads_back(keys, value):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("- a\n", "expected a mapping"), ("a: [", "not valid YAML"), ("name: a\nname: b\n", "'name' stands twice")],
+    [("- a\n", "expected a mapping"), ("a: [", "not valid YAML"), ("name: a\nname: b\n", "'name' appears twice")],
 )
 def test_a_file_that_is_no_config_is_refused(tmp_path, text, says):
     (tmp_path / "c.yaml").write_text(text)

@@ -342,7 +342,7 @@ def test_only_a_causal_one_goes_on_from_a_state():
         {"token_mixing": "conv1d"},
         {"token_mixing": "causal_conv1d", "output": "element_sum", "tokens": 3},
     ):
-        with pytest.raises(UnsupportedError, match="goes on from a state"):
+        with pytest.raises(UnsupportedError, match="can decode from a state"):
             padre(2, **options).extend(x)
 
 

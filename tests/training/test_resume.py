@@ -229,7 +229,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(images, tmp
     before = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in checkpoints]
     status, _, said = fork(forked, config, tmp_path, before=limit_files)
     assert status == 1
-    assert "the same command, without resume=never, goes on from the last checkpoint" in said
+    assert "run the same command again, without resume=never, to resume from the last checkpoint" in said
     assert re.search(r"error: \S+/step-\d+ could not be written: .+ \([\d,.]+ MB were free there\)\. Earlier", said)
     assert f"Earlier checkpoints are as they were: {checkpoints[-1]}" in said
     assert checkpoint.all_checkpoints(checkpoints[0].parent) == checkpoints

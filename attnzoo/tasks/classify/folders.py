@@ -115,7 +115,7 @@ class ImageFolder:
                 continue
             if not _is_folder(entry):
                 if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise ConfigError(f"data: {entry.path!r} is a link to what is not there; mend or remove it")
+                    raise ConfigError(f"data: {entry.path!r} is a broken link; fix or remove it")
                 self.left_out.note(STRAY, entry.name)
                 continue
             linked = entry.is_symlink()

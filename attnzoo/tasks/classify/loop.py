@@ -139,7 +139,7 @@ class Training:
         self._resume()
         progress, recipe = self.progress, self.config.recipe
         if progress.step:
-            say(f"{self.run.name}: goes on after step {progress.step} of {self.total}")
+            say(f"{self.run.name}: resumes after step {progress.step} of {self.total}")
         self.model.train()
         found: dict[str, Any] | None = None
         batches = self._batches()

@@ -46,7 +46,7 @@ def judge(config: DecodeConfig, lines: Iterable[SampleLine]) -> list[CanaryResul
             f"  {r.name} is {r.figure:.2g}, must be {'at least' if r.at_least else 'at most'} {r.limit:g}"
             for r in failed
         ]
-        told.append("mend what is wrong, then start over with fresh=true")
+        told.append("fix the problem, then start over with fresh=true")
         raise CanaryError("\n".join(["canaries failed, so this run has no result:", *told]))
     return results
 

@@ -116,7 +116,7 @@ def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
     for variant in [dense, *named, *more]:
         other = found.setdefault(variant.label, variant)
         if other.attention != variant.attention:
-            raise ConfigError(f"two attentions are called {variant.label!r}; give one of them a label of its own")
+            raise ConfigError(f"two attentions are called {variant.label!r}; give one of them another label")
     return list(found.values())
 
 

@@ -198,9 +198,7 @@ def check_comparable(configs: Sequence[Any]) -> None:
     labels = [costs.variant_of(config).label for config in configs]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(
-                f"two of the configs are called {label!r}; give one of them a label of its own: label=..."
-            )
+            raise ConfigError(f"two of the configs are called {label!r}; give one of them another label: label=...")
     keys = ("data_root", "ann_file", "data_prefix", "indices")
     tested = {repr([config.test_dataloader.dataset.get(key) for key in keys]) for config in configs}
     if len(tested) > 1:

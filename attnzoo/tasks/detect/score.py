@@ -148,9 +148,7 @@ def finished(config: Any) -> Path:
     epochs = config.train_cfg.get("max_epochs")
     done = found.stem.rpartition("_")[2]
     if epochs is not None and done.isdigit() and int(done) < epochs:
-        raise ConfigError(
-            f"{config.work_dir} is trained for {done} of {epochs} epochs; train/detect.py goes on with it"
-        )
+        raise ConfigError(f"{config.work_dir} is trained for {done} of {epochs} epochs; train/detect.py resumes it")
     return found
 
 

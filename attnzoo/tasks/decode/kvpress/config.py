@@ -81,7 +81,7 @@ class Comparison(RunConfig):
         for policy in self.policies:
             labels = [theirs.label for theirs in policy.kvpress]
             if len(set(labels)) < len(labels):
-                raise ValueError(f"{policy.policy}: a press stands twice among {labels}")
+                raise ValueError(f"{policy.policy}: a press appears twice among {labels}")
         return self
 
     def identity(self) -> dict[str, Any]:

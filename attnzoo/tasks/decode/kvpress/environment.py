@@ -59,7 +59,7 @@ def kvpress_python(given: str | None, say: Callable[[str], None]) -> str:
 def _no_environment(step: Sequence[str], reason: str) -> str:
     return (
         f"no environment with kvpress {KVPRESS} could be made; `{' '.join(step)}` said:\n{reason}\n"
-        "What you can do: make one by hand and name its interpreter with --python."
+        "What you can do: make one yourself and pass its interpreter with --python."
     )
 
 

@@ -1,4 +1,4 @@
-"""Run a comparison with kvpress, prompt by prompt; a run that was broken off goes on where it stopped."""
+"""Run a comparison with kvpress, prompt by prompt; an interrupted run resumes."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def found(lines: Sequence[AnyLine], path: Path) -> str:
 
 
 READING = (
-    "- Each prompt went through the rows of a policy in turn, one process per row, one at work at a time. Prompts, "
+    "- Each prompt went through the rows of a policy in turn, one process per row, one running at a time. Prompts, "
     "weights, precision, threads and the rule that ends an answer are the same.",
     "- found: with its 95% Wilson interval. attnzoo's less this one's: mean over the same prompts, with the 95% "
     "interval of a paired bootstrap; above 0 attnzoo finds more. over attnzoo's: the times, prompt by prompt, the "
