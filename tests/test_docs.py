@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from attnzoo import list_attentions, replace_attention, swap_report
+from attnzoo import list_attentions, replace_attention, swap_report, tasks
 from attnzoo.__main__ import capability_table, main, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
@@ -401,3 +401,12 @@ def test_nothing_is_shown_that_a_reader_cannot_run():
 
 def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels"])
+def test_committed_pages_are_what_the_records_give_today(name):
+    from attnzoo.bench.publish import page_of
+
+    path = ROOT / "docs/records" / f"{name}.jsonl"
+    page = page_of(tasks.task_of(path), read_records(path), path.with_suffix(".yaml").read_text(encoding="utf-8"))
+    assert path.with_suffix(".html").read_text(encoding="utf-8") == page
