@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 3
 TORCH ?=
 
-.PHONY: help setup lock test lint bench compat clean
+.PHONY: help setup lock test lint bench results compat clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,9 @@ lint: setup  ## check style and types, as CI and pre-commit do
 
 bench: setup  ## run the quickstart benchmark: table, records and report page in runs/quickstart
 	$(BIN)/python eval/bench.py configs/bench/quickstart.yaml
+
+results: setup  ## make docs/records/results.html and results.csv from all records there
+	$(BIN)/python eval/report.py docs/records
 
 compat: setup  ## run the tests marked compat on every release that compat.toml lists; TORCH=1: on those of torch instead
 	$(BIN)/python -m tests.compat $(if $(TORCH),--torch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Literal
@@ -29,11 +29,14 @@ class Cell:
         Against the dense baseline; it colors the text.
     small
         Further lines, on a page only.
+    link
+        Where the text leads, on a page only.
     """
 
     text: str
     verdict: Verdict = "same"
     small: str = ""
+    link: str = ""
 
     @property
     def is_empty(self) -> bool:
@@ -53,10 +56,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row; the last cell spans what is left where there are fewer than columns. `base` is the dense baseline's."""
+    """A row; the last cell spans what is left where there are fewer than columns. `base` is the dense baseline's.
+
+    `tags` are what the filters of a page go by.
+    """
 
     cells: tuple[Cell, ...]
     base: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class Section:
 
     title: str
     small: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,7 +89,7 @@ class Table:
         for row in rows:
             self.add(*row)
 
-    def add(self, *cells: Cell | str, base: bool = False) -> None:
+    def add(self, *cells: Cell | str, base: bool = False, tags: Mapping[str, str] | None = None) -> None:
         """Add a row.
 
         Raises
@@ -91,11 +99,12 @@ class Table:
         """
         if not 0 < len(cells) <= len(self.columns):
             raise ValueError(f"{len(cells)} cells for {len(self.columns)} columns")
-        self.rows.append(Row(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells), base))
+        shown = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in cells)
+        self.rows.append(Row(shown, base, tags or {}))
 
-    def section(self, title: str, small: str = "") -> None:
+    def section(self, title: str, small: str = "", tags: Mapping[str, str] | None = None) -> None:
         """Begin a section."""
-        self.rows.append(Section(title, small))
+        self.rows.append(Section(title, small, tags or {}))
 
     def without_empty_columns(self) -> Table:
         """The same without columns in which no row has anything; the first always stays."""
@@ -108,11 +117,11 @@ class Table:
         table = Table([self.columns[index] for index in used])
         for row in self.rows:
             if isinstance(row, Section):
-                table.section(row.title, row.small)
+                table.section(row.title, row.small, row.tags)
             elif len(row.cells) == len(self.columns):
-                table.add(*(row.cells[index] for index in used), base=row.base)
+                table.add(*(row.cells[index] for index in used), base=row.base, tags=row.tags)
             else:
-                table.add(*row.cells[: len(used)], base=row.base)
+                table.add(*row.cells[: len(used)], base=row.base, tags=row.tags)
         return table
 
     def markdown(self) -> str:
@@ -145,27 +154,31 @@ class Table:
             table.add_row(*(f"[{style}]{text}[/{style}]" if style else text for style, text in styled))
         return table
 
-    def html(self) -> str:
-        """A ``table`` of a page, in a box that scrolls where the table is wider than the page."""
+    def html(self, labeled: bool = False) -> str:
+        """A ``table`` of a page, in a box that scrolls where the table is wider than the page.
+
+        With `labeled`, each cell names its column in ``data-head``, for pages that show rows as cards on a phone.
+        """
         head = "".join(f"<th{_left(column)}>{_lines(column.head, column.small)}</th>" for column in self.columns)
-        body = "\n".join(self._html_row(row) for row in self.rows)
+        body = "\n".join(self._html_row(row, labeled) for row in self.rows)
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
-    def _html_row(self, row: Row | Section) -> str:
+    def _html_row(self, row: Row | Section, labeled: bool) -> str:
         count = len(self.columns)
         if isinstance(row, Section):
             small = f" <small>({escape(row.small)})</small>" if row.small else ""
-            return f'<tr class="group"><td colspan="{count}"><span>{escape(row.title)}{small}</span></td></tr>'
+            opening = f'<tr class="group"{_tags(row)}>'
+            return f'{opening}<td colspan="{count}"><span>{escape(row.title)}{small}</span></td></tr>'
         spanned = count - len(row.cells) + 1
         found = []
         for index, (cell, column) in enumerate(zip(row.cells, self.columns, strict=False)):
-            text = _lines(cell.text, cell.small, cell.verdict)
+            text = _lines(cell.text, cell.small, cell.verdict, cell.link)
             if index == len(row.cells) - 1 and spanned > 1:
                 found.append(f'<td class="text" colspan="{spanned}">{text}</td>')
             else:
-                found.append(f"<td{_left(column)}>{text}</td>")
-        opening = '<tr class="base">' if row.base else "<tr>"
-        return f"{opening}{''.join(found)}</tr>"
+                found.append(f"<td{_left(column)}{_label(column, cell) if labeled else ''}>{text}</td>")
+        base = ' class="base"' if row.base else ""
+        return f"<tr{base}{_tags(row)}>{''.join(found)}</tr>"
 
     def csv(self) -> str:
         """Comma-separated values; the title of a row's section is the first column."""
@@ -185,6 +198,15 @@ def _left(column: Column) -> str:
     return ' class="text"' if column.left else ""
 
 
-def _lines(text: str, small: str, verdict: Verdict = "same") -> str:
+def _label(column: Column, cell: Cell) -> str:
+    return f' data-head="{escape(column.head)}"' + (" data-empty" if cell.is_empty else "")
+
+
+def _tags(row: Row | Section) -> str:
+    return "".join(f' data-{escape(name)}="{escape(value)}"' for name, value in row.tags.items())
+
+
+def _lines(text: str, small: str, verdict: Verdict = "same", link: str = "") -> str:
     shown = escape(text) if verdict == "same" else f'<span class="{verdict}">{escape(text)}</span>'
+    shown = f'<a href="{escape(link)}">{shown}</a>' if link else shown
     return shown + "".join(f"<br><small>{escape(line)}</small>" for line in small.splitlines())

@@ -44,9 +44,12 @@ def measure(degree: int, dtype: str, output: str) -> dict[str, Any]:
     return {"degree": degree, "dtype": dtype, "output": output, "rms": sizes, "largest": largest}
 
 
+COLORS = ("#808080", "#D55E00", "#0088CC", "#009E73")  # by number type and output
+
+
 def draw(rows: Sequence[dict[str, Any]]) -> str:
     """Root mean square and largest magnitude by degree: the range over the layers, as SVG."""
-    from attnzoo.bench.plots import COLORS, INK, add_legend, new_figure, to_svg
+    from attnzoo.bench.plots import INK, add_legend, new_figure, to_svg
 
     figure, axes = new_figure()
     for index, (dtype, output) in enumerate((d, o) for o in OUTPUTS for d in DTYPES):

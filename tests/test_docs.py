@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from attnzoo import list_attentions, replace_attention, swap_report
+from attnzoo import list_attentions, replace_attention, swap_report, tasks
 from attnzoo.__main__ import capability_table, main, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
@@ -34,7 +34,7 @@ from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
-from eval import kernels
+from eval import kernels, report
 from tests.tasks import llm
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,9 @@ def test_shell_commands_are_real(page):
                 continue
             if command[1] == "eval/kernels.py":
                 assert kernels.parser().parse_args(command[2:]), line
+                continue
+            if command[1] == "eval/report.py":
+                assert report.parser().parse_args(command[2:]).records.is_dir(), line
                 continue
             assert command[1] in load, line
             if command[2] == "--report":
@@ -398,3 +401,12 @@ def test_nothing_is_shown_that_a_reader_cannot_run():
 
 def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels"])
+def test_committed_pages_are_what_the_records_give_today(name):
+    from attnzoo.bench.publish import page_of
+
+    path = ROOT / "docs/records" / f"{name}.jsonl"
+    page = page_of(tasks.task_of(path), read_records(path), path.with_suffix(".yaml").read_text(encoding="utf-8"))
+    assert path.with_suffix(".html").read_text(encoding="utf-8") == page

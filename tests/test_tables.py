@@ -63,3 +63,17 @@ def test_a_row_that_does_not_fit_is_refused(table):
         table.add(*"abcde")
     with pytest.raises(ValueError, match="0 cells"):
         table.add()
+
+
+def test_cells_may_link_and_rows_have_what_filters_go_by():
+    table = Table(("method", "speed-up"))
+    table.section("a task", tags={"task": "a&b"})
+    table.add("padre", Cell("2.00x", "better", link='page.html?"'), tags={"task": "a&b"})
+    table.add("conv", "-")
+    text = table.html(labeled=True)
+    assert '<tr class="group" data-task="a&amp;b">' in text
+    assert '<tr data-task="a&amp;b"><td class="text" data-head="method">padre</td>' in text
+    assert '<td data-head="speed-up"><a href="page.html?&quot;"><span class="better">2.00x</span></a></td>' in text
+    assert '<td data-head="speed-up" data-empty>-</td></tr>' in text
+    assert "data-head" not in table.html()
+    assert "page.html" not in table.markdown() + table.csv()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -33,10 +33,29 @@ class Section:
     folded: bool = False
 
 
+@dataclass(frozen=True)
+class Filter:
+    """A choice among the parts of a page, made without a script.
+
+    Of all elements that have the attribute ``data-NAME``, those without the choice among its words are hidden.
+
+    Attributes
+    ----------
+    name
+        Of the attribute, and as a reader sees it.
+    choices
+        Words without quotes; that of all parts comes by itself.
+    """
+
+    name: str
+    choices: tuple[str, ...]
+
+
 def page(
     title: str,
     sections: Iterable[Section | None],
     *,
+    filters: Sequence[Filter] = (),
     verdict: str = "",
     facts: Mapping[str, str] | None = None,
     warning: str = "",
@@ -50,6 +69,8 @@ def page(
         Its heading.
     sections
         In order; those that are None or empty are left out.
+    filters
+        Shown above the sections.
     verdict
         What was found, in a sentence.
     facts
@@ -62,7 +83,13 @@ def page(
     shown = [one for one in sections if one is not None and (one.body or one.note)]
     if config is not None:
         shown.append(Section(f"<pre>{escape(config)}</pre>", "Config", folded=True))
-    return _template().render(title=title, verdict=verdict, facts=facts or {}, warning=warning, sections=shown) + "\n"
+    about = {"title": title, "verdict": verdict, "facts": facts or {}, "warning": warning}
+    return _template("page").render(about, sections=shown, filters=filters) + "\n"
+
+
+def fragment(name: str, **values: object) -> str:
+    """Give the body of a section out of a template of its own beside the page's."""
+    return _template(name).render(values)
 
 
 def plots(drawn: Iterable[tuple[str, str]]) -> str:
@@ -94,8 +121,8 @@ def pictures(shown: Iterable[tuple[str, bytes, str]], width: int) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     loader = PackageLoader("attnzoo.bench", ".")
     return Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("page.html.jinja")
+    ).get_template(f"{name}.html.jinja")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from attnzoo.bench.colors import look
 from attnzoo.bench.record import Record
 from attnzoo.bench.summary import Group, Summary
 from attnzoo.bench.words import activation_ratio
@@ -15,10 +16,8 @@ from attnzoo.extras import require
 from attnzoo.units import MB
 
 INK = "#010203"  # stands for the page's text color, which is put in afterwards
-COLORS = ("#808080", "#D55E00", "#0088CC", "#009E73", "#CC79A7", "#B8860B", "#56B4E9", "#7B68EE")
-POLICY_COLORS = ("#808080", "#843C39", "#6A3D9A", "#2F7F2F", "#E6550D", "#17A2A2", "#A6A000", "#C71585")
+KEYED = 0.7  # the right end of axes that have their key beside them
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def latency_plot(summary: Summary) -> str:
@@ -119,55 +118,43 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
                 continue
             low = quality.ratio if quality.ratio_low is None else quality.ratio_low
             high = quality.ratio if quality.ratio_high is None else quality.ratio_high
-            palette = POLICY_COLORS if summary.parts.index(part) else COLORS
-            color = palette[summary.labels[part].index(label) % len(palette)]
+            color, _ = look(summary.labels[part], label)
             trades.append(Trade(label, color, quality.ratio, low, high, spots))
     return trades
 
 
 def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -> str:
-    """Draw trades, every one labeled at the side; `shapes` say what a marker stands for."""
+    """Draw trades; `shapes` say what a marker stands for, and the key at the side what a color does, the best first."""
     if not trades:
         return ""
-    trades = sorted(trades, key=lambda trade: max(spot.x for spot in trade.spots))
-    height = max(4.6, 1.5 + 0.27 * len(trades))
-    figure, axes = new_figure(right=0.72, height=height)
-    bottom = (0.62 + 0.2 * len(shapes)) / height
-    figure.subplots_adjust(bottom=bottom)
+    trades = sorted(trades, key=lambda trade: -trade.kept)
+    height = max(4.6, 1.5 + 0.21 * len(trades))
+    figure, axes = new_figure(right=KEYED, height=height)
+    figure.subplots_adjust(bottom=(0.62 + 0.2 * len(shapes)) / height)
     low, high = min(*(t.low for t in trades), 0.95), max(*(t.high for t in trades), 1.02)
     room = (high - low) * 0.06
     axes.set_ylim(low - room, high + room)
     axes.set_xscale("log")
     axes.axvline(1, color=INK, lw=0.8, alpha=0.4)
     axes.axhline(1, color=INK, lw=0.8, alpha=0.4)
-    gap = (high - low + 2 * room) * 0.21 / (height * (0.97 - bottom))
-    places = spread([t.kept for t in trades], gap, within=(low - room, high + room))
-    for trade, label_y in zip(trades, places, strict=True):
+    for trade in trades:
         xs = [spot.x for spot in trade.spots]
         axes.plot([min(xs), max(xs)], [trade.kept] * 2, color=trade.color, lw=0.8, alpha=0.8)
         for spot in trade.spots:
             axes.plot([spot.low, spot.high], [trade.kept] * 2, color=trade.color, lw=2)
             axes.plot([spot.x] * 2, [trade.low, trade.high], color=trade.color, lw=1, alpha=0.6)
             axes.plot([spot.x], [trade.kept], spot.marker, color=trade.color, ms=7)
-        axes.annotate(
-            trade.label,
-            (max(xs), trade.kept),
-            xytext=(1.05, label_y),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            color=INK,
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": trade.color, "lw": 0.8, "alpha": 0.6},
-            annotation_clip=False,
-        )
+        axes.plot([], [], "s", color=trade.color, label=trade.label, ms=7)
     reached = [x for t in trades for spot in t.spots for x in (spot.low, spot.high)]
     axes.set_xlim(min(*reached, 0.85) / 1.08, max(*reached, 1.15) * 1.08)
     plain_ticks(axes.xaxis, [*reached, 0.85, 1.15])
     axes.set_xlabel(title)
     axes.set_ylabel("quality kept, part of dense")
-    for marker, name in shapes.items():
-        axes.plot([], [], marker, color=INK, label=name, ms=6)
-    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.0), frameon=False, labelcolor=INK, fontsize=9)
+    add_key(axes)
+    markers = [axes.plot([], [], marker, color=INK, label=name, ms=6)[0] for marker, name in shapes.items()]
+    figure.legend(
+        handles=markers, loc="lower center", bbox_to_anchor=(0.5, 0.0), frameon=False, labelcolor=INK, fontsize=9
+    )
     return to_svg(figure, salt)
 
 
@@ -176,7 +163,7 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
     if part is None or len(summary.of(part)) < 2:
         return ""
-    figure, axes = new_figure()
+    figure, axes = new_figure(right=KEYED)
     groups, labels = summary.of(part), summary.labels[part]
     drawn: list[float] = []
     for label in labels:
@@ -195,15 +182,8 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
     plain_ticks(axes.yaxis, drawn)
     axes.set_xlabel("tokens")
     axes.set_ylabel(title)
-    add_legend(axes)
+    add_key(axes)
     return to_svg(figure, title.split()[0])
-
-
-def look(labels: Sequence[str], label: str) -> tuple[str, str]:
-    """Color and marker of a label, by its place among all."""
-    index = labels.index(label)
-    turn = index // len(COLORS)  # colors come round again with other markers
-    return COLORS[index % len(COLORS)], MARKERS[(index + turn) % len(MARKERS)]
 
 
 def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
@@ -246,6 +226,13 @@ def add_legend(axes: Any) -> None:
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
+def add_key(axes: Any) -> None:
+    """Add the key of what was drawn with a label, outside the axes, at their right, which ends at `KEYED`."""
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.02, 1.02), borderaxespad=0, frameon=False, labelcolor=INK, fontsize=9
+    )
+
+
 def to_svg(figure: Any, salt: str) -> str:
     """Give the figure as an ``<svg>`` element whose identifiers are its own."""
     import matplotlib
@@ -255,30 +242,3 @@ def to_svg(figure: Any, salt: str) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def spread(values: Sequence[float], gap: float, within: tuple[float, float] | None = None) -> list[float]:
-    """Move values apart, as little as needed for neighbors to be `gap` apart; their order stays.
-
-    With `within` they are then moved, from the top down, so that they stay inside where there is room for all.
-    """
-    order = sorted(range(len(values)), key=lambda index: values[index])
-    groups: list[list[int]] = []
-    centers: list[float] = []
-    for index in order:
-        groups.append([index])
-        centers.append(values[index])
-        while len(groups) > 1 and centers[-1] - centers[-2] < gap * (len(groups[-1]) + len(groups[-2])) / 2:
-            merged = groups[-2] + groups[-1]
-            groups[-2:] = [merged]
-            centers[-2:] = [sum(values[i] for i in merged) / len(merged)]
-    placed = [0.0] * len(values)
-    for group, center in zip(groups, centers, strict=True):
-        for rank, index in enumerate(group):
-            placed[index] = center + gap * (rank - (len(group) - 1) / 2)
-    if within is not None:
-        edge = within[1]
-        for index in reversed(order):
-            placed[index] = min(placed[index], edge)
-            edge = placed[index] - gap
-    return placed

@@ -45,7 +45,7 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
         read_marked(readme)  # rather before the page is written
     config = path.with_suffix(".yaml")
     content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None)
-    page = path.with_name("report.html" if path.name == RECORDS_FILE else f"{path.stem}.html")
+    page = page_beside(path)
     files.write(page, content)
     print_report(records, console, _own_table(task, records))
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
@@ -53,6 +53,11 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
         rewrite_readme(readme, records)
         console.print(f"rewritten: {readme}", highlight=False, soft_wrap=True)
     return page
+
+
+def page_beside(records: Path) -> Path:
+    """Where the page of a file of records is: ``report.html`` in a run's folder, else of the file's name beside it."""
+    return records.with_name("report.html" if records.name == RECORDS_FILE else f"{records.stem}.html")
 
 
 def page_of(task: Task, records: Sequence[Envelope], config: str | None = None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Phase, Quality, Record
 from attnzoo.bench.words import kept, noise, speed_verdict, times
 from attnzoo.errors import AttnZooError
@@ -114,8 +115,7 @@ def summarize(records: Iterable[Any]) -> Summary:
 def machine(summary: Summary) -> str:
     """The machines and thread counts of the timings, in words."""
     rows = [row for group in summary.groups for row in group.rows] or summary.quality
-    threads = dict.fromkeys((row.environment.device, row.environment.threads) for row in rows)
-    return "; ".join(f"{device}, {count} thread{'s' if count != 1 else ''}" for device, count in threads)
+    return "; ".join(dict.fromkeys(words.machine(row.environment) for row in rows))
 
 
 def keeps_freed_memory(summary: Summary) -> bool:

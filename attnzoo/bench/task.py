@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -14,6 +14,9 @@ from attnzoo.bench.config import RunConfig
 from attnzoo.bench.html import Section
 from attnzoo.bench.record import Count, Entry, Envelope, Gate, Key, Phase, Record, Shapes, Status
 from attnzoo.tables import Table
+
+if TYPE_CHECKING:
+    from attnzoo.bench.highlights import Highlight
 
 Say = Callable[[str], None]
 
@@ -154,6 +157,11 @@ class Task:
         Gives captions and pictures (SVG) to be shown after the engine's own.
     sections
         Gives further parts of the page.
+    highlights
+        Gives what the results page shows, in place of the engine's own, for a task whose `record` has another cost or
+        whose rows stand in several columns.
+    others
+        What its records hold that is no method's, in words.
     """
 
     name: str
@@ -172,3 +180,5 @@ class Task:
     how_to_read: str = ""
     plots: Callable[[Sequence[Any]], Sequence[tuple[str, str]]] = lambda records: ()
     sections: Callable[[Sequence[Any]], Sequence[Section | None]] = lambda records: ()
+    highlights: Callable[[Sequence[Any]], Sequence[Highlight]] | None = None
+    others: str = ""

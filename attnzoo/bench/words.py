@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnzoo.bench.record import Quality, Quantiles, Record
+from attnzoo.bench.record import Environment, Quality, Quantiles, Record
 from attnzoo.tables import Verdict
 
 SAME = 0.01  # ratios nearer to 1 than this are called the same
@@ -119,6 +119,12 @@ def memory_verdict(record: Record) -> Verdict:
     apart = None if held is None or other is None else abs(held - other)
     near = abs(value - 1) <= SAME_MEMORY or (apart is not None and apart <= SAME_MEMORY_BYTES)
     return "same" if near else need_verdict(value)
+
+
+def machine(environment: Environment, processes: int = 1) -> str:
+    """Device, threads and processes."""
+    several = f"{processes} processes of " if processes > 1 else ""
+    return f"{environment.device}, {several}{environment.threads} thread{'s' if environment.threads != 1 else ''}"
 
 
 def one_line(text: str, limit: int = 600) -> str:

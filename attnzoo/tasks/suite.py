@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import RunConfig, Seed, drop_defaults, refuse_twins
+from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.tasks.classify import cells as vision
@@ -18,6 +19,8 @@ from attnzoo.tasks.classify.quality import training_plot
 from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems, language_problems
 from attnzoo.tasks.records import Record
+
+PARTS = {"vision": "classify", "language": "decode", "detection": "detect"}  # older records name no task
 
 
 class SuiteConfig(RunConfig):
@@ -132,6 +135,11 @@ def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     return [("Training loss, first seed", training_plot([r for r in records if r.kind == "quality"]))]
 
 
+def highlights(records: Sequence[Record]) -> list[Highlight]:
+    """What the results page shows: each part under the task that it is of."""
+    return of_records(records, lambda record: PARTS.get(record.part, record.task))
+
+
 TASK = Task(
     name="suite",
     ref="attnzoo.tasks.suite:TASK",
@@ -144,4 +152,5 @@ TASK = Task(
     preload=preload,
     expected=lambda config: config.unsupported,
     plots=plots,
+    highlights=highlights,
 )

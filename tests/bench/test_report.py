@@ -1,14 +1,12 @@
-import itertools
 import re
 from functools import partial
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
-from attnzoo.bench.plots import spread
+import attnzoo
+from attnzoo.bench.colors import DENSE, METHODS, look
 from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Quantiles
@@ -173,17 +171,16 @@ def test_needing_less_is_better(value, verdict):
     assert need_verdict(value) == verdict
 
 
-@given(st.lists(st.floats(-100, 100), max_size=12), st.floats(0.1, 10))
-def test_labels_spread_apart_keep_their_order(values, gap):
-    placed = spread(values, gap)
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
-    assert all(g >= gap - 1e-6 for g in gaps)
-    if all(values[b] - values[a] >= gap for a, b in itertools.pairwise(order)):
-        assert placed == pytest.approx(values)
-    inside = spread(values, gap, within=(-200, 20))
-    assert all(value <= 20 for value in inside)
-    assert all(inside[b] - inside[a] >= gap - 1e-6 for a, b in itertools.pairwise(order))
+def test_a_method_has_one_color_whatever_stands_beside_it():
+    assert set(METHODS) == set(attnzoo.list_attentions())
+    assert (
+        look(["dense", "padre degree=2"], "padre degree=2")[0] == look(["padre degree=2", "h2o"], "padre degree=2")[0]
+    )
+    assert look(["dense LLM", "dense"], "dense")[0] == look(["dense LLM"], "dense LLM")[0] == DENSE
+    degrees = [f"padre degree={degree}" for degree in (1, 2, 3)]
+    assert len({look(degrees, label)[0] for label in degrees}) == 3
+    assert look(["its_own"], "its_own") == look(["its_own", "h2o"], "its_own")
+    assert look(["its_own"], "its_own")[0] != look(["another"], "another")[0]
 
 
 @pytest.mark.parametrize(("held", "verdict"), [(0, "better"), (1 << 30, "same"), (1 << 31, "worse")])

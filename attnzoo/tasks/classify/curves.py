@@ -6,10 +6,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from attnzoo.bench.plots import COLORS, INK, MARKERS, add_legend, new_figure, to_svg
+from attnzoo.bench.colors import DENSE, look
+from attnzoo.bench.plots import INK, add_legend, new_figure, to_svg
 from attnzoo.tasks.classify.quality import Accuracy, Training
 
-DENSE, OTHER = COLORS[0], COLORS[2]
+OTHER = "#0088CC"
 MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
 TOP1 = "top-1, % of the test images"
 
@@ -61,11 +62,11 @@ def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
     figure, axes = new_figure(height=4.2 + below)
     figure.subplots_adjust(bottom=(0.55 + below) / (4.2 + below))
     longest = 0
-    for number, (label, seeds) in enumerate(shown.items()):
+    for label, seeds in shown.items():
         each = list(zip(*seeds, strict=False))
         epochs = range(1, len(each) + 1)
         longest = max(longest, len(each))
-        color, marker = COLORS[number % len(COLORS)], MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
+        color, marker = look(list(shown), label)
         if len(seeds) > 1:
             axes.fill_between(
                 epochs, *zip(*((min(v), max(v)) for v in each), strict=True), color=color, alpha=0.15, lw=0

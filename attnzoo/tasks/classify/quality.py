@@ -96,17 +96,18 @@ def accuracy_of(config: QualityConfig, trainings: Sequence[Training]) -> Accurac
 
 def training_plot(records: Sequence[Record]) -> str:
     """Mean training loss after each epoch, of the first seed, as SVG; empty where nothing was trained."""
-    from attnzoo.bench.plots import add_legend, look, new_figure, to_svg
+    from attnzoo.bench.colors import look
+    from attnzoo.bench.plots import KEYED, add_key, new_figure, to_svg
 
     trained = {row.label: row.quality for row in records if isinstance(row.quality, Accuracy)}
     if not trained:
         return ""
-    figure, axes = new_figure()
+    figure, axes = new_figure(right=KEYED)
     labels = tuple(trained)
     for label, quality in trained.items():
         losses = quality.trainings[0].epoch_losses
         axes.plot(range(1, len(losses) + 1), losses, color=look(labels, label)[0], label=label, lw=1.8)
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
-    add_legend(axes)
+    add_key(axes)
     return to_svg(figure, "training")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attnzoo.bench.plots import INK, MARKERS, new_figure, to_svg
+from attnzoo.bench.colors import MARKERS
+from attnzoo.bench.plots import INK, new_figure, to_svg
 from attnzoo.tasks.decode.record import DecodeRecord, KindResult
 
 DEPTHS = 5  # columns of a heat map

@@ -102,9 +102,7 @@ def title(records: Sequence[DecodeRecord]) -> str:
 
 def machine(record: DecodeRecord) -> str:
     """Device, threads and processes, in words."""
-    e = record.environment
-    processes = f"{record.processes} processes of " if record.processes > 1 else ""
-    return f"{e.device}, {processes}{e.threads} thread{'s' if e.threads != 1 else ''}"
+    return words.machine(record.environment, record.processes)
 
 
 def _share(ratio: float | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from attnzoo import files, processes
+from attnzoo.bench.publish import page_beside
 from attnzoo.bench.task import Task
 from attnzoo.command import PIPED_WIDTH
 from attnzoo.tasks.decode.config import DecodeConfig
@@ -34,7 +35,7 @@ def report(path: Path) -> None:
     """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
     records = read_records(path)
     config = path.with_suffix(".yaml")
-    page = path.with_name("report.html" if path.name == RECORDS_FILE else f"{path.stem}.html")
+    page = page_beside(path)
     files.write(page, html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None))
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     print_report(records, console)

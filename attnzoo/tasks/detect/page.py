@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from attnzoo.bench.colors import look
 from attnzoo.bench.html import Section, pictures, plots
-from attnzoo.bench.plots import COLORS, INK, MARKERS, add_legend, new_figure, plain_ticks, to_svg
+from attnzoo.bench.plots import INK, add_legend, new_figure, plain_ticks, to_svg
 from attnzoo.bench.record import Stage
 from attnzoo.errors import DataError
 from attnzoo.tasks.detect.quality import Detection
@@ -41,8 +42,9 @@ def _speed_plot(records: Sequence[Record], stage: str) -> str:
     figure, axes = new_figure()
     tokens = sorted({one.tokens for one in records})
     reached = [1.0]
-    for number, label in enumerate(dict.fromkeys(one.label for one in records)):
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    labels = list(dict.fromkeys(one.label for one in records))
+    for label in labels:
+        color, marker = look(labels, label)
         own = sorted((one for one in records if one.label == label), key=lambda one: one.tokens)
         points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
         x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
@@ -80,8 +82,8 @@ def curves(qualities: Mapping[str, Detection]) -> Section | None:
     if not shown:
         return None
     figure, axes = new_figure()
-    for number, (label, seeds) in enumerate(shown.items()):
-        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+    for label, seeds in shown.items():
+        color, marker = look(list(shown), label)
         epochs = sorted(set.intersection(*(set(times) for times, _ in seeds)))
         each = [[100 * dict(zip(times, values, strict=True))[e] for times, values in seeds] for e in epochs]
         if len(seeds) > 1:

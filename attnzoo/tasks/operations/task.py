@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from attnzoo.bench.highlights import SPEED, Highlight, speed
 from attnzoo.bench.task import Cell, Task
+from attnzoo.bench.words import machine
 from attnzoo.extras import require
 from attnzoo.tasks.operations.config import OperationsConfig
 from attnzoo.tasks.operations.record import Record
@@ -42,6 +44,36 @@ def prepare(config: OperationsConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     return {"ceilings": ceilings(config).model_dump()} if cells else {}
 
 
+METHODS = {"module": "padre", "scored": "flash_scored"}  # the method that is timed; other operations serve several
+
+
+def highlights(records: Sequence[Record]) -> list[Highlight]:
+    """What the results page shows: speed-ups of attention layers and of scored attention over PyTorch's fastest."""
+    return [_highlight(record) for record in records if record.options["op"] in METHODS]
+
+
+def _highlight(record: Record) -> Highlight:
+    asked, cost = record.options, record.cost
+    fused = asked.get("beside", "fused") == "fused"
+    beside = "" if cost is None or cost.fastest is None else f" beside {cost.fastest}"
+    return Highlight(
+        task="operations",
+        method=METHODS[asked["op"]],
+        label=record.label,
+        host=record.host,
+        workload=f"{record.phase}{beside}, {record.dtype}",
+        machine=machine(record.environment),
+        options={"degree": asked["degree"]} if "degree" in asked else {},
+        utc=record.utc,
+        tokens=asked.get("tokens") or asked["keys"],
+        phase=record.phase,
+        typical=fused,
+        status=record.status,
+        message=record.message,
+        figures={} if cost is None or cost.speedup is None else {SPEED: speed(cost.speedup)},
+    )
+
+
 TASK = Task(
     name="operations",
     ref="attnzoo.tasks.operations.task:TASK",
@@ -55,4 +87,6 @@ TASK = Task(
     how_to_read=HOW_TO_READ,
     plots=lambda records: [("Speed-up over the fastest rival", speed_plot(records))],
     sections=rivals_section,
+    highlights=highlights,
+    others="kernels that several methods use, each beside PyTorch's fastest",
 )

@@ -1,0 +1,212 @@
+"""What the results page shows of a record: each figure as a ratio to the dense baseline of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attnzoo.bench import words
+from attnzoo.bench.publish import page_beside
+from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
+from attnzoo.bench.summary import Group, summarize
+from attnzoo.tables import Verdict
+
+MIN_SAMPLES = 5  # no interval of paired differences from fewer
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of figures; its bounds are None where its figures have no interval."""
+
+    name: str
+    unit: str
+    low: str | None = None
+    high: str | None = None
+
+
+QUALITY = Measure("quality kept", "ratio to dense", "95% low", "95% high")
+SPEED = Measure("speed-up", "p50 of baseline time / own time", "p20", "p80")
+PEAK = Measure("peak memory", "ratio to dense")
+CACHE = Measure("cache held", "ratio to dense")
+MEASURES = (QUALITY, SPEED, PEAK, CACHE)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A ratio to the dense baseline with its interval, and whether it is better than dense."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    verdict: Verdict = "same"
+
+    @property
+    def text(self) -> str:
+        """``0.97x (0.96-0.99)``; with another digit where it is better or worse and an end would be rounded to 1."""
+        ends = [end for end in (self.value, self.low, self.high) if end is not None]
+        digits = 3 if self.verdict != "same" and any(f"{end:.2f}" == "1.00" for end in ends) else 2
+        spread = "" if self.low is None or self.high is None else f" ({self.low:.{digits}f}-{self.high:.{digits}f})"
+        return f"{self.value:.{digits}f}x{spread}"
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """One workload of one method, out of one line of a records file.
+
+    Attributes
+    ----------
+    task
+        Whose column it stands in.
+    method
+        A name of the registry.
+    label, options
+        Of the row in its record.
+    host
+        The model.
+    workload
+        What was run on it: phase, tokens and batch, or data and training.
+    machine
+        Device and threads.
+    utc
+        When it was measured, as far as the record says.
+    tokens
+        The size by which workloads are compared; 0 where it has none.
+    phase
+        Of a cost; None for quality.
+    typical
+        Whether it is of a whole model against its usual baseline: what a reader wants to see before a layer alone.
+    status, message
+        As in its record; there are figures only where it is ``ok``.
+    figures
+        By measure; those that were not measured are left out.
+    """
+
+    task: str
+    method: str
+    label: str
+    host: str
+    workload: str
+    machine: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    utc: str = ""
+    tokens: int = 0
+    phase: Phase | None = None
+    typical: bool = True
+    status: str = "ok"
+    message: str = ""
+    figures: Mapping[Measure, Figure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of records: its highlights, and in words what else it holds."""
+
+    path: Path
+    highlights: tuple[Highlight, ...] = ()
+    others: str = ""
+
+    @property
+    def page(self) -> Path:
+        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        page = page_beside(self.path)
+        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+
+
+def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
+    """Give the highlights of records that have the engine's own cost and quality.
+
+    Parameters
+    ----------
+    records
+        Of one file. Those of dense baselines give none.
+    column
+        Gives the task that a record is shown under.
+    """
+    summary = summarize(records)
+    dense = {row.part: row.quality for row in summary.quality if row.is_baseline}
+    found = [_of_quality(row, column(row), dense.get(row.part)) for row in summary.quality if row.attention]
+    for group in summary.groups:
+        found += [_of_cost(row, column(row), group) for row in group.rows if row.attention]
+    return found
+
+
+def speed(ratio: Quantiles, still: Quantiles | None = None) -> Figure:
+    """The figure of a speed-up; `still` is that of dense over itself."""
+    return Figure(ratio.p50, ratio.p20, ratio.p80, words.speed_verdict(ratio, still))
+
+
+def need(ratio: float | None, verdict: Verdict | None = None) -> Figure | None:
+    """The figure of something of which less is better; None where there is none."""
+    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio))
+
+
+def quality(
+    value: float | None, low: float | None, high: float | None, verdict: Verdict | None = None
+) -> Figure | None:
+    """The figure of the quality kept; it is better or worse where its interval leaves 1 out."""
+    if value is None:
+        return None
+    own: Verdict = "same" if low is None or high is None else "better" if low > 1 else "worse" if high < 1 else "same"
+    return Figure(value, low, high, verdict or own)
+
+
+def bounds(interval: Interval) -> tuple[float | None, float | None]:
+    """The ends of an interval; none of too few samples."""
+    return (interval.low, interval.high) if interval.n >= MIN_SAMPLES else (None, None)
+
+
+def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
+    """Leave out what was not measured."""
+    return {measure: figure for measure, figure in figures.items() if figure is not None}
+
+
+def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
+    found, figure = row.quality, None
+    if found is not None:
+        verdict = words.quality_verdict(found, dense)
+        figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
+    metric = "" if found is None else f"{found.METRIC.removesuffix(' %')}: "
+    note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
+    return _of(row, task, f"{metric}{note}", {QUALITY: figure})
+
+
+def _of_cost(row: Record, task: str, group: Group) -> Highlight:
+    figures: dict[Measure, Figure | None] = {}
+    if row.cost is not None:
+        ratios = row.cost.ratios
+        figures = {
+            SPEED: speed(ratios.speedup, words.noise(group.rows)),
+            PEAK: need(words.activation_ratio(row), words.memory_verdict(row)),
+            CACHE: need(ratios.cache_held),
+        }
+    batch = "" if row.shapes is None else f", batch {row.shapes.batch}"
+    return _of(row, task, f"{group.title}{batch}, {row.dtype}", figures, row.phase)
+
+
+def _of(
+    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None = None
+) -> Highlight:
+    assert row.attention is not None
+    return Highlight(
+        task=task,
+        method=row.attention,
+        label=row.label,
+        host=_model(row),
+        workload=workload,
+        machine=words.machine(row.environment),
+        options=row.options,
+        utc=row.utc,
+        tokens=row.tokens,
+        phase=phase,
+        typical=row.scope == "model",
+        status=row.status,
+        message=row.message,
+        figures=measured(figures),
+    )
+
+
+def _model(row: Record) -> str:
+    """The host without its library."""
+    return row.host.partition(":")[2] or row.host

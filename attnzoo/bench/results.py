@@ -1,0 +1,285 @@
+"""The results page of the whole zoo, made from all files of records, and the same as CSV."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from attnzoo import files
+from attnzoo.bench.highlights import MEASURES, QUALITY, Figure, Highlight, Measure, Source
+from attnzoo.bench.html import Filter, Section, fragment, page
+from attnzoo.bench.words import one_line
+from attnzoo.errors import AttnZooError
+from attnzoo.registry import REQUIRED, AttentionInfo, Kind, describe, list_attentions
+from attnzoo.tables import Cell, Column, Table
+
+NAME = "results"
+BUILT_WITH = re.compile(r"\s*\([^()]*=[^()]*\)")
+Found = tuple[Highlight, Source]
+IN_SHORT = (
+    "Ratios to the dense attention of the same model in the same run: quality kept above 1x is better, a speed-up "
+    "above 1x is faster, memory below 1x is less. Each figure leads to the page of its record."
+)
+HOW_TO_READ = (
+    "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups. Green is better than "
+    "dense and red worse, only where the whole interval says so. Of operations, the speed-up is over PyTorch's fastest "
+    "way to do the same work. Two figures of a column can be compared where what stands below them is the same. The "
+    "first view shows whole models rather than a layer alone; of several workloads the largest at which at least half "
+    "of the methods were measured; of several settings of a method that nearest to its defaults. All else is folded "
+    "below each method."
+)
+CSV_HEADS = (
+    "method", "kind", "task", "setting", "options (JSON)", "model", "workload", "tokens", "machine", "measured (UTC)",
+    "status",
+    *(head for m in MEASURES for head in (f"{m.name} ({m.unit})", *(f"{m.name}, {b}" for b in (m.low, m.high) if b))),
+    "record", "page",
+)  # fmt: skip
+
+
+def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> list[Path]:
+    """Write ``results.html`` and ``results.csv`` into a folder and give their paths.
+
+    Parameters
+    ----------
+    sources
+        All files of records.
+    tasks
+        The columns, in order; tasks that only the highlights name follow them.
+    folder
+        Links are relative to it.
+    command
+        That makes both again.
+
+    Raises
+    ------
+    AttnZooError
+        If a record is of a method that the registry does not know; then nothing is written.
+    """
+    made = {
+        folder / f"{NAME}.html": html(sources, tasks, folder, command),
+        folder / f"{NAME}.csv": csv(sources, tasks, folder),
+    }
+    for path, text in made.items():
+        files.write(path, text)
+    return list(made)
+
+
+def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> str:
+    """Give the page: a row per method and a column per task."""
+    found = _methods(sources)
+    tasks = _columns(found, tasks)
+    views = {
+        task: _first_view([one for rows in found.values() for one in rows if one[0].task == task]) for task in tasks
+    }
+    methods = [_shown(describe(name), rows, views, folder) for name, rows in found.items()]
+    others = _others(sources, folder)
+    return page(
+        "attnzoo: results",
+        [
+            Section("", note=IN_SHORT),
+            Section("", "How to read it", HOW_TO_READ, folded=True),
+            Section(fragment("results", tasks=tasks, methods=methods, csv=f"{NAME}.csv")),
+            Section(others.html(), "Other records") if others.rows else None,
+        ],
+        filters=[Filter("task", tuple(tasks)), Filter("kind", get_args(Kind))],
+        verdict=_verdict(found, tasks),
+        facts={"Records": f"{len(sources)} files", "Again": command},
+    )
+
+
+def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
+    """Give the same as CSV: a line per workload, and one per method and task of which nothing was measured."""
+    table, found = Table(CSV_HEADS), _methods(sources)
+    for name, rows in found.items():
+        kind = describe(name).kind
+        for task in _columns(found, tasks):
+            these = [one for one in rows if one[0].task == task]
+            if not these:
+                line = {"method": name, "kind": kind, "task": task, "status": "not measured"}
+                table.add(*(line.get(head, "") for head in CSV_HEADS))
+            for one, source in these:
+                options = json.dumps(dict(one.options), sort_keys=True)
+                about = (name, kind, task, one.label, options, one.host, one.workload, str(one.tokens or ""))
+                figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
+                links = (_link(source.path, folder), _link(source.page, folder))
+                table.add(*about, one.machine, one.utc, one.status, *figures, *links)
+    return table.csv()
+
+
+def _numbers(measure: Measure, figure: Figure | None) -> list[str]:
+    values = [None] * 3 if figure is None else [figure.value, figure.low, figure.high]
+    kept = values[: 1 + (measure.low is not None) + (measure.high is not None)]
+    return ["" if value is None else f"{value:.6g}" for value in kept]
+
+
+def _methods(sources: Sequence[Source]) -> dict[str, list[Found]]:
+    """Give what was measured of every method of the registry, in its order.
+
+    What several files tell alike, as the same training beside several costs, counts once.
+    """
+    found: dict[str, list[Found]] = {name: [] for name in list_attentions()}
+    seen = []
+    for source in sources:
+        for one in source.highlights:
+            if one.method not in found:
+                raise AttnZooError(
+                    f"{source.path}: it measures {one.method!r}, which the registry does not know; install the package "
+                    "that brings it, or leave the file out"
+                )
+            same = replace(one, utc="")
+            if QUALITY in one.figures and same in seen:
+                continue
+            seen.append(same)
+            found[one.method].append((one, source))
+    return found
+
+
+def _columns(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*tasks, *(one.task for rows in found.values() for one, _ in rows)]))
+
+
+def _first_view(found: Sequence[Found]) -> dict[Measure, dict[str, Found]]:
+    """Choose what is shown first: for each measure of one task, the highlight of each method. See `HOW_TO_READ`."""
+    return {measure: _chosen([one for one in found if measure in one[0].figures], measure) for measure in MEASURES}
+
+
+def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
+    places: dict[tuple[str | int, ...], list[Found]] = {}
+    for one, source in found:
+        places.setdefault((str(source.path), one.host, one.workload, one.tokens), []).append((one, source))
+    methods = {one.method for one, _ in found}
+
+    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, float]:
+        """Of a workload: the more, the rather it is shown."""
+        one = rows[0][0]
+        broad = 2 * len({row.method for row, _ in rows}) >= len(methods)
+        return one.typical, broad, one.tokens, one.phase not in ("training", "prefill"), _precision(rows, measure)
+
+    chosen: dict[str, Found] = {}
+    for rows in sorted(places.values(), key=worth, reverse=True):
+        for row in sorted(rows, key=lambda row: _unusual(row[0])):
+            chosen.setdefault(row[0].method, row)
+    return chosen
+
+
+def _precision(rows: Sequence[Found], measure: Measure) -> float:
+    """How narrow the intervals of a quality are; of costs nobody asks."""
+    if measure is not QUALITY:
+        return 0.0
+    bounds = [(one.figures[measure].low, one.figures[measure].high) for one, _ in rows]
+    widths = [high - low for low, high in bounds if low is not None and high is not None]
+    return -sum(widths) / len(widths) if widths else float("-inf")
+
+
+def _unusual(one: Highlight) -> int:
+    """How many options differ from the method's defaults."""
+    defaults = describe(one.method).options
+    return sum(defaults.get(name, value) not in (value, REQUIRED) for name, value in one.options.items())
+
+
+def _shown(
+    info: AttentionInfo, rows: Sequence[Found], views: Mapping[str, Mapping[Measure, Mapping[str, Found]]], folder: Path
+) -> dict[str, Any]:
+    """What the template needs of a method."""
+    cells = {}
+    for task, view in views.items():
+        these = [one for one in rows if one[0].task == task]
+        if these:
+            cells[task] = _cell(info.name, these, view, folder)
+    return {
+        "name": info.name,
+        "kind": info.kind,
+        "summary": info.summary,
+        "cells": cells,
+        "count": len(rows),
+        "table": _table(rows, views, folder).html(labeled=True) if rows else "",
+    }
+
+
+def _cell(
+    name: str, rows: Sequence[Found], view: Mapping[Measure, Mapping[str, Found]], folder: Path
+) -> dict[str, Any]:
+    """The figures of a method in a task, those of one workload together; then what only other methods have."""
+    groups: list[tuple[Found, list[dict[str, str]]]] = []
+    for measure, chosen in view.items():
+        if name not in chosen:
+            continue
+        one = chosen[name]
+        figure = one[0].figures[measure]
+        line = {"name": measure.name, "text": figure.text, "verdict": figure.verdict}
+        place = next((lines for other, lines in groups if other[0] is one[0]), None)
+        if place is None:
+            groups.append((one, [line]))
+        else:
+            place.append(line)
+    if not groups:
+        ended = _ended(rows[0][0])
+        groups.append((rows[0], [{"name": "", "text": ended.text, "verdict": ended.verdict}]))
+    missing = [measure.name for measure, chosen in view.items() if chosen and name not in chosen]
+    shown: list[dict[str, Any]] = [
+        {"figures": lines, "link": _link(source.page, folder), "about": _about(one, name)}
+        for (one, source), lines in groups
+    ]
+    return {"shown": shown, "missing": missing}
+
+
+def _about(one: Highlight, name: str) -> str:
+    """What a figure is of, without how its model was built."""
+    label = "" if one.label == name else f"{one.label}; "
+    return f"{label}{one.host}: {BUILT_WITH.sub('', one.workload)}; {one.machine}"
+
+
+def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
+    """All that was measured of a method, in sections by task."""
+    heads = [Column(m.name, f"{m.low} to {m.high}" if m.low else "") for m in MEASURES]
+    table = Table(("setting", *heads, Column("workload", left=True)))
+    for task in views:
+        these = [one for one in rows if one[0].task == task]
+        if these:
+            table.section(task, tags={"task": task})
+        for one, source in these:
+            link = _link(source.page, folder)
+            figures = [_figure_cell(one.figures.get(measure), link) for measure in MEASURES]
+            if not one.figures:
+                figures[0] = replace(_ended(one), link=link)
+            about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
+            workload = Cell(one.host, small="\n".join(filter(None, about)))
+            table.add(one.label, *figures, workload, tags={"task": task})
+    return table
+
+
+def _figure_cell(figure: Figure | None, link: str) -> Cell:
+    return Cell("-") if figure is None else Cell(figure.text, figure.verdict, link=link)
+
+
+def _ended(one: Highlight) -> Cell:
+    """In the place of figures: how the row ended, or that there is nothing to set it against."""
+    if one.status == "ok":
+        return Cell("no ratio to dense")
+    return Cell(one.status, "worse")
+
+
+def _others(sources: Sequence[Source], folder: Path) -> Table:
+    table = Table((Column("file"), Column("what it holds", left=True)))
+    for source in sources:
+        if source.others:
+            table.add(Cell(_link(source.path, folder), link=_link(source.page, folder)), source.others)
+    return table
+
+
+def _verdict(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> str:
+    """How much was measured of what."""
+    counts = [(task, sum(any(one.task == task for one, _ in rows) for rows in found.values())) for task in tasks]
+    told = ", ".join(f"{count} {'were measured ' if i == 0 else ''}in {task}" for i, (task, count) in enumerate(counts))
+    without = [name for name, rows in found.items() if not rows]
+    never = f" Not measured in any: {', '.join(without)}." if without else ""
+    return f"{len(found)} methods, each against dense attention: {told}.{never}"
+
+
+def _link(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()

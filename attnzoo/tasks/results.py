@@ -1,0 +1,111 @@
+"""Which task shows which records on the results page, and how files that do not name their task are known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from attnzoo.bench.highlights import Highlight, Source, of_records
+from attnzoo.errors import AttnZooError
+from attnzoo.tasks import read_records, task_of
+from attnzoo.tasks.decode import highlights as decode
+
+COLUMNS = ("classify", "decode", "detect", "operations")
+LEFT_OUT = ("samples.*.jsonl", "records.old*.jsonl")  # of a run under way, and set aside
+
+
+@dataclass(frozen=True)
+class Format:
+    """Files whose lines do not name their task: known by keys of the first one.
+
+    Attributes
+    ----------
+    keys
+        That the first line has.
+    read
+        Reads the file and gives its highlights; None where every line has the keys and nothing is a method's.
+    others
+        What it holds that is no method's.
+    """
+
+    keys: frozenset[str]
+    read: Callable[[Path], Sequence[Highlight]] | None = None
+    others: str = ""
+
+
+FORMATS = (
+    Format(frozenset({"nll", "retrieval", "label"}), decode.read_policies),
+    Format(frozenset({"nats", "losses", "label"}), decode.read_trained),
+    Format(
+        frozenset({"kind", "config", "text_sha256"}),
+        decode.read_comparison,
+        "eviction policies beside those of kvpress, prompt by prompt",
+    ),
+    Format(frozenset({"kernel", "case", "registers"}), None, "registers and memory of the compiled Triton kernels"),
+    Format(frozenset({"degree", "rms", "largest"}), None, "how large PADRe's activations are at the start, by degree"),
+)
+SHARED = frozenset({"benchmark", "kind", "attention"})  # of the engine's own records, which may name no task
+
+
+def gather(folder: Path) -> list[Source]:
+    """Read all files of records in a folder and the folders in it.
+
+    Raises
+    ------
+    AttnZooError
+        That names the file, if one is of no known kind, broken or cut off; or if there is none.
+    """
+    paths = sorted(folder.rglob("*.jsonl"))
+    paths = [path for path in paths if not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)]
+    if not paths:
+        raise AttnZooError(f"there are no records (*.jsonl) in {str(folder)!r}")
+    return [_source(path) for path in paths]
+
+
+def _source(path: Path) -> Source:
+    try:
+        return _read(path)
+    except AttnZooError as error:
+        raise error if str(path) in str(error) else AttnZooError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> Source:
+    lines = _lines(path)
+    first = lines[0].keys()
+    known = next((one for one in FORMATS if one.keys <= first), None)
+    if known is None and ("task" in first or first >= SHARED):
+        task = task_of(path)
+        records = read_records(path)
+        found = of_records(records, lambda _: task.name) if task.highlights is None else task.highlights(records)
+        return Source(path, tuple(found), task.others)
+    if known is None:
+        keys = ", ".join(first)
+        raise AttnZooError(f"{path}: no known kind of records; the first line names no task and has the keys {keys}")
+    if known.read is not None:
+        return Source(path, tuple(known.read(path)), known.others)
+    for number, line in enumerate(lines, 1):
+        if not known.keys <= line.keys():
+            raise AttnZooError(f"{path}, line {number}: it lacks {', '.join(sorted(known.keys - line.keys()))}")
+    return Source(path, (), known.others)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AttnZooError(f"{path}: cannot be read: {error}") from error
+    if not text:
+        raise AttnZooError(f"{path}: it is empty")
+    lines = []
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise AttnZooError(f"{path}, line {number}: not JSON; a last line may be cut off: {error}") from error
+        if not isinstance(lines[-1], dict):
+            raise AttnZooError(f"{path}, line {number}: not a record")
+    return lines
