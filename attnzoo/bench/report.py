@@ -100,5 +100,5 @@ def giga(flops: int | None) -> str:
 
 
 def failed(row: Record) -> Cell:
-    """What stands in the place of figures that there are none of."""
+    """What is shown where there are no figures."""
     return Cell(row.status, "worse", words.one_line(row.message))

@@ -54,7 +54,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
 
 
 def refusal(layer: nn.MultiheadAttention) -> str:
-    """Say why nothing can stand in the place of `layer`; empty if something can."""
+    """Say why nothing can replace `layer`; empty if something can."""
     if type(layer).forward is not nn.MultiheadAttention.forward:
         return "a subclass with its own forward"
     if layer.bias_k is not None or layer.add_zero_attn:

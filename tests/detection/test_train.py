@@ -233,7 +233,7 @@ def test_data_are_those_that_the_config_names(data, tmp_path):
     base = make_config(tmp_path / "base.py", data)
     mine = tmp_path / "mine.py"
     mine.write_text(f"_base_ = {str(base)!r}\ndata_root = {str(tmp_path)!r}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"that of no data set, for they read .*data; set data_root in"):
+    with pytest.raises(ConfigError, match=r"not that of any data set: they read .*data; set data_root in"):
         configs.prepare(configs.load_config(mine))
     tree = ROOT / "configs" / "detect" / "trees_softmax.py"
     with pytest.raises(ConfigError, match="typo/' does not exist"):

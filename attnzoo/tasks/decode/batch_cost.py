@@ -1,4 +1,4 @@
-"""The cost of one row, beside the dense model in the same process, which has checked both before the clock."""
+"""The cost of one row, against the dense model in the same process, which has checked both before the clock."""
 
 from __future__ import annotations
 
