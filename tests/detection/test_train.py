@@ -314,7 +314,7 @@ def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
         {"id": 91, "image_id": 3, "category_id": 1, "bbox": [-9, 40, 99, 60], "area": 5940, "iscrowd": 0}
     )
     (data / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
-    config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, flips=0, work_dir=str(tmp_path / "seed0"))
+    config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, flips=0.0, work_dir=str(tmp_path / "seed0"))
     loaded = configs.load_config(config)
     odd = configs.prepare(loaded)[0].odd
     assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge": 1}
