@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
     assert bench.main([str(path)]) == 1
-    assert f"{tmp_path / 'run' / RECORDS_FILE}': No space left on device; what was finished is kept" in (
+    assert f"{tmp_path / 'run' / RECORDS_FILE}': No space left on device; finished work is kept" in (
         capsys.readouterr().err
     )
     assert [r.label for r in read_records(tmp_path / "run" / RECORDS_FILE)] == ["dense"]
@@ -207,7 +207,7 @@ def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=30)
     assert running.returncode == 130, told
-    assert "interrupted; what was finished is kept" in told
+    assert "interrupted; finished work is kept" in told
     assert "Traceback" not in told
 
 
