@@ -51,7 +51,7 @@ class Saved:
 
     @property
     def shared(self) -> dict[str, str]:
-        """Names by which a tensor is known beside the one that it is written under."""
+        """Names by which a tensor is known besides the one that it is written under."""
         return {} if self.weights is None else self.weights["shared"]
 
     def state(self) -> dict[str, Tensor]:

@@ -483,7 +483,7 @@ def _substitute(
 
 
 def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
-    """Put modules in the place of others (by `id`), wherever these stand in the model."""
+    """Put modules in place of others (by `id`), wherever these stand in the model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in new:

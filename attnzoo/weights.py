@@ -23,7 +23,7 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ".index.json"  # added to the name of the whole file where there are shards instead
 _MIXER = "mixer."  # where the weights of a mixer lie, under the name of its layer
 _NESTED = ("state_dict", "model")  # where training libraries put the weights in a file that holds more
-_LEFT_OUT = (  # what mmengine's checkpoints hold beside the weights: its log, HistoryBuffers of NumPy arrays
+_LEFT_OUT = (  # what mmengine's checkpoints hold besides the weights: its log, HistoryBuffers of NumPy arrays
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
     "numpy.ndarray",

@@ -71,7 +71,7 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
-        """All that the results hang on, defaults and overrides included."""
+        """Everything that the results depend on, defaults and overrides included."""
         return {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
 
     def to_yaml(self) -> str:

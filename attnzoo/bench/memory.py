@@ -64,7 +64,7 @@ def keep_buffers() -> None:
 def keep_all_buffers() -> None:
     """Undo `map_buffers` before timing, and have glibc keep all that is freed, as caching allocators do.
 
-    glibc maps a buffer of more than 32 MiB anew at each call, and the kernel clears it page by page; jemalloc, tcmalloc
+    glibc maps a buffer of over 32 MiB again at each call, and the kernel clears it page by page; jemalloc, tcmalloc
     and CUDA's allocator in PyTorch do not.
     """
     libc = _glibc()

@@ -41,7 +41,7 @@ def markdown_table(records: Iterable[Any]) -> str:
         for label in summary.labels[part]:
             quality = summary.quality_of(part, label)
             kept = (
-                [words.absolute(quality).removeprefix("ppl ").removeprefix("AP "), words.kept(quality)]
+                [words.absolute(quality).removeprefix("ppl ").removeprefix("AP "), words.quality_kept(quality)]
                 if qualities
                 else []
             )

@@ -295,7 +295,7 @@ class Envelope(Entry):
 
 
 class Record(Envelope):
-    """A row whose cost is that of a candidate beside the dense baseline."""
+    """A row whose cost is that of a candidate against the dense baseline."""
 
     cost: Cost | None
 

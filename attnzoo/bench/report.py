@@ -77,7 +77,7 @@ def _cost_cells(row: Record, group: Group, dense: Quality | None) -> list[Cell]:
         Cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
         Cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
         Cell(words.absolute(row.quality), kept),
-        Cell(words.kept(row.quality), kept),
+        Cell(words.quality_kept(row.quality), kept),
     ]
 
 
@@ -100,5 +100,5 @@ def giga(flops: int | None) -> str:
 
 
 def failed(row: Record) -> Cell:
-    """What stands in the place of figures that there are none of."""
+    """What is shown where there are no figures."""
     return Cell(row.status, "worse", words.one_line(row.message))

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Phase, Quality, Record
-from attnzoo.bench.words import kept, noise, speed_verdict, times
+from attnzoo.bench.words import noise, quality_kept, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -161,7 +161,9 @@ def verdict(summary: Summary) -> str:
         best = max(rows, key=lambda row: row.cost.ratios.speedup.p50 if row.cost is not None else 0.0)
         verdicts = [speed_verdict(row.cost.ratios.speedup, noise(group.rows)) for row in rows if row.cost is not None]
         speed = times(best.cost.ratios.speedup) if best.cost is not None else "-"
-        keeps = f", keeping {kept(best.quality)} of dense's quality" if kept(best.quality) != "-" else ""
+        keeps = (
+            f", keeping {quality_kept(best.quality)} of dense's quality" if quality_kept(best.quality) != "-" else ""
+        )
         told.append(
             f"{group.host}, {group.title}: {best.label} is fastest, {speed} dense's speed{keeps}; of {len(rows)} "
             f"measured, {verdicts.count('better')} faster than dense, {verdicts.count('worse')} slower.{_bound(group)}"

@@ -35,7 +35,7 @@ MOVES = frozenset(
         "zeros",
     }
 )
-"""Operators of ATen that only make or move data, beside the views."""
+"""Operators of ATen that only make or move data, besides the views."""
 
 
 def _convolution_backward(

@@ -32,7 +32,7 @@ def absolute(quality: Quality | None) -> str:
     return "-" if quality is None else quality.figure
 
 
-def kept(quality: Quality | None) -> str:
+def quality_kept(quality: Quality | None) -> str:
     """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``."""
     if quality is None or quality.ratio_low is None or quality.ratio_high is None:
         return ratio(None if quality is None else quality.ratio)

@@ -532,7 +532,7 @@ def bounded_attention(
     """Attend through the cache, as transformers' attention interface asks.
 
     `query` is ``(B, H, N, D)``, `key` and `value` are ``(B, Hkv, N, D)`` of the new tokens; returns ``(B, N, H, D)``
-    and None in the place of weights.
+    and None instead of weights.
 
     Raises
     ------

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2504.14051
 
     h = scores of a base / their sum
     c_j = h_j / (1 - h_j) * ||h V - v_j||_2      (Thm 3.2: how far the output moves when j goes)
-    fast: the mean of all values in the place of h V
+    fast: the mean of all values instead of h V
 
 Differs from the paper: it does not say how query heads that share a key/value head combine. Here by the root of the
 sum of squares, which is how far the concatenated output of the group moves, before the output projection. Nor does it

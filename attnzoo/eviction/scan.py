@@ -38,7 +38,7 @@ class Padding:
 
 @dataclass(frozen=True)
 class BoundedAttention:
-    """What an eviction swap puts in the place of an attention: a policy and the core that attends.
+    """What an eviction swap puts in place of an attention: a policy and the core that attends.
 
     Attributes
     ----------

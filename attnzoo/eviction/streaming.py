@@ -4,7 +4,7 @@ Paper: Xiao et al., Efficient Streaming Language Models with Attention Sinks, ht
 
     keep = first `sink` tokens + last `budget - sink` tokens
 
-Differs from the paper: positions stay those of the text; the paper counts them anew inside the cache.
+Differs from the paper: positions stay those of the text; the paper renumbers them inside the cache.
 """
 
 from __future__ import annotations

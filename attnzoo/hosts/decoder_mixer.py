@@ -1,4 +1,4 @@
-"""A causal mixer in the place of a decoder's attention, its state in the model's cache.
+"""A causal mixer in place of a decoder's attention, its state in the model's cache.
 
 The mixer gives its state away and takes it back (`mixer.extend(x, state, mask) -> (out, state)`), so that whatever
 happens to the cache (beams, copies, rows chosen) happens to the state.

@@ -100,7 +100,7 @@ def _conditional(path: str, layer: Any) -> Site:
     site.no_mixer = CROSS if layer.cross_attn else NO_GRID
     if layer.cross_attn:
         site.needs["cross"] = "cross-attention"
-        site.needs["widths"] = "keys, with their positions beside them, are twice as wide as values"
+        site.needs["widths"] = "keys, with their positions concatenated, are twice as wide as values"
     return site
 
 

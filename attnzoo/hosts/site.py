@@ -190,7 +190,7 @@ class CoreLayer(nn.Module):
 
 
 def share_state(module: nn.Module, cls: type[M]) -> M:
-    """Make a module of class `cls` on the very dictionaries of `module`."""
+    """Make a module of class `cls` on the same dictionaries as `module`."""
     layer = cls.__new__(cls)
     layer.__dict__.update(module.__dict__)
     layer.__dict__.pop("_compiled_call_impl", None)  # module.compile() would lead back to the host's own forward

@@ -1,6 +1,6 @@
 """Host timm: the plain ViT family, its rotary relatives and its attention pooling.
 
-Cores stand in `Attention`, `AttentionRope`, `EvaAttention` and `AttentionPoolLatent`, by the very projections, norms,
+Cores stand in `Attention`, `AttentionRope`, `EvaAttention` and `AttentionPoolLatent`, with the same projections, norms,
 rotary embedding and gates of the layer. Mixers stand in self-attention without rotary embedding, in models whose
 patch embedding tells the grid of each call.
 """

@@ -54,7 +54,7 @@ def find(model: nn.Module, layers: Mapping[str, Any], options: HostOptions) -> l
 
 
 def refusal(layer: nn.MultiheadAttention) -> str:
-    """Say why nothing can stand in the place of `layer`; empty if something can."""
+    """Say why nothing can replace `layer`; empty if something can."""
     if type(layer).forward is not nn.MultiheadAttention.forward:
         return "a subclass with its own forward"
     if layer.bias_k is not None or layer.add_zero_attn:
@@ -107,8 +107,7 @@ class TorchSite(Site):
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
         if info.capabilities.grid and self.grid is None:
-            "torch's encoders do not know the grid of the tokens: give grid=(h, w), and prefix= if there are tokens "
-            "before the grid"
+            return "torch's encoders do not know the token grid: give grid=(h, w), and prefix= for tokens before it"
         return None
 
     def put_core(self, core: Core) -> nn.Module:

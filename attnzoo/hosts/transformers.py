@@ -10,7 +10,7 @@ A caller who asks for attention weights (``output_attentions=True``) gets them f
 the model leaves layers of every other out of its ``attentions``, as with transformers' own `sdpa`.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
-`attnzoo.eviction.cache`. A mixer stands in the place of a whole attention module: a causal one of a decoder's
+`attnzoo.eviction.cache`. A mixer replaces a whole attention module: a causal one of a decoder's
 (`attnzoo.hosts.decoder_mixer`), any other of an image encoder's (`attnzoo.hosts.vision_mixer`) or of a detector's
 (`attnzoo.hosts.detector_mixer`).
 """
@@ -216,7 +216,7 @@ class TransformersSite(Site):
         return tuple(reversed(takers))
 
     def substitute(self, info: AttentionInfo, module: Any, owner: Any) -> nn.Module:
-        """Make what a trial puts in the place of `module`, this layer's twin, in a model that holds `owner`'s twin."""
+        """Make what a trial puts in place of `module`, this layer's twin, in a model that holds `owner`'s twin."""
         twin = dataclasses.replace(self, module=module, owner=owner)
         cache.add_hook(owner)
         if info.kind == "mixer":

@@ -1,4 +1,4 @@
-"""A mixer in the place of an image encoder's attention, in transformers: vision transformers on patches of one size.
+"""A mixer in place of an image encoder's attention, in transformers: vision transformers on patches of one size.
 
 The convolution that cuts the image into patches tells the grid of each call; the tokens before the patches are known
 for each kind of model.
@@ -123,7 +123,7 @@ def prefix_of(layer: Any) -> int:
 
 
 def problem(layer: Any, patches: Patches | None) -> str | None:
-    """Say why no mixer can stand in the place of `layer`, or give None."""
+    """Say why no mixer can replace `layer`, or give None."""
     kind = getattr(layer.config, "model_type", "")
     if kind not in PREFIX or patches is None:
         known = ", ".join(PREFIX)

@@ -2,7 +2,7 @@
 //
 // x and out are (B, H * W, C) with any distance between tokens (channels side by side); the kernel is K x K, stride 1,
 // zeros beyond the edges. A block of LANES channels is copied to a padded buffer and convolved there; the buffer holds
-// a strip of rows that fits the second-level cache, and WIDE neighbouring outputs stay in registers for all K * K taps.
+// a strip of rows that fits the second-level cache, and WIDE neighboring outputs stay in registers for all K * K taps.
 
 #include <algorithm>
 #include <cstdint>

@@ -102,7 +102,7 @@ class Canvas:
         return hide(head, self.prefix_mask), hide(patches, self.patch_mask)
 
     def take(self, head: Tensor, patches: Tensor) -> Tensor:
-        """Undo `lay`: back to ``(B, N, C)``, with zeros in the place of padding."""
+        """Undo `lay`: back to ``(B, N, C)``, with zeros instead of padding."""
         head, patches = hide(head, self.prefix_mask), hide(patches, self.patch_mask)
         if self.slots is not None:
             nothing = patches.new_zeros(patches.shape[0], 1, patches.shape[2])

@@ -82,7 +82,7 @@ class Hyena(nn.Module):
 
     @staticmethod
     def abilities(*, bidirectional: bool = True, **options: object) -> dict[str, bool]:
-        """Say which capabilities hang on the options."""
+        """Say which capabilities depend on the options."""
         return {"causal": bidirectional is False}
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:

@@ -80,7 +80,7 @@ class Mamba(nn.Module):
 
     @staticmethod
     def abilities(*, bidirectional: bool = True, **options: object) -> dict[str, bool]:
-        """Say which capabilities hang on the options."""
+        """Say which capabilities depend on the options."""
         return {"causal": bidirectional is False}
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
@@ -146,7 +146,7 @@ class Selective(nn.Module):
     def _step(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """The step of each channel ``(B, N, inner)`` and its bias, which the scan adds in float32.
 
-        What stands in the place of the linear map (quantized, or with an adapter) is called, and adds its bias itself.
+        What replaces the linear map (quantized, or with an adapter) is called, and adds its bias itself.
         """
         if type(self.dt_proj) is nn.Linear:
             return F.linear(step, self.dt_proj.weight), self.dt_proj.bias

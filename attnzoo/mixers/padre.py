@@ -133,7 +133,7 @@ class Padre(nn.Module):
 
     @staticmethod
     def abilities(*, token_mixing: str = "conv2d", output: str = "last", **options: object) -> dict[str, bool]:
-        """Say which capabilities hang on the options."""
+        """Say which capabilities depend on the options."""
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
         alike = output != "element_sum"  # which has weights for each token
         return {

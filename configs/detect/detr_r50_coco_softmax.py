@@ -1,4 +1,4 @@
-# DETR R-50 on COCO by mmdet's recipe of 150 epochs, with its own attention: the dense baseline beside
+# DETR R-50 on COCO by mmdet's recipe of 150 epochs, with its own attention: the dense baseline of
 # detr_r50_coco_padre2.py and detr_r50_coco_padre3.py. 8 GPUs; not run here.
 #
 #   torchrun --nproc_per_node 8 train/detect.py configs/detect/detr_r50_coco_softmax.py --launcher pytorch

@@ -1,4 +1,4 @@
-# A small DAB-DETR, which the configs of trees and blood cells begin with: ResNet-18 of half its width up to its third
+# A small DAB-DETR, the base of the configs of trees and blood cells: ResNet-18 of half its width up to its third
 # stage (16 pixels per token), group normalization, since it is trained from scratch in small batches, 2 encoder layers,
 # 3 decoder layers, width 128, no dropout. DAB-DETR and not DETR itself, whose queries take hundreds of epochs to find
 # their places.

@@ -1,5 +1,5 @@
-# Can it learn? 20 tiles of tree crowns, trained on and tested on, with DAB-DETR's own attention. It says nothing of new
-# images: what is asked is an AP50 of 0.9 and more on those it has seen.
+# Can it learn? 20 tiles of tree crowns, trained on and tested on, with DAB-DETR's own attention. It says nothing
+# about new images: the goal is an AP50 of at least 0.9 on those it has seen.
 #
 #   python train/detect.py configs/detect/trees_overfit_softmax.py
 #   python train/detect.py configs/detect/trees_overfit_padre.py

@@ -233,7 +233,7 @@ def test_data_are_those_that_the_config_names(data, tmp_path):
     base = make_config(tmp_path / "base.py", data)
     mine = tmp_path / "mine.py"
     mine.write_text(f"_base_ = {str(base)!r}\ndata_root = {str(tmp_path)!r}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"that of no data set, for they read .*data; set data_root in"):
+    with pytest.raises(ConfigError, match=r"not that of any data set: they read .*data; set data_root in"):
         configs.prepare(configs.load_config(mine))
     tree = ROOT / "configs" / "detect" / "trees_softmax.py"
     with pytest.raises(ConfigError, match="typo/' does not exist"):
@@ -314,7 +314,7 @@ def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
         {"id": 91, "image_id": 3, "category_id": 1, "bbox": [-9, 40, 99, 60], "area": 5940, "iscrowd": 0}
     )
     (data / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
-    config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, work_dir=str(tmp_path / "seed0"))
+    config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, flips=0, work_dir=str(tmp_path / "seed0"))
     loaded = configs.load_config(config)
     odd = configs.prepare(loaded)[0].odd
     assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge": 1}

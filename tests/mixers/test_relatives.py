@@ -214,7 +214,7 @@ def test_linear_angular_is_its_authors(training):
 
 
 @pytest.mark.parametrize(("name", "product"), [("sima", sima.product), ("linear_angular", linear_angular.angular)])
-def test_without_normalisation_they_are_cubic_exactly(name, product):
+def test_without_normalization_they_are_cubic_exactly(name, product):
     m = build(name)
 
     def without(x):

@@ -129,7 +129,7 @@ def prune(parent: Path, keep: int) -> None:
 def tidy(parent: Path, step: int) -> None:
     """Before going on from `step`: remove what a killed run was writing, and set aside checkpoints that were refused.
 
-    Those are of later steps; left where they are, they would be kept in the place of new ones.
+    Those are of later steps; left where they are, they would be kept instead of new ones.
     """
     for folder in parent.glob(f"{PART}*"):
         shutil.rmtree(folder, ignore_errors=True)

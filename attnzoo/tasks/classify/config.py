@@ -141,7 +141,7 @@ class AugmentConfig(Section):
     mixup_prob: Share = 1.0
     mixup_switch_prob: Share = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
-    repeats: Annotated[PositiveInt, Field(description="copies of an image in a row, each augmented anew")] = 1
+    repeats: Annotated[PositiveInt, Field(description="copies of an image in a row, each augmented independently")] = 1
 
     @model_validator(mode="after")
     def _in_order(self) -> AugmentConfig:
@@ -207,7 +207,7 @@ class TrainedAttention(AttentionConfig):
 
 
 class CostConfig(Section):
-    """What is timed of the models, beside the dense one: batches of `batch` images of each size.
+    """What is timed of the models, against the dense one: batches of `batch` images of each size.
 
     With `gradient` a call is a forward and a backward. The rest is as in a benchmark's `cost`.
     """
@@ -339,7 +339,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the weights hang on; other attentions of the config are not in it."""
+        """Everything that the weights depend on; other attentions of the config are not in it."""
         config = self.config
         content = {
             "version": CONFIG_VERSION,

@@ -159,7 +159,7 @@ def measure_quality(config: SuiteConfig, spec: AttentionConfig | None, data: str
 
 
 class _Checks:
-    """The gates of one row: the candidate's and the dense baseline's, on the very inputs that will be timed."""
+    """The gates of one row: the candidate's and the dense baseline's, on exactly the inputs that will be timed."""
 
     def __init__(
         self,

@@ -129,7 +129,7 @@ class Training:
         tell
             Called after each step with the steps done, those of the whole run, and the loss in words.
         say
-            Called with a line where a broken-off run goes on, and after each epoch.
+            Called with a line when an interrupted run resumes, and after each epoch.
 
         Raises
         ------

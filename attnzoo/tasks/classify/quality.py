@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Record, Share
 from attnzoo.bench.stats import ratio_of_shares, wilson_interval
-from attnzoo.bench.words import kept
+from attnzoo.bench.words import quality_kept
 from attnzoo.tasks.classify.cost_config import QualityConfig
 from attnzoo.tasks.classify.small import IMAGE_SIDE
 
@@ -64,7 +64,7 @@ class Accuracy(Quality):
         """Columns of the table of quality."""
         return {
             "top-1 % (95% Wilson)": self.figure,
-            "kept (95%)": kept(self),
+            "kept (95%)": quality_kept(self),
             "right": f"{sum(t.correct for t in self.trainings)} of {self.images}",
             "top-5 %": "-" if self.top5 is None else f"{self.top5:.1%}"[:-1],
             "calibration error": "-" if self.calibration_error is None else f"{self.calibration_error:.3f}",

@@ -1,6 +1,6 @@
-"""Random numbers by key: what is drawn for a step or an image hangs on seed and place alone, never on what came before.
+"""Random numbers by key: what is drawn for a step or an image depends on seed and place, never on what came before.
 
-So a training that was broken off goes on as if it had not been, whatever the number of its data workers.
+So an interrupted training resumes as if it had not been interrupted, whatever the number of its data workers.
 """
 
 from __future__ import annotations

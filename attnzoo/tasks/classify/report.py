@@ -90,8 +90,8 @@ def how_to_read(qualities: Mapping[str, Accuracy], steps: Mapping[str, Record]) 
     if steps:
         batch = next(record.shapes.batch for record in steps.values() if record.shapes)
         said += (
-            f" A training step is a forward and a backward of {batch} images, measured beside the dense model's in one "
-            "process: p50, the dense one's time over it (p50, p20-p80), and peak memory over the dense one's."
+            f" A training step is a forward and a backward of {batch} images, measured against the dense model's in "
+            "one process: p50, the dense one's time over it (p50, p20-p80), and peak memory over the dense one's."
         )
     return said
 

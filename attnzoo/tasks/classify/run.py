@@ -1,4 +1,4 @@
-"""All trainings of a config, one after another: what is done is kept, what was broken off goes on."""
+"""All trainings of a config, one after another: finished runs are kept, interrupted ones resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation of a config's trained runs: quality of all seeds, cost beside the dense model, and the worst mistakes.
+"""Evaluation of a config's trained runs: quality of all seeds, cost against the dense model, and the worst mistakes.
 
 Accuracy and cost go into the benchmark's own records, so that its tables and pages take them.
 """

@@ -1,4 +1,4 @@
-"""The cost of one row, beside the dense model in the same process, which has checked both before the clock."""
+"""The cost of one row, against the dense model in the same process, which has checked both before the clock."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measure_cost(
     """Time a swapped twin of `model` and `model` itself in turn; for None, dense against a second copy of itself.
 
     Before that both pass the gate of `attnzoo.tasks.decode.cost.check`. The canaries do not stand in for it: another
-    process may have run them, of this run or of one that it goes on from.
+    process may have run them, of this run or of one that it resumes.
 
     Raises
     ------

@@ -83,7 +83,7 @@ def build(host: Host, seed: int) -> Any:
 
 
 def train(model: Any, data: Bytes, recipe: Recipe, *, seed: int, folder: Path) -> list[tuple[int, float]]:
-    """Train on the CPU by transformers' Trainer, which goes on from the last checkpoint in `folder`.
+    """Train on the CPU by transformers' Trainer, which resumes from the last checkpoint in `folder`.
 
     Returns
     -------

@@ -73,7 +73,7 @@ class TrainConfig(RunConfig):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """All that the results hang on."""
+        """Everything that the results depend on."""
         return self.model_dump(mode="json", exclude={"output", "device"})
 
     @classmethod

@@ -53,7 +53,7 @@ class LanguageQualityConfig(Section):
 
 
 class LanguageConfig(Section):
-    """A causal language model whose cache policies bound, beside the same model with transformers' own cache and SDPA.
+    """A causal language model whose cache policies bound, against the same model with transformers' own cache and SDPA.
 
     With ``quality: null`` nothing is scored, as for a model of random weights, whose canary proves nothing. `model` and
     `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them.

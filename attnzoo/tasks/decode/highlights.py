@@ -36,7 +36,7 @@ TASK = "decode"
 
 
 def read_policies(path: Path) -> list[Highlight]:
-    """Read the records of eviction policies: perplexity, pass keys and speed, each beside the dense cache."""
+    """Read the records of eviction policies: perplexity, pass keys and speed, each against the dense cache."""
     records = read_records(path)
     dense = next((record for record in records if record.is_baseline), None)
     if dense is None:

@@ -23,7 +23,7 @@ from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.needles import Sample, found
 
 CHUNK = 256  # positions whose float32 log-probabilities are held at a time
-ROOM_FOR_WORDS = 12  # tokens that an answer may have beside the numbers asked for
+ROOM_FOR_WORDS = 12  # tokens that an answer may have besides the numbers asked for
 CONVERTED = "_safetensors"  # ends the name of an asset that is another one in a form that loads fast
 
 

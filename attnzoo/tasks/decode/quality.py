@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from attnzoo.bench.record import Count, Entry, Interval, NonNegative, Quality
 from attnzoo.bench.stats import paired_difference
-from attnzoo.bench.words import figures, kept
+from attnzoo.bench.words import figures, quality_kept
 from attnzoo.tasks.decode.cost_config import LanguageConfig
 
 
@@ -65,7 +65,7 @@ class Perplexity(Quality):
         d = self.difference
         return {
             "perplexity": f"{self.perplexity:.2f}",
-            "kept (95%)": kept(self),
+            "kept (95%)": quality_kept(self),
             "NLL, nats per token": f"{self.nll:.3f}",
             "above dense (95%)": "-" if d is None else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})",
             "windows of tokens": f"{len(self.window_nll)} of {self.tokens:,}",

@@ -54,7 +54,7 @@ class BatchCost(Entry):
 
 
 class DecodeCost(Entry):
-    """What decoding costs, beside the dense model in the same process; cache and memory at the first batch size.
+    """What decoding costs, against the dense model in the same process; cache and memory at the first batch size.
 
     `gate` and `baseline_gate` are the checks of candidate and dense that this process made before the clock; null in
     records that are older than these fields.

@@ -222,7 +222,7 @@ def _check_used(config: Any, root: str) -> None:
     roots = {os.path.normpath(one) for part in loaders(config) for one in check.roots(config[part].dataset)}
     if roots and not any(Path(one).is_relative_to(os.path.normpath(root)) for one in roots):
         raise ConfigError(
-            f"data_root={root!r} is that of no data set, for they read {', '.join(sorted(roots))}; set data_root in "
+            f"data_root={root!r} is not that of any data set: they read {', '.join(sorted(roots))}; set data_root in "
             "the dataset of each dataloader too"
         )
 

@@ -431,7 +431,7 @@ def _shapes(dense: nn.Module, batch: int, run: Callable[[nn.Module], Any]) -> Sh
 
 
 def _cost(one: _Measured, timed: stages.Timed, baseline: _Measured, base: stages.Timed, batch: int) -> Cost:
-    """Set a variant beside the dense baseline, whole and stage by stage."""
+    """Set a variant against the dense baseline, whole and stage by stage."""
     side, dense = _side(one, timed, base, batch), _side(baseline, base, base, batch)
     uncounted = {op for traced, _ in one.needed.values() for op in traced.uncounted}
     return Cost(

@@ -233,7 +233,7 @@ def hash_of(configs: Sequence[Any]) -> str:
 
 
 def keep(folder: Path, records: Sequence[Record]) -> None:
-    """Put records into a folder, in the place of those of an earlier evaluation."""
+    """Put records into a folder, replacing those of an earlier evaluation."""
     with RecordStore(folder, Record, records[0].config_hash, fresh=True) as store:
         for record in records:
             store.append(record)

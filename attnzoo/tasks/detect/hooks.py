@@ -12,10 +12,10 @@ from mmengine.runner import set_random_seed
 
 @HOOKS.register_module()
 class SeedEachEpoch(Hook):
-    """Seed Python, NumPy and PyTorch anew at the beginning of every epoch.
+    """Seed Python, NumPy and PyTorch again at the beginning of every epoch.
 
     mmengine's checkpoints hold no random state. With this, and data read in the process itself (``num_workers=0``), a
-    run that was broken off and resumed ends with the very weights of one that was not.
+    run that was interrupted and resumed ends with exactly the weights of one that was not.
     """
 
     def before_train_epoch(self, runner: Any) -> None:

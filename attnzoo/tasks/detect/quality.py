@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Self
 
 from attnzoo.bench.record import Count, Entry, Quality, Share
-from attnzoo.bench.words import kept
+from attnzoo.bench.words import quality_kept
 
 
 class Detecting(Entry):
@@ -57,7 +57,7 @@ class Detection(Quality):
                  "large %": self.ap_large}  # fmt: skip
         return {
             "AP %": f"{100 * self.ap:.1f}",
-            "kept": kept(self),
+            "kept": quality_kept(self),
             **{name: "-" if value is None else f"{100 * value:.1f}" for name, value in parts.items()},
             "AP of each seed": ", ".join(f"{100 * one.ap:.1f}" for one in self.trainings),
             "images": f"{self.images:,}",

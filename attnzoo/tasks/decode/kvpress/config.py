@@ -85,7 +85,7 @@ class Comparison(RunConfig):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """All that the results hang on."""
+        """Everything that the results depend on."""
         return self.model_dump(mode="json", exclude={"output", "device", "timeout_seconds"})
 
     @classmethod
