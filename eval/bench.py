@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
     if (parsed.config is None) == (parsed.report is None):
         parser.error("give either a config or --report RECORDS")
+    if parsed.so_far and (parsed.report is not None or parsed.readme is not None):
+        parser.error("--so-far goes with a config alone")
 
     def body() -> int:
         from attnzoo import tasks
@@ -60,9 +62,9 @@ def measure(path: Path, overrides: Sequence[str], command: str, readme: Path | N
     from attnzoo.bench.run import run
 
     task, config = tasks.load(path, overrides)
+    if readme is not None and (task.run is not None or task.columns is not None):
+        raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
     if task.run is not None:
-        if readme is not None:
-            raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
         return task.run(config, command)
     if readme is not None:
         read_marked(readme)  # rather now than after an hour
@@ -75,7 +77,8 @@ def measure(path: Path, overrides: Sequence[str], command: str, readme: Path | N
 def so_far(path: Path, overrides: Sequence[str]) -> None:
     """Show what a run of a config has done."""
     from attnzoo import tasks
-    from attnzoo.bench.record import RECORDS_FILE
+    from attnzoo.bench.record import RECORDS_FILE, read_records
+    from attnzoo.bench.run import asked
 
     task, config = tasks.load(path, overrides)
     if task.so_far is not None:
@@ -85,7 +88,8 @@ def so_far(path: Path, overrides: Sequence[str]) -> None:
     elif not (config.folder / RECORDS_FILE).is_file():
         raise ConfigError(f"--so-far: there are no records in {config.folder} yet")
     else:
-        report(task, config.folder / RECORDS_FILE, None)
+        path = config.folder / RECORDS_FILE
+        report(task, path, None, asked(task, config, read_records(path, task.record)))
 
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:

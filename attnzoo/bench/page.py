@@ -95,7 +95,6 @@ def html_page(
 
 
 def _what_was_run(summary: Summary) -> dict[str, str]:
-    one = summary.any
     facts = {}
     for part in summary.parts:
         groups = summary.of(part)
@@ -112,8 +111,8 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
         "Machine": machine(summary),
         "Versions": "; ".join(versions(summary)),
         "Measured": dates(summary),
-        "Config": one.config_hash,
-        "Again": one.command,
+        "Config": summary.last.config_hash,
+        "Again": summary.last.command,
     }
     if keeps_freed_memory(summary):
         facts["Memory"] = "while timed, the process keeps what is freed, as with a caching allocator"

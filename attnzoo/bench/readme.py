@@ -86,6 +86,11 @@ def _metric(summary: Summary, part: str) -> str:
     return next((r.quality.METRIC for r in summary.quality if r.part == part and r.quality is not None), "quality")
 
 
+def _title(metric: str) -> str:
+    """A metric at the beginning of a sentence: ``Top-1``, ``AP``."""
+    return metric[0].upper() + metric[1:].removesuffix(" %")
+
+
 def _padded(cells: list[str], count: int) -> list[str]:
     return [*cells, *[""] * (count - len(cells))]
 
@@ -110,7 +115,7 @@ def markdown_section(records: Iterable[Any]) -> str:
         text += ["", f"{_host_words(summary, part)}."]
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
         if quality is not None:
-            text[-1] += f" {quality.METRIC.removesuffix(' %').capitalize()}: {quality.note}."
+            text[-1] += f" {_title(quality.METRIC)}: {quality.note}."
     return "\n".join([*text, "", "Made by", "", "```sh", command(summary), "```"])
 
 
@@ -134,7 +139,7 @@ def _host_words(summary: Summary, part: str) -> str:
 
 def command(summary: Summary) -> str:
     """The command that made the records."""
-    return summary.any.command
+    return summary.last.command
 
 
 def read_marked(path: Path) -> str:

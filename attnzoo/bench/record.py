@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 from attnzoo import files
 from attnzoo.bench.jsonl import append_line, read_lines
@@ -275,6 +275,18 @@ class Envelope(Entry):
     cost: SerializeAsAny[Entry] | None
     quality: SerializeAsAny[Quality] | None
     quality_note: str
+
+    @model_validator(mode="after")
+    def _gate_before_clock(self) -> Self:
+        if self.cost is None:
+            return self
+        if (
+            self.gate is None
+            or not self.gate.passed
+            or (self.baseline_gate is not None and not self.baseline_gate.passed)
+        ):
+            raise ValueError("a cost needs a gate that passed in the same process")
+        return self
 
     @property
     def key(self) -> Key:

@@ -16,8 +16,8 @@ from attnzoo import files
 from attnzoo.bench import progress
 from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
-from attnzoo.bench.isolate import ChildResult, Isolation
-from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Phase, Quality, RecordStore
+from attnzoo.bench.isolate import ChildResult, Isolation, set_threads
+from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Phase, Quality, R, RecordStore
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.bench.words import one_line
 from attnzoo.bench.work import Job, work, work_here
@@ -53,24 +53,44 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
         raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     task.check(config)
     cells = task.plan(config)
-    measured = {key: cell.measured for cell in cells for key in cell.keys}
+    measured = _measured(task, cells)
     fresh = bool(getattr(config, "fresh", False))
     with RecordStore(
         config.folder, task.record, config.hash, measured, fresh=fresh, changed=lambda: _changed(config)
     ) as store:
         todo = [cell for cell in cells if not all(map(store.done, cell.keys))]
+        set_threads(config.threads)
         given = task.prepare(config, todo)
         files.write(config.folder / CONFIG_FILE, config.to_yaml())
         if len(todo) < len(cells):
             kept = f"{len(cells) - len(todo)} rows of an earlier run are kept, {len(todo)} to measure"
             console.print(kept, highlight=False)
-        engine = _Engine(task, config, store, given, command)
-        engine.with_quality = {cell.part for cell in cells if cell.kind == "quality"}
+        engine = _Engine(task, config, store, given, command, cells)
         with progress.bars(console) as bars:
-            for stage in dict.fromkeys(cell.stage for cell in todo):
+            stages = list(dict.fromkeys(cell.stage for cell in todo))
+            for number, stage in enumerate(stages):
+                engine.bar_parts(pending=[cell for cell in todo if cell.stage in stages[number:]])
                 engine.measure([cell for cell in todo if cell.stage == stage], bars)
+        engine.bar_parts()
         engine.refresh_quality()
         return [store.records[key] for key in measured if key in store.records]
+
+
+def asked(task: Task, config: RunConfig, records: Sequence[R]) -> list[R]:
+    """Leave out the records of rows that `config` does not ask for, which an earlier config of the folder left."""
+    keys = {key for cell in task.plan(config) for key in cell.keys}
+    return [record for record in records if record.key in keys or record.config_hash == config.hash]
+
+
+def _measured(task: Task, cells: Sequence[Cell]) -> dict[Key, str]:
+    """What stands for all that each row depends on, by its key."""
+    found: dict[Key, str] = {}
+    for cell in cells:
+        for key in cell.keys:
+            if key in found:
+                raise ConfigError(f"the task {task.name} plans two rows {cell.label!r} ({', '.join(map(str, key))})")
+            found[key] = cell.measured
+    return found
 
 
 def _changed(config: RunConfig) -> str:
@@ -81,9 +101,10 @@ def _changed(config: RunConfig) -> str:
     except ConfigError:
         return ""
     now = flat(config.plain())
-    names = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+    keys = [key for key in dict.fromkeys((*before, *now)) if key not in ("task", "name")]
+    names = [key for key in keys if before.get(key) != now.get(key)]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f" (the configs differ in {', '.join(names[:NAMED])}{more})" if names else ""
+    return f" (the last config there and this one differ in {', '.join(names[:NAMED])}{more})" if names else ""
 
 
 class _Engine:
@@ -96,14 +117,21 @@ class _Engine:
         store: RecordStore[Envelope],
         given: Mapping[str, Any],
         command: str,
+        cells: Sequence[Cell],
     ) -> None:
         self.task, self.config, self.store, self.given, self.command = task, config, store, given, command
-        self.with_quality: set[str] = set()  # parts whose quality this config measures
+        self.keys = [key for cell in cells for key in cell.keys]  # of the rows that this config asks for
+        self.with_quality = {cell.part for cell in cells if cell.kind == "quality"}
+        self.baselines = {cell.part: cell.label for cell in cells if cell.is_baseline}
+        self.hanging = {cell.part for cell in cells if cell.needs_baseline}  # on the quality of their baseline
+        self.barred: dict[str, str] = {}
         self.isolation = Isolation(task.preload(config), cuda=config.device.startswith("cuda"))
         self.places: dict[int | None, Environment] = {}
 
     def measure(self, cells: Sequence[Cell], bars: Progress) -> None:
         """Measure the cells of one stage, as many at a time as they allow, and write the records of each at once."""
+        for cell in cells:
+            self._place(cell.threads)  # which compiles kernels for CPUs where they are not yet
         bar = bars.add_task(cells[0].stage, total=sum(cell.weight for cell in cells), stage="")
         for cell, result, seconds in self._results(cells, bars, bar):
             self._keep(cell, result, seconds, bars.console)
@@ -127,9 +155,8 @@ class _Engine:
                 raise
 
     def _result(self, cell: Cell, say: Say) -> tuple[Result, float]:
-        barred = self._barred(cell.part) if cell.needs_baseline and cell.kind == "cost" else ""
-        if barred:
-            return Result(status="failed", message=barred), 0.0
+        if cell.kind == "cost" and cell.needs_baseline and cell.part in self.barred:
+            return Result(status="failed", message=self.barred[cell.part]), 0.0
         say("start")
         start = time.monotonic()
         if cell.isolated:
@@ -139,32 +166,54 @@ class _Engine:
             result = work_here(self.task, self.config, cell, self.given, say)
         return result, time.monotonic() - start
 
-    def _barred(self, part: str) -> str:
-        """Why no row of a part counts; empty where they do. Rows whose quality was measured then fail as well."""
-        dense = self._dense(part)
-        if dense is None or (dense.status == "ok" and dense.quality is not None):
-            return ""
-        reason = f"no row of {dense.host} counts, for the quality of {dense.label} is: {dense.status}: {dense.message}"
-        for record in list(self.store.records.values()):
-            if record.part == part and record.kind == "quality" and record.status == "ok":
-                update = {"status": "failed", "message": reason, "quality": None, "quality_note": reason}
-                self.store.append(record.model_copy(update=update))
-        return reason
+    def bar_parts(self, pending: Sequence[Cell] = ()) -> None:
+        """Where the quality of a baseline could not be measured, no row counts that means nothing without it.
+
+        Nothing is said yet of the parts whose quality is among the `pending` cells.
+        """
+        for part in self.hanging - self.barred.keys() - {cell.part for cell in pending if cell.kind == "quality"}:
+            dense = self._dense(part)
+            if dense is None or (dense.status == "ok" and dense.quality is not None):
+                continue
+            reason = (
+                f"no row of {dense.host} counts, for the quality of {dense.label} is: {dense.status}: {dense.message}"
+            )
+            self.barred[part] = reason
+            for record in (self.store.records.get(key) for key in self.keys if key[0] == part):
+                if record is not None and record.status == "ok":
+                    update = {
+                        "status": "failed",
+                        "message": reason,
+                        "quality": None,
+                        "quality_note": reason,
+                        "cost": None,
+                    }
+                    self.store.append(record.model_copy(update=update))
 
     def _keep(self, cell: Cell, result: Result, seconds: float, console: Console) -> None:
         """Write a cell's records, and say so where nobody watches the bars or something went wrong."""
-        for phase in cell.phases:
-            self.store.append(self._record(cell, phase, result, seconds))
+        records = self._records(cell, result, seconds)
+        for record in records:
+            self.store.append(record)
+        result = result if records[0].status == result.status else Result(status="failed", message=records[0].message)
         if not console.is_terminal or result.status != "ok":
             at = f" at {cell.tokens:,} tokens" if cell.tokens else ""
             why = f": {one_line(result.message)}" if result.message else ""
             line = f"{cell.kind} of {cell.label}{at}: {result.status} in {seconds:.1f} s{why}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def _records(self, cell: Cell, result: Result, seconds: float) -> list[Envelope]:
+        """The records of a cell; failed where the task gave what its records cannot hold."""
+        try:
+            return [self._record(cell, phase, _whole(cell, result), seconds) for phase in cell.phases]
+        except (ValueError, ArithmeticError) as error:
+            wrong = Result(status="failed", message=f"{type(error).__name__}: {error}")
+            return [self._record(cell, phase, wrong, seconds) for phase in cell.phases]
+
     def refresh_quality(self) -> None:
         """Bring rows up to date whose quality, or whose baseline's quality, came after them."""
-        for record in list(self.store.records.values()):
-            if record.part not in self.with_quality:
+        for record in [self.store.records[key] for key in self.keys if key in self.store.records]:
+            if record.part not in self.with_quality or record.part in self.barred:
                 continue  # whoever measured it elsewhere may have written it
             found, note = self._quality_of(record.part, record.label)
             if (found, note) != (record.quality, record.quality_note):
@@ -231,18 +280,28 @@ class _Engine:
             return quality.model_copy(update={"ratio": 1.0})
         dense = self._dense(record.part)
         if dense is None or dense.quality is None:
-            return quality
+            return quality.model_copy(update={"ratio": None, "ratio_low": None, "ratio_high": None})
         return quality.against(dense.quality)
 
     def _dense(self, part: str) -> Envelope | None:
         """The quality of a part's dense baseline."""
-        rows = (r for r in self.store.records.values() if r.part == part and r.kind == "quality" and r.is_baseline)
-        return next(rows, None)
+        return self.store.records.get((part, "quality", "forward", self.baselines.get(part, ""), 0))
 
     def _place(self, threads: int | None) -> Environment:
         if threads not in self.places:
             self.places[threads] = environment(self.config.device, threads)
         return self.places[threads]
+
+
+def _whole(cell: Cell, result: Result) -> Result:
+    """A result that is ok has what its cell is for, and a cost its gates."""
+    if result.status != "ok":
+        return result
+    if cell.kind == "quality" and result.quality is None:
+        raise ValueError("the task gave no quality and called it ok")
+    if cell.kind == "cost" and set(result.costs) != set(cell.phases):
+        raise ValueError(f"the task gave costs of {sorted(result.costs)}, asked for were {sorted(cell.phases)}")
+    return Result.model_validate(dict(result))
 
 
 def _result_of(ended: ChildResult) -> Result:

@@ -63,6 +63,11 @@ class Summary:
         return next((row for group in self.groups for row in group.rows), None) or self.quality[0]
 
     @property
+    def last(self) -> Record:
+        """The record that was measured last, for the config and the command of a run that was added to."""
+        return max(self.records, key=lambda record: record.utc)
+
+    @property
     def records(self) -> list[Record]:
         """All records."""
         return [row for group in self.groups for row in group.rows] + self.quality
@@ -144,7 +149,9 @@ def dates(summary: Summary) -> str:
 
 def verdict(summary: Summary) -> str:
     """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower."""
-    groups = [group for group in summary.groups if any(row.cost is not None for row in group.rows)]
+    groups = [
+        group for group in summary.groups if any(row.cost is not None and not row.is_baseline for row in group.rows)
+    ]
     told = []
     for part in summary.parts:
         group = next((group for group in reversed(groups) if group.part == part), None)

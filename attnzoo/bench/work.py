@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from attnzoo.bench.config import RunConfig
 from attnzoo.bench.gate import OracleError
-from attnzoo.bench.isolate import is_out_of_memory, set_threads
+from attnzoo.bench.isolate import LAST_WORDS, is_out_of_memory, set_threads
 from attnzoo.bench.record import Entry
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AttnZooError, ConfigError
@@ -32,6 +33,8 @@ def load(ref: str) -> Task:
         If there is no such module, or no task of this name in it.
     """
     module, _, name = ref.partition(":")
+    if not module or not name or module.startswith("."):
+        raise ConfigError(f"task: {ref!r} must be module:NAME")
     try:
         task = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
@@ -58,7 +61,7 @@ def work_here(task: Task, config: RunConfig, cell: Cell, given: Mapping[str, Any
         return Result(status="unsupported", message=str(error))
     except OracleError as error:
         return Result(status="failed", message=str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return Result(status="oom", message=str(error) or type(error).__name__)
+    except Exception as error:  # a mistake of the task's, or of a library's: the other cells may still run
+        if is_out_of_memory(error):
+            return Result(status="oom", message=str(error) or type(error).__name__)
+        return Result(status="failed", message=traceback.format_exc()[-LAST_WORDS:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +40,13 @@ def find(name: str) -> Task:
         raise ConfigError(
             f"task: {name!r} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TASKS)}")
         )
-    return load(TASKS.get(name, name))
+    ref = TASKS.get(name, name)
+    if ":" in name and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as python -m does: the module may lie beside the config
+    task = load(ref)
+    if (task.name, task.ref) != (name, ref):
+        raise ConfigError(f"task: {ref} calls itself {task.name!r} at {task.ref!r}, which must be {name!r} and {ref!r}")
+    return task
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
@@ -53,7 +61,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
 
     if path.suffix == ".py":
         raise ConfigError(f"{path} is a config of mmengine's; run: python eval/detect.py {path}")
-    task = find(str(read_yaml(path, overrides).get("task", "suite")))
+    content = read_yaml(path, overrides)
+    if "task" not in content and "operations" in content:
+        raise ConfigError(f"{path}: a config of single operations; add the line task: operations")
+    task = find(str(content.get("task", "suite")))
     return task, task.config.load(path, overrides)
 
 
@@ -64,7 +75,10 @@ def task_of(records: Path) -> Task:
             first: Any = json.loads(next(lines, "{}"))
     except (OSError, ValueError):
         first = {}  # reading it in earnest will tell what is wrong
-    return find(first.get("task") or "suite" if isinstance(first, dict) else "suite")
+    first = first if isinstance(first, dict) else {}
+    if (first and not {"task", "benchmark", "kind"} & first.keys()) or "nll" in first:
+        raise ConfigError(f"{records} is not of a benchmark: report it with the script of eval/ or train/ that made it")
+    return find(first.get("task") or "suite")
 
 
 def read_records(path: Path) -> list[Any]:

@@ -2,18 +2,23 @@
 
 import ast
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench.record import Gate
+from attnzoo.bench.run import run
 from attnzoo.bench.task import Result
 from attnzoo.errors import ConfigError
 from eval import bench
+from tests.bench import toy
 from tests.bench.data import cost, record_data
 
 ROOT = Path(attnzoo.__file__).parent
@@ -24,11 +29,6 @@ def written(tmp_path, **changes):
     data = {"task": "tests.bench.toy:TASK", "name": "toy", "output": str(tmp_path / "out"), **changes}
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def _children_find_the_tests(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT.parent))
 
 
 def test_a_new_task_gets_records_a_table_plots_a_page_resume_and_exit_status(tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_a_run_is_added_to_and_what_cannot_stay_is_named(tmp_path, capsys):
     assert after[: len(before)] == before
     assert bench.main([path, "wrong=true"]) == 2, "other rows of the same names are refused"
     told = capsys.readouterr().err
-    assert "the configs differ in sizes, wrong" in told
+    assert "the last config there and this one differ in sizes, wrong" in told
     assert "fresh=true" in told
     assert tasks.read_records(records) == after
     assert bench.main([path, "wrong=true", "fresh=true"]) == 1
@@ -86,7 +86,7 @@ def test_what_has_not_begun_is_told(tmp_path, capsys):
 def test_a_task_that_is_not_there_is_told(tmp_path, capsys):
     assert bench.main([written(tmp_path, task="siute")]) == 2
     assert "did you mean 'suite'" in capsys.readouterr().err
-    for name in ("no.such.module:TASK", "tests.bench.toy:NOTHING", "tests.bench.toy:plan"):
+    for name in ("no.such.module:TASK", "tests.bench.toy:NOTHING", "tests.bench.toy:plan", ":TASK", ".x:TASK"):
         with pytest.raises(ConfigError, match="task"):
             tasks.find(name)
 
@@ -100,6 +100,136 @@ def test_no_cost_without_a_gate_that_passed():
         with pytest.raises(ValidationError, match="a cost"):
             Result(status="ok", costs=figures, **gates)
     assert json.loads(Result(status="failed", gate=failed).model_dump_json())["costs"] == {}
+
+
+def engine(tmp_path, task=toy.TASK, **changes):
+    """Run a task here; its records, by kind, label and tokens."""
+    config = toy.Config(name="toy", output=tmp_path, **{"sizes": (16,), "isolated": False, **changes})
+    return {(r.kind, r.label, r.tokens): r for r in run(task, config, "again")}
+
+
+def having(**changes):
+    """The toy with another `measure` or `plan`."""
+    return replace(toy.TASK, **changes)
+
+
+def changed(**changes):
+    """The toy's plan with other fields in its cells of cost."""
+    return lambda config: [c.model_copy(update=changes) if c.kind == "cost" else c for c in toy.plan(config)]
+
+
+def test_the_ratio_is_to_the_baseline_of_this_config(tmp_path):
+    def renamed(config):
+        return [c.model_copy(update={"label": c.label + "!", "depends_on": {"new": c.label}}) for c in toy.plan(config)]
+
+    def halved(config, cell, given, say):
+        result = toy.measure(config, cell, given, say)
+        return (
+            result
+            if result.quality is None or "64" not in cell.label
+            else Result(status="ok", quality=result.quality.model_copy(update={"digits": result.quality.digits / 2}))
+        )
+
+    first = engine(tmp_path)
+    second = engine(tmp_path, having(plan=renamed, measure=halved))
+    assert second["quality", "float32!", 0].quality.ratio == pytest.approx(
+        2 * first["quality", "float32", 0].quality.ratio
+    )
+    assert set(second) == {(kind, label + "!", tokens) for kind, label, tokens in first}, (
+        "rows not asked for are left out"
+    )
+
+
+def test_a_baseline_without_quality_bars_what_was_kept_too(tmp_path):
+    def broken(config, cell, given, say):
+        if cell.kind == "quality" and cell.is_baseline:
+            return Result(status="failed", message="the canary lives")
+        return toy.measure(config, cell, given, say)
+
+    def costs(config):
+        return [c for c in changed(needs_baseline=True)(config) if c.kind == "cost"]
+
+    assert {r.status for r in engine(tmp_path, having(plan=costs)).values()} == {"ok"}
+    barred = engine(tmp_path, having(plan=changed(needs_baseline=True), measure=broken))
+    assert {r.status for r in barred.values()} == {"failed"}
+    assert {(r.cost, r.quality) for r in barred.values()} == {(None, None)}
+    lines = (tmp_path / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 + 2 + 3, "costs, qualities, and those of them that no longer count, each once"
+    mended = engine(tmp_path, having(plan=changed(needs_baseline=True)))
+    assert {r.status for r in mended.values()} == {"ok"}, "failed rows are tried again"
+
+
+def no_gate(result):
+    return result.model_copy(update={"gate": None})
+
+
+def no_cost(result):
+    return Result(status="ok")
+
+
+def other_phase(result):
+    return Result(status="ok", gate=result.gate, costs={"training": result.costs["forward"]})
+
+
+def other_shape(result):
+    return Result(status="ok", gate=result.gate, costs={"forward": {"candidate": 1}})
+
+
+def raising(result):
+    raise KeyError("a mistake of the task's")
+
+
+@pytest.mark.parametrize("spoil", [no_gate, no_cost, other_phase, other_shape, raising])
+def test_a_mistake_of_the_task_is_a_failed_row_and_never_an_ok_one(tmp_path, spoil):
+    def measure(config, cell, given, say):
+        result = toy.measure(config, cell, given, say)
+        return spoil(result) if (cell.kind, cell.label) == ("cost", "float32") else result
+
+    found = engine(tmp_path, having(measure=measure))
+    row = found.pop(("cost", "float32", 16))
+    assert (row.status, row.cost) == ("failed", None)
+    assert row.message
+    assert {r.status for r in found.values()} == {"ok"}
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="plans two rows 'float64'"):
+        engine(tmp_path, having(plan=lambda config: [*toy.plan(config), toy.plan(config)[0]]))
+
+
+def test_a_task_beside_the_config_is_found_and_must_call_itself_so(tmp_path, monkeypatch, capsys):
+    source = Path(toy.__file__).read_text(encoding="utf-8").replace("tests.bench.toy", "beside_the_config")
+    (tmp_path / "beside_the_config.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert bench.main([written(tmp_path, task="beside_the_config:TASK", sizes=[16], isolated=False)]) == 0
+    assert "float32" in capsys.readouterr().out
+    (tmp_path / "misnamed.py").write_text("from tests.bench.toy import TASK\n", encoding="utf-8")
+    assert bench.main([written(tmp_path, task="misnamed:TASK")]) == 2
+    assert "calls itself 'tests.bench.toy:TASK'" in capsys.readouterr().err
+
+
+def test_threads_are_set_before_anything_is_measured(tmp_path):
+    seen = []
+    task = having(prepare=lambda config, cells: seen.append(torch.get_num_threads()) or {})
+    before = torch.get_num_threads()
+    try:
+        engine(tmp_path, task, threads=before + 1)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [before + 1]
+
+
+def test_what_has_columns_of_its_own_is_refused_a_readme_before_any_work(tmp_path, capsys):
+    data = {"task": "operations", "name": "x", "operations": [{"op": "chain"}], "output": str(tmp_path / "out")}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert bench.main([str(tmp_path / "x.yaml"), "--readme", "README.md"]) == 2
+    assert "operations has its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    del data["task"]
+    (tmp_path / "y.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert bench.main([str(tmp_path / "y.yaml")]) == 2
+    assert "add the line task: operations" in capsys.readouterr().err
 
 
 def imports(path):

@@ -5,11 +5,11 @@ Accuracy and cost go into the benchmark's own records, so that its tables and pa
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -269,10 +269,10 @@ def qualities_of(config: ClassifyConfig, scored: Iterable[Scored]) -> dict[str, 
 
 def record_all(
     config: ClassifyConfig, scored: list[Scored], classes: int, command: str, console: Console
-) -> list[Path]:
-    """Measure every cost of a config, and write records of cost and quality; give the folders they are in."""
+) -> list[SuiteConfig]:
+    """Measure every cost of a config, and write records of cost and quality; give the benchmark of each."""
     runs, qualities = by_label(scored), qualities_of(config, scored)
-    folders = []
+    benchmarks = []
     for cost in config.costs:
         measured = benchmark_of(config, cost, classes)
         bench.run(TASK, measured, command, console)
@@ -281,21 +281,23 @@ def record_all(
             for label, quality in qualities.items():
                 record = _quality_record(config, measured, runs[label][0], quality, command)
                 old = store.records.get(record.key)
-                if old is None or old.quality != quality:
+                if old is None or old.quality != quality or old.config_hash != measured.hash:
                     store.append(record)
             for record in list(store.records.values()):
                 own = qualities.get(record.label)
                 if record.kind == "cost" and own is not None and record.quality != own:
                     store.append(record.model_copy(update={"quality": own, "quality_note": own.note}))
-        folders.append(folder)
-    return folders
+        benchmarks.append(measured)
+    return benchmarks
 
 
 def _quality_record(
     config: ClassifyConfig, measured: SuiteConfig, scored: Scored, quality: Accuracy, command: str
 ) -> Record:
     spec = scored.run.attention
+    trained = json.dumps([quality.model_dump(mode="json"), scored.result["run_hash"]], sort_keys=True)
     return Record(
+        measured=hashlib.sha256(trained.encode()).hexdigest()[:16],
         config_hash=measured.hash,
         benchmark=measured.name,
         command=command,

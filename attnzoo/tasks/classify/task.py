@@ -8,8 +8,9 @@ from rich.console import Console
 
 from attnzoo import files, processes
 from attnzoo.bench.publish import page_of
-from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE
+from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.bench.report import print_report
+from attnzoo.bench.run import asked
 from attnzoo.bench.task import Task
 from attnzoo.command import PIPED_WIDTH, check_rows
 from attnzoo.tasks import read_records, suite
@@ -43,17 +44,18 @@ def _measured(config: ClassifyConfig, scored: list[Scored], splits: Splits, comm
     """Measure costs and report, in the main process alone."""
     out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     qualities = qualities_of(config, scored)
-    folders = record_all(config, scored, splits.classes, command, console)
+    benchmarks = record_all(config, scored, splits.classes, command, console)
     measured: list[Record] = []
-    for folder in folders:
-        records = read_records(folder / RECORDS_FILE)
+    for benchmark in benchmarks:
+        records = asked(suite.TASK, benchmark, read_records(benchmark.folder / RECORDS_FILE))
         measured += records
-        shown = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-        files.write(folder / "report.html", page_of(suite.TASK, records, shown))
+        files.write(benchmark.folder / "report.html", page_of(suite.TASK, records, benchmark.to_yaml()))
         print_report(records, out)
     page = config.folder / FOLDER / "report.html"
     steps = report.step_costs(measured)
-    files.write(page, report.html_page(scored, qualities, steps, splits, folders))
+    files.write(
+        page, report.html_page(scored, qualities, steps, splits, [benchmark.folder for benchmark in benchmarks])
+    )
     out.print(report.results_table(qualities, steps).rich())
     out.print(report.how_to_read(qualities, steps), highlight=False)
     out.print(f"page: {page}", highlight=False, soft_wrap=True)

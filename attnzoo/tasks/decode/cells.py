@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnzoo.assets import sha256_of
 from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -48,8 +50,8 @@ def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind
         dtype=language.dtype,
         depends_on={
             kind: part.model_dump(mode="json", exclude={"workers", "timeout_seconds"}),
-            "model": language.model,
-            "text": language.text,
+            "model": _contents(language.model),
+            "text": _contents(language.text),
             "dtype": language.dtype,
             "seed": config.seed,
             "device": config.device,
@@ -65,6 +67,17 @@ def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind
         needs_baseline=quality is not None,
         weight=10 + cost.prompt_tokens / 20 if of_cost else 1.0,
     )
+
+
+def _contents(name: str) -> str | list[Any]:
+    """A name as it is; of a file or folder of one's own, what stands for what it holds now."""
+    path = Path(name)
+    if path.is_file():
+        return [name, sha256_of(path)]
+    if path.is_dir():
+        held = [file for file in sorted(path.iterdir()) if file.is_file()]
+        return [name, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in held)]
+    return name
 
 
 def problems(language: LanguageConfig) -> list[str]:
