@@ -13,58 +13,62 @@ from attnzoo.bench.summary import Group, Summary, keeps_freed_memory, machine, s
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
 
+COLUMNS = 7  # a reader of a README sees no more side by side
+KEPT = "quality kept (95% interval)"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
 def markdown_table(records: Iterable[Any]) -> str:
-    """Give the compact table for a README: an attention a line, under a line for its host.
+    """Give the compact tables for a README: one per host, an attention per line, at most `COLUMNS` columns.
 
-    A host's line says what its speed-ups are of: of a vision model at each token count, of a language model in prefill
-    and decoding. Memory, FLOPs and size are those at the largest token count at which half of the attentions or more
-    were measured, or of the prefill; the cache is that after the last token.
+    There is a speed-up for every group: of a vision model at each token count, of a language model in prefill and
+    decoding. Memory, FLOPs and parameters are those at the largest token count at which half of the attentions or more
+    were measured, or of the prefill; the cache is that after the last token. What there is no room for is on the page.
     """
     summary = summarize(records)
-    speeds = max((len(summary.of(part)) for part in summary.parts), default=0)
-    cached = any(_has_cache(summary, part) for part in summary.parts)
-    caches = ["cache held", "cache allocated"] if cached else []
-    head = ["attention", *["speed-up"] * speeds, "peak memory", "FLOPs", "parameters", *caches]
-    qualities = any(row.quality is not None for row in summary.records)
-    head += ["quality (95% interval)", "quality kept (95% interval)"] if qualities else []
-    table = Table(head)
-    for part in summary.parts:
-        has_cache, groups = _has_cache(summary, part), summary.of(part)
-        about = _needs_group(summary, part)
-        needs = "prefill" if has_cache else about.title.replace(", ", " at ").removesuffix(" tokens")
-        title = [f"**{groups[0].host}**", *_padded([group.title for group in groups], speeds), *[needs] * 3]
-        title += ["after decoding" if has_cache else ""] * len(caches)
-        table.add(*title, *([_metric(summary, part), ""] if qualities else []))
-        for label in summary.labels[part]:
-            quality = summary.quality_of(part, label)
-            kept = (
-                [words.absolute(quality).removeprefix("ppl ").removeprefix("AP "), words.quality_kept(quality)]
-                if qualities
-                else []
-            )
-            table.add(*_markdown_line(summary, part, label, speeds, bool(caches)), *kept)
-    return table.markdown()
+    return "\n\n".join(_part_table(summary, part) for part in summary.parts)
 
 
-def _markdown_line(summary: Summary, part: str, label: str, speeds: int, caches: bool) -> list[str]:
-    groups = summary.of(part)
-    rows = [next((row for row in group.rows if row.label == label), None) for group in groups]
-    needs = rows[groups.index(_needs_group(summary, part))]
+def _part_table(summary: Summary, part: str) -> str:
+    groups, needs, cached = summary.of(part), _needs_group(summary, part), _has_cache(summary, part)
+    about = "prefill" if cached else needs.title.replace(", ", " at ").removesuffix(" tokens")
+    metric = _metric(summary, part)
+    wanted = [KEPT, f"peak memory, {about}", "cache held, after decoding", metric, f"FLOPs, {about}", "parameters"]
+    if not cached:
+        wanted.remove("cache held, after decoding")
+    if all(row.quality is None for group in groups for row in group.rows):
+        wanted = [name for name in wanted if name not in (KEPT, metric)]
+    shown = wanted[: max(COLUMNS - 1 - len(groups), 1)]
+    order = sorted(shown, key=lambda name: name == KEPT)  # the quality kept last
+    table = Table(("attention", *(f"speed-up, {group.title}" for group in groups), *order))
+    for label in summary.labels[part]:
+        cells = _part_cells(summary, part, label)
+        table.add(
+            f"`{label}`",
+            *(_speed_cell(row) for row in _rows_of(summary, part, label)),
+            *(cells[name.partition(",")[0]] for name in order),
+        )
+    return f"**{groups[0].host}**\n\n{table.markdown()}"
+
+
+def _rows_of(summary: Summary, part: str, label: str) -> list[Record | None]:
+    return [next((row for row in group.rows if row.label == label), None) for group in summary.of(part)]
+
+
+def _part_cells(summary: Summary, part: str, label: str) -> dict[str, str]:
+    """Cells of an attention by what stands before the comma in the titles of their columns."""
+    rows, quality = _rows_of(summary, part, label), summary.quality_of(part, label)
+    needs = rows[summary.of(part).index(_needs_group(summary, part))]
     held = rows[-1].cost.ratios if rows[-1] is not None and rows[-1].cost is not None else None
     ratios = needs.cost.ratios if needs is not None and needs.cost is not None else None
-    line = [
-        f"`{label}`",
-        *_padded([_speed_cell(row) for row in rows], speeds),
-        words.ratio(None if needs is None else words.activation_ratio(needs)),
-        words.ratio(ratios.flops if ratios else None),
-        words.ratio(words.size_ratio(needs) if needs is not None else None),
-    ]
-    if caches:
-        line += [words.ratio(held.cache_held if held else None), words.ratio(held.cache_allocated if held else None)]
-    return line
+    return {
+        "peak memory": words.ratio(None if needs is None else words.activation_ratio(needs)),
+        "cache held": words.ratio(held.cache_held if held else None),
+        "FLOPs": words.ratio(ratios.flops if ratios else None),
+        "parameters": words.ratio(words.size_ratio(needs) if needs is not None else None),
+        _metric(summary, part): words.absolute(quality).removeprefix("ppl ").removeprefix("AP "),
+        KEPT: words.quality_kept(quality),
+    }
 
 
 def _needs_group(summary: Summary, part: str) -> Group:
@@ -89,10 +93,6 @@ def _metric(summary: Summary, part: str) -> str:
 def _title(metric: str) -> str:
     """A metric at the beginning of a sentence: ``Top-1``, ``AP``."""
     return metric[0].upper() + metric[1:].removesuffix(" %")
-
-
-def _padded(cells: list[str], count: int) -> list[str]:
-    return [*cells, *[""] * (count - len(cells))]
 
 
 def markdown_section(records: Iterable[Any]) -> str:

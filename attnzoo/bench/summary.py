@@ -101,7 +101,8 @@ def summarize(records: Iterable[Any]) -> Summary:
     if len(hashes) > 1:
         raise AttnZooError(f"records of {len(hashes)} configs in one file: {', '.join(hashes)}")
     found = sorted(records, key=lambda record: not record.is_baseline)
-    parts = list(dict.fromkeys(record.part for record in records))
+    in_order = sorted(records, key=lambda record: record.kind != "cost")
+    parts = list(dict.fromkeys(record.part for record in in_order))
     labels: dict[str, tuple[str, ...]] = {
         part: tuple(dict.fromkeys(r.label for r in found if r.part == part)) for part in parts
     }

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "docs/records"
 COMMAND = "python eval/report.py docs/records"
 FIGURES = [head for head in results.CSV_HEADS if head.startswith(("quality", "speed", "peak", "cache"))]
-TOY = replace(suite.TASK, name="toy", highlights=None)
+TOY = replace(suite.TASK, name="toy", ref="tests.bench.test_results:TOY", highlights=None)
 
 
 class Page(Balance):
