@@ -3,6 +3,7 @@
 attnzoo list                    every registered method with its capabilities, as a Markdown table
 attnzoo list --sources          every method with its file, its paper and what it does
 attnzoo describe NAME ...       options with defaults, capabilities and paper of methods
+attnzoo keys [TASK ...]         every key of the configs of tasks, what it takes and its default
 attnzoo layers MODEL            the attention layers of a model, and which methods can replace them, or why not
 attnzoo measure timm:NAME       time, memory and FLOPs of methods against the model's own attention: a table and a page
 
@@ -130,6 +131,14 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     return check_rows(records)
 
 
+def keys(names: Sequence[str] = ()) -> str:
+    """The reference of all keys of the configs of tasks, by default of all of them, in Markdown."""
+    from attnzoo import tasks
+    from attnzoo.bench.keys import reference
+
+    return "\n\n".join(f"## {name}\n\n{reference(tasks.find(name).config)}" for name in names or tasks.TASKS)
+
+
 def _print(table: Table) -> None:
     """In color where a terminal and rich are there, else in Markdown."""
     try:
@@ -148,11 +157,13 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of all commands."""
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
-    commands = found.add_subparsers(dest="command", metavar="list | describe | layers | measure")
+    commands = found.add_subparsers(dest="command", metavar="list | describe | keys | layers | measure")
     one = commands.add_parser("list", help="every registered method")
     one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
     one = commands.add_parser("describe", help="options, capabilities and paper of a method")
     one.add_argument("names", nargs="+", metavar="NAME")
+    one = commands.add_parser("keys", help="every key of a task's config")
+    one.add_argument("tasks", nargs="*", metavar="TASK", help="by default all of them")
     one = commands.add_parser("layers", help="the attention layers of a model, and what can replace them")
     one.add_argument("model", metavar="MODEL")
     one = commands.add_parser("measure", help="measure methods in a model on this machine")
@@ -188,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return measure(parsed, shlex.join(["attnzoo", *arguments]))
         if parsed.command == "layers":
             layers(parsed.model)
+        elif parsed.command == "keys":
+            print(keys(parsed.tasks))
         elif parsed.command == "describe":
             print("\n\n".join(str(describe(name)) for name in parsed.names))
         else:

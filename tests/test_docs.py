@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from attnzoo import list_attentions, replace_attention, swap_report, tasks
-from attnzoo.__main__ import capability_table, main, source_table
+from attnzoo.__main__ import capability_table, keys, main, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
@@ -410,3 +410,17 @@ def test_committed_pages_are_what_the_records_give_today(name):
     path = ROOT / "docs/records" / f"{name}.jsonl"
     page = page_of(tasks.task_of(path), read_records(path), path.with_suffix(".yaml").read_text(encoding="utf-8"))
     assert path.with_suffix(".html").read_text(encoding="utf-8") == page
+
+
+def test_the_page_of_keys_is_that_of_the_schemas():
+    assert between(ROOT / "docs/keys.md", "keys") == keys()
+    text = keys(["suite"])
+    for row in (
+        "| `attentions.N.where` | text or list of text or null | null |",
+        "| `cost.repeats` | whole number, at least 3 | `7` |",
+        "| `quality.recipe.lr` | number, above 0 | `0.003` |",
+        "| `language.attentions` | list of section | must be given |",
+    ):
+        assert row in text
+    assert "As `host`." in text, "a section that comes again is not told again"
+    assert {f"## {name}" for name in tasks.TASKS} <= set(keys().splitlines())
