@@ -50,7 +50,7 @@ def _models(annotation: Any, suffix: str = "") -> list[tuple[type[BaseModel], st
 
 def _words(model: type[BaseModel]) -> str:
     """What a section's own docstring says, as one paragraph."""
-    return " ".join(inspect.getdoc(model).split()) if model.__doc__ else ""
+    return " ".join((inspect.getdoc(model) or "").split())
 
 
 def _table(model: type[BaseModel], path: str) -> str:
