@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from attnzoo import list_attentions, replace_attention, swap_report, tasks
-from attnzoo.__main__ import capability_table, keys, main, source_table
+from attnzoo.__main__ import capability_table, keys, main, parser, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
@@ -128,6 +128,8 @@ def test_shell_commands_are_real(page):
             extras = re.search(r"(?:attnzoo|\.)\[(.+?)\]", line)[1].split(",")
             declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
             assert set(extras) <= set(declared["project"]["optional-dependencies"]), line
+        elif command[0] == "attnzoo":
+            assert parser().parse_args(command[1:]), line
         elif command[0] == "make":
             subprocess.run(["make", "--dry-run", *command[1:]], cwd=ROOT, check=True, capture_output=True)
         else:
