@@ -417,7 +417,10 @@ def register_attention(
     if not isinstance(name, str) or not name.strip():
         raise AttnZooError(f"an attention's name is a string with something in it, not {short(name)}")
     if name in _table:
-        raise AttnZooError(f"the name {name!r} is taken by {_table[name].target!r}; choose another")
+        raise AttnZooError(
+            f"the name {name!r} is taken by {_table[name].target!r}; choose another, or "
+            f"free it first with attnzoo.unregister_attention({name!r})"
+        )
     if not isinstance(target, str) and not callable(target):
         raise AttnZooError(f"target of {name!r} is a class or 'package.module:Class', not {short(target)}")
     if isinstance(target, str) and not all(target.partition(":")):

@@ -189,6 +189,9 @@ def _of(
     row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None = None
 ) -> Highlight:
     assert row.attention is not None
+    budget = row.options.get("budget")
+    if budget is not None and str(budget) not in row.label:
+        workload += f", budget {budget}"  # or figures of two budgets would stand together unnamed
     return Highlight(
         task=task,
         method=row.attention,

@@ -134,7 +134,14 @@ def _host_words(summary: Summary, part: str) -> str:
             "; dense is transformers' own attention and cache. Peak memory is of the prefill, with the cache; the "
             "cache is that after the last new token; quality kept is dense perplexity over this one"
         )
-    return f"`{group.rows[0].host}`{shapes}, {group.rows[0].dtype}{more}"
+    methods = [row.options for row in group.rows if not row.is_baseline]
+    shared = [
+        f"{key}={value}"
+        for key, value in (methods[0] if methods else {}).items()
+        if all(o.get(key) == value for o in methods)
+    ]
+    same = f"; every row has {', '.join(shared)}" if shared else ""
+    return f"`{group.rows[0].host}`{shapes}, {group.rows[0].dtype}{more}{same}"
 
 
 def command(summary: Summary) -> str:

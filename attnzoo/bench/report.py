@@ -26,6 +26,10 @@ HEAD = (
     Column("quality", "95% interval"),
     Column("quality kept", "95% interval"),
 )
+IN_BRACKETS = (
+    "Speed-ups and other ratios are to dense in the same process, called in turn; ms and MB of two rows are not of one "
+    "process: compare ratios. In brackets: p20 to p80, or the 95% interval."
+)
 PER_CALL = {
     "forward": "ms per forward",
     "training": "ms per forward and backward",
@@ -49,6 +53,8 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     if not summary.groups:
         for record in summary.quality:
             console.print(f"{record.label}: {record.status}, {words.absolute(record.quality)}", highlight=False)
+    if summary.groups and table is None:
+        console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)
 
 

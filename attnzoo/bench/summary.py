@@ -165,10 +165,13 @@ def verdict(summary: Summary) -> str:
         keeps = (
             f", keeping {quality_kept(best.quality)} of dense's quality" if quality_kept(best.quality) != "-" else ""
         )
-        told.append(
-            f"{group.host}, {group.title}: {best.label} is fastest, {speed} dense's speed{keeps}; of {len(rows)} "
-            f"measured, {verdicts.count('better')} faster than dense, {verdicts.count('worse')} slower.{_bound(group)}"
-        )
+        faster, slower = verdicts.count("better"), verdicts.count("worse")
+        counted = f"of {len(rows)} measured, {faster or 'none'} faster than dense, {slower or 'none'} slower"
+        first = f"{best.label} is fastest, {speed} dense's speed{keeps}"
+        if not faster:
+            first = f"none is faster than dense beyond the noise; nearest is {best.label}, {speed} its speed{keeps}"
+            counted = f"of {len(rows)} measured, {slower or 'none'} slower"
+        told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
     return " ".join(told)
 
 
@@ -177,4 +180,7 @@ def _bound(group: Group) -> str:
     share = next((row.cost.attention_share for row in group.rows if row.is_baseline and row.cost is not None), None)
     if share is None or share >= 1:
         return ""
-    return f" Attention takes {share:.0%} of dense's time, so no swap of it can gain more than {1 / (1 - share):.2f}x."
+    return (
+        f" The attention layers, projections included, take {share:.0%} of dense's time, so no swap can gain more than "
+        f"{1 / (1 - share):.2f}x, and a core, which leaves the projections, gains less."
+    )

@@ -150,13 +150,13 @@ def told(line, row):
     words = {"forward": "forward, ", "training": "forward and backward", "prefill": "prefill", "decode": "decode"}
     if row.get("task") == "operations":
         return True
+    workload, _, budget = line["workload"].partition(", budget ")
+    if budget and int(budget) != row["options"]["budget"]:
+        return False
     if row["kind"] == "quality":
         host = row["host"].partition(":")[2]
-        return row["quality"] is not None and line["workload"].endswith(row["quality"]["note"].removeprefix(host))
-    return (
-        words[row["phase"]] in line["workload"]
-        and f"{row['tokens']:,} tokens, batch {row['shapes']['batch']}, " in line["workload"]
-    )
+        return row["quality"] is not None and workload.endswith(row["quality"]["note"].removeprefix(host))
+    return words[row["phase"]] in workload and f"{row['tokens']:,} tokens, batch {row['shapes']['batch']}, " in workload
 
 
 def decoding(line, row, dense):
