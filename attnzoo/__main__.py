@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from attnzoo.command import check_rows, run_script
+from attnzoo.command import check_rows, output_console, run_script
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, describe, list_attentions
 from attnzoo.tables import Column, Table
@@ -91,7 +91,6 @@ def _tried(model: Any, info: AttentionInfo) -> str:
 def measure(parsed: argparse.Namespace, command: str) -> int:
     """Measure methods in a timm model: print the config, the table and the verdict, and write the page."""
     import yaml
-    from rich.console import Console
 
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import RECORDS_FILE
@@ -125,7 +124,7 @@ def measure(parsed: argparse.Namespace, command: str) -> int:
     config = SuiteConfig.check(content, command)
     print(yaml.safe_dump(content, sort_keys=False), end="")
     records = run(TASK, config, command)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output_console()
     publish(TASK, records, config.folder / RECORDS_FILE, console)
     console.print(verdict(summarize(records)), highlight=False, markup=False, soft_wrap=True)
     return check_rows(records)
@@ -142,11 +141,11 @@ def keys(names: Sequence[str] = ()) -> str:
 def _print(table: Table) -> None:
     """In color where a terminal and rich are there, else in Markdown."""
     try:
-        from rich.console import Console
+        console = output_console()
     except ImportError:
         print(table.markdown())
         return
-    Console(width=None if sys.stdout.isatty() else 160).print(table.rich())
+    console.print(table.rich())
 
 
 def _numbers(text: str) -> list[int]:

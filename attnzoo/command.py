@@ -11,9 +11,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from attnzoo.errors import AttnZooError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 PIPED_WIDTH = 160  # columns of a table where there is no terminal to ask
@@ -46,6 +49,13 @@ class Ended(Protocol):
 
 
 Row = TypeVar("Row", bound=Ended)
+
+
+def output_console() -> Console:
+    """The console that tables are printed on: as wide as the terminal, or `PIPED_WIDTH` where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def run_script(body: Callable[[], int | None], resume: str = RESUME) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnzoo.command import PIPED_WIDTH, check_rows, run_script
+from attnzoo.command import check_rows, output_console, run_script
 from attnzoo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,12 +94,10 @@ def so_far(path: Path, overrides: Sequence[str]) -> None:
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:
     """Print the table and write the page of records, by default of all in the file at `path`."""
-    from rich.console import Console
-
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import read_records
 
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = output_console()
     publish(task, read_records(path, task.record) if records is None else records, path, console, readme)
 
 

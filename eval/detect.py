@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import files, processes
-from attnzoo.command import PIPED_WIDTH, check_rows, run_script
+from attnzoo.command import check_rows, output_console, run_script
 from attnzoo.errors import ConfigError
 
 
@@ -49,7 +49,7 @@ def evaluate(inputs: Sequence[str], launcher: str, output: Path | None, command:
     configs = [load_config(path, [one for one in inputs if "=" in one]) for path in paths]
     folder = output or Path(configs[0].work_dir).parent / evaluation.FOLDER
     files.check_folder(folder, "--output")
-    progress, out = Console(stderr=True), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    progress, out = Console(stderr=True), output_console()
     trained = [config for config in configs if config.get("data_root", "") is not None]
     if not trained and configs[0].get("cost") is None:
         raise ConfigError(f"{paths[0]} has neither test images (data_root) nor a cost to measure")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import processes
-from attnzoo.command import FAILED, OK, PIPED_WIDTH, run_script
+from attnzoo.command import FAILED, OK, output_console, run_script
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         from accelerate import PartialState
-        from rich.console import Console
 
         from attnzoo.tasks.classify.config import load_config
         from attnzoo.tasks.classify.run import left_to_others, table, train_all
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = train_all(config)
         left = left_to_others(config, results)
         if PartialState().is_main_process:
-            Console(width=None if sys.stdout.isatty() else PIPED_WIDTH).print(table(results))
+            output_console().print(table(results))
             if left:
                 print(
                     f"error: not done here, for other processes are training them: {', '.join(left)}. When they have "

@@ -92,7 +92,7 @@ def memory_trade_plot(summary: Summary) -> str:
         if row.cost is None or group.phase == "prefill" or group.tokens != tokens[group.part]:
             return None
         x = row.cost.ratios.cache_held if group.part in cached else activation_ratio(row)
-        return None if x is None else Spot(x, "s" if group.part in cached else "o", x, x)
+        return Spot(x, "s" if group.part in cached else "o", x, x) if x else None  # 0 has no place on a log axis
 
     shapes = {}
     for part in summary.parts:

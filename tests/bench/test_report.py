@@ -189,6 +189,18 @@ def test_a_method_has_one_color_whatever_stands_beside_it():
     assert look(["its_own"], "its_own")[0] != look(["another"], "another")[0]
 
 
+@pytest.mark.parametrize("which", ["activation_peak", "cache_held"])
+def test_memory_that_was_too_little_to_be_measured_does_not_break_the_page(make_record, run_records, which):
+    """A ratio of 0 has no place on a logarithmic axis."""
+    data = cost()
+    data["ratios"][which] = 0.0
+    phase = "decode" if which == "cache_held" else "forward"
+    rows = [r.model_copy(update={"phase": phase}) if r.kind == "cost" else r for r in run_records]
+    none = make_record(cost=data, is_baseline=False, label="slow", attention="slow", tokens=64, phase=phase)
+    kept = [r for r in rows if (r.kind, r.label, r.tokens) != ("cost", "slow", 64)]
+    assert "<svg" in page_of(TASK, [*kept, none])
+
+
 @pytest.mark.parametrize(("held", "verdict"), [(0, "better"), (1 << 30, "same"), (1 << 31, "worse")])
 def test_memory_is_judged_where_a_side_took_none_that_could_be_measured(make_record, held, verdict):
     data = cost()

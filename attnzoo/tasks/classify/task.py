@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from rich.console import Console
 
 from attnzoo import files, processes
@@ -12,7 +10,7 @@ from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.bench.report import print_report
 from attnzoo.bench.run import asked
 from attnzoo.bench.task import Task
-from attnzoo.command import PIPED_WIDTH, check_rows
+from attnzoo.command import check_rows, output_console
 from attnzoo.tasks import read_records, suite
 from attnzoo.tasks.classify import report
 from attnzoo.tasks.classify.config import ClassifyConfig
@@ -42,7 +40,7 @@ def evaluate(config: ClassifyConfig, command: str, batch: int = BATCH) -> int:
 
 def _measured(config: ClassifyConfig, scored: list[Scored], splits: Splits, command: str, console: Console) -> int:
     """Measure costs and report, in the main process alone."""
-    out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    out = output_console()
     qualities = qualities_of(config, scored)
     benchmarks = record_all(config, scored, splits.classes, command, console)
     measured: list[Record] = []

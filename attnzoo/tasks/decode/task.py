@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from attnzoo import files, processes
 from attnzoo.bench.publish import page_beside
 from attnzoo.bench.task import Task
-from attnzoo.command import PIPED_WIDTH
+from attnzoo.command import output_console
 from attnzoo.tasks.decode.config import DecodeConfig
 from attnzoo.tasks.decode.page import html_page
 from attnzoo.tasks.decode.record import RECORDS_FILE, read_records
@@ -28,7 +25,7 @@ def evaluate(config: DecodeConfig, command: str) -> int:
 
 def show(config: DecodeConfig) -> None:
     """Print the table of the samples that a run has finished."""
-    print_report(so_far(config, ""), Console(width=None if sys.stdout.isatty() else PIPED_WIDTH))
+    print_report(so_far(config, ""), output_console())
 
 
 def report(path: Path) -> None:
@@ -37,7 +34,7 @@ def report(path: Path) -> None:
     config = path.with_suffix(".yaml")
     page = page_beside(path)
     files.write(page, html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None))
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = output_console()
     print_report(records, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
 
