@@ -33,7 +33,7 @@ def training():
 
 def detection():
     """The same for the scripts of detection."""
-    from tests.detection.runs import prepare
+    from tests.tasks.detect.runs import prepare
 
     prepare()
 

@@ -35,7 +35,7 @@ from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels, report
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -7,8 +7,8 @@ from torch import nn
 
 import attnzoo
 from attnzoo.errors import ShapeError
-from tests.detection import models
 from tests.eviction.models import CACHE, cache_of, language_model, token_ids
+from tests.tasks.detect import models
 from tests.zoo import TORCH, images, seeded, vit
 
 

@@ -20,7 +20,7 @@ from attnzoo import files
 from attnzoo.errors import ConfigError, OptionError, SwapError, UnknownNameError, WeightsError
 from attnzoo.registry import unregister_attention
 from tests import zoo
-from tests.detection import models as detectors
+from tests.tasks.detect import models as detectors
 from tests.test_weights import CAUSAL, SMALL, _detect
 from tests.zoo import LANGUAGE, TIMM, TORCH, VISION, Host, seeded
 

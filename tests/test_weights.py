@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import attnzoo
 from attnzoo.errors import MissingExtraError, UnsupportedError, WeightsError
 from tests import zoo
-from tests.detection import models as detectors
+from tests.tasks.detect import models as detectors
 from tests.zoo import _VISION, LANGUAGE, TIMM, TORCH, VISION, Host, images, seeded
 
 SMALL = {"degree": 2, "kernel_size": 3}

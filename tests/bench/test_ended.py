@@ -21,7 +21,8 @@ from attnzoo.tasks.decode.batch_cost import GateError
 from attnzoo.tasks.decode.canary import CanaryError
 from attnzoo.tasks.suite import validate_config
 from eval import bench
-from tests.bench import test_language, test_run
+from tests.bench import test_run
+from tests.tasks import test_suite_language as test_language
 
 ROOT = Path(__file__).parents[2]
 folder = test_language.folder  # a language model and a text, as files

@@ -18,9 +18,9 @@ from attnzoo.tasks.classify.report import markdown_table, step_costs
 from attnzoo.tasks.classify.run import table, train_all
 from attnzoo.tasks.classify.score import benchmark_of, quality_of, score_all
 from attnzoo.tasks.records import Record
+from tests.bench.data import cost, record_data
 from train.classify import main as train
 
-from ..bench.data import cost, record_data
 from .conftest import ROOT, tiny, write_images
 
 COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}

@@ -12,7 +12,7 @@ import attnzoo
 from attnzoo import list_attentions
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.hosts.feature_map import FeatureMapMixer
-from tests.detection import models
+from tests.tasks.detect import models
 
 pytestmark = pytest.mark.compat
 

@@ -3,7 +3,7 @@
 import pytest
 
 import attnzoo
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with attnzoo[dev]")
 

@@ -15,8 +15,8 @@ from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, run, stages
 from eval.detect import main as evaluate
-from tests.detection.models import mmdet_detector, samples
-from tests.detection.runs import make_config, make_data
+from tests.tasks.detect.models import mmdet_detector, samples
+from tests.tasks.detect.runs import make_config, make_data
 from train.detect import main as train
 
 PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}

@@ -16,10 +16,10 @@ from attnzoo.files import locked
 from attnzoo.tasks.detect import check, mmcv_ext, run, score
 from attnzoo.tasks.detect import config as configs
 from eval.detect import main as evaluate
-from tests.detection.runs import SIDE, make_config, make_data
+from tests.tasks.detect.runs import SIDE, make_config, make_data
 from train.detect import main as train
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}
 
 
@@ -68,7 +68,7 @@ def test_mmengines_runner_trains_and_tests_from_the_config_alone(trained, tmp_pa
 
 def test_the_padre_weights_are_left_as_their_own_initialization(trained):
     import attnzoo
-    from tests.detection.models import mmdet_detector
+    from tests.tasks.detect.models import mmdet_detector
 
     detector = mmdet_detector("DABDETR", attention=PADRE)
     mixer = detector.encoder.layers[0].self_attn.attn.mixer

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from attnzoo.tasks.detect import mmcv_ext
-from tests.detection.models import mmdet_config
+from tests.tasks.detect.models import mmdet_config
 
 SIDE = 64
 

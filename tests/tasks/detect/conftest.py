@@ -1,6 +1,6 @@
 import pytest
 
-from tests.detection.runs import as_it_is
+from tests.tasks.detect.runs import as_it_is
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ from attnzoo.tasks.operations.report import results_table, speed_plot
 from attnzoo.tasks.operations.task import TASK
 from eval import bench
 
-GPU = Path(__file__).parents[2] / "configs/bench/gpu_kernels.yaml"
+GPU = Path(__file__).parents[3] / "configs/bench/gpu_kernels.yaml"
 SMALL = {
     "task": "operations",
     "name": "small",

@@ -16,9 +16,9 @@ from attnzoo.tasks.decode.kvpress import environment, process, prompts, record, 
 from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
 from attnzoo.tasks.decode.needles import make_samples
 from attnzoo.tasks.decode.text import Text
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
-EVAL = Path(__file__).parents[1] / "eval"
+EVAL = Path(__file__).parents[3] / "eval"
 
 
 def script(name):

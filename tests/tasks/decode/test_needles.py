@@ -3,7 +3,7 @@ import pytest
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import needles
 from attnzoo.tasks.decode.needles import KINDS, NEEDLES, Format, Sample, found, make_samples
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
 
 @pytest.mark.parametrize("kind", KINDS)

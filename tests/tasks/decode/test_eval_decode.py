@@ -23,7 +23,7 @@ from attnzoo.tasks.decode.page import html_page
 from attnzoo.tasks.decode.plan import canary_rows, quality_units, remaining
 from attnzoo.tasks.decode.record import read_records, read_samples
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "eval" / "decode.py"
 POLICIES = [
     {"name": "keydiff", "options": {"budget": 24, "block_size": 8}, "label": "keydiff"},

@@ -8,9 +8,9 @@ import yaml
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import byte_lm as train_bytes
 from attnzoo.tasks.decode import byte_run as bench
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 PADRE = {"name": "padre", "options": {"token_mixing": "causal_conv1d", "degree": 2, "kernel_size": 4}, "label": "padre"}
 
 

@@ -6,7 +6,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import lm as decode
 from attnzoo.tasks.decode.needles import Sample
 from attnzoo.tasks.decode.timings import timings, twin
-from tests.tasks import llm
+from tests.tasks.decode import llm
 
 
 @pytest.mark.parametrize("length", [2, decode.CHUNK, decode.CHUNK + 1, 2 * decode.CHUNK + 2])

@@ -13,9 +13,9 @@ from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, mmcv_ext, page, tables
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
-from tests.detection.runs import make_data
+from tests.tasks.detect.runs import make_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "detect.md"
 CONFIGS = sorted((ROOT / "configs" / "detect").glob("*.py"))
 
