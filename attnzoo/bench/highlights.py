@@ -181,8 +181,9 @@ def _of_cost(row: Record, task: str, group: Group) -> Highlight:
             PEAK: need(words.activation_ratio(row), words.memory_verdict(row)),
             CACHE: need(ratios.cache_held),
         }
-    batch = "" if row.shapes is None else f", batch {row.shapes.batch}"
-    return _of(row, task, f"{group.title}{batch}, {row.dtype}", figures, row.phase)
+    about = ["" if row.shapes is None else f"batch {row.shapes.batch}", row.dtype]
+    told = ", ".join([group.title, *(word for word in about if word and word not in group.workload.split(", "))])
+    return _of(row, task, told, figures, row.phase)
 
 
 def _of(

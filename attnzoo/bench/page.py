@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from attnzoo.bench import plots, words
@@ -42,6 +43,10 @@ STAGES_NOTE = (
     "The encoder's attention is a part of the encoder. Times were taken within calls of the whole model; memory is "
     "that of the stage called alone. At most: Amdahl's bound, were the attention in that stage to take no time."
 )
+WORKLOADS_NOTE = (
+    "Each row against the dense row of the first workload, by what either gets done in a second. The two are not "
+    "of one process: small differences are the machine's."
+)
 GATES_NOTE = (
     "Nothing is timed before the same process has compared it with its oracle. The error is the largest, in the tensor "
     "that is worst."
@@ -77,11 +82,13 @@ def html_page(
     several = len(versions(summary)) > 1
     own = table is None
     stages = _stages(summary) if own else None
+    workloads = _workloads(summary) if own else None
     return page(
         f"attnzoo benchmark: {summary.any.benchmark}",
         [
             Section(figures([*(_plots(summary) if own else ()), *drawn])),
             Section((table or cost_table(summary)).html(), "Cost", how_to_read) if summary.groups else None,
+            Section(workloads.html(), "Workloads side by side", WORKLOADS_NOTE) if workloads is not None else None,
             Section(stages.html(), "Stages", STAGES_NOTE) if stages is not None and stages.rows else None,
             *_quality(summary),
             *sections,
@@ -121,10 +128,15 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
 
 def _batches(groups: Sequence[Group]) -> str:
     """Batch sizes: one for all, or one for each token count."""
-    found = {g.tokens: row.shapes.batch for g in groups for row in g.rows if row.shapes is not None}
+    found = {
+        f"{g.tokens:,} tokens{f', {g.workload}' if g.workload else ''}": row.shapes.batch
+        for g in groups
+        for row in g.rows
+        if row.shapes is not None
+    }
     if len(set(found.values())) == 1:
         return str(next(iter(found.values())))
-    return ", ".join(f"{batch} at {tokens:,} tokens" for tokens, batch in found.items())
+    return ", ".join(f"{batch} at {about}" for about, batch in found.items())
 
 
 def _plots(summary: Summary) -> list[tuple[str, str]]:
@@ -155,6 +167,26 @@ def _quality(summary: Summary) -> list[Section]:
         said = [f"{measured[0].note}.", *(quality.remark for quality in measured if quality.remark)] if measured else []
         found.append(Section(table.without_empty_columns().html(), "" if found else "Quality", " ".join(said)))
     return found
+
+
+def _workloads(summary: Summary) -> Table | None:
+    """How much each row gets done beside the dense row of its part's first workload; None where there is one alone."""
+    table = Table(("attention", Column("workload", left=True), Column("per second", "images or tokens"), "of dense's"))
+    for part in summary.parts:
+        alike: dict[tuple[str, int], list[Group]] = {}
+        for group in summary.of(part):
+            alike.setdefault((group.phase, group.tokens), []).append(group)
+        for groups in alike.values():
+            dense = next((row.cost for row in groups[0].rows if row.is_baseline), None)
+            if len(groups) < 2 or dense is None:
+                continue
+            table.section(f"{groups[0].host}: {replace(groups[0], workload='').title}; dense at {groups[0].workload}")
+            measured = [(one.workload, row, row.cost) for one in groups for row in one.rows if row.cost is not None]
+            for workload, row, cost in measured:
+                done = cost.candidate.throughput
+                share = f"{done / dense.candidate.throughput:.2f}x"
+                table.add(row.label, workload, f"{done:,.4g}", share, base=row.is_baseline)
+    return table if table.rows else None
 
 
 def _stages(summary: Summary) -> Table:
@@ -194,7 +226,8 @@ def _gates(summary: Summary) -> Table:
             continue  # the gate of the prefill
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            table.add(row.label, f"{group.tokens:,}", *gate_cells(row.gate), ran)
+            size = f"{group.tokens:,}{f', {group.workload}' if group.workload else ''}"
+            table.add(row.label, size, *gate_cells(row.gate), ran)
     return table
 
 

@@ -78,7 +78,7 @@ def speed_trade_plot(summary: Summary) -> str:
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
 
-    largest = [group for group in summary.groups if group.tokens == tokens[group.part]]
+    largest = [group for part in summary.parts for group in summary.drawn(part) if group.tokens == tokens[part]]
     shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
 
@@ -104,7 +104,7 @@ def memory_trade_plot(summary: Summary) -> str:
 
 def _most_tokens(summary: Summary) -> dict[str, int]:
     """The largest token count of each part; that of a language model is its prompt's."""
-    return {part: max(group.tokens for group in summary.of(part)) for part in summary.parts}
+    return {part: max(group.tokens for group in summary.drawn(part)) for part in summary.parts}
 
 
 def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> list[Trade]:
@@ -112,7 +112,7 @@ def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> l
     for part in summary.parts:
         for label in summary.labels[part]:
             quality = summary.quality_of(part, label)
-            rows = [(group, row) for group in summary.of(part) for row in group.rows if row.label == label]
+            rows = [(group, row) for group in summary.drawn(part) for row in group.rows if row.label == label]
             spots = tuple(found for group, row in rows if (found := spot(group, row)) is not None)
             if quality is None or quality.ratio is None or not spots:
                 continue
@@ -161,10 +161,10 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
 def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
     """Draw the first part that was measured without a cache, where there is more than one token count."""
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
-    if part is None or len(summary.of(part)) < 2:
+    if part is None or len(summary.drawn(part)) < 2:
         return ""
     figure, axes = new_figure(right=KEYED)
-    groups, labels = summary.of(part), summary.labels[part]
+    groups, labels = summary.drawn(part), summary.labels[part]
     drawn: list[float] = []
     for label in labels:
         rows = [(group.tokens, row) for group in groups for row in group.rows if row.label == label]

@@ -21,7 +21,7 @@ RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
 Phase = Literal["forward", "training", "prefill", "decode"]
-Key = tuple[str, str, str, str, int]
+Key = tuple[str, str, str, str, int, str]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
 Count = Annotated[int, Field(ge=0)]
@@ -243,7 +243,8 @@ class Envelope(Entry):
     older records, where `config_hash` does. `part` names the rows that share a dense baseline. `kind` is ``cost`` or
     ``quality`` (one per attention, with `tokens` 0). `scope` and `phase` say what was run: the whole model or one
     attention layer alone; one forward at each token count, one forward and backward (``training``), or the prefill of
-    a language model's prompt of `tokens` tokens and the decoding after it.
+    a language model's prompt of `tokens` tokens and the decoding after it. `workload` says in words what sets rows
+    apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
     """
 
     schema_version: Literal[1, 2, 3, 4] = 4
@@ -268,6 +269,7 @@ class Envelope(Entry):
     host: str
     dtype: str
     tokens: Count
+    workload: str = ""
     shapes: Shapes | None
     gate: Gate | None
     baseline_gate: Gate | None
@@ -291,7 +293,7 @@ class Envelope(Entry):
     @property
     def key(self) -> Key:
         """What makes two records stand for the same row; the later one counts."""
-        return self.part, self.kind, self.phase, self.label, self.tokens
+        return self.part, self.kind, self.phase, self.label, self.tokens, self.workload
 
 
 class Record(Envelope):

@@ -88,7 +88,9 @@ def _measured(task: Task, cells: Sequence[Cell]) -> dict[Key, str]:
     for cell in cells:
         for key in cell.keys:
             if key in found:
-                raise ConfigError(f"the task {task.name} plans two rows {cell.label!r} ({', '.join(map(str, key))})")
+                raise ConfigError(
+                    f"the task {task.name} plans two rows {cell.label!r} ({', '.join(str(one) for one in key if one)})"
+                )
             found[key] = cell.measured
     return found
 
@@ -197,9 +199,8 @@ class _Engine:
             self.store.append(record)
         result = result if records[0].status == result.status else Result(status="failed", message=records[0].message)
         if not console.is_terminal or result.status != "ok":
-            at = f" at {cell.tokens:,} tokens" if cell.tokens else ""
             why = f": {one_line(result.message)}" if result.message else ""
-            line = f"{cell.kind} of {cell.label}{at}: {result.status} in {seconds:.1f} s{why}"
+            line = f"{cell.kind} of {cell.title}: {result.status} in {seconds:.1f} s{why}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _records(self, cell: Cell, result: Result, seconds: float) -> list[Envelope]:
@@ -247,6 +248,7 @@ class _Engine:
             host=cell.host,
             dtype=cell.dtype,
             tokens=cell.tokens,
+            workload=cell.workload,
             shapes=result.shapes,
             gate=result.gate,
             baseline_gate=result.baseline_gate,
@@ -264,7 +266,7 @@ class _Engine:
         """Give the quality of an attention, with its ratio to the baseline's, and a note."""
         if part not in self.with_quality:
             return None, NO_QUALITY
-        found = self.store.records.get((part, "quality", "forward", label, 0))
+        found = self.store.records.get((part, "quality", "forward", label, 0, ""))
         if found is None:
             return None, "not measured"
         if found.quality is None:
@@ -285,7 +287,7 @@ class _Engine:
 
     def _dense(self, part: str) -> Envelope | None:
         """The quality of a part's dense baseline."""
-        return self.store.records.get((part, "quality", "forward", self.baselines.get(part, ""), 0))
+        return self.store.records.get((part, "quality", "forward", self.baselines.get(part, ""), 0, ""))
 
     def _place(self, threads: int | None) -> Environment:
         if threads not in self.places:

@@ -16,11 +16,12 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of cost that were measured alike: of one part, phase and token count, the dense baseline first."""
+    """Rows of cost that were measured alike: of one part, phase, token count and workload, the dense baseline first."""
 
     part: str
     phase: Phase
     tokens: int
+    workload: str
     rows: list[Record]
 
     @property
@@ -31,12 +32,9 @@ class Group:
     @property
     def title(self) -> str:
         """What was timed, in words."""
-        return {
-            "forward": f"forward, {self.tokens:,} tokens",
-            "training": f"forward and backward, {self.tokens:,} tokens",
-            "prefill": f"prefill, {self.tokens:,} tokens",
-            "decode": f"decode, after {self.tokens:,} tokens",
-        }[self.phase]
+        done = {"forward": "forward,", "training": "forward and backward,", "prefill": "prefill,"}
+        about = f", {self.workload}" if self.workload else ""
+        return f"{done.get(self.phase, 'decode, after')} {self.tokens:,} tokens{about}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Summary:
     Attributes
     ----------
     groups
-        Rows of cost by part, then by token count, ascending, then by phase: prefill before decoding.
+        Rows of cost by part, then by token count, ascending, then by workload and phase: prefill before decoding.
     quality
         Rows of quality, one per attention and part.
     labels
@@ -81,6 +79,11 @@ class Summary:
         """The groups of a part."""
         return [group for group in self.groups if group.part == part]
 
+    def drawn(self, part: str) -> list[Group]:
+        """The groups of a part that plots show: those of its first workload."""
+        groups = self.of(part)
+        return [group for group in groups if group.workload == groups[0].workload]
+
     def quality_of(self, part: str, label: str) -> Quality | None:
         """The quality of an attention."""
         return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
@@ -107,13 +110,15 @@ def summarize(records: Iterable[Any]) -> Summary:
         part: tuple(dict.fromkeys(r.label for r in found if r.part == part)) for part in parts
     }
 
-    def place(record: Record) -> tuple[int, int, int, int]:
-        order = parts.index(record.part), record.tokens, PHASES.index(record.phase)
+    workloads = list(dict.fromkeys(record.workload for record in in_order))
+
+    def place(record: Record) -> tuple[int, ...]:
+        order = parts.index(record.part), record.tokens, workloads.index(record.workload), PHASES.index(record.phase)
         return *order, labels[record.part].index(record.label)
 
-    groups: dict[tuple[str, Phase, int], list[Record]] = {}
+    groups: dict[tuple[str, Phase, int, str], list[Record]] = {}
     for record in sorted((r for r in records if r.kind == "cost"), key=place):
-        groups.setdefault((record.part, record.phase, record.tokens), []).append(record)
+        groups.setdefault((record.part, record.phase, record.tokens, record.workload), []).append(record)
     quality = sorted((r for r in records if r.kind == "quality"), key=place)
     return Summary(tuple(Group(*key, rows) for key, rows in groups.items()), quality, labels)
 

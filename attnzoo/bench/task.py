@@ -26,7 +26,7 @@ class Cell(Entry):
 
     Attributes
     ----------
-    part, kind, label, tokens, phases
+    part, kind, label, tokens, workload, phases
         What makes its row: see `Record`. A cell gives a record per phase.
     attention, options, is_baseline, host, dtype, scope
         As in its records.
@@ -54,6 +54,7 @@ class Cell(Entry):
     kind: Literal["cost", "quality"]
     label: str
     tokens: Count = 0
+    workload: str = ""
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = ("forward",)
     attention: str | None
     options: Mapping[str, Any] = Field(default_factory=dict)
@@ -74,7 +75,7 @@ class Cell(Entry):
     @property
     def keys(self) -> list[Key]:
         """Of its records."""
-        return [(self.part, self.kind, phase, self.label, self.tokens) for phase in self.phases]
+        return [(self.part, self.kind, phase, self.label, self.tokens, self.workload) for phase in self.phases]
 
     @property
     def measured(self) -> str:
@@ -84,7 +85,8 @@ class Cell(Entry):
     @property
     def title(self) -> str:
         """What is measured, in words."""
-        return f"{self.label} at {self.tokens:,} tokens" if self.tokens else self.label
+        at = f" at {self.tokens:,} tokens" if self.tokens else ""
+        return f"{self.label}{at}{f', {self.workload}' if self.workload else ''}"
 
 
 class Result(Entry):
