@@ -344,6 +344,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "Keeps the entries whose eviction would change the attention output most, by the scores of a base policy.",
         "CAOTE, https://arxiv.org/abs/2504.14051",
     ),
+    _policy(
+        "dropkv",
+        "DropKV",
+        "Adds up the squared output error that the eviction of an entry would make for each of the last queries.",
+        "DropKV, https://openreview.net/forum?id=MqfNzH3TVH",
+    ),
 )
 
 _table: dict[str, AttentionInfo] = {info.name: info for info in BUILT_IN}

@@ -268,7 +268,8 @@ class BoundedLayer(SwappedCacheLayer):
         self.torn = False
 
     def flush(self) -> None:
-        """Evict now, though the block is not at its end."""
+        """Evict now, though the block, or the prompt, is not at its end."""
+        self.store.end_prompt()
         self.store.evict(range(self.store.batch))
 
     def reset(self) -> None:

@@ -8,9 +8,9 @@ https://arxiv.org/abs/2504.14051
     fast: the mean of all values instead of h V
 
 Differs from the paper: it does not say how query heads that share a key/value head combine. Here by the root of the
-sum of squares, which is how far the concatenated output of the group moves, before the output projection. Nor does it
-say what becomes of the base's protected entries: they stay protected. SnapKV's scores are pooled before they
-are normalized, and over ``base="tova"`` heads no longer keep the same tokens.
+sum of squares, which is how far the concatenated output of the group moves, before the output projection; over a base
+that chooses for a whole layer (``base="tova"``), that of all its heads. Nor does it say what becomes of the base's
+protected entries: they stay protected. SnapKV's scores are pooled before they are normalized.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ class Caote(Wrapper):
     def score(self, view: CacheView) -> Tensor:
         """Error of the output that the eviction of each entry would make."""
         scores = self.inner.checked_attention_scores(view)
-        return output_error(scores / scores.sum(-1, keepdim=True).clamp_min(1e-30), view.values, fast=self.fast)
+        attention = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
+        errors = output_error(attention, view.values, fast=self.fast)
+        if self.scope == "layer":
+            return errors.norm(dim=1, keepdim=True).expand_as(errors)
+        return errors
 
 
 def output_error(attention: Tensor, values: Tensor, fast: bool = False) -> Tensor:

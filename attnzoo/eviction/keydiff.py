@@ -4,6 +4,9 @@ Paper: Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction, https://arx
 
     s_j = -cos(mean_i k_i / |k_i|, k_j)        (Eq. 8; over all entries there are, old and new)
 
+The most recent entries take a fifth of the budget by default: the paper's variant with a sliding window, which loses
+less; ``recent=0`` is its base method.
+
 Differs from the paper: its experiments take the mean of the raw keys, which it finds as good; that is ``anchor="raw"``,
 and the default here is the equation's. The keys are those after rotary embedding, which the paper does not say.
 """
@@ -17,6 +20,9 @@ from torch.nn import functional as F
 
 from attnzoo.checks import check_choice, renamed_choice
 from attnzoo.eviction.policy import CacheView, Policy, wide
+
+
+RECENT_SHARE = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,10 @@ class KeyDiff(Policy):
         super().__post_init__()
         object.__setattr__(self, "anchor", renamed_choice("anchor", self.anchor, "normalised", "normalized"))
         check_choice("anchor", self.anchor, ("normalized", "raw"))
+
+    def default_recent(self, sink: int) -> int:
+        """A fifth of the budget."""
+        return self.budget // RECENT_SHARE
 
     def score(self, view: CacheView) -> Tensor:
         """Minus the cosine with the anchor."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from attnzoo.checks import check_int
+from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.weights import attention_weights
+
+
+Scope = Literal["head", "layer"]
+SCHEDULES = ("block", "prompt", "step")
+AGGREGATES = ("mean", "max", "sum")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ class Policy(ABC):
         Entries kept a key/value head at the end of a block.
     block_size
         Tokens between evictions.
+    schedule
+        When to evict. ``block``: at the end of each block of `block_size` tokens, while the prompt is read, too, so
+        that the cache is bounded at every moment. ``step``: after every token, as with ``block_size=1``. ``prompt``:
+        full attention over the prompt, one eviction at its end, then block by block, as most papers do; while the
+        prompt is read the cache is not bounded. The prompt ends before the first call of one token per row, or at
+        ``cache.flush()``.
     sink, recent
         First and last tokens that are never evicted, whatever their score. None is the policy's own default, cut to
         fit a small budget.
@@ -102,6 +113,7 @@ class Policy(ABC):
 
     budget: int
     block_size: int = 128
+    schedule: str = "block"
     sink: int | None = None
     recent: int | None = None
     core: str = "sdpa"
@@ -109,6 +121,7 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         check_int("budget", self.budget, minimum=1)
         check_int("block_size", self.block_size, minimum=1)
+        check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("sink", "recent"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), minimum=0)
@@ -117,6 +130,11 @@ class Policy(ABC):
                 f"sink={self.sink or 0} + recent={self.recent or 0} is over budget={self.budget}: protected entries "
                 "must fit in it"
             )
+
+    @property
+    def every(self) -> int:
+        """Tokens between evictions, once the prompt is over where that is waited for."""
+        return 1 if self.schedule == "step" else self.block_size
 
     @property
     def accumulates(self) -> bool:
@@ -132,6 +150,11 @@ class Policy(ABC):
     def sums_window(self) -> bool:
         """Whether of the window the sums of its attention are needed, not the attention of each query."""
         return self.queries_kept > 0
+
+    @property
+    def scope(self) -> Scope:
+        """Whether each key/value head keeps entries of its own (``head``) or all of a layer the same (``layer``)."""
+        return "head"
 
     def default_sink(self) -> int:
         """First tokens protected where the user says nothing, before it is cut to fit."""
@@ -170,15 +193,28 @@ class Policy(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPolicy(Policy):
-    """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them."""
+    """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them.
+
+    Parameters
+    ----------
+    aggregate
+        How the scores of query heads that share a key/value head, or a layer where the policy chooses for a whole
+        layer, become one: ``mean``, ``max`` or ``sum``, which ranks as the mean does.
+    """
+
+    aggregate: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("aggregate", self.aggregate, AGGREGATES)
 
     @abstractmethod
     def attention_scores(self, view: CacheView) -> Tensor:
         """Give every entry a score of at least 0 for each query head, ``(B, H, S)``."""
 
     def score(self, view: CacheView) -> Tensor:
-        """Mean of `attention_scores` over the query heads that share a key/value head."""
-        return by_group(self.checked_attention_scores(view), view.kv_heads).mean(2)
+        """`attention_scores`, aggregated over the query heads that share a key/value head or, in scope, a layer."""
+        return combined(by_group(self.checked_attention_scores(view), view.kv_heads), self.aggregate, self.scope)
 
     def checked_attention_scores(self, view: CacheView) -> Tensor:
         """Give `attention_scores`, ``(B, H, S)``.
@@ -205,6 +241,26 @@ def _checked(policy: Policy, method: str, scores: Any, shape: Sequence[int]) -> 
             f"tensor of shape {tuple(shape)}"
         )
     return scores
+
+
+def combined(scores: Tensor, aggregate: str, scope: Scope) -> Tensor:
+    """Scores of query heads ``(B, Hkv, G, S)`` as those of key/value heads ``(B, Hkv, S)``.
+
+    Parameters
+    ----------
+    scores
+        By group, as `by_group` gives them.
+    aggregate
+        ``mean``, ``max`` or ``sum``.
+    scope
+        ``head`` takes each group together, ``layer`` all query heads, with the same outcome for each key/value head.
+    """
+    if scope == "layer":
+        together = scores.flatten(1, 2)[:, None]  # (B, 1, H, S)
+        return combined(together, aggregate, "head").expand(-1, scores.shape[1], -1)
+    if aggregate == "max":
+        return scores.amax(2)
+    return scores.mean(2) if aggregate == "mean" else scores.sum(2)
 
 
 def by_group(scores: Tensor, kv_heads: int) -> Tensor:

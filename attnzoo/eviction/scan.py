@@ -89,6 +89,8 @@ class BoundedAttention:
         """
         if not store.batch:
             store.start(q, k, v, scale, softcap)
+        if q.shape[2] == 1:
+            store.end_prompt()
         read = [x for x in (q, k, v, store.keys, store.values) if x is not None]
         store.recording = torch.is_grad_enabled() and any(x.requires_grad for x in read)
         if store.batch != len(q):
@@ -142,7 +144,7 @@ class BoundedAttention:
         self, store: Store, q: Tensor, taken: list[int], visible: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
         """Attend for entries just put in, let the policy see it, and evict the rows that came to a block's end."""
-        due = [row for row, n in enumerate(taken) if n and store.counts[row] % self.policy.block_size == 0]
+        due = [row for row, n in enumerate(taken) if n and store.is_due(row)]
         asked = self._asked(store, taken, due, options)
         if asked is None:
             out, sums = self._attend(q, store, visible, options), None

@@ -9,6 +9,7 @@ saved them, in this call or an earlier one, and where one made under `torch.infe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ from attnzoo.eviction.weights import attention_sums
 
 Rows = slice | Tensor
 _GROWTH = 64  # entries by which a buffer grows at least
-_BUFFERS = ("_keys", "_values", "_positions", "_sums", "_queries", "_query_positions")
+_BY_ENTRY = ("_keys", "_values", "_positions", "_sums")
+_BUFFERS = (*_BY_ENTRY, "_queries", "_query_positions")
 
 
 class Store:
@@ -40,6 +42,8 @@ class Store:
         Real tokens that each row has seen.
     held
         Entries that each row holds.
+    prompting
+        Whether the prompt is still being read and the policy waits for its end.
     recording
         Whether autograd records the call under way: the attention then saves what it reads.
     """
@@ -50,6 +54,7 @@ class Store:
         self.held: list[int] = []
         self.scale: float | None = None
         self.softcap: float | None = None
+        self.prompting = policy.schedule == "prompt"
         self.recording = False
         self._saved: set[str] = set()
         self._keys: Tensor | None = None
@@ -110,9 +115,27 @@ class Store:
 
     def until_eviction(self, row: int) -> int:
         """Tokens that a row still takes before it comes to a block's end at which something goes."""
-        count, held, block = self.counts[row], self.held[row], self.policy.block_size
+        if self.prompting:
+            return sys.maxsize
+        count, held, block = self.counts[row], self.held[row], self.policy.every
         over = count + max(self.policy.budget - held, 0) + 1  # the count at which it would hold more than the budget
         return -(-over // block) * block - count
+
+    def is_due(self, row: int) -> bool:
+        """Whether a row has come to the end of a block."""
+        return not self.prompting and self.counts[row] % self.policy.every == 0
+
+    def end_prompt(self) -> None:
+        """Evict, where the end of the prompt was waited for, and let go of the room that it took."""
+        if not self.prompting:
+            return
+        self.prompting = False
+        self.evict(range(self.batch))
+        room = max(self.held, default=0)
+        for name in _BY_ENTRY:
+            buffer: Tensor | None = getattr(self, name)
+            if buffer is not None and buffer.shape[2] > room:
+                setattr(self, name, buffer[:, :, :room].clone())
 
     def append(self, k: Tensor, v: Tensor, taken: Sequence[int]) -> None:
         """Put the first ``taken[b]`` of the new entries ``(B, Hkv, t, D)`` behind those of row b."""
@@ -192,7 +215,7 @@ class Store:
             )
             keep = self.policy.keep(view)
         heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
-        for name in ("_keys", "_values", "_positions", "_sums"):
+        for name in _BY_ENTRY:
             old: Tensor | None = getattr(self, name)
             if old is None:
                 continue
@@ -251,7 +274,8 @@ class Store:
             buffer = getattr(self, name)
             if buffer is not None:
                 state[name.strip("_")] = buffer.detach()
-        return {**state, "counts": self.counts, "held": self.held, "scale": self.scale, "softcap": self.softcap}
+        names = ("counts", "held", "scale", "softcap", "prompting")
+        return {**state, **{name: getattr(self, name) for name in names}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
@@ -260,6 +284,7 @@ class Store:
         for name in ("counts", "held"):
             setattr(self, name, list(state[name]))
         self.scale, self.softcap = state["scale"], state["softcap"]
+        self.prompting = state.get("prompting", False)  # files of earlier versions have none
 
     def _reserve(self, needed: int) -> None:
         """Have room for `needed` entries per row. A buffer grows by a quarter, never past budget and block together."""
@@ -267,8 +292,8 @@ class Store:
         room = self._keys.shape[2]
         if needed <= room:
             return
-        new = max(needed, min(self.policy.budget + self.policy.block_size, room + max(_GROWTH, room // 4)))
-        for name in ("_keys", "_values", "_positions", "_sums"):
+        new = max(needed, min(self.policy.budget + self.policy.every, room + max(_GROWTH, room // 4)))
+        for name in _BY_ENTRY:
             buffer: Tensor | None = getattr(self, name)
             if buffer is not None:
                 fill = -1 if name == "_positions" else 0

@@ -4,8 +4,9 @@ Paper: Oren et al., Transformers are Multi-State RNNs, https://arxiv.org/abs/240
 
     s_j = mean over heads of A_nj, with n the last query
 
-Differs from the paper: evicts after each block of `block_size` tokens, the paper at each step (`block_size=1`). As in
-the authors' code all heads of a layer keep the same tokens.
+All heads of a layer keep the same tokens, as in the authors' code; `vatp` and `caote` over it keep to that.
+
+Differs from the paper: evicts after each block of `block_size` tokens, the paper at each step (`block_size=1`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnzoo.eviction.policy import AttentionPolicy, CacheView
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tova(AttentionPolicy):
     """Attention of the last query."""
+
+    @property
+    def scope(self) -> Scope:
+        """The layer."""
+        return "layer"
 
     @property
     def queries_kept(self) -> int:
@@ -29,7 +35,3 @@ class Tova(AttentionPolicy):
     def attention_scores(self, view: CacheView) -> Tensor:
         """The last row of attention, a distribution over the entries."""
         return view.attention_of_window()
-
-    def score(self, view: CacheView) -> Tensor:
-        """Mean over all heads, the same for each key/value head."""
-        return self.attention_scores(view).mean(1, keepdim=True).expand(view.positions.shape)

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from attnzoo.errors import OptionError, UnknownNameError
-from attnzoo.eviction.policy import AttentionPolicy, Policy
+from attnzoo.eviction.policy import AttentionPolicy, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
-_OWN = ("budget", "block_size", "sink", "recent", "core")
+_OWN = ("budget", "block_size", "schedule", "sink", "recent", "core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Wrapper(Policy):
     base
         Name of an attention-based policy.
     base_options
-        Options of the base; `budget`, `block_size`, `sink`, `recent` and `core` are the wrapper's.
+        Options of the base; `budget`, `block_size`, `schedule`, `sink`, `recent` and `core` are the wrapper's.
 
     Raises
     ------
@@ -57,6 +57,11 @@ class Wrapper(Policy):
         policy = build_policy(describe(self.base), {**options, "budget": self.budget, "block_size": self.block_size})
         assert isinstance(policy, AttentionPolicy)
         return policy
+
+    @property
+    def scope(self) -> Scope:
+        """The base's."""
+        return self.inner.scope
 
     @property
     def accumulates(self) -> bool:

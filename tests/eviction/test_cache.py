@@ -110,8 +110,9 @@ def test_fuzz(part):
             hidden_size=kv_heads * groups * 4,
             head_dim=4,
         )
-        core = chance.choice(["sdpa", "softmax"])
-        attnzoo.replace_attention(model, name, budget=budget, block_size=block, core=core, **options)
+        core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
+        policy = {"budget": budget, "block_size": block, "schedule": schedule}
+        attnzoo.replace_attention(model, name, core=core, **policy, **options)
         left, cuts, padding = [length] * rows, [], []
         while any(left):
             cut = [min(n, chance.choice([0, 1, 5, 30])) for n in left]
@@ -122,7 +123,12 @@ def test_fuzz(part):
         with torch.no_grad():
             logits, cache, most = feed(model, token_ids(rows, length), cuts, padding)
         assert logits.isfinite().all()
-        assert most <= budget + block - 1
+        if schedule == "prompt":
+            assert most <= max(length, budget + block - 1)
+            cache.flush()
+        else:
+            block = 1 if schedule == "step" else block
+            assert most <= budget + block - 1
         for layer in cache.layers:
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
@@ -209,7 +215,7 @@ def test_turns():
 @pytest.mark.parametrize("name", POLICIES)
 def test_without_a_cache_and_in_training(name):
     """`use_cache=False` and training run the same computation; gradients are those of the masked attention."""
-    model = bounded(name, budget=16, block_size=8)
+    model = bounded(name, seed=3, budget=16, block_size=8)
     ids = token_ids(2, 50)
     with torch.no_grad():
         expected = model(ids)
@@ -255,6 +261,44 @@ def test_modes_of_autograd():
     torch.testing.assert_close(second.logits, expected[:, 27:])
     (first.logits.sum() + second.logits.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_step_is_a_block_of_one(name):
+    ids = token_ids(2, 40)
+    with torch.no_grad():
+        one = bounded(name, budget=16, block_size=1)(ids)
+        step = bounded(name, budget=16, schedule="step")(ids)
+    assert torch.equal(one.logits, step.logits)
+    for a, b in zip(cache_of(one).layers, cache_of(step).layers, strict=True):
+        assert torch.equal(a.positions, b.positions)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_prompt_is_read_densely_and_then_bounded(name, tmp_path):
+    """Logits of the prompt are dense; rows of a padded batch, a copy and a saved cache go on alike after it."""
+    dense, model = language_model(), bounded(name, budget=16, block_size=8, schedule="prompt")
+    ids = token_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask)
+        expected = dense(ids, attention_mask=mask).logits
+        torch.testing.assert_close(out.logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
+        assert all(layer.keys.shape[2] == 40 for layer in cache_of(out).layers)
+        cache_of(out).save(tmp_path / "cache.pt")
+        caches = [cache_of(out).copy(), attnzoo.load_cache(tmp_path / "cache.pt"), cache_of(out)]
+        caches[0].flush()
+        assert all(layer.keys.shape[2] == 16 for layer in caches[0].layers)
+        new, mask = token_ids(2, 1, 3), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+        logits = [model(new, attention_mask=mask, **{CACHE: cache}).logits for cache in caches]
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
+        for cache in caches:
+            assert all(layer.keys.shape[2] == 17 for layer in cache.layers)
+        single = cache_of(model(ids[:1, 6:]))
+        alone = model(new[:1], **{CACHE: single}).logits
+    torch.testing.assert_close(logits[0][:1], alone, rtol=1e-5, atol=1e-5)  # other positions, whose angles are float32
 
 
 def test_flush():

@@ -74,47 +74,64 @@ def pooled(row, kernel=7):
     return [max(row[max(0, j - half) : j + half + 1]) for j in range(len(row))]
 
 
+AGGREGATE = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0)}
+
+
 def oracle(name, options, keys, values, attention, kv_head, groups):
-    """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``."""
+    """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``.
+
+    `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together.
+    """
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
     base = options.get("base", "h2o")
+    aggregate = AGGREGATE[options.get("aggregate", "mean")]
+    seen = torch.arange(BLOCK, 0, -1)  # queries that have seen each entry
+    accumulated = attention.sum(1) / (seen if options.get("normalize", True) else 1)
     if name in ("vatp", "caote"):
-        own = {"h2o": attention.sum(1), "tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}[base]
+        own = {"h2o": accumulated, "tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}[base]
         recent = {"h2o": BUDGET // 2, "tova": 0, "scissorhands": 10}[base]
+        chosen = range(len(own)) if base == "tova" else range(*heads.indices(99))
+        of_head = [values[head // groups] for head in range(len(own))]
     if name == "vatp":
-        sink = min(20, BUDGET // 2)
-        score = group_mean(own, kv_head, groups) * values.abs().sum(-1)
-        return score.tolist(), sink, min(recent, BUDGET - sink)
+        products = [own[head] * of_head[head].abs().sum(-1) for head in chosen]
+        return aggregate(torch.stack(products)).tolist(), 0, recent
     if name == "caote":
-        share = own[heads] / own[heads].sum(-1, keepdim=True)
-        if options.get("fast"):
-            errors = share / (1 - share) * (values.mean(0) - values).norm(dim=-1)
-        else:
-            errors = removal_errors(share, values)
-        return errors.square().sum(0).sqrt().tolist(), 0, recent
+        squares = []
+        for head in chosen:
+            share = own[head][None] / own[head].sum()
+            if options.get("fast"):
+                error = share / (1 - share) * (of_head[head].mean(0) - of_head[head]).norm(dim=-1)
+            else:
+                error = removal_errors(share, of_head[head])
+            squares.append(error[0].square())
+        return torch.stack(squares).sum(0).sqrt().tolist(), 0, recent
+    if name == "dropkv":
+        window = options.get("window", 32)
+        errors = [removal_errors(attention[heads, i], values[kv_head]) for i in range(BLOCK - window, BLOCK)]
+        return sum(error.square().sum(0) for error in errors).tolist(), 0, min(window, BUDGET)
     if name == "streaming":
         return list(range(BLOCK)), 4, BUDGET - 4
     if name == "h2o":
-        return group_mean(attention.sum(1), kv_head, groups).tolist(), 0, BUDGET // 2
+        return aggregate(accumulated[heads]).tolist(), 0, BUDGET // 2
     if name == "tova":
-        return attention[:, -1].mean(0).tolist(), 0, 0
+        return aggregate(attention[:, -1]).tolist(), 0, 0
     if name == "snapkv":
         window = options.get("window", 32)
         sums = attention[heads, -window:].sum(1)
         rows = [pooled(row[: BLOCK - window]) + row[BLOCK - window :] for row in sums.tolist()]
-        return [sum(column) / groups for column in zip(*rows, strict=True)], 0, min(window, BUDGET)
+        return aggregate(torch.tensor(rows)).tolist(), 0, min(window, BUDGET)
     if name == "scissorhands":
-        counts = [0.0] * BLOCK
-        for head, i, j in itertools.product(range(*heads.indices(99)), range(BLOCK), range(BLOCK)):
-            counts[j] += bool(attention[head, i, j] > 1 / (i + 1)) / groups
-        return counts, 0, 10
+        counts = torch.zeros(groups, BLOCK)
+        for head, i, j in itertools.product(range(groups), range(BLOCK), range(BLOCK)):
+            counts[head, j] += bool(attention[heads][head, i, j] > 1 / (i + 1))
+        return aggregate(counts).tolist(), 0, 10
     if name == "knorm":
         return [-round(math.log2(n) * 1024) for n in keys.norm(dim=-1).tolist()], 0, 0
     if name == "keydiff":
         if options.get("anchor") == "raw":
-            return (-torch.cosine_similarity(keys.mean(0, keepdim=True), keys)).tolist(), 0, 0
+            return (-torch.cosine_similarity(keys.mean(0, keepdim=True), keys)).tolist(), 0, BUDGET // 5
         unit = keys / keys.norm(dim=-1, keepdim=True)
-        return (-(unit @ unit.T).sum(1)).tolist(), 0, 0  # the exact O(n^2) form
+        return (-(unit @ unit.T).sum(1)).tolist(), 0, options.get("recent", BUDGET // 5)  # the exact O(n^2) form
     assert name == "random"
     return [random_score(options.get("seed", 0), 0, kv_head, j) for j in range(BLOCK)], 0, 0
 
@@ -122,6 +139,11 @@ def oracle(name, options, keys, values, attention, kv_head, groups):
 CASES = [
     *((name, {}) for name in POLICIES),
     ("keydiff", {"anchor": "raw"}),
+    ("keydiff", {"recent": 0}),
+    ("h2o", {"normalize": False}),
+    *((name, {"aggregate": how}) for name in ("h2o", "snapkv", "tova", "vatp") for how in ("max", "sum")),
+    ("scissorhands", {"aggregate": "max"}),
+    ("dropkv", {"window": 8}),
     ("random", {"seed": 12345678901234567890}),
     ("snapkv", {"window": 8}),
     ("caote", {"fast": True}),
@@ -139,7 +161,7 @@ def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
     with torch.no_grad():
         layer = cache_of(model(ids)).layers[0]
     for row, head in itertools.product(range(2), range(kv_heads)):
-        parts = keys[row, head], values[row, head], attention[row]
+        parts = keys[row, head], values[row], attention[row]
         score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads)
         expected = kept_by(score, sink, recent)
         assert layer.positions[row, head].tolist() == expected
@@ -201,10 +223,13 @@ def test_protection():
     assert build_policy(describe("snapkv"), {"budget": 100}).protected == (0, 32)
     assert build_policy(describe("snapkv"), {"budget": 10}).protected == (0, 10)
     assert build_policy(describe("scissorhands"), {"budget": 100}).protected == (0, 10)
-    assert build_policy(describe("vatp"), {"budget": 100}).protected == (20, 50)
-    assert build_policy(describe("vatp"), {"budget": 16}).protected == (8, 8)
+    assert build_policy(describe("vatp"), {"budget": 100}).protected == (1, 50)
+    assert build_policy(describe("vatp"), {"budget": 2048}).protected == (20, 1024)
+    assert build_policy(describe("keydiff"), {"budget": 100}).protected == (0, 20)
+    assert build_policy(describe("keydiff"), {"budget": 4}).protected == (0, 0)
+    assert build_policy(describe("vatp"), {"budget": 16}).protected == (0, 8)
     assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    for name in ("keydiff", "tova", "knorm", "random"):
+    for name in ("tova", "knorm", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
     assert build_policy(describe("h2o"), {"budget": 10, "sink": 10}).protected == (10, 0)

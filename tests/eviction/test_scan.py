@@ -27,10 +27,10 @@ def qkv(tokens: int, rows: int = 1, seed: int = 0, dtype=torch.float64):
     return [2 * torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
-def slowly(name, q, k, v, budget, block, recent):
+def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
     """One row, token by token, in dictionaries: outputs of the queries and the positions kept a key/value head.
 
-    For each query head the sums and the attention of each query over what its key/value head holds are kept by hand.
+    Nothing goes before the end of the prompt, where one is given. For each query head the sums and the attention of each query over what its key/value head holds are kept by hand.
     """
     groups = HEADS // KV_HEADS
     tokens = q.shape[2]
@@ -53,7 +53,8 @@ def slowly(name, q, k, v, budget, block, recent):
             out[0, head, i] = torch.tensor(list(row.values()), dtype=v.dtype) @ v[0, head // groups, list(row)]
             for j, w in row.items():
                 sums[head][j] = sums[head].get(j, 0.0) + w
-        if (i + 1) % block or len(kept[0]) <= budget:
+        due = i + 1 == prompt if i < prompt else (i + 1) % block == 0
+        if not due or len(kept[0]) <= budget:
             continue
         for g in range(KV_HEADS):
             live, heads = kept[g], range(g * groups, (g + 1) * groups)
@@ -62,9 +63,9 @@ def slowly(name, q, k, v, budget, block, recent):
                 last = range(max(0, i + 1 - window), i + 1)
                 return [weights(head, n, [j for j in live if j <= n]) for n in last if any(j <= n for j in live)]
 
-            base, sink = "h2o" if name in ("vatp", "caote") else name, 0
+            base = "h2o" if name in ("vatp", "caote") else name
             if base == "h2o":
-                each = {h: {j: sums[h][j] for j in live} for h in heads}
+                each = {h: {j: sums[h][j] / (i + 1 - j if normalize else 1) for j in live} for h in heads}
             elif base == "snapkv":
                 each = {}
                 for h in heads:
@@ -89,8 +90,7 @@ def slowly(name, q, k, v, budget, block, recent):
                 score = {j: sum(each[h][j] for h in heads) / groups for j in live}
             if name == "vatp":
                 score = {j: s * float(v[0, g, j].abs().sum()) for j, s in score.items()}
-                sink = min(20, (budget - recent) // 2)
-            safe = {j for j in live if j < sink or j > i - recent}
+            safe = {j for j in live if j > i - recent}
             best = sorted((j for j in live if j not in safe), key=lambda j: (score[j], j), reverse=True)
             kept[g] = sorted([*safe, *best[: budget - len(safe)]])
         for head in range(HEADS):
@@ -102,6 +102,7 @@ def slowly(name, q, k, v, budget, block, recent):
     ("name", "options"),
     [
         ("h2o", {"recent": 6}),
+        ("h2o", {"recent": 6, "normalize": False}),
         ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
         ("scissorhands", {"window": 20, "recent": 3}),
         ("vatp", {"recent": 3}),
@@ -115,12 +116,41 @@ def test_scores_over_many_evictions(name, options, block, core):
     budget = 12
     q, k, v = qkv(70)
     attention = attention_of(name, budget=budget, block_size=block, core=core, **options)
-    out, kept = slowly(name, q, k, v, budget, block, options["recent"])
+    out, kept = slowly(name, q, k, v, budget, block, options["recent"], normalize=options.get("normalize", True))
     store, parts = Store(attention.policy), []
     for start, end in itertools.pairwise((0, 1, 23, 24, 61, 70)):
         parts.append(attention(store, *(x[:, :, start:end] for x in (q, k, v))))
     torch.testing.assert_close(torch.cat(parts, 2), out, rtol=1e-9, atol=1e-9)
     assert store.positions[0].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("h2o", {"recent": 6}), ("snapkv", {"window": 4, "kernel": 3, "recent": 4}), ("caote", {"recent": 5})]
+)
+@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+@pytest.mark.parametrize("cuts", [(0, 41), (0, 7, 30, 41)])
+def test_one_eviction_at_the_end_of_the_prompt(name, options, core, cuts):
+    """Full attention over the prompt, however it was cut; then block by block, as if it had always been so."""
+    budget, prompt = 12, 41
+    q, k, v = qkv(70)
+    attention = attention_of(name, budget=budget, block_size=5, schedule="prompt", core=core, **options)
+    out, kept = slowly(name, q, k, v, budget, 5, options["recent"], prompt)
+    store, parts = Store(attention.policy), []
+    for start, end in itertools.pairwise((*cuts, *range(prompt + 1, 71))):
+        parts.append(attention(store, *(x[:, :, start:end] for x in (q, k, v))))
+    torch.testing.assert_close(torch.cat(parts, 2), out, rtol=1e-9, atol=1e-9)
+    assert store.positions[0].tolist() == kept
+
+
+def test_the_room_of_the_prompt_is_let_go():
+    attention = attention_of("keydiff", budget=12, block_size=4, schedule="prompt")
+    store = Store(attention.policy)
+    attention(store, *qkv(500))
+    assert store.held == [500]
+    before = store.bytes().allocated
+    attention(store, *(x[:, :, :1] for x in qkv(1)))
+    assert store.held == [13]
+    assert store.bytes().allocated < before / 5
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (0, 1, 2)])
