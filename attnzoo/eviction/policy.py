@@ -187,8 +187,7 @@ class Policy(ABC):
         most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
         safe = (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
-        order = scores.masked_fill(safe, float("inf")).argsort(dim=-1, stable=True)
-        return order[..., -self.budget :].sort(dim=-1).values
+        return highest(scores.masked_fill(safe, float("inf")), self.budget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +240,21 @@ def _checked(policy: Policy, method: str, scores: Any, shape: Sequence[int]) -> 
             f"tensor of shape {tuple(shape)}"
         )
     return scores
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` highest scores of ``(..., S)`` in ascending order, the later of equal ones first.
+
+    A third of the time of a stable sort of all, and without asking the device anything.
+    """
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = scores > least, scores == least
+    from_here = equal.flip(-1).cumsum(-1).flip(-1)  # of the equal ones, how many there are from here on
+    keep = above | (equal & (from_here <= count - above.sum(-1, keepdim=True)))
+    place = (keep.cumsum(-1) - 1).masked_fill(~keep, count)  # what does not stay goes to a last place, cut off
+    found = place.new_empty(*scores.shape[:-1], count + 1)
+    entries = torch.arange(scores.shape[-1], device=scores.device).expand_as(place)
+    return found.scatter_(-1, place, entries)[..., :count]
 
 
 def combined(scores: Tensor, aggregate: str, scope: Scope) -> Tensor:

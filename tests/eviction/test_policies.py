@@ -12,7 +12,7 @@ import attnzoo
 from attnzoo.errors import OptionError, ShapeError, UnknownNameError
 from attnzoo.eviction.caote import output_error
 from attnzoo.eviction.keydiff import KeyDiff
-from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, highest
 from attnzoo.eviction.random import Random
 from attnzoo.registry import build_policy, describe
 from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
@@ -187,6 +187,17 @@ def test_caotes_score_is_the_change_of_the_output(seed, tokens, heads, sharpness
         group = slice(head * queries // kv, (head + 1) * queries // kv)
         expected = removal_errors(attention[0, group], values[0, head]).square().sum(0).sqrt()
         torch.testing.assert_close(got[0, head], expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 5), st.data())
+def test_the_highest_of_equal_scores_are_the_later(seed, entries, values, data):
+    count = data.draw(st.integers(1, entries))
+    scores = torch.randint(values, (2, 3, entries), generator=torch.Generator().manual_seed(seed)).double()
+    scores[0, 0, : entries // 2] = float("inf")
+    scores[1, 1, entries // 2 :] = float("-inf")
+    expected = scores.argsort(dim=-1, stable=True)[..., -count:].sort(dim=-1).values
+    assert torch.equal(highest(scores, count), expected)
 
 
 def test_an_entry_with_all_the_weight_is_never_evicted():
