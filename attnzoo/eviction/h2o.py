@@ -7,9 +7,9 @@ Paper: Zhang et al., H2O: Heavy-Hitter Oracle, https://arxiv.org/abs/2306.14048
 
 Differs from the paper: evicts after each block of `block_size` tokens, in the prompt too (the authors' code evicts once
 after the prompt and then at each step); recent entries have half the budget by default, as in the authors' code, where
-both shares are equal; query heads that share a key/value head are averaged (the paper has none). The paper's sums favor old
-entries, which more queries have seen; the default divides by their number, as kvpress does; ``normalize=False`` is the
-paper's form.
+both shares are equal; query heads that share a key/value head are averaged (the paper has none). The paper's sums
+favor old entries, which more queries have seen; the default divides by their number, as kvpress does;
+``normalize=False`` is the paper's form.
 """
 
 from __future__ import annotations

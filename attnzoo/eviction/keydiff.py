@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from attnzoo.checks import check_choice, renamed_choice
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
-
 RECENT_SHARE = 5
 
 

@@ -14,7 +14,6 @@ from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.weights import attention_weights
 
-
 Scope = Literal["head", "layer"]
 SCHEDULES = ("block", "prompt", "step")
 AGGREGATES = ("mean", "max", "sum")

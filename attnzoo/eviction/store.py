@@ -163,18 +163,17 @@ class Store:
 
         `sums` ``(B, H, held)`` is the attention that they gave to each entry, if the core has told it.
         """
-        t = q.shape[2]
+        t, window = q.shape[2], self.policy.queries_kept
         whole = all(n == t for n in taken)
-        new = torch.arange(t, device=q.device)
         if self.policy.accumulates:
             if sums is None:
                 lengths = None if self.uniform and whole else self.lengths(taken, q.device)
                 sums = attention_sums(q, self.attended()[0], lengths, self.scale, self.softcap)
             self._writable("_sums")[:, :, : max(self.held)] += sums
-        window = self.policy.queries_kept
         if window:
             assert self._queries is not None
             assert self._query_positions is not None
+            new = torch.arange(t, device=q.device)
             first = torch.tensor(self.counts, device=q.device) - torch.tensor(taken, device=q.device)
             asked = (first[:, None] + new).to(self._query_positions.dtype)
             queries = torch.cat([self._queries, q.to(self._queries)], 2)

@@ -6,9 +6,9 @@ Matters, https://arxiv.org/abs/2406.12335
     I_j = S_j * ||v_j||_1       with S the scores of a base; the first `sink` tokens, of large S and tiny v, always stay
 
 Differs from the paper: the authors pin 20 sinks at budgets of half a prompt of 3,500 tokens or more; here as many as
-that is of the budget, 1 in 100, for 20 of a small budget leave too little to choose from. Sinks count in the budget. The
-paper is for multi-head attention; here query heads that share a key/value head are averaged, over a base that chooses
-for a whole layer (``base="tova"``) all of them. The authors compare over ``base="h2o"`` and over
+that is of the budget, 1 in 100, for 20 of a small budget leave too little to choose from. Sinks count in the budget.
+The paper is for multi-head attention; here query heads that share a key/value head are averaged, over a base that
+chooses for a whole layer (``base="tova"``) all of them. The authors compare over ``base="h2o"`` and over
 scissorhands in the form ``base_options={"importance": "mean", "window": 400}``.
 """
 
@@ -21,7 +21,6 @@ from torch import Tensor
 from attnzoo.checks import check_choice
 from attnzoo.eviction.policy import AGGREGATES, CacheView, by_group, combined, wide
 from attnzoo.eviction.wrapper import Wrapper
-
 
 SINK_SHARE = 100  # one sink in so many entries of the budget
 

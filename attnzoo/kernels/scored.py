@@ -9,7 +9,8 @@ https://arxiv.org/abs/2404.14469; TOVA, https://arxiv.org/abs/2401.06104). Memor
 heads that share a key head read it where it stands.
 
 Three ways, by device and shape alone. *Chunks*: a few queries at a time in plain PyTorch, on CPUs and for what the
-others do not take; on CPUs queries before the window, of which nobody asks a weight, go to PyTorch's fused kernel.
+others do not take; on CPUs queries before the window, of which nobody asks a weight, go to PyTorch's fused kernel, and
+one query alone is computed without a custom op, whose dispatch takes longer than the work.
 *Flash*: on GPUs, in half precision, FlashAttention gives O and each query's log-sum-exp L_i; a second pass over tiles
 computes A_ij = exp(S_ij - L_i) again and sums it, each program having keys of its own. *Decode*: on GPUs, for one
 query, keys and values are read once; the scores, S numbers a head, are kept and scaled at the end. Sums are in float32
@@ -105,8 +106,30 @@ def scored_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     window = q.shape[2] if window is None else min(window, q.shape[2])
     with torch.autocast(q.device.type, enabled=False):
+        if _is_one_query(q, k, v, lengths):
+            note("scored_attention", "one query")
+            return _one_query(q, k, v, window, scale, softcap)
         output, sums, last = _scored(q, k, v, *(lengths or (None, None)), window, causal, scale, softcap)
     return Scored(output, sums.detach(), last.detach())
+
+
+def _is_one_query(q: Tensor, k: Tensor, v: Tensor, lengths: object) -> bool:
+    """Whether the call is of one query on a CPU, without gradients: then dispatch would take longer than the work."""
+    plain = lengths is None and k.shape[2] > 0 and not triton_works(q.device)
+    graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
+    return q.shape[2] == 1 and q.device.type == "cpu" and plain and not graph
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, softcap: float | None) -> Scored:
+    """As by chunks, without what several queries need: a query that stands at the end sees all keys."""
+    dtype = sums_dtype(q.dtype)
+    scores = (q.to(dtype) * scale).reshape(len(q), k.shape[1], -1, q.shape[3]) @ k.to(dtype).mT  # (B, Hkv, G, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    found = scores.softmax(-1)
+    output = (found @ v.to(dtype)).to(q.dtype).flatten(1, 2)[:, :, None]  # (B, H, 1, Dv)
+    last = found.flatten(1, 2)
+    return Scored(output, last.clone() if window else torch.zeros_like(last), last)
 
 
 # ----------------------------------------------------------------------------------------------------------- chunks

@@ -125,7 +125,8 @@ def test_scores_over_many_evictions(name, options, block, core):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("h2o", {"recent": 6}), ("snapkv", {"window": 4, "kernel": 3, "recent": 4}), ("caote", {"recent": 5})]
+    ("name", "options"),
+    [("h2o", {"recent": 6}), ("snapkv", {"window": 4, "kernel": 3, "recent": 4}), ("caote", {"recent": 5})],
 )
 @pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
 @pytest.mark.parametrize("cuts", [(0, 41), (0, 7, 30, 41)])

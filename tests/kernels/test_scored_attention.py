@@ -261,6 +261,20 @@ def test_one_query(kernels, dtype, batch, kv_heads, groups, keys, width, v_width
     assert_same(got, want, dtype, window)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 0}, {"softcap": 2.0, "causal": True}])
+def test_one_query_without_the_custom_op(dtype, options):
+    """On CPUs, without gradients: the same bits as the custom op gives."""
+    q, k, v = (x.to(dtype) for x in qkv(2, 6, 2, 1, 70, 16, 8, 3))
+    with dispatch.record_paths() as paths:
+        got = scored_attention(q, k, v, **options)
+        want = scored_attention(q.clone().requires_grad_(), k, v, **options)
+    assert dict(paths) == {("scored_attention", "one query"): 1, ("scored_attention", "chunks"): 1}
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+
+
 def test_shares_of_the_keys(kernels, monkeypatch):
     """Many programs for few keys, one for many: the same."""
     inputs = [x.float() for x in qkv(1, 2, 1, 1, 1000, 8)]
@@ -374,5 +388,5 @@ def test_what_does_not_fit_is_refused():
 
 def test_on_the_cpu_nothing_is_launched():
     with dispatch.record_paths() as paths:
-        scored_attention(*qkv(1, 1, 1, 1, 3, 4))
+        scored_attention(*qkv(1, 1, 1, 2, 3, 4))
     assert dict(paths) == {("scored_attention", "chunks"): 1}
