@@ -24,6 +24,8 @@ from attnzoo.checks import check_bool
 from attnzoo.eviction.policy import CacheView, by_group, wide
 from attnzoo.eviction.wrapper import Wrapper
 
+AS_PUBLISHED = {"base_options": {"normalize": False}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Caote(Wrapper):

@@ -21,6 +21,8 @@ from attnzoo.checks import check_int
 from attnzoo.eviction.caote import output_error
 from attnzoo.eviction.policy import CacheView, Policy
 
+AS_PUBLISHED = {"schedule": "prompt"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DropKV(Policy):

@@ -21,6 +21,8 @@ from torch import Tensor
 from attnzoo.checks import check_bool
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
+AS_PUBLISHED = {"normalize": False, "schedule": "prompt", "block_size": 1}
+
 
 @dataclass(frozen=True, kw_only=True)
 class H2O(AttentionPolicy):

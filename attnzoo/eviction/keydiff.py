@@ -22,6 +22,7 @@ from attnzoo.checks import check_choice, renamed_choice
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
 RECENT_SHARE = 5
+AS_PUBLISHED = {"anchor": "raw", "recent": 0}
 
 
 @dataclass(frozen=True, kw_only=True)

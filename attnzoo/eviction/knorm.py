@@ -19,6 +19,7 @@ from torch import Tensor
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
 STEPS = 1024  # to each doubling of the norm
+AS_PUBLISHED = {"schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)

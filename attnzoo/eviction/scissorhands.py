@@ -19,6 +19,8 @@ from torch import Tensor
 from attnzoo.checks import check_choice, check_int
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
+AS_PUBLISHED = {"schedule": "prompt"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scissorhands(AttentionPolicy):

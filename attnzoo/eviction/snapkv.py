@@ -21,6 +21,8 @@ from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
+AS_PUBLISHED = {"schedule": "prompt"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(AttentionPolicy):

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from attnzoo.eviction.policy import CacheView, Policy
 
+AS_PUBLISHED = {"schedule": "step"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Streaming(Policy):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Scope
 
+AS_PUBLISHED = {"schedule": "prompt", "block_size": 1}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tova(AttentionPolicy):

@@ -23,6 +23,7 @@ from attnzoo.eviction.policy import AGGREGATES, CacheView, by_group, combined, w
 from attnzoo.eviction.wrapper import Wrapper
 
 SINK_SHARE = 100  # one sink in so many entries of the budget
+AS_PUBLISHED = {"sink": 20, "base_options": {"normalize": False}, "schedule": "prompt", "block_size": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
