@@ -47,7 +47,7 @@ class H2O(AttentionPolicy):
 
     def default_recent(self, sink: int) -> int:
         """Half the budget."""
-        return self.budget // 2
+        return int(self.budget) // 2
 
     def attention_scores(self, view: CacheView) -> Tensor:
         """The accumulated sums, or what an entry got per query."""

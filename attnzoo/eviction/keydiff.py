@@ -44,7 +44,7 @@ class KeyDiff(Policy):
 
     def default_recent(self, sink: int) -> int:
         """A fifth of the budget."""
-        return self.budget // RECENT_SHARE
+        return int(self.budget) // RECENT_SHARE
 
     def score(self, view: CacheView) -> Tensor:
         """Minus the cosine with the anchor."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -89,7 +89,9 @@ class Policy(ABC):
     Parameters
     ----------
     budget
-        Entries kept a key/value head at the end of a block.
+        Entries kept per key/value head at the end of a block: a whole number, or as a share above 0 and at most 1 of
+        the real tokens that a row has seen by then, so that the cache grows with the text. `sink` and `recent` stay
+        whatever the share.
     block_size
         Tokens between evictions.
     schedule
@@ -110,7 +112,7 @@ class Policy(ABC):
         For a value that cannot be, or if `sink` and `recent`, given explicitly, do not fit in the budget.
     """
 
-    budget: int
+    budget: int | float
     block_size: int = 128
     schedule: str = "block"
     sink: int | None = None
@@ -118,17 +120,31 @@ class Policy(ABC):
     core: str = "sdpa"
 
     def __post_init__(self) -> None:
-        check_int("budget", self.budget, minimum=1)
+        if isinstance(self.budget, float):
+            if not 0 < self.budget <= 1:
+                raise OptionError(f"budget must be a whole number, or a share above 0 and at most 1, not {self.budget}")
+        else:
+            check_int("budget", self.budget, minimum=1)
         check_int("block_size", self.block_size, minimum=1)
         check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("sink", "recent"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), minimum=0)
-        if (self.sink or 0) + (self.recent or 0) > self.budget:
+        if not isinstance(self.budget, float) and (self.sink or 0) + (self.recent or 0) > self.budget:
             raise OptionError(
                 f"sink={self.sink or 0} + recent={self.recent or 0} is over budget={self.budget}: protected entries "
                 "must fit in it"
             )
+
+    def entries_at(self, count: int) -> int:
+        """Entries kept per key/value head of a row that has seen `count` real tokens."""
+        if not isinstance(self.budget, float):
+            return self.budget
+        return max(1, (self.sink or 0) + (self.recent or 0), int(self.budget * count))
+
+    def at(self, count: int) -> Self:
+        """The policy with its budget as a number of entries, for a row that has seen `count` real tokens."""
+        return replace(self, budget=self.entries_at(count)) if isinstance(self.budget, float) else self
 
     @property
     def every(self) -> int:
@@ -165,10 +181,11 @@ class Policy(ABC):
 
     @property
     def protected(self) -> tuple[int, int]:
-        """First and last tokens that are never evicted, defaults filled in.
+        """First and last tokens that are never evicted, defaults filled in, where the budget is a number of entries.
 
         A default for the first takes at most half of what is left of the budget, one for the last at most the rest.
         """
+        assert isinstance(self.budget, int)
         left = self.budget - (self.recent or 0)
         sink = min(self.default_sink(), left // 2) if self.sink is None else self.sink
         recent = min(self.default_recent(sink), self.budget - sink) if self.recent is None else self.recent
@@ -179,7 +196,8 @@ class Policy(ABC):
         """Give every entry a score, ``(B, Hkv, S)``: the lowest go. Of equal scores the older goes first."""
 
     def keep(self, view: CacheView) -> Tensor:
-        """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order."""
+        """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order; the budget is a number of entries."""
+        assert isinstance(self.budget, int)
         sink, recent = self.protected
         scores = _checked(self, "score", self.score(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()

@@ -168,7 +168,7 @@ class BoundedAttention:
         if self.policy.accumulates:
             return max(taken)
         window = self.policy.queries_kept
-        over = [row for row in due if store.held[row] > self.policy.budget]
+        over = [row for row in due if store.is_over(row)]
         return window if self.policy.sums_window and over and all(taken[row] >= window for row in over) else None
 
     def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:

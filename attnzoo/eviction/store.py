@@ -118,12 +118,16 @@ class Store:
         if self.prompting:
             return sys.maxsize
         count, held, block = self.counts[row], self.held[row], self.policy.every
-        over = count + max(self.policy.budget - held, 0) + 1  # the count at which it would hold more than the budget
+        over = count + max(self.policy.entries_at(count) - held, 0) + 1  # the count at which it would hold too many
         return -(-over // block) * block - count
 
     def is_due(self, row: int) -> bool:
         """Whether a row has come to the end of a block."""
         return not self.prompting and self.counts[row] % self.policy.every == 0
+
+    def is_over(self, row: int) -> bool:
+        """Whether a row holds more than its budget."""
+        return self.held[row] > self.policy.entries_at(self.counts[row])
 
     def end_prompt(self) -> None:
         """Evict, where the end of the prompt was waited for, and let go of the room that it took."""
@@ -187,16 +191,18 @@ class Store:
 
     def evict(self, rows: Sequence[int], window_sums: Tensor | None = None) -> None:
         """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `CacheView`."""
-        over = [row for row in rows if self.held[row] > self.policy.budget]
-        for held in sorted({self.held[row] for row in over}):
-            self._evict([row for row in over if self.held[row] == held], held, window_sums)
+        over: dict[tuple[int, int], list[int]] = {}
+        for row in filter(self.is_over, rows):
+            over.setdefault((self.held[row], self.policy.entries_at(self.counts[row])), []).append(row)
+        for held, budget in sorted(over):
+            self._evict(over[held, budget], held, budget, window_sums)
 
-    def _evict(self, rows: list[int], held: int, window_sums: Tensor | None) -> None:
-        """Cut rows that all hold `held` entries."""
+    def _evict(self, rows: list[int], held: int, budget: int, window_sums: Tensor | None) -> None:
+        """Cut rows that all hold `held` entries down to `budget`."""
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        device, budget = self._keys.device, self.policy.budget
+        device = self._keys.device
         index: Rows = slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             view = CacheView(
@@ -212,7 +218,7 @@ class Store:
                 scale=self.scale,
                 softcap=self.softcap,
             )
-            keep = self.policy.keep(view)
+            keep = self.policy.at(self.counts[rows[0]]).keep(view)
         heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
         for name in _BY_ENTRY:
             old: Tensor | None = getattr(self, name)
@@ -287,11 +293,13 @@ class Store:
 
     def _reserve(self, needed: int) -> None:
         """Have room for `needed` entries per row. A buffer grows by a quarter, never past budget and block together."""
+        policy = self.policy
         assert self._keys is not None
         room = self._keys.shape[2]
         if needed <= room:
             return
-        new = max(needed, min(self.policy.budget + self.policy.every, room + max(_GROWTH, room // 4)))
+        most = policy.entries_at(max(self.counts)) + policy.every
+        new = max(needed, min(most, room + max(_GROWTH, room // 4)))
         for name in _BY_ENTRY:
             buffer: Tensor | None = getattr(self, name)
             if buffer is not None:

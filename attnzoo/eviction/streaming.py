@@ -28,7 +28,7 @@ class Streaming(Policy):
 
     def default_recent(self, sink: int) -> int:
         """All that is left."""
-        return self.budget - sink
+        return int(self.budget) - sink
 
     def score(self, view: CacheView) -> Tensor:
         """The later the better."""

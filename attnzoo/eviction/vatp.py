@@ -44,7 +44,7 @@ class Vatp(Wrapper):
 
     def default_sink(self) -> int:
         """The authors' share of the budget."""
-        return self.budget // SINK_SHARE
+        return int(self.budget) // SINK_SHARE
 
     def score(self, view: CacheView) -> Tensor:
         """The base's scores times the l1 norm of the values."""

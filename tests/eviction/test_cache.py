@@ -59,11 +59,18 @@ def schedules(draw):
     return rows, length, cuts, padding
 
 
+def entries_of(budget, length, block):
+    """The most that a row of so many tokens may hold."""
+    ended = length - length % block
+    kept = budget if isinstance(budget, int) else max(1, int(budget * ended))
+    return min(kept, ended) + length % block
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     schedules(),
     st.sampled_from(METHODS),
-    st.integers(4, 256),
+    st.one_of(st.integers(4, 256), st.sampled_from([0.01, 0.25, 0.5, 1.0])),
     st.integers(1, 64),
     st.sampled_from(["sdpa", "softmax", "flash"]),
     st.integers(0, 99),
@@ -76,7 +83,7 @@ def test_cuts_padding_and_batch_make_no_difference(schedule, method, budget, blo
     ids = token_ids(rows, length, seed)
     with torch.no_grad():
         logits, cache, most = feed(model, ids, cuts, padding)
-        assert most <= max(budget + block - 1, 1)
+        assert most <= max(entries_of(budget, n, block) for n in range(length + 1))
         for row in range(rows):
             alone = model(ids[row : row + 1])
             torch.testing.assert_close(logits[row], alone.logits[0], rtol=1e-9, atol=1e-9)
@@ -88,7 +95,7 @@ def test_cuts_padding_and_batch_make_no_difference(schedule, method, budget, blo
                 torch.testing.assert_close(layer.keys[row, :, :held], single.keys[0], rtol=1e-9, atol=1e-9)
                 assert (single.positions.diff(dim=-1) > 0).all()
                 assert single.positions.max() == length - 1 or length % block == 0
-                assert held <= (budget if length % block == 0 else budget + length % block)
+                assert held == entries_of(budget, length, block)
 
 
 @pytest.mark.parametrize("part", range(10))
@@ -99,7 +106,7 @@ def test_fuzz(part):
         name, options = chance.choice(METHODS)
         dtype = chance.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
         kv_heads, groups = chance.choice([1, 2, 3]), chance.choice([1, 2, 4])
-        block, budget = chance.choice([1, 2, 3, 8, 16]), chance.randint(1, 40)
+        block, budget = chance.choice([1, 2, 3, 8, 16]), chance.choice([chance.randint(1, 40), chance.uniform(0.01, 1)])
         rows, length = chance.randint(1, 4), 3 * block + chance.randint(0, 40)
         model = language_model(
             chance.choice(["llama", "qwen3"]),
@@ -124,17 +131,18 @@ def test_fuzz(part):
             logits, cache, most = feed(model, token_ids(rows, length), cuts, padding)
         assert logits.isfinite().all()
         if schedule == "prompt":
-            assert most <= max(length, budget + block - 1)
+            assert most <= length
             cache.flush()
+            block = 1
         else:
             block = 1 if schedule == "step" else block
-            assert most <= budget + block - 1
+            assert most <= max(entries_of(budget, n, block) for n in range(length + 1))
         for layer in cache.layers:
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
             held = (layer.positions >= 0).sum(-1)
             assert (held == held[:, :1]).all()
-            assert (held <= budget + length % block).all()
+            assert (held <= entries_of(budget, length, block)).all()
 
 
 @pytest.mark.parametrize("name", POLICIES)

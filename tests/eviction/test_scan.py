@@ -30,7 +30,8 @@ def qkv(tokens: int, rows: int = 1, seed: int = 0, dtype=torch.float64):
 def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
     """One row, token by token, in dictionaries: outputs of the queries and the positions kept a key/value head.
 
-    Nothing goes before the end of the prompt, where one is given. For each query head the sums and the attention of each query over what its key/value head holds are kept by hand.
+    Nothing goes before the end of the prompt, where one is given. For each query head the sums and the attention of
+    each query over what its key/value head holds are kept by hand.
     """
     groups = HEADS // KV_HEADS
     tokens = q.shape[2]
