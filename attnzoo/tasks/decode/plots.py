@@ -19,7 +19,9 @@ def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     scored = [(row, row.quality) for row in records if row.kind == "quality" and isinstance(row.quality, Perplexity)]
     asked = [(row, row.quality) for row in records if row.kind == "quality" and isinstance(row.quality, Retrieval)]
     drawn = position_plots(scored)
-    drawn.append(("NLL above dense, with 95% intervals", interval_plot(scored, "nll", _above_dense)))
+    drawn.append(
+        ("NLL above dense, with 95% intervals", interval_plot(scored, "nll", lambda quality: quality.difference))
+    )
     for kind, title in KIND_TITLES.items():
         rows = [(row, quality) for row, quality in asked if quality.kind == kind]
         if rows:
@@ -100,10 +102,6 @@ def _tall_figure(rows: Sequence[Row]) -> tuple[Any, Any]:
     names = [row.label + (f" ({part:.2f}x)" if part else "") for (row, _), part in zip(rows, held, strict=True)]
     axes.set_yticks(range(len(rows)), names)
     return figure, axes
-
-
-def _above_dense(quality: Perplexity) -> Interval | None:
-    return quality.difference
 
 
 def _recall(quality: Retrieval) -> Interval:
