@@ -51,8 +51,9 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     for record in (row for group in summary.groups for row in group.rows if row.cost is None):
         why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
-    for part in () if summary.groups else summary.scored:
-        console.print(quality_table(summary, part).rich())
+    for part in summary.scored:
+        if part not in summary.parts or any(row.workload for row in summary.quality if row.part == part):
+            console.print(quality_table(summary, part).rich())  # or the table of cost has it
     if summary.groups and table is None:
         console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)

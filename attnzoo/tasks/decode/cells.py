@@ -22,7 +22,7 @@ from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
 LEFT_OUT = {"timeout_seconds", "samples", "batches"}  # a figure does not depend on them, or they are told apart
-STEP = 10  # a single step takes as long as so many tokens of a prompt
+STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
 def plan(config: DecodeConfig) -> list[Cell]:

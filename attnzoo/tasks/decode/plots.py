@@ -8,6 +8,7 @@ from typing import Any
 from attnzoo.bench.colors import look
 from attnzoo.bench.plots import INK, KEYED, add_key, new_figure, to_svg
 from attnzoo.bench.record import Interval, Record
+from attnzoo.bench.stats import MIN_SAMPLES
 from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity, Retrieval
 
 DEPTHS = 5  # columns of a heat map
@@ -19,9 +20,7 @@ def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     scored = [(row, row.quality) for row in records if row.kind == "quality" and isinstance(row.quality, Perplexity)]
     asked = [(row, row.quality) for row in records if row.kind == "quality" and isinstance(row.quality, Retrieval)]
     drawn = position_plots(scored)
-    drawn.append(
-        ("NLL above dense, with 95% intervals", interval_plot(scored, "nll", lambda quality: quality.difference))
-    )
+    drawn.append(("NLL above dense, with 95% intervals", interval_plot(scored, "nll", _above_dense)))
     for kind, title in KIND_TITLES.items():
         rows = [(row, quality) for row, quality in asked if quality.kind == kind]
         if rows:
@@ -89,7 +88,7 @@ def interval_plot(rows: Sequence[Row], salt: str, of: Callable[[Any], Interval |
         color, _ = look(labels, row.label)
         axes.plot([found.low, found.high], [y] * 2, color=color, lw=2)
         axes.plot([found.mean], [y], "o", color=color, ms=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("NLL above dense, nats per token" if salt == "nll" else "part of the numbers asked for")
     return to_svg(figure, f"interval{salt}")
 
@@ -102,6 +101,14 @@ def _tall_figure(rows: Sequence[Row]) -> tuple[Any, Any]:
     names = [row.label + (f" ({part:.2f}x)" if part else "") for (row, _), part in zip(rows, held, strict=True)]
     axes.set_yticks(range(len(rows)), names)
     return figure, axes
+
+
+def _above_dense(quality: Perplexity) -> Interval | None:
+    """The difference to dense; the mean alone of too few windows."""
+    found = quality.difference
+    if found is None or found.n >= MIN_SAMPLES:
+        return found
+    return found.model_copy(update={"low": found.mean, "high": found.mean})
 
 
 def _recall(quality: Retrieval) -> Interval:
