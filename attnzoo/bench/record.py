@@ -342,8 +342,8 @@ class RecordStore(Generic[R]):
     config_hash
         Of the run that will write.
     measured
-        By the key of each row that will be asked for, what stands for all that its figures depend on. Records of
-        another config stay where theirs is the same, or the row is not asked for; any other makes the folder refused.
+        By the key of each row that will be asked for, what stands for all that its figures depend on. Records stay
+        where theirs is the same, or the row is not asked for; any other makes the folder refused.
     fresh
         Set earlier records aside, as ``records.old.jsonl``.
     changed
@@ -394,15 +394,19 @@ class RecordStore(Generic[R]):
         records = latest(read_lines(self.path, self.model, SCHEMA_VERSION, mend=True, stacklevel=4))
         other = next((record for record in records if not self._valid(record)), None)
         if other is not None:
+            hashes = f"{other.config_hash}, this one is {self.config_hash}"
+            told = f"of another config ({hashes}): {other.label} was measured by it{self.changed()}"
+            if other.config_hash == self.config_hash:
+                told = f"of this config, but {other.label} was measured when a file that it names held something else"
             raise ConfigError(
-                f"{self.folder} holds records of another config ({other.config_hash}, this one is "
-                f"{self.config_hash}): {other.label} was measured by it{self.changed()}. Give another folder with "
-                "output=PATH, or set them aside with fresh=true."
+                f"{self.folder} holds records {told}. Give another folder with output=PATH, or set them aside with "
+                "fresh=true."
             )
         self.records = {record.key: record for record in records}
 
     def _valid(self, record: R) -> bool:
         """Whether a record may stand beside those that this run will write."""
-        if record.config_hash == self.config_hash:
-            return True
-        return bool(record.measured) and self.measured.get(record.key, record.measured) == record.measured
+        asked = self.measured.get(record.key)
+        if record.measured and asked is not None:
+            return record.measured == asked
+        return bool(record.measured) or record.config_hash == self.config_hash

@@ -75,6 +75,11 @@ class Summary:
         """Parts that have rows of cost."""
         return list(dict.fromkeys(group.part for group in self.groups))
 
+    @property
+    def scored(self) -> list[str]:
+        """Parts that have rows of quality."""
+        return list(dict.fromkeys(row.part for row in self.quality))
+
     def of(self, part: str) -> list[Group]:
         """The groups of a part."""
         return [group for group in self.groups if group.part == part]
