@@ -39,7 +39,6 @@ class Format:
 
 FORMATS = (
     Format(frozenset({"nll", "retrieval", "label"}), decode.read_policies),
-    Format(frozenset({"nats", "losses", "label"}), decode.read_trained),
     Format(
         frozenset({"kind", "config", "text_sha256"}),
         decode.read_comparison,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +21,9 @@ from attnzoo.bench.highlights import (
     quality,
     speed,
 )
-from attnzoo.bench.jsonl import read_lines
 from attnzoo.bench.record import Interval, Memory, Phase
-from attnzoo.bench.stats import paired_difference, ratio_of_shares
+from attnzoo.bench.stats import ratio_of_shares
 from attnzoo.errors import AttnZooError
-from attnzoo.tasks.decode import byte_run
 from attnzoo.tasks.decode.kvpress.record import first_line
 from attnzoo.tasks.decode.kvpress.record import read_records as read_comparisons
 from attnzoo.tasks.decode.record import Bytes, DecodeRecord, read_records
@@ -102,28 +99,6 @@ def _bytes(cache: Bytes, dense: Bytes) -> Figure | None:
 def _peak(memory: Memory, dense: Memory) -> float | None:
     held, base = (one.activation_peak_bytes or one.allocator_peak_bytes for one in (memory, dense))
     return held / base if held and base else None
-
-
-def read_trained(path: Path) -> list[Highlight]:
-    """Read the records of language models of bytes trained from scratch; their labels are name and options."""
-    records = read_lines(path, byte_run.TrainRecord, byte_run.SCHEMA)
-    dense = next((record for record in records if record.label == byte_run.DENSE), None)
-    if dense is None:
-        raise AttnZooError(f"{path}: there is no record of the dense model")
-    return [
-        Highlight(
-            task=TASK,
-            method=record.label.partition(" ")[0],
-            label=record.label,
-            options={name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", record.label)},
-            host="a small Llama of bytes",
-            workload=f"perplexity per byte: {record.losses[-1][0]} steps from scratch, {len(record.nats)} windows",
-            machine=words.machine(record.environment),
-            figures=measured({QUALITY: kept(paired_difference(record.nats, dense.nats))}),
-        )
-        for record in records
-        if record is not dense
-    ]
 
 
 def read_comparison(path: Path) -> list[Highlight]:
