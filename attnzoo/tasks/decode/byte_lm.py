@@ -215,12 +215,6 @@ def build(config: TrainConfig, attention: AttentionConfig | None) -> Any:
     return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.swap)
 
 
-def starts(length: int, recipe: Recipe, seed: int) -> Tensor:
-    """Where the pieces of a text begin, drawn from a seed: the same for every model."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(length - recipe.tokens, (recipe.steps * recipe.batch,), generator=draw)
-
-
 def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say) -> tuple[tuple[int, float], ...]:
     """Train by transformers' Trainer, on from the last checkpoint in `folder`; see `BitsPerByte.losses`."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
@@ -254,7 +248,8 @@ def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say)
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    places = starts(len(data), recipe, config.seed)
+    draw = torch.Generator().manual_seed(config.seed)  # so that every model sees the same pieces
+    places = torch.randint(len(data) - recipe.tokens, (recipe.steps * recipe.batch,), generator=draw)
     trainer = Trainer(model=model, args=arguments, train_dataset=places, data_collator=pieces, callbacks=[Teller()])
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
