@@ -1,44 +1,52 @@
-"""Convert docs/records/train_bytes.jsonl to the engine's records, once; run from the repository's root."""
+"""Convert docs/records/kvpress.jsonl to the engine's records, once; run from the repository's root.
+
+Times and memory of the old records were taken without a gate: they are no costs, and are left out.
+"""
 
 import json
-import math
 from pathlib import Path
 
 from attnzoo import tasks
-from attnzoo.tasks.decode.byte_lm import BitsPerByte, TrainRecord
+from attnzoo.tasks.decode.kvpress.config import Row
+from attnzoo.tasks.decode.kvpress.quality import Answered, PassKeys, Record
 
-UTC = "2026-11-22T18:12:09+00:00"  # of the commit that brought the records, which say no time of their own
+UTC = "2026-11-23T04:22:00+00:00"  # of the commit that brought the records, which say no time of their own
+KEPT = ("context_tokens", "kept", "answer", "expected", "hits", "depth", "cache_peak_bytes", "entries_peak_bytes")
 
 
 def convert(path, config_path):
     """Rewrite a file of records in place, and write its config beside it."""
-    old = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    task, config = tasks.load(config_path)
-    recipe, records = config.recipe, []
-    for cell, row in zip(task.plan(config), old, strict=True):
-        assert cell.label == row["label"]
-        mean = math.fsum(row["nats"]) / len(row["nats"])
-        note = (
-            f"{recipe.steps} steps from scratch of {recipe.batch} windows of {recipe.tokens} bytes of {config.text}, "
-            f"{len(row['nats'])} windows of its end held out"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    begun = lines[0]
+    versions = {line["side"]: line["versions"] for line in lines if line["kind"] == "versions"}
+    task, config = tasks.load(config_path, ["timed=0"])
+    dense, records = {}, []
+    for cell in task.plan(config):
+        row = Row.model_validate(cell.asks["row"])
+        name = (cell.asks["setting"], row.policy, row.side, row.method)
+        own = [
+            x for x in lines if x["kind"] == "result" and (x["setting"], x["policy"], x["side"], x["method"]) == name
+        ]
+        assert [x["sample"] for x in sorted(own, key=lambda x: x["sample"])] == list(range(config.samples))
+        prompts = [Answered(**{key: x[key] for key in KEPT}) for x in sorted(own, key=lambda x: x["sample"])]
+        quality = PassKeys(
+            row=row,
+            prompts=tuple(prompts),
+            versions=versions[row.side],
+            text_sha256=begun["text_sha256"],
+            note=f"{config.samples} prompts of {config.tokens:,} tokens with a pass key in prose ({config.text}), "
+            f"{cell.part}; {config.share:.0%} of the cache kept, blocks of {config.block_size}",
         )
-        quality = BitsPerByte(
-            perplexity=math.exp(mean),
-            nll=mean,
-            tokens=recipe.tokens,
-            window_nll=row["nats"],
-            parameters=row["parameters"],
-            losses=row["losses"],
-            text_sha256=row["text_sha256"],
-            note=note,
-        )
-        quality = quality.against(records[0].quality) if records else quality.model_copy(update={"ratio": 1.0})
+        if cell.is_baseline:
+            quality = dense[cell.part] = quality.model_copy(update={"ratio": 1.0})
+        else:
+            quality = quality.against(dense[cell.part])
         records.append(
-            TrainRecord(
+            Record(
                 task=task.name,
-                config_hash=row["config_hash"],
+                config_hash=begun["config_hash"],
                 benchmark=config.name,
-                command="python train/decode.py configs/decode/train_bytes.yaml",
+                command=begun["command"],
                 part=cell.part,
                 kind=cell.kind,
                 label=cell.label,
@@ -48,8 +56,8 @@ def convert(path, config_path):
                 status="ok",
                 message="",
                 utc=UTC,
-                seconds=row["seconds"],
-                environment=row["environment"],
+                seconds=0,
+                environment=begun["environment"],
                 host=cell.host,
                 dtype=cell.dtype,
                 tokens=0,
@@ -59,7 +67,7 @@ def convert(path, config_path):
                 backends=(),
                 cost=None,
                 quality=quality,
-                quality_note=note,
+                quality_note=quality.note,
             )
         )
     path.with_suffix(".yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -67,4 +75,4 @@ def convert(path, config_path):
 
 
 if __name__ == "__main__":
-    convert(Path("docs/records/train_bytes.jsonl"), Path("configs/decode/train_bytes.yaml"))
+    convert(Path("docs/records/kvpress.jsonl"), Path("configs/decode/kvpress.yaml"))

@@ -29,8 +29,7 @@ from attnzoo.tasks.classify import report as training_report
 from attnzoo.tasks.decode import record as decode_record
 from attnzoo.tasks.decode import report as decode_report
 from attnzoo.tasks.decode.config import load_config as load_decode_config
-from attnzoo.tasks.decode.kvpress import config as kvpress
-from attnzoo.tasks.decode.kvpress import table as kvpress_table
+from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
@@ -140,7 +139,7 @@ def test_shell_commands_are_real(page):
             load = {
                 "eval/bench.py": load_bench,
                 "eval/decode.py": load_decode_config,
-                "eval/compare_kvpress.py": kvpress.load_config,
+                "eval/compare_kvpress.py": tasks.load,
                 "train/decode.py": tasks.load,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
@@ -303,10 +302,11 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
 
 
 def test_the_tables_beside_kvpress_are_those_of_the_committed_records():
-    path = ROOT / "docs/records/kvpress.jsonl"
-    lines = kvpress_table.read_records(path)
-    assert (ROOT / "docs/records/kvpress.md").read_text(encoding="utf-8") == kvpress_table.table(lines, path)
-    assert between(ROOT / "docs/eviction.md", "kvpress") == kvpress_table.found(lines, path)
+    records = read_records(ROOT / "docs/records/kvpress.jsonl")
+    assert between(ROOT / "docs/eviction.md", "kvpress") == beside(records).markdown()
+    assert {(record.status, record.cost) for record in records} == {("ok", None)}
+    for dense in (record.quality for record in records if record.quality.row.spec is None):
+        assert dense.found == [1] * 24
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():
@@ -406,7 +406,7 @@ def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "train_bytes"])
+@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "kvpress", "train_bytes"])
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.publish import page_of
 

@@ -109,9 +109,9 @@ class Source:
 
     @property
     def page(self) -> Path:
-        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        """What a reader is sent to: the page of the records, else the file itself."""
         page = page_beside(self.path)
-        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+        return page if page.is_file() else self.path
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:

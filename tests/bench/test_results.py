@@ -316,7 +316,7 @@ GOOD = record_data(label="conv", attention="conv", is_baseline=False)
         (json.dumps({**GOOD, "attention": "pader"}) + "\n", "'pader'"),
         (json.dumps({"kernel": "a", "case": "b", "registers": 1}) + '\n{"kernel": "a"}\n', "line 2: it lacks case"),
         (json.dumps({"nll": 1, "retrieval": [], "label": "x"}) + "\n", "not a record of schema"),
-        (json.dumps({"kind": "run", "config": {}, "text_sha256": ""}) + "\n", "not a record of schema"),
+        (json.dumps({"kind": "run", "config": {}, "text_sha256": ""}) + "\n", "no known kind"),
         ((RECORDS / "prose.jsonl").read_text().splitlines()[1] + "\n", "no record of the dense model"),
     ],
 )

@@ -24,8 +24,6 @@ from attnzoo.bench.highlights import (
 from attnzoo.bench.record import Interval, Memory, Phase
 from attnzoo.bench.stats import ratio_of_shares
 from attnzoo.errors import AttnZooError
-from attnzoo.tasks.decode.kvpress.record import first_line
-from attnzoo.tasks.decode.kvpress.record import read_records as read_comparisons
 from attnzoo.tasks.decode.record import Bytes, DecodeRecord, read_records
 from attnzoo.tasks.decode.report import KIND_TITLES
 
@@ -99,9 +97,3 @@ def _bytes(cache: Bytes, dense: Bytes) -> Figure | None:
 def _peak(memory: Memory, dense: Memory) -> float | None:
     held, base = (one.activation_peak_bytes or one.allocator_peak_bytes for one in (memory, dense))
     return held / base if held and base else None
-
-
-def read_comparison(path: Path) -> list[Highlight]:
-    """Read a comparison with kvpress, whose times and pass keys are not set against the dense cache: no highlight."""
-    first_line(read_comparisons(path), path)
-    return []
