@@ -9,8 +9,7 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
-from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
-from attnzoo.bench.stats import MIN_SAMPLES
+from attnzoo.bench.record import Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
 
@@ -108,9 +107,9 @@ class Source:
 
     @property
     def page(self) -> Path:
-        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        """What a reader is sent to: the page of the records, else the file itself."""
         page = page_beside(self.path)
-        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+        return page if page.is_file() else self.path
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
@@ -150,11 +149,6 @@ def quality(
         return None
     own: Verdict = "same" if low is None or high is None else "better" if low > 1 else "worse" if high < 1 else "same"
     return Figure(value, low, high, verdict or own)
-
-
-def bounds(interval: Interval) -> tuple[float | None, float | None]:
-    """The ends of an interval; none of too few samples."""
-    return (interval.low, interval.high) if interval.n >= MIN_SAMPLES else (None, None)
 
 
 def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:

@@ -21,7 +21,7 @@ TASKS = {
     "decode": "attnzoo.tasks.decode.task:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
-    "train_bytes": "attnzoo.tasks.decode.byte_run:TASK",
+    "train_bytes": "attnzoo.tasks.decode.byte_lm:TASK",
 }
 
 
