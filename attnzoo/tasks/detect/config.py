@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,6 +146,34 @@ def _move_data(config: Any, before: str, now: str) -> None:
             if str(metric.get("ann_file", "")).startswith(before):
                 metric["ann_file"] = now + metric["ann_file"].removeprefix(before)
     config.data_root = now
+
+
+def config_of(text: str) -> Any:
+    """Give mmengine's config out of its own text."""
+    mmcv_ext.ensure()
+    from mmengine.config import Config
+
+    return Config.fromstring(text, ".py")
+
+
+def plain(value: Any) -> Any:
+    """A part of a config as JSON has it."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def seeds_of(config: Any) -> list[Any]:
+    """The config once for each seed that was trained beside its own: ``.../seed0``, ``.../seed1``."""
+    folder = Path(config.work_dir)
+    own = f"seed{config.randomness.seed}"
+    if folder.name != own:
+        return [config]
+    found = []
+    for other in sorted(folder.parent.glob("seed*")):
+        if other.name[4:].isdigit() and (other / "last_checkpoint").is_file():
+            one = copy.deepcopy(config)
+            one.work_dir, one.randomness.seed = str(other), int(other.name[4:])
+            found.append(one)
+    return found or [config]
 
 
 def prepare(config: Any) -> list[check.Checked]:

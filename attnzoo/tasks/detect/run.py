@@ -16,6 +16,7 @@ import torch
 from attnzoo import files
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.tasks.detect import mmcv_ext
+from attnzoo.tasks.detect.config import plain
 
 TRAINED_BY = "trained_by.json"
 WEIGHTS = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks", "randomness")
@@ -58,6 +59,18 @@ def fit_to_machine(config: Any, launcher: str) -> None:
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return bool(mmcv_ext.load("mmengine.dist").is_main_process())
+
+
+def is_shared() -> bool:
+    """Whether several processes work together."""
+    return bool(mmcv_ext.load("mmengine.dist").get_world_size() > 1)
+
+
+def told(message: Sequence[int] = ()) -> list[int]:
+    """Give in every process what the main one says; they wait for it."""
+    held = [list(message)]
+    mmcv_ext.load("mmengine.dist").broadcast_object_list(held)
+    return held[0]
 
 
 def mixed_precision(config: Any) -> None:
@@ -145,7 +158,7 @@ def _trained_by(config: Any) -> dict[str, Any]:
     held = {key: value for key, value in config.to_dict().items() if key in WEIGHTS or (key == "load_from" and value)}
     world = mmcv_ext.load("mmengine.dist").get_world_size()
     held["images_a_step"] = config.train_dataloader.get("batch_size", 1) * world
-    found: dict[str, Any] = json.loads(json.dumps(held, default=str))
+    found: dict[str, Any] = plain(held)
     for key in ("batch_size", "num_workers", "persistent_workers"):
         found["train_dataloader"].pop(key, None)
     return found

@@ -6,18 +6,19 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.tasks.detect import check
+from attnzoo.tasks.detect.quality import Metric
 from attnzoo.tasks.detect.run import last_checkpoint
 
-STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+STATS = tuple(Metric.model_fields)
 IOU = 0.5  # of the matches that images are judged by
 
 
@@ -48,10 +49,8 @@ class Scores:
 
     Attributes
     ----------
-    ap, ap50, ap75
-        Average precision, over IoUs of 0.5 to 0.95, at 0.5 and at 0.75.
-    ap_small, ap_medium, ap_large
-        Over boxes under 32 x 32 pixels, up to 96 x 96, and larger; None where there are none.
+    metric
+        The means over all images.
     images, boxes
         How many; crowd regions are not counted.
     threshold
@@ -60,19 +59,23 @@ class Scores:
         Every image, the best first.
     """
 
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float | None
-    ap_medium: float | None
-    ap_large: float | None
+    metric: Metric
     images: int
     boxes: int
     threshold: float
     judged: tuple[Judged, ...]
 
 
-def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
+class Answers(NamedTuple):
+    """COCO files of what is true and of what was predicted, the file of each image by its number, and the classes."""
+
+    true: Path
+    predicted: Path
+    files: Mapping[int, str]
+    classes: Sequence[str]
+
+
+def predict(config: Any, folder: Path) -> Answers:
     """Run the trained detector over the config's test images, by mmengine's Runner.
 
     Parameters
@@ -81,11 +84,6 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
         Of a run that is trained to its end.
     folder
         Where its predictions go.
-
-    Returns
-    -------
-    tuple
-        The COCO files of what is true and of what was predicted, and the file of each image by its number.
 
     Raises
     ------
@@ -112,7 +110,9 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     runner.test()
     told = metric.get("ann_file")
     true = Path(told) if told else prefix.with_name(prefix.name + ".gt.json")
-    return true, prefix.with_name(prefix.name + ".bbox.json"), _files(data)
+    infos = (data.get_data_info(place) for place in range(len(data)))
+    files = {info["img_id"]: info["img_path"] for info in infos}
+    return Answers(true, prefix.with_name(prefix.name + ".bbox.json"), files, data.metainfo["classes"])
 
 
 def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
@@ -135,11 +135,6 @@ def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
         raise ConfigError(f"{checkpoint} does not hold the weights of this config's model: {error}") from error
 
 
-def _files(data: Any) -> dict[int, str]:
-    infos = (data.get_data_info(place) for place in range(len(data)))
-    return {info["img_id"]: info["img_path"] for info in infos}
-
-
 def finished(config: Any) -> Path:
     """Give the last checkpoint of a run that is trained to its end, or raise `ConfigError`."""
     found = last_checkpoint(config)
@@ -152,7 +147,7 @@ def finished(config: Any) -> Path:
     return found
 
 
-def scores(true: Path, predicted: Path, files: dict[int, str], classes: Sequence[str]) -> Scores:
+def scores(true: Path, predicted: Path, files: Mapping[int, str], classes: Sequence[str]) -> Scores:
     """Let pycocotools compare two COCO files, over the images of `files` and the boxes of `classes`.
 
     Raises
@@ -180,26 +175,18 @@ def scores(true: Path, predicted: Path, files: dict[int, str], classes: Sequence
         raise DataError(
             f"the {len(files)} test images have no box of the classes {', '.join(classes)}: nothing to find"
         )
-    stats = {name: _or_none(value) for name, value in zip(STATS, evaluation.stats, strict=False)}
+    # pycocotools gives -1 where there is nothing to find
+    stats = {name: None if at < 0 else float(at) for name, at in zip(STATS, evaluation.stats, strict=False)}
     images = _images(truth, answers, evaluation, files)
     threshold = _best_threshold(images)
     judged = sorted((_judge(one, threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
     return Scores(
-        ap=stats["ap"] or 0.0,
-        ap50=stats["ap50"] or 0.0,
-        ap75=stats["ap75"] or 0.0,
-        ap_small=stats["ap_small"],
-        ap_medium=stats["ap_medium"],
-        ap_large=stats["ap_large"],
+        metric=Metric.model_validate(stats),
         images=len(files),
         boxes=sum(len(one.true) for one in judged),
         threshold=threshold,
         judged=tuple(judged),
     )
-
-
-def _or_none(value: float) -> float | None:
-    return None if value < 0 else float(value)  # pycocotools gives -1 where there is nothing to find
 
 
 @dataclass
@@ -211,7 +198,7 @@ class _Image:
     predicted: list[tuple[tuple[float, ...], bool | None]]
 
 
-def _images(truth: Any, answers: Any, evaluation: Any, files: dict[int, str]) -> list[_Image]:
+def _images(truth: Any, answers: Any, evaluation: Any, files: Mapping[int, str]) -> list[_Image]:
     """Take out of the evaluation what was matched at the IoU images are judged by."""
     images = {number: _Image(path, [], []) for number, path in files.items()}
     names = {number: place for place, number in enumerate(evaluation.params.catIds)}

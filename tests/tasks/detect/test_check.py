@@ -252,7 +252,7 @@ def test_a_perfect_detector_is_perfect(dataset, tmp_path, odd):
     (tmp_path / "found.json").write_text(json.dumps(predicted), encoding="utf-8")
     truth = Path(config.val_evaluator["ann_file"])
     found = score.scores(truth, tmp_path / "found.json", {0: "0.png"}, ["cat"])
-    assert found.ap == pytest.approx(1.0)
+    assert found.metric.ap == pytest.approx(1.0)
     assert (truth == tmp_path / "a.json") is (odd == "a crowd"), "the user's own file where nothing is left out"
 
 

@@ -130,7 +130,6 @@ def test_two_processes_train_and_test_as_one(tmp_path, forked):
     qualities = []
     for folder in ("alone", "shared"):
         words = [*halves, "--output", str(tmp_path / folder)]
-        (tmp_path / "two" / "seed0" / "eval" / "scores.json").unlink(missing_ok=True)
         assert evaluate(words) == 0 if folder == "alone" else in_two("eval/detect.py", *words) is None
         line = (tmp_path / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()[0]
         qualities.append(json.loads(line)["quality"])
