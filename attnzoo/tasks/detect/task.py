@@ -45,10 +45,13 @@ class DetectConfig(RunConfig):
     device: str = Field(default_factory=_device)
     configs: Annotated[tuple[Path, ...], Field(min_length=1)]
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
 
     @model_validator(mode="after")
-    def _where_mmengine_works(self) -> DetectConfig:
+    def _as_mmengine_has_it(self) -> DetectConfig:
+        if self.seed:
+            raise ValueError(
+                "seed: that of a training is mmengine's randomness.seed; all seeds that are there are tested"
+            )
         if self.device != _device():
             raise ValueError(f"device: mmengine works on {_device()} here; hide GPUs from it by CUDA_VISIBLE_DEVICES=")
         return self
