@@ -25,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     def body() -> None:
-        from attnzoo.tasks.detect import config as configs
-        from attnzoo.tasks.detect import run
+        from attnzoo.tasks.detect import data, run
+        from attnzoo.tasks.detect.config import load_config
 
-        config = configs.load_config(parsed.config, parsed.overrides)
+        config = load_config(parsed.config, parsed.overrides)
         files.check_folder(config.work_dir, "work_dir")
         if parsed.amp:
             run.mixed_precision(config)
-        for checked in configs.prepare(config):
+        for checked in data.prepare(config):
             print(checked, file=sys.stderr)
         run.fit_to_machine(config, parsed.launcher)
         folder = run.train(config)

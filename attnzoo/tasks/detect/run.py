@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,9 @@ def mixed_precision(config: Any) -> None:
 
 
 def train(config: Any) -> Path:
-    """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one.
+    """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one; give that folder.
 
     With ``resume=False`` what the folder holds is set aside first, in ``FOLDER.old`` or ``FOLDER.old2`` and so on.
-
-    Returns
-    -------
-    Path
-        The run's folder.
 
     Raises
     ------
@@ -147,10 +142,9 @@ def changes(config: Any, ignore: Sequence[str] = ()) -> list[str]:
     kept = Path(config.work_dir) / TRAINED_BY
     if not kept.is_file():
         return []
-    before = dict(_leaves(json.loads(kept.read_text(encoding="utf-8"))))
-    now = dict(_leaves(_trained_by(config)))
-    keys = [key for key in [*before, *(k for k in now if k not in before)] if before.get(key) != now.get(key)]
-    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys if key not in ignore]
+    before, now = _leaves(json.loads(kept.read_text(encoding="utf-8"))), _leaves(_trained_by(config))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ignore]
+    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys]
 
 
 def _trained_by(config: Any) -> dict[str, Any]:
@@ -164,17 +158,13 @@ def _trained_by(config: Any) -> dict[str, Any]:
     return found
 
 
-def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping):
-        pairs: Any = content.items()
-    elif isinstance(content, list):
-        pairs = enumerate(content)
-    else:
-        yield path, content
-        return
-    for key, value in pairs:
-        if key != "data_root":
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+def _leaves(content: Any, path: str = "") -> dict[str, Any]:
+    """All values by their dotted paths, but for where the data lie."""
+    if not isinstance(content, (dict, list)):
+        return {path.lstrip("."): content}
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    parts = [_leaves(value, f"{path}.{key}") for key, value in pairs if key != "data_root"]
+    return {place: value for part in parts for place, value in part.items()}
 
 
 def last_checkpoint(config: Any) -> Path | None:
@@ -195,17 +185,11 @@ def last_checkpoint(config: Any) -> Path | None:
         raise DataError(f"{told} names no checkpoint that is there ({name!r}); {mend}")
     if not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
         raise DataError(f"{path} is cut short; {mend}")
-    with zipfile.ZipFile(path) as held:
-        altered = _altered(held)
-    if altered:
-        raise DataError(f"{path} is damaged: {altered}; {mend}")
-    return path
-
-
-def _altered(held: zipfile.ZipFile) -> str | None:
-    """Say what in an archive is not what was written, by the checksums that it holds, or give None."""
     try:
-        name = held.testzip()
+        with zipfile.ZipFile(path) as held:
+            altered = held.testzip()  # by the checksums that it holds
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return str(error)
-    return None if name is None else f"{name} is not what was written"
+        altered = str(error)
+    if altered:
+        raise DataError(f"{path} is damaged, at {altered}; {mend}")
+    return path

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attnzoo.errors import ConfigError, DataError
-from attnzoo.tasks.detect import check
+from attnzoo.tasks.detect import data
 from attnzoo.tasks.detect.quality import Metric
 from attnzoo.tasks.detect.run import last_checkpoint
 
@@ -24,17 +24,10 @@ IOU = 0.5  # of the matches that images are judged by
 
 @dataclass(frozen=True)
 class Judged:
-    """One image: what is true, what was predicted, and how well they agree.
+    """An image, what is true there, what was predicted with at least the threshold's score, and how well they agree.
 
-    Attributes
-    ----------
-    path
-        The image file.
-    true, predicted
-        Boxes as ``(x, y, width, height, class)`` and ``(x, y, width, height, class, score)``, in pixels; predictions
-        are those of at least the threshold.
-    f1
-        Of the matches at an IoU of 0.5; 1 where nothing is true and nothing predicted.
+    Boxes are ``(x, y, width, height, class)``, of predictions with their score, in pixels; `f1` is of the matches at an
+    IoU of 0.5, and 1 where nothing is true and nothing predicted.
     """
 
     path: str
@@ -45,18 +38,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the metric says.
+    """The metric over all images, how many images and boxes there are, crowd regions left out, and every image judged.
 
-    Attributes
-    ----------
-    metric
-        The means over all images.
-    images, boxes
-        How many; crowd regions are not counted.
-    threshold
-        The score that gives the best F1 over all images.
-    judged
-        Every image, the best first.
+    `threshold` is the score that gives the best F1 over all images; the best of `judged` come first.
     """
 
     metric: Metric
@@ -76,14 +60,7 @@ class Answers(NamedTuple):
 
 
 def predict(config: Any, folder: Path) -> Answers:
-    """Run the trained detector over the config's test images, by mmengine's Runner.
-
-    Parameters
-    ----------
-    config
-        Of a run that is trained to its end.
-    folder
-        Where its predictions go.
+    """Run the trained detector over the config's test images, by mmengine's Runner; predictions go into `folder`.
 
     Raises
     ------
@@ -99,20 +76,20 @@ def predict(config: Any, folder: Path) -> Answers:
     config = copy.deepcopy(config)
     config.load_from, config.resume, config.work_dir = None, False, str(folder)
     prefix = folder / "boxes"
-    metrics = check.metrics(config.test_evaluator)
-    metric = next((dict(one) for one in metrics if check.is_of(one, "CocoMetric")), None)
+    metrics = data.metrics(config.test_evaluator)
+    metric = next((dict(one) for one in metrics if data.is_of(one, "CocoMetric")), None)
     if metric is None:
         raise ConfigError("test_evaluator names no CocoMetric, which hands the predictions to pycocotools")
     config.test_evaluator = {**metric, "format_only": True, "outfile_prefix": str(prefix)}
     runner = Runner.from_cfg(config)
-    data = runner.test_dataloader.dataset
-    load(runner, checkpoint, data.metainfo["classes"])
+    images = runner.test_dataloader.dataset
+    load(runner, checkpoint, images.metainfo["classes"])
     runner.test()
     told = metric.get("ann_file")
     true = Path(told) if told else prefix.with_name(prefix.name + ".gt.json")
-    infos = (data.get_data_info(place) for place in range(len(data)))
+    infos = (images.get_data_info(place) for place in range(len(images)))
     files = {info["img_id"]: info["img_path"] for info in infos}
-    return Answers(true, prefix.with_name(prefix.name + ".bbox.json"), files, data.metainfo["classes"])
+    return Answers(true, prefix.with_name(prefix.name + ".bbox.json"), files, images.metainfo["classes"])
 
 
 def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
@@ -128,7 +105,7 @@ def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
     from mmengine.runner.checkpoint import CheckpointLoader
 
     meta = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu").get("meta", {})
-    check.same_classes((meta.get("dataset_meta") or {}).get("classes"), classes, checkpoint)
+    data.same_classes((meta.get("dataset_meta") or {}).get("classes"), classes, checkpoint)
     try:
         runner.load_checkpoint(str(checkpoint), strict=True)
     except RuntimeError as error:
@@ -179,14 +156,9 @@ def scores(true: Path, predicted: Path, files: Mapping[int, str], classes: Seque
     stats = {name: None if at < 0 else float(at) for name, at in zip(STATS, evaluation.stats, strict=False)}
     images = _images(truth, answers, evaluation, files)
     threshold = _best_threshold(images)
-    judged = sorted((_judge(one, threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
-    return Scores(
-        metric=Metric.model_validate(stats),
-        images=len(files),
-        boxes=sum(len(one.true) for one in judged),
-        threshold=threshold,
-        judged=tuple(judged),
-    )
+    judged = sorted((one.judged(threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
+    boxes = sum(len(one.true) for one in judged)
+    return Scores(Metric.model_validate(stats), len(files), boxes, threshold, tuple(judged))
 
 
 @dataclass
@@ -197,24 +169,28 @@ class _Image:
     true: list[tuple[float, ...]]
     predicted: list[tuple[tuple[float, ...], bool | None]]
 
+    def judged(self, threshold: float) -> Judged:
+        kept = [(box, hit) for box, hit in self.predicted if box[-1] >= threshold]
+        counted = [hit for _, hit in kept if hit is not None]
+        total = len(counted) + len(self.true)
+        f1 = 2 * sum(map(bool, counted)) / total if total else 1.0
+        return Judged(self.path, tuple(self.true), tuple(box for box, _ in kept), f1)
+
 
 def _images(truth: Any, answers: Any, evaluation: Any, files: Mapping[int, str]) -> list[_Image]:
     """Take out of the evaluation what was matched at the IoU images are judged by."""
     images = {number: _Image(path, [], []) for number, path in files.items()}
     names = {number: place for place, number in enumerate(evaluation.params.catIds)}
     at = int(np.argmin(np.abs(evaluation.params.iouThrs - IOU)))
-    everything = list(evaluation.params.areaRng[0])
     for found in evaluation.evalImgs:
-        if found is None or list(found["aRng"]) != everything:
+        if found is None or list(found["aRng"]) != list(evaluation.params.areaRng[0]):  # that of all sizes
             continue
-        image = images[found["image_id"]]
+        image, name = images[found["image_id"]], names[found["category_id"]]
         for number, ignored in zip(found["gtIds"], found["gtIgnore"], strict=True):
             if not ignored:
-                image.true.append((*truth.anns[number]["bbox"], names[found["category_id"]]))
-        rows = zip(found["dtIds"], found["dtMatches"][at], found["dtIgnore"][at], strict=True)
-        for number, match, ignored in rows:
-            one = answers.anns[number]
-            box = (*one["bbox"], names[found["category_id"]], one["score"])
+                image.true.append((*truth.anns[number]["bbox"], name))
+        for number, match, ignored in zip(found["dtIds"], found["dtMatches"][at], found["dtIgnore"][at], strict=True):
+            box = (*answers.anns[number]["bbox"], name, answers.anns[number]["score"])
             image.predicted.append((box, None if ignored else bool(match)))
     return list(images.values())
 
@@ -230,15 +206,7 @@ def _best_threshold(images: Sequence[_Image]) -> float:
     return float(best[1])
 
 
-def _judge(image: _Image, threshold: float) -> Judged:
-    kept = [(box, hit) for box, hit in image.predicted if box[-1] >= threshold]
-    counted = [hit for _, hit in kept if hit is not None]
-    total = len(counted) + len(image.true)
-    f1 = 2 * sum(map(bool, counted)) / total if total else 1.0
-    return Judged(image.path, tuple(image.true), tuple(box for box, _ in kept), f1)
-
-
-def curve(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+def curve(folder: Path) -> dict[str, list[Any]]:
     """Epochs, AP and AP50 that mmengine's validation logged in a run's folder, over however many starts it took."""
     found: dict[int, tuple[float, float]] = {}
     for log in sorted(folder.glob("*/vis_data/scalars.json")):
@@ -248,5 +216,5 @@ def curve(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float
                 if "coco/bbox_mAP" in told:
                     ap, ap50 = told["coco/bbox_mAP"], told["coco/bbox_mAP_50"]
                     found[int(told["step"])] = (max(0.0, ap), max(0.0, ap50))  # -1 where there is nothing to find
-    epochs = sorted(found)
-    return tuple(epochs), tuple(found[e][0] for e in epochs), tuple(found[e][1] for e in epochs)
+    each = [found[epoch] for epoch in sorted(found)]
+    return {"epochs": sorted(found), "epoch_ap": [ap for ap, _ in each], "epoch_ap50": [ap50 for _, ap50 in each]}

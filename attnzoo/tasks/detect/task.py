@@ -18,12 +18,10 @@ from attnzoo import assets, processes
 from attnzoo.bench.config import RunConfig, parse_override
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AttnZooError, ConfigError
-from attnzoo.tasks.detect import check as checks
-from attnzoo.tasks.detect import cost, page, run, score
-from attnzoo.tasks.detect.config import config_of, load_config, plain, prepare, seeds_of
+from attnzoo.tasks.detect import cost, data, page, run, score
+from attnzoo.tasks.detect.config import config_of, load_config, plain, seeds_of
 from attnzoo.tasks.detect.quality import Detecting, Detection, Metric, Record
 
-PART = "detection"
 FOLDER = "eval"
 OWN = ("name", "output", "fresh")  # keys that are not mmengine's
 SAME_IMAGES = ("data_root", "ann_file", "data_prefix", "indices")
@@ -38,7 +36,8 @@ class DetectConfig(RunConfig):
 
     `configs` are the paths of mmengine's configs, `overrides` keys to set in all of them, such as
     ``train_cfg.max_epochs=40``. The first whose detector keeps its own attention is the dense baseline of quality. Cost
-    is measured of the first one's detector, as its key `cost` says. The device is mmengine's choice.
+    is measured of the first one's detector, as its key `cost` says. The device is mmengine's choice, and so are seeds:
+    all that were trained are tested.
     """
 
     task: Literal["detect"] = "detect"
@@ -67,18 +66,13 @@ class DetectConfig(RunConfig):
         """
         if Path(path).suffix != ".py":
             return super().load(path, overrides)
-        own, rest = dict[str, Any](), []
-        for word in overrides:
-            if word.partition("=")[0] in OWN:
-                (key,), value = parse_override(word)
-                own[key] = value
-            else:
-                rest.append(word)
-        paths = [str(path), *(word for word in rest if word.endswith(".py") and "=" not in word)]
-        rest = [word for word in rest if word not in paths]
-        found = {"name": f"detect-{Path(path).stem}", "configs": paths, "overrides": rest, **own}
-        config = cls.check(found, str(path))
-        assert config.detectors
+        own = [word for word in overrides if word.partition("=")[0] in OWN]
+        more = [word for word in overrides if "=" not in word and word.endswith(".py")]
+        content = {key: value for (key,), value in map(parse_override, own)}
+        rest = [word for word in overrides if word not in (*own, *more)]
+        head = {"name": f"detect-{Path(path).stem}", "configs": [str(path), *more], "overrides": rest}
+        config = cls.check({**head, **content}, str(path))
+        assert config.detectors  # what is wrong with them is said at once
         return config
 
     @cached_property
@@ -97,9 +91,9 @@ class DetectConfig(RunConfig):
         return self.output if self.output is not None else Path(self.detectors[0].work_dir).parent / FOLDER
 
     @property
-    def tested(self) -> list[Any]:
-        """Those of mmengine's configs that have test images."""
-        return [one for one in self.detectors if one.get("data_root", "") is not None]
+    def tested(self) -> list[int]:
+        """Places of those of mmengine's configs that have test images."""
+        return [place for place, one in enumerate(self.detectors) if one.get("data_root", "") is not None]
 
     @property
     def variants(self) -> list[cost.Variant]:
@@ -113,9 +107,8 @@ class DetectConfig(RunConfig):
 
     def to_yaml(self) -> str:
         """The config as YAML; as comments what mmengine's configs say in full."""
-        texts = [f"{path}\n\n{one.pretty_text}" for path, one in zip(self.configs, self.detectors, strict=True)]
-        lines = "\n\n".join(texts).splitlines()
-        return super().to_yaml() + "".join(f"# {line}".rstrip() + "\n" for line in ["", *lines])
+        texts = [f"\n{path}\n\n{one.pretty_text}" for path, one in zip(self.configs, self.detectors, strict=True)]
+        return super().to_yaml() + "".join(f"# {line}".rstrip() + "\n" for text in texts for line in text.splitlines())
 
 
 def check(config: DetectConfig) -> None:
@@ -126,14 +119,13 @@ def check(config: DetectConfig) -> None:
     AttnZooError
         With what is wrong.
     """
-    first, tested, variants = config.detectors[0], config.tested, config.variants
+    tested, variants = [config.detectors[place] for place in config.tested], config.variants
     if not tested and not variants:
         raise ConfigError(f"{config.configs[0]} has neither test images (data_root) nor a cost to measure")
     _check_comparable(tested)
     for one in tested:
-        prepare(one)
-    if variants:
-        dense = cost.dense_detector(first, initialized=False)
+        data.prepare(one)
+    dense = cost.dense_detector(config.detectors[0], initialized=False) if variants else torch.nn.Identity()
     for variant in variants:
         try:
             cost.swapped(dense, variant, 0)
@@ -148,9 +140,9 @@ def _check_comparable(configs: Sequence[Any]) -> None:
         if missing:
             raise ConfigError(f"a config tests nothing: it has no {', '.join(missing)}; see configs/detect")
     labels = [cost.variant_of(config).label for config in configs]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ConfigError(f"two of the configs are called {label!r}; give one of them another label: label=...")
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two of the configs are called {twice!r}; give one of them another label: label=...")
     tested = {repr([config.test_dataloader.dataset.get(key) for key in SAME_IMAGES]) for config in configs}
     if len(tested) > 1:
         raise ConfigError(f"the configs are tested on different images and cannot be compared: {'; '.join(tested)}")
@@ -164,84 +156,56 @@ def plan(config: DetectConfig) -> list[Cell]:
     ConfigError
         If a run is not trained to its end, or by another config.
     """
-    dense = next((v.label for one in config.detectors if (v := cost.variant_of(one)).attention is None), cost.DENSE)
-    found = []
-    for place, one in enumerate(config.detectors):
-        if one in config.tested:
-            found.append(
-                Cell(
-                    **_row(cost.variant_of(one), dense, one),
-                    kind="quality",
-                    depends_on=_tested(one),
-                    asks={"detector": place},
-                    stage="test",
-                    isolated=False,
-                    renewed=True,
-                )
-            )
-    asked = cost.read(config.detectors[0])
-    return found if asked is None else found + _costs(config, asked, dense)
-
-
-def _costs(config: DetectConfig, asked: cost.CostConfig, dense: str) -> list[Cell]:
-    first = config.detectors[0]
+    named = [cost.variant_of(one) for one in config.detectors]
+    dense = next((one.label for one in named if one.attention is None), cost.DENSE)
+    cells = []
+    for place in config.tested:
+        detector = config.detectors[place]
+        what = {"depends_on": _tested(detector), "asks": {"detector": place}, "renewed": True}
+        cells.append(_cell(named[place], dense, detector, kind="quality", stage="test", isolated=False, **what))
+    first, asked = config.detectors[0], cost.read(config.detectors[0])
+    if asked is None:
+        return cells
     empty = cost.dense_detector(first, initialized=False).to("meta")
-    shared = {
-        "model": plain(cost.dense_model(first).to_dict()),
-        "seed": first.randomness.seed,
-        "device": config.device,
-        **asked.model_dump(mode="json", exclude={"sizes", "attentions", "timeout_seconds"}),
-    }
-    return [
-        Cell(
-            **_row(variant, dense, first),
-            kind="cost",
-            tokens=tokens,
-            workload=f"{size[0]} x {size[1]} pixels",
-            depends_on={**shared, "size": size, "attention": plain(variant.attention)},
-            asks={"size": size, "attention": plain(variant.attention)},
-            stage="cost",
-            timeout=asked.timeout_seconds,
-            threads=asked.threads,
-            weight=size[0] * size[1],
-        )
-        for size, tokens in ((size, cost.count_tokens(empty, size)) for size in asked.sizes)
-        for variant in config.variants
-    ]
+    shared = {"model": plain(cost.dense_model(first)), "seed": first.randomness.seed, "device": config.device}
+    shared |= asked.model_dump(mode="json", exclude={"sizes", "attentions", "timeout_seconds"})
+    for size in asked.sizes:
+        tokens = cost.count_tokens(empty, size)
+        for variant in config.variants:
+            asks = {"size": size, "attention": plain(variant.attention)}
+            what = {"depends_on": {**shared, **asks}, "asks": asks, "tokens": tokens, "weight": size[0] * size[1]}
+            what |= {"workload": f"{size[0]} x {size[1]} pixels", "timeout": asked.timeout_seconds}
+            cells.append(_cell(variant, dense, first, kind="cost", stage="cost", threads=asked.threads, **what))
+    return cells
 
 
-def _row(variant: cost.Variant, dense: str, detector: Any) -> dict[str, Any]:
-    """What cells of quality and of cost have in common."""
-    return {
-        "part": PART,
-        "label": variant.label,
-        "attention": variant.name,
-        "options": variant.options,
-        "is_baseline": variant.label == dense,
-        "host": cost.host_name(detector),
-        "dtype": "float32",
-    }
+def _cell(variant: cost.Variant, dense: str, detector: Any, **more: Any) -> Cell:
+    return Cell(
+        part="detection",
+        label=variant.label,
+        attention=variant.name,
+        options=variant.options,
+        is_baseline=variant.label == dense,
+        host=cost.host_name(detector),
+        dtype="float32",
+        **more,
+    )
 
 
 def _tested(detector: Any) -> dict[str, Any]:
     """What the scores of a config depend on: its trained weights, and how the test images are read and scored."""
     dataset = detector.test_dataloader.dataset
-    weights = {}
+    found = {key: plain(detector.model.get(key)) for key in ("test_cfg", "data_preprocessor")}
+    found |= {"dataset": plain(dataset), "metric": plain(detector.test_evaluator), "annotations": "", "weights": {}}
     for one in seeds_of(detector):
         changed = run.changes(one, run.FITTED)
         if changed:
             raise ConfigError(
                 f"{one.work_dir} was trained by another config ({'; '.join(changed[:5])}); train this one first"
             )
-        weights[str(one.randomness.seed)] = assets.sha256_of(score.finished(one))
-    annotations = checks.annotations_of(dataset)
-    return {
-        "weights": weights,
-        "annotations": assets.sha256_of(annotations) if annotations.is_file() else "",
-        "dataset": plain(dataset),
-        "metric": plain(detector.test_evaluator),
-        **{key: plain(detector.model.get(key)) for key in ("test_cfg", "data_preprocessor")},
-    }
+        found["weights"][str(one.randomness.seed)] = assets.sha256_of(score.finished(one))
+    annotations = data.annotations_of(dataset)
+    return {**found, "annotations": assets.sha256_of(annotations)} if annotations.is_file() else found
 
 
 def task_prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -275,10 +239,9 @@ def measure(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Say
 
 def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
     place = cell.asks["detector"]
-    detector = config.detectors[place]
     found = []
     try:
-        for one in seeds_of(detector):
+        for one in seeds_of(config.detectors[place]):
             say(f"test {one.work_dir}")
             answers = score.predict(one, Path(one.work_dir) / FOLDER)
             found.append((one, score.scores(*answers)))
@@ -291,27 +254,25 @@ def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Sa
     if place == given["tests"][-1]:
         processes.leave()
     page.draw_boxes(config.folder, cell.label, found[0][1], answers.classes)
-    return Result(status="ok", quality=_detection(detector, found))
+    return Result(status="ok", quality=_detection(config.detectors[place], found))
 
 
 def _detection(detector: Any, found: Sequence[tuple[Any, score.Scores]]) -> Detection:
     """The mean of all seeds."""
-    trainings = []
-    for one, scored in found:
-        epochs, ap, ap50 = score.curve(Path(one.work_dir))
-        told = {"seed": one.randomness.seed, "epochs": epochs, "epoch_ap": ap, "epoch_ap50": ap50}
-        trainings.append(Detecting.model_validate({**dict(scored.metric), **told}))
+    trainings = tuple(
+        Detecting.model_validate({**dict(s.metric), "seed": one.randomness.seed, **score.curve(Path(one.work_dir))})
+        for one, s in found
+    )
     means: dict[str, Any] = {}
     for name in Metric.model_fields:
         known = [value for one in trainings if (value := getattr(one, name)) is not None]
         means[name] = statistics.fmean(known) if known else None
-    first = found[0][1]
-    seeds = ", ".join(str(one.seed) for one in trainings)
+    first, seeds = found[0][1], ", ".join(str(one.seed) for one in trainings)
     note = (
         f"COCO's metric by pycocotools on {first.images} images of {detector.test_dataloader.dataset['ann_file']}, "
         f"{detector.train_cfg.get('max_epochs')} epochs, seeds {seeds}; no interval"
     )
-    return Detection(**means, images=first.images, boxes=first.boxes, trainings=tuple(trainings), note=note)
+    return Detection(**means, images=first.images, boxes=first.boxes, trainings=trainings, note=note)
 
 
 TASK = Task(

@@ -210,7 +210,7 @@ def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(squares
         ("64 x 64 pixels", "ok"),
         ("1000000 x 1000000 pixels", "oom"),
     ]
-    assert "cost of dense at 3,906,250,000 tokens, 1000000 x 1000000 pixels: oom" in capsys.readouterr().err
+    assert "cost of dense, 1000000 x 1000000 pixels: oom" in capsys.readouterr().err
     none = mmdet_detector("DETR").to("meta")
     assert [cost.count_tokens(none, size) for size in ((64, 96), (4, 0))] == [24, 0]
 

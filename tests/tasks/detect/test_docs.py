@@ -15,6 +15,7 @@ from attnzoo.bench.readme import markdown_table
 from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, mmcv_ext, page
+from attnzoo.tasks.detect import data as datas
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
 from tests.tasks.detect.runs import make_data
 
@@ -97,7 +98,7 @@ def test_data_of_ones_own_are_read_as_the_page_says(tmp_path, monkeypatch):
         (folder / "images").rename(place / split)
     monkeypatch.chdir(tmp_path)
     loaded = configs.load_config("birds.py")
-    assert [(one.images, one.classes) for one in configs.prepare(loaded)] == [(2, ("crow", "gull"))] * 2
+    assert [(one.images, one.classes) for one in datas.prepare(loaded)] == [(2, ("crow", "gull"))] * 2
 
 
 @pytest.mark.parametrize("name", ["trees_overfit", "bccd_cpu"])

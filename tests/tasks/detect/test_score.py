@@ -87,9 +87,9 @@ def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
         rows = [{"coco/bbox_mAP": e / 10, "coco/bbox_mAP_50": e / 5 + len(epochs), "step": e} for e in epochs]
         rows.insert(1, {"loss": 3.0, "step": 4})
         log.write_text("\n".join(map(json.dumps, rows)) + '\n{"coco/bbox_m', encoding="utf-8")
-    epochs, ap, _ = score.curve(tmp_path)
-    assert epochs == (1, 2, 3)
-    assert ap == pytest.approx((0.1, 0.2, 0.3))
+    found = score.curve(tmp_path)
+    assert found["epochs"] == [1, 2, 3]
+    assert found["epoch_ap"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_where_there_is_nothing_to_find_there_is_no_ap(truth, tmp_path):
