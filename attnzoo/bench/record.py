@@ -216,7 +216,7 @@ class Quality(Entry):
 
     @property
     def remark(self) -> str:
-        """A sentence below the table of quality, of the dense baseline."""
+        """A sentence above the table of quality, told once where several rows have it."""
         return ""
 
 

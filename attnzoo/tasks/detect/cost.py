@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -26,7 +26,7 @@ from attnzoo.bench.cost import ratios_of, side_of
 from attnzoo.bench.gate import gate_message
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import keep_buffers, map_buffers
-from attnzoo.bench.record import Cost, Gate, Shapes, Side
+from attnzoo.bench.record import Cost, Gate, Shapes
 from attnzoo.bench.task import Result, Say
 from attnzoo.errors import ConfigError
 from attnzoo.hosts.site import MixerLayer
@@ -51,37 +51,25 @@ class CostConfig(Section):
     attentions: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """An attention by the name that tables give it; without `attention`, the detector's own."""
 
     label: str
     attention: Mapping[str, Any] | None = None
 
-    @property
-    def name(self) -> str | None:
-        """Registered name."""
-        return None if self.attention is None else self.attention["name"]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the method and of the swap."""
-        return {key: value for key, value in (self.attention or {}).items() if key != "name"}
-
 
 def variant_of(config: Any) -> Variant:
     """The attention that a detection config names."""
     attention = config.model.get("attention")
-    attention = None if attention is None else attention.to_dict() if hasattr(attention, "to_dict") else dict(attention)
-    return Variant(config.get("label") or label_of(attention), attention)
+    return _variant(None if attention is None else dict(attention), config.get("label"))
 
 
-def label_of(attention: Mapping[str, Any] | None) -> str:
-    """What tables call an attention: its name and options, without where it stands."""
+def _variant(attention: Mapping[str, Any] | None, label: str | None) -> Variant:
+    """By default it is called by its name and options, without where it stands."""
     if attention is None:
-        return DENSE
+        return Variant(label or DENSE)
     options = [f"{key}={value}" for key, value in attention.items() if key not in ("name", "where", "label")]
-    return " ".join([attention["name"], *options])
+    return Variant(label or " ".join([attention["name"], *options]), attention)
 
 
 def read(config: Any) -> CostConfig | None:
@@ -98,17 +86,15 @@ def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
     ConfigError
         If two different attentions have one label, or one has no name.
     """
-    found: dict[str, Variant] = {}
-    dense = next((variant for variant in named if variant.attention is None), Variant(DENSE))
-    more = []
+    added = []
     for one in cost.attentions:
-        attention = {key: value for key, value in one.items() if key != "label"}
-        if "name" not in attention:
+        if "name" not in one:
             raise ConfigError(f"cost.attentions: {one} has no name; give that of a registered attention")
-        more.append(Variant(one.get("label") or label_of(attention), attention))
-    for variant in [dense, *named, *more]:
-        other = found.setdefault(variant.label, variant)
-        if other.attention != variant.attention:
+        added.append(_variant({key: value for key, value in one.items() if key != "label"}, one.get("label")))
+    dense = next((variant for variant in named if variant.attention is None), Variant(DENSE))
+    found: dict[str, Variant] = {}
+    for variant in [dense, *named, *added]:
+        if found.setdefault(variant.label, variant).attention != variant.attention:
             raise ConfigError(f"two attentions are called {variant.label!r}; give one of them another label")
     return list(found.values())
 
@@ -163,19 +149,7 @@ def count_tokens(dense: nn.Module, size: tuple[int, int]) -> int:
 
 
 def measure(config: Any, cost: CostConfig, variant: Variant, size: tuple[int, int], device: str, say: Say) -> Result:
-    """Measure a variant beside the dense detector at a size; nothing is timed that does not match its oracle.
-
-    Parameters
-    ----------
-    config
-        A detection config, whose detector is taken.
-    cost, variant, size
-        What to measure: of `cost` the batch and the rounds.
-    device
-        Where to.
-    say
-        Told what is being done.
-    """
+    """Measure a variant beside the config's own detector at a size; nothing is timed that does not match its oracle."""
     map_buffers()
     say("build")
     seed, place = config.randomness.seed, torch.device(device)
@@ -191,41 +165,26 @@ def measure(config: Any, cost: CostConfig, variant: Variant, size: tuple[int, in
         for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
             if not check.passed:
                 return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
-        pair = _Detector(candidate, run), _Detector(dense, run)
+        pair = candidate, dense
+        parts = [stages.modules_of(one, encoder_paths(one)) for one in pair]
+        calls: list[stages.Run] = [partial(run, one) for one in pair]
         say("memory")
-        needs = stages.needs([one.parts() for one in pair], place)
+        whole = [{**own, stages.WHOLE: [one]} for one, own in zip(pair, parts, strict=True)]
+        needs = stages.needs(list(map(stages.calls_of, whole, calls)), place)
         keep_buffers()
         say("time")
-        timed = stages.in_turn({one.call: one.stages for one in pair}, place, warmup=cost.warmup, repeats=cost.repeats)
-    own, base = (one.side(n, t, timed[1], cost.batch) for one, n, t in zip(pair, needs, timed, strict=True))
-    measured = Cost(
-        candidate=own,
-        baseline=base,
-        ratios=ratios_of(own, base, stages.speedup(timed[0], timed[1], stages.WHOLE)),
-        uncounted_ops=tuple(
-            sorted({op for needed in needs for traced, _ in needed.values() for op in traced.uncounted})
-        ),
-    )
+        rounds = {"warmup": cost.warmup, "repeats": cost.repeats}
+        seconds = stages.in_turn(dict(zip(calls, parts, strict=True)), place, **rounds)
+    sides = []
+    for one, own, needed, times in zip(pair, parts, needs, seconds, strict=True):
+        latency = quantiles(times[stages.WHOLE], 1e3)
+        side = side_of(one, encoder_paths(one), latency, cost.batch, *needed[stages.WHOLE])
+        sides.append(side.model_copy(update={"stages": stages.stages_of(own, times, seconds[1], needed)}))
+    ratios = ratios_of(sides[0], sides[1], stages.speedup(seconds[0], seconds[1], stages.WHOLE))
+    uncounted = {op for needed in needs for traced, _ in needed.values() for op in traced.uncounted}
+    measured = Cost(candidate=sides[0], baseline=sides[1], ratios=ratios, uncounted_ops=tuple(sorted(uncounted)))
     backends = needs[0][stages.ENCODER][0].backends
     return Result(**{**dict(result), "costs": {"forward": measured}, "backends": backends})
-
-
-class _Detector:
-    """One of the two that are measured: its stages, and its call on the images."""
-
-    def __init__(self, model: nn.Module, run: Call) -> None:
-        self.model, self.attention = model, encoder_paths(model)
-        self.stages = stages.modules_of(model, self.attention)
-        self.call = lambda: run(model)
-
-    def parts(self) -> dict[str, Callable[[], object]]:
-        """Calls of each stage alone, and of the whole."""
-        return stages.calls_of({**self.stages, stages.WHOLE: [self.model]}, self.call)
-
-    def side(self, needed: Mapping[str, stages.Need], own: stages.Seconds, dense: stages.Seconds, batch: int) -> Side:
-        """Put together what it costs, whole and stage by stage."""
-        side = side_of(self.model, self.attention, quantiles(own[stages.WHOLE], 1e3), batch, *needed[stages.WHOLE])
-        return side.model_copy(update={"stages": stages.stages_of(self.stages, own, dense, needed)})
 
 
 def encoder_paths(detector: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from attnzoo import files
 from attnzoo.bench.colors import look
 from attnzoo.bench.html import Section, pictures
-from attnzoo.bench.plots import INK, add_legend, new_figure, plain_ticks, to_svg
-from attnzoo.bench.record import Stage
+from attnzoo.bench.plots import KEYED, add_key, against_tokens, new_figure, to_svg
+from attnzoo.bench.record import Quantiles
+from attnzoo.bench.record import Record as Measured
+from attnzoo.bench.summary import summarize
 from attnzoo.errors import DataError
 from attnzoo.tasks.detect.quality import Record
 from attnzoo.tasks.detect.score import Judged, Scores
@@ -38,51 +41,23 @@ BOXES_NOTE = (
 
 def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Captions and pictures: speed-up of the encoder and of its attention where several sizes were measured, and AP."""
-    measured = [one for one in records if one.cost is not None and one.cost.candidate.stage(ENCODER) is not None]
-    alone = "The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80"
-    whole = "The whole encoder; dashed: Amdahl's bound, were its attention to take no time"
-    several = len({one.tokens for one in measured}) > 1
-    drawn = [(text, _speed_plot(measured, stage)) for stage, text in ((ATTENTION, alone), (ENCODER, whole)) if several]
+    summary = summarize(records)
+    alone = against_tokens(summary, partial(_speedup, ATTENTION), "speed-up of the attention")
+    whole = against_tokens(summary, partial(_speedup, ENCODER), "encoder's speed-up", _bound)
     return [
-        *drawn,
+        ("The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80", alone),
+        ("The whole encoder; dashed: Amdahl's bound, were its attention to take no time", whole),
         ("AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest", curves(records)),
     ]
 
 
-def _speed_plot(records: Sequence[Record], stage: str) -> str:
-    figure, axes = new_figure()
-    tokens = sorted({one.tokens for one in records})
-    reached = [1.0]
-    labels = list(dict.fromkeys(one.label for one in records))
-    for label in labels:
-        color, marker = look(labels, label)
-        own = sorted((one for one in records if one.label == label), key=lambda one: one.tokens)
-        points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
-        x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
-        axes.plot(x, y, color=color, marker=marker, ms=6, lw=1.8, label=label)
-        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=color, lw=2, alpha=0.6)
-        reached += [value for _, s in points for value in (s.p20, s.p80)]
-    if stage == ENCODER:
-        dense = [one for one in records if one.is_baseline and one.cost is not None]
-        bounds = [(one.tokens, one.cost.baseline.most_speedup(ATTENTION, ENCODER)) for one in dense if one.cost]
-        known = sorted({(at, bound) for at, bound in bounds if bound is not None})
-        if known:
-            axes.plot(*zip(*known, strict=True), color=INK, lw=1.2, ls="--", label="at most")
-        reached += [bound for _, bound in known]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ticks = [at for number, at in enumerate(tokens) if number == 0 or at > 1.25 * tokens[number - 1]]
-    axes.set_xticks(ticks, [f"{at:,}" for at in ticks])
-    axes.minorticks_off()
-    plain_ticks(axes.yaxis, reached)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up")
-    add_legend(axes)
-    return to_svg(figure, f"sizes-{stage}")
+def _speedup(stage: str, record: Measured) -> Quantiles | None:
+    found = None if record.cost is None else record.cost.candidate.stage(stage)
+    return None if found is None else found.speedup
 
 
-def _stage(record: Record, name: str) -> Stage | None:
-    return None if record.cost is None else record.cost.candidate.stage(name)
+def _bound(dense: Measured) -> float | None:
+    return None if dense.cost is None else dense.cost.baseline.most_speedup(ATTENTION, ENCODER)
 
 
 def curves(records: Sequence[Record]) -> str:
@@ -92,7 +67,7 @@ def curves(records: Sequence[Record]) -> str:
     shown = {label: seeds for label, seeds in trained.items() if seeds}
     if not shown:
         return ""
-    figure, axes = new_figure()
+    figure, axes = new_figure(right=KEYED)
     for label, seeds in shown.items():
         color, marker = look(list(shown), label)
         told = [dict(zip(one.epochs, one.epoch_ap50, strict=True)) for one in seeds]
@@ -104,7 +79,7 @@ def curves(records: Sequence[Record]) -> str:
         axes.plot(epochs, [statistics.fmean(v) for v in each], color=color, marker=marked, ms=5, label=label, lw=1.6)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP50, % of the test images")
-    add_legend(axes)
+    add_key(axes)
     return to_svg(figure, "ap-curves")
 
 
@@ -142,21 +117,13 @@ def _picture(one: Judged, names: Sequence[str]) -> tuple[str, str, str]:
     name = one.path.rsplit("/", 1)[-1]
     told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
     try:
-        return name, base64.b64encode(picture_of(one, names)).decode(), told
+        return name, base64.b64encode(_picture_of(one, names)).decode(), told
     except DataError as error:  # by now all is scored: one image must not cost the page
         return name, "", f"{told}\nNot drawn: {error}"
 
 
-def picture_of(one: Judged, names: Sequence[str]) -> bytes:
-    """Draw an image's boxes; gives a JPEG.
-
-    Where there are several classes, the name of each stands at its boxes.
-
-    Raises
-    ------
-    DataError
-        If the image cannot be read, or has pixels of an unknown range; see `attnzoo.pixels.to_mode`.
-    """
+def _picture_of(one: Judged, names: Sequence[str]) -> bytes:
+    """A JPEG of an image with its boxes, and with their names where there are several classes."""
     from PIL import Image, ImageDraw
 
     from attnzoo.pixels import to_mode

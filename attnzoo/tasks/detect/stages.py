@@ -6,12 +6,13 @@ modules are timed within. FLOPs and peak memory are those of each stage called a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from attnzoo.bench import measure
 from attnzoo.bench.measure import Forward, Run, around, clock_parts, quantiles
@@ -72,45 +73,29 @@ def speedup(own: Seconds, dense: Seconds, stage: str) -> Quantiles:
     return quantiles([b / a for a, b in zip(own[stage], dense[stage], strict=True)])
 
 
-@contextmanager
-def caught(modules: Sequence[nn.Module]) -> Iterator[list[Run]]:
-    """Catch what goes into modules during a call, as functions that call them with it again."""
-    found: list[Run] = []
-
-    def catching(forward: Forward) -> Forward:
-        def call(*inputs: Any, **named: Any) -> Any:
-            kept, options = _copied(inputs), _copied(named)
-            found.append(lambda: forward(*kept, **options))
-            return forward(*inputs, **named)
-
-        return call
-
-    with around(dict.fromkeys(modules, catching)):
-        yield found
-
-
-def _copied(value: Any) -> Any:
-    """The same inputs with tensors of their own, for a module may write into what it gets."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(one) for one in value)
-    return {key: _copied(one) for key, one in value.items()} if isinstance(value, dict) else value
-
-
 def calls_of(stages: Modules, run: Run) -> dict[str, Run]:
     """Calls of each stage alone, with what it gets in `run`."""
-    found: dict[str, Run] = {}
+    found: dict[str, list[Run]] = {}
     for stage, modules in stages.items():
-        with caught(modules) as calls:
+        with around(dict.fromkeys(modules, partial(_caught, found.setdefault(stage, [])))):
             run()
+    return {stage: partial(_all, calls) for stage, calls in found.items()}
 
-        def again(calls: Sequence[Run] = tuple(calls)) -> None:
-            for call in calls:
-                call()
 
-        found[stage] = again
-    return found
+def _caught(calls: list[Run], forward: Forward) -> Forward:
+    """Let `forward` leave calls of it with the same inputs, in tensors of their own: a module may write into them."""
+
+    def call(*inputs: Any, **named: Any) -> Any:
+        kept, options = tree_map_only(Tensor, Tensor.clone, (inputs, named))
+        calls.append(partial(forward, *kept, **options))
+        return forward(*inputs, **named)
+
+    return call
+
+
+def _all(calls: Sequence[Run]) -> None:
+    for call in calls:
+        call()
 
 
 def needs(calls: Sequence[Mapping[str, Run]], device: torch.device) -> list[dict[str, Need]]:

@@ -48,9 +48,7 @@ class DetectConfig(RunConfig):
     @model_validator(mode="after")
     def _as_mmengine_has_it(self) -> DetectConfig:
         if self.seed:
-            raise ValueError(
-                "seed: that of a training is mmengine's randomness.seed; all seeds that are there are tested"
-            )
+            raise ValueError("seed: that of a training is mmengine's randomness.seed; all that are there are tested")
         if self.device != _device():
             raise ValueError(f"device: mmengine works on {_device()} here; hide GPUs from it by CUDA_VISIBLE_DEVICES=")
         return self
@@ -180,11 +178,12 @@ def plan(config: DetectConfig) -> list[Cell]:
 
 
 def _cell(variant: cost.Variant, dense: str, detector: Any, **more: Any) -> Cell:
+    options = dict(variant.attention or {})
     return Cell(
         part="detection",
         label=variant.label,
-        attention=variant.name,
-        options=variant.options,
+        attention=options.pop("name", None),
+        options=options,
         is_baseline=variant.label == dense,
         host=cost.host_name(detector),
         dtype="float32",

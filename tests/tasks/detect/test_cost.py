@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from attnzoo import tasks
@@ -139,6 +140,16 @@ def test_every_attention_is_gated_and_measured_beside_the_dense_one(squares, tmp
     assert re.search("# model ?= ?dict", page), "mmengine's config in full"
     assert evaluate([*paths, "--output", f"{tmp_path}/out"]) == 0
     assert "4 rows of an earlier run are kept, 0 to measure" in capsys.readouterr().err
+    content = {"task": "detect", "name": "of-yaml", "configs": list(paths), "output": f"{tmp_path}/out"}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    for words in ([f"{tmp_path}/both.yaml"], [*paths, f"output={tmp_path}/out"]):
+        assert bench([*words, "--so-far"]) == 0
+        assert "forward, 32 tokens, 64 x 128 pixels" in capsys.readouterr().out
+    assert bench([f"{tmp_path}/both.yaml"]) == 0
+    assert "4 rows of an earlier run are kept, 0 to measure" in capsys.readouterr().err
+    for wrong, said in (("seed=1", "randomness.seed"), ("device=cuda", "device: mmengine works on cpu here")):
+        assert bench([f"{tmp_path}/both.yaml", wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_is_wrong_is_not_timed(squares, zeros):
