@@ -21,7 +21,6 @@ from attnzoo.hosts.site import MixerLayer
 from attnzoo.swap import replace_attention
 from attnzoo.tasks.detect import mmcv_ext
 
-
 MODELS = mmcv_ext.load("mmdet.registry").MODELS
 detectors: Any = mmcv_ext.load("mmdet.models.detectors")
 
