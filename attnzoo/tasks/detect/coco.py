@@ -71,13 +71,7 @@ def _schema() -> TypeAdapter[CocoFile]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read a COCO file.
-
-    Raises
-    ------
-    DataError
-        If it is missing, broken, without any image, or a value does not fit; names the place of the first such.
-    """
+    """Read a COCO file, or raise `DataError` that names the place of the first value that does not fit."""
     try:
         content: dict[str, Any] = dict(_schema().validate_json(file.read_bytes()))
     except OSError as error:
@@ -112,20 +106,10 @@ def _explained(error: ValidationError, file: Path) -> str:
 
 @dataclass
 class Checked:
-    """What an annotation file holds.
+    """How many images and boxes an annotation file holds, crowd regions included, and how many boxes are trained on.
 
-    Attributes
-    ----------
-    file
-        The annotation file.
-    images, boxes
-        How many of them; crowd regions are boxes too.
-    classes
-        Those that are asked for, in the detector's order.
-    trained
-        How many boxes are trained on.
-    odd
-        How many images have no box, how many boxes are crowd regions, reach past the edge or are left out.
+    `classes` are those that are asked for, in the detector's order; `odd` counts images without a box, and boxes that
+    are crowd regions, reach past the edge or are left out.
     """
 
     file: Path

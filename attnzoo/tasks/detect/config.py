@@ -21,19 +21,9 @@ MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """Read an mmengine config and apply ``key=value`` overrides.
+    """Read a Python config of mmengine, with ``dotted.key=value`` overrides; gives an ``mmengine.Config``.
 
-    Parameters
-    ----------
-    path
-        A Python config of mmengine.
-    overrides
-        ``dotted.key=value``, the value in YAML; numbers reach into lists.
-
-    Returns
-    -------
-    mmengine.Config
-        Its `work_dir`, where none was given, is ``runs/detect/NAME/seedS``.
+    Values are YAML, and numbers reach into lists. The `work_dir`, where none was given, is ``runs/detect/NAME/seedS``.
 
     Raises
     ------

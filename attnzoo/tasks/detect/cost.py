@@ -81,16 +81,12 @@ def read(config: Any) -> CostConfig | None:
 def variants(cost: CostConfig, named: Sequence[Variant]) -> list[Variant]:
     """All that is measured: the detector's own attention first, then those of configs and those that `cost` adds.
 
-    Raises
-    ------
-    ConfigError
-        If two different attentions have one label, or one has no name.
+    Raises `ConfigError` if two different attentions have one label.
     """
-    added = []
-    for one in cost.attentions:
-        if "name" not in one:
-            raise ConfigError(f"cost.attentions: {one} has no name; give that of a registered attention")
-        added.append(_variant({key: value for key, value in one.items() if key != "label"}, one.get("label")))
+    added = [
+        _variant({key: value for key, value in one.items() if key != "label"}, one.get("label"))
+        for one in cost.attentions
+    ]
     dense = next((variant for variant in named if variant.attention is None), Variant(DENSE))
     found: dict[str, Variant] = {}
     for variant in [dense, *named, *added]:

@@ -57,13 +57,7 @@ def annotations_of(config: Mapping[str, Any]) -> Path:
 
 
 def prepare(config: Any) -> list[coco.Checked]:
-    """Have the data in place, and check it: every annotation file of the config, before any work.
-
-    Raises
-    ------
-    AttnZooError
-        If something is missing or wrong.
-    """
+    """Have the data in place, and check every annotation file of the config; what is wrong is an `AttnZooError`."""
     root = config.get("data_root")
     if root:
         _check_used(config, str(root))
@@ -157,10 +151,7 @@ def _copy_of(config: Any, file: Path) -> Path:
 def dataset(config: Mapping[str, Any]) -> list[coco.Checked]:
     """Check the annotation files of an mmdet dataset's config; those of other datasets than COCO's are left alone.
 
-    Raises
-    ------
-    DataError
-        If a file or an image is missing, it is no COCO file, it has not the config's classes, or no image.
+    Raises `DataError` if a file or an image is missing, it is no COCO file, or has not the config's classes.
     """
     return [_checked(one) for one in innermost(config) if is_of(one, "CocoDataset") and "ann_file" in one]
 

@@ -114,27 +114,20 @@ def boxes(records: Sequence[Record], folder: Path) -> list[Section | None]:
 
 
 def _picture(one: Judged, names: Sequence[str]) -> tuple[str, str, str]:
-    name = one.path.rsplit("/", 1)[-1]
-    told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
-    try:
-        return name, base64.b64encode(_picture_of(one, names)).decode(), told
-    except DataError as error:  # by now all is scored: one image must not cost the page
-        return name, "", f"{told}\nNot drawn: {error}"
-
-
-def _picture_of(one: Judged, names: Sequence[str]) -> bytes:
-    """A JPEG of an image with its boxes, and with their names where there are several classes."""
+    """Name, JPEG in base64 and caption of an image with its boxes, and with their names where there are several."""
     from PIL import Image, ImageDraw
 
     from attnzoo.pixels import to_mode
 
+    name = one.path.rsplit("/", 1)[-1]
+    told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
     try:
         with Image.open(one.path) as opened:
             image = to_mode(opened, "RGB")
-    except DataError:
-        raise
+    except DataError as error:  # by now all is scored: one image must not cost the page
+        return name, "", f"{told}\nNot drawn: {error}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"it cannot be read: {error}") from error
+        return name, "", f"{told}\nNot drawn: it cannot be read: {error}"
     scale = SHOWN_PIXELS / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(image)
@@ -146,4 +139,4 @@ def _picture_of(one: Judged, names: Sequence[str]) -> bytes:
                 draw.text((x + 3, y + (1 if color == TRUE else 11)), names[int(box[4])], fill=color)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
-    return content.getvalue()
+    return name, base64.b64encode(content.getvalue()).decode(), told

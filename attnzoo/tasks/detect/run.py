@@ -32,10 +32,7 @@ FITTED = (
 def fit_to_machine(config: Any, launcher: str) -> None:
     """Join the other processes, where a launcher started some: without a GPU they talk through gloo.
 
-    Raises
-    ------
-    ConfigError
-        If no launcher started this process, or its kind needs GPUs that are not here.
+    Raises `ConfigError` if no launcher started this process, or its kind needs GPUs that are not here.
     """
     config.launcher = launcher
     if launcher == "none":
@@ -73,27 +70,13 @@ def told(message: Sequence[int] = ()) -> list[int]:
     return held[0]
 
 
-def mixed_precision(config: Any) -> None:
-    """Train by mmengine's AmpOptimWrapper; it needs a GPU."""
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "mixed precision is mmengine's AmpOptimWrapper, which needs a GPU, and PyTorch sees none here"
-        )
-    config.optim_wrapper.type = "AmpOptimWrapper"
-
-
 def train(config: Any) -> Path:
     """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one; give that folder.
 
     With ``resume=False`` what the folder holds is set aside first, in ``FOLDER.old`` or ``FOLDER.old2`` and so on.
 
-    Raises
-    ------
-    ConfigError
-        If the config trains nothing, the folder holds a run of another config, another process is training into it, or
-        `load_from` is missing.
-    DataError
-        If the run's checkpoint is damaged.
+    Raises `ConfigError` if the config trains nothing, the folder holds a run of another config, another process is
+    training into it, or `load_from` is missing; `DataError` if the run's checkpoint is damaged.
     """
     from mmengine.dist import barrier
     from mmengine.runner import Runner
@@ -168,13 +151,7 @@ def _leaves(content: Any, path: str = "") -> dict[str, Any]:
 
 
 def last_checkpoint(config: Any) -> Path | None:
-    """The newest checkpoint of a run, or None where none was written.
-
-    Raises
-    ------
-    DataError
-        If one was written and is not there, or is cut short.
-    """
+    """The newest checkpoint of a run, None where none was written, or `DataError` if it is gone or damaged."""
     told = Path(config.work_dir) / "last_checkpoint"
     if not told.is_file():
         return None

@@ -20,6 +20,7 @@ from attnzoo.tasks.detect.run import last_checkpoint
 
 STATS = tuple(Metric.model_fields)
 IOU = 0.5  # of the matches that images are judged by
+Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Judged:
     """
 
     path: str
-    true: tuple[tuple[float, ...], ...]
-    predicted: tuple[tuple[float, ...], ...]
+    true: tuple[Box, ...]
+    predicted: tuple[Box, ...]
     f1: float
 
 
@@ -62,12 +63,7 @@ class Answers(NamedTuple):
 def predict(config: Any, folder: Path) -> Answers:
     """Run the trained detector over the config's test images, by mmengine's Runner; predictions go into `folder`.
 
-    Raises
-    ------
-    ConfigError
-        If the run is not trained to its end, or its metric is not COCO's.
-    DataError
-        If it was trained on other classes.
+    Raises `AttnZooError` if the run is not trained to its end or on other classes, or its metric is not COCO's.
     """
     from mmengine.runner import Runner
 
@@ -93,15 +89,7 @@ def predict(config: Any, folder: Path) -> Answers:
 
 
 def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
-    """Load a checkpoint into a Runner's model, every weight of it.
-
-    Raises
-    ------
-    DataError
-        If it was trained on other classes.
-    ConfigError
-        If its weights are not the model's.
-    """
+    """Load a checkpoint into a Runner's model, every weight of it, or raise `AttnZooError` if it is of another."""
     from mmengine.runner.checkpoint import CheckpointLoader
 
     meta = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu").get("meta", {})
@@ -127,10 +115,7 @@ def finished(config: Any) -> Path:
 def scores(true: Path, predicted: Path, files: Mapping[int, str], classes: Sequence[str]) -> Scores:
     """Let pycocotools compare two COCO files, over the images of `files` and the boxes of `classes`.
 
-    Raises
-    ------
-    DataError
-        If there is no box to find.
+    Raises `DataError` if there is no box to find.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -156,25 +141,17 @@ def scores(true: Path, predicted: Path, files: Mapping[int, str], classes: Seque
     stats = {name: None if at < 0 else float(at) for name, at in zip(STATS, evaluation.stats, strict=False)}
     images = _images(truth, answers, evaluation, files)
     threshold = _best_threshold(images)
-    judged = sorted((one.judged(threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
+    judged = sorted((_judged(one, threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
     boxes = sum(len(one.true) for one in judged)
     return Scores(Metric.model_validate(stats), len(files), boxes, threshold, tuple(judged))
 
 
-@dataclass
-class _Image:
+class _Image(NamedTuple):
     """An image's boxes; of each prediction its box, and whether it is matched, or lies in a crowd region (None)."""
 
     path: str
-    true: list[tuple[float, ...]]
-    predicted: list[tuple[tuple[float, ...], bool | None]]
-
-    def judged(self, threshold: float) -> Judged:
-        kept = [(box, hit) for box, hit in self.predicted if box[-1] >= threshold]
-        counted = [hit for _, hit in kept if hit is not None]
-        total = len(counted) + len(self.true)
-        f1 = 2 * sum(map(bool, counted)) / total if total else 1.0
-        return Judged(self.path, tuple(self.true), tuple(box for box, _ in kept), f1)
+    true: list[Box]
+    predicted: list[tuple[Box, bool | None]]
 
 
 def _images(truth: Any, answers: Any, evaluation: Any, files: Mapping[int, str]) -> list[_Image]:
@@ -193,6 +170,14 @@ def _images(truth: Any, answers: Any, evaluation: Any, files: Mapping[int, str])
             box = (*answers.anns[number]["bbox"], name, answers.anns[number]["score"])
             image.predicted.append((box, None if ignored else bool(match)))
     return list(images.values())
+
+
+def _judged(image: _Image, threshold: float) -> Judged:
+    kept = [(box, hit) for box, hit in image.predicted if box[-1] >= threshold]
+    counted = [hit for _, hit in kept if hit is not None]
+    total = len(counted) + len(image.true)
+    f1 = 2 * sum(counted) / total if total else 1.0
+    return Judged(image.path, tuple(image.true), tuple(box for box, _ in kept), f1)
 
 
 def _best_threshold(images: Sequence[_Image]) -> float:

@@ -46,16 +46,9 @@ def modules_of(detector: Any, attention: Sequence[str]) -> dict[str, list[nn.Mod
 def in_turn(
     calls: Mapping[Run, Modules], device: torch.device, *, warmup: int, repeats: int
 ) -> list[dict[str, list[float]]]:
-    """Call detectors in turn and give the seconds of each call, by stage and whole.
+    """Call detectors in turn and give the seconds of each call that counts, by stage and whole.
 
-    Parameters
-    ----------
-    calls
-        A call of each detector, with the modules of its stages.
-    device
-        Where they work.
-    warmup, repeats
-        Rounds that do not count, and that do.
+    `calls` are one of each detector, with the modules of its stages.
     """
     found: dict[Run, list[dict[str, float]]] = {call: [] for call in calls}
 

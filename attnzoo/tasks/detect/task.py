@@ -55,13 +55,7 @@ class DetectConfig(RunConfig):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> DetectConfig:
-        """Read a YAML config; or make one of mmengine's Python configs, of which `overrides` may name further ones.
-
-        Raises
-        ------
-        ConfigError
-            With every problem that could be found.
-        """
+        """Read a YAML config; or make one of mmengine's Python configs, of which `overrides` may name further ones."""
         if Path(path).suffix != ".py":
             return super().load(path, overrides)
         own = [word for word in overrides if word.partition("=")[0] in OWN]
@@ -77,11 +71,6 @@ class DetectConfig(RunConfig):
     def detectors(self) -> tuple[Any, ...]:
         """Mmengine's configs."""
         return tuple(load_config(path, self.overrides) for path in self.configs)
-
-    @cached_property
-    def content(self) -> list[Any]:
-        """All that mmengine's configs say, as plain data."""
-        return [plain(one.to_dict()) for one in self.detectors]
 
     @property
     def folder(self) -> Path:
@@ -101,7 +90,7 @@ class DetectConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """What mmengine's configs say, too."""
-        return {**super().identity(), "detectors": self.content}
+        return {**super().identity(), "detectors": [plain(one.to_dict()) for one in self.detectors]}
 
     def to_yaml(self) -> str:
         """The config as YAML; as comments what mmengine's configs say in full."""
@@ -110,13 +99,7 @@ class DetectConfig(RunConfig):
 
 
 def check(config: DetectConfig) -> None:
-    """Check, before any work, that what is to be compared can be, that the data are there, and that swaps can be made.
-
-    Raises
-    ------
-    AttnZooError
-        With what is wrong.
-    """
+    """Refuse, before any work, what cannot be compared, data that are not there, and swaps that cannot be made."""
     tested, variants = [config.detectors[place] for place in config.tested], config.variants
     if not tested and not variants:
         raise ConfigError(f"{config.configs[0]} has neither test images (data_root) nor a cost to measure")
@@ -149,10 +132,7 @@ def _check_comparable(configs: Sequence[Any]) -> None:
 def plan(config: DetectConfig) -> list[Cell]:
     """A cell of quality per config that tests, of all its seeds; then one of cost per size of image and attention.
 
-    Raises
-    ------
-    ConfigError
-        If a run is not trained to its end, or by another config.
+    Raises `ConfigError` if a run is not trained to its end, or by another config.
     """
     named = [cost.variant_of(one) for one in config.detectors]
     dense = next((one.label for one in named if one.attention is None), cost.DENSE)

@@ -82,13 +82,7 @@ class Converted:
 
 
 def read_voc(annotation: Path, image: Path, found: Converted) -> Photo:
-    """Read an image's annotation.
-
-    Raises
-    ------
-    DataError
-        If either file cannot be read, or they disagree about the size.
-    """
+    """Read an image's annotation, or raise `DataError` if either file cannot be read or they differ in the size."""
     width, height = image_size(image)
     try:
         root = ElementTree.parse(annotation).getroot()
@@ -132,11 +126,8 @@ def listed(names: Sequence[str], between: str = ", ") -> str:
 def image_size(image: Path) -> tuple[int, int]:
     """Width and height of an image file, out of its header.
 
-    Raises
-    ------
-    DataError
-        If it cannot be read, or is turned by EXIF: OpenCV turns such images and PIL does not, so that boxes would lie
-        in one place in training and in another where they are drawn.
+    Raises `DataError` if it cannot be read, or is turned by EXIF: OpenCV turns such images and PIL does not, so that
+    boxes would lie in one place in training and in another where they are drawn.
     """
     require("PIL", extra="detection")
     from PIL import ExifTags, Image
@@ -155,13 +146,7 @@ def image_size(image: Path) -> tuple[int, int]:
 
 
 def coco(photos: Iterable[Photo], names: Sequence[str]) -> dict[str, Any]:
-    """Give COCO's annotations of photos, whose classes are `names`, numbered from 1.
-
-    Raises
-    ------
-    DataError
-        If a box is of another class.
-    """
+    """Give COCO's annotations of photos, whose classes are `names`, numbered from 1; others raise `DataError`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, photo in enumerate(photos, 1):

@@ -11,7 +11,6 @@ from torch import nn
 
 from attnzoo import tasks
 from attnzoo.bench.readme import markdown_table
-from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, run, stages
@@ -173,9 +172,7 @@ def test_a_swap_that_cannot_be_made_is_said_before_any_work(squares, tmp_path, c
         {**PADRE, "label": "padre"}, {**PADRE, "degree": 3, "label": "padre"}
     )
     assert re.search(r"(?s)sizes.*repeat", refused(cost={"sizes": [], "repeat": 3}))
-    asked = cost.CostConfig.model_validate({**SMALL, "attentions": [{"degree": 2}]})
-    with pytest.raises(ConfigError, match="has no name"):
-        cost.variants(asked, [])
+    assert "cost.attentions.0={'degree': 2} must be the name of a registered attention" in refused({"degree": 2})
 
 
 def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
