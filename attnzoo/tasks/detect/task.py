@@ -5,6 +5,7 @@ mmengine's Runner owns the loops of training and testing, over any number of pro
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -62,7 +63,8 @@ class DetectConfig(RunConfig):
         more = [word for word in overrides if "=" not in word and word.endswith(".py")]
         content = {key: value for (key,), value in map(parse_override, own)}
         rest = [word for word in overrides if word not in (*own, *more)]
-        head = {"name": f"detect-{Path(path).stem}", "configs": [str(path), *more], "overrides": rest}
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", f"detect-{Path(path).stem}")
+        head = {"name": name, "configs": [str(path), *more], "overrides": rest}
         config = cls.check({**head, **content}, str(path))
         assert config.detectors  # what is wrong with them is said at once
         return config
