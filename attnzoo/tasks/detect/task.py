@@ -189,7 +189,7 @@ def _tested(detector: Any) -> dict[str, Any]:
     return {**found, "annotations": assets.sha256_of(annotations)} if annotations.is_file() else found
 
 
-def task_prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+def prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Tell the other processes what is to be tested, and give the first config's text to those that measure cost."""
     tests = run.told([cell.asks["detector"] for cell in cells if cell.kind == "quality"])
     if not tests:
@@ -262,7 +262,7 @@ TASK = Task(
     config=DetectConfig,
     plan=plan,
     measure=measure,
-    prepare=task_prepare,
+    prepare=prepare,
     check=check,
     record=Record,
     preload=lambda config: cost.PRELOAD,
