@@ -9,11 +9,9 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
-from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
-
-MIN_SAMPLES = 5  # no interval of paired differences from fewer
 
 
 @dataclass(frozen=True)
@@ -35,16 +33,19 @@ MEASURES = (QUALITY, SPEED, PEAK, CACHE)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio to the dense baseline with its interval, and whether it is better than dense."""
+    """A ratio to dense with its interval, or a difference from it in points; and whether it is better than dense."""
 
     value: float
     low: float | None = None
     high: float | None = None
     verdict: Verdict = "same"
+    points: bool = False
 
     @property
     def text(self) -> str:
-        """``0.97x (0.96-0.99)``; with another digit where it is better or worse and an end would be rounded to 1."""
+        """``0.97x (0.96-0.99)``, with a third digit where better or worse would end at a rounded 1; or points."""
+        if self.points:
+            return words.points(self.value)
         ends = [end for end in (self.value, self.low, self.high) if end is not None]
         digits = 3 if self.verdict != "same" and any(f"{end:.2f}" == "1.00" for end in ends) else 2
         spread = "" if self.low is None or self.high is None else f" ({self.low:.{digits}f}-{self.high:.{digits}f})"
@@ -109,9 +110,9 @@ class Source:
 
     @property
     def page(self) -> Path:
-        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        """What a reader is sent to: the page of the records, else the file itself."""
         page = page_beside(self.path)
-        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+        return page if page.is_file() else self.path
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
@@ -125,8 +126,9 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
         Gives the task that a record is shown under.
     """
     summary = summarize(records)
-    dense = {row.part: row.quality for row in summary.quality if row.is_baseline}
-    found = [_of_quality(row, column(row), dense.get(row.part)) for row in summary.quality if row.attention]
+    dense = {(row.part, row.workload): row.quality for row in summary.quality if row.is_baseline}
+    rows = [row for row in summary.quality if row.attention]
+    found = [_of_quality(row, column(row), dense.get((row.part, row.workload))) for row in rows]
     for group in summary.groups:
         found += [_of_cost(row, column(row), group) for row in group.rows if row.attention]
     return found
@@ -152,11 +154,6 @@ def quality(
     return Figure(value, low, high, verdict or own)
 
 
-def bounds(interval: Interval) -> tuple[float | None, float | None]:
-    """The ends of an interval; none of too few samples."""
-    return (interval.low, interval.high) if interval.n >= MIN_SAMPLES else (None, None)
-
-
 def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
     """Leave out what was not measured."""
     return {measure: figure for measure, figure in figures.items() if figure is not None}
@@ -167,9 +164,12 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
     if found is not None:
         verdict = words.quality_verdict(found, dense)
         figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
-    metric = "" if found is None else f"{found.METRIC.removesuffix(' %')}: "
+        figure = figure if found.points is None else Figure(found.points, points=True)
+    metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
-    return _of(row, task, f"{metric}{note}", {QUALITY: figure})
+    held = need(None if found is None else found.cache_ratio)
+    about = ": ".join(filter(None, (metric, note)))
+    return _of(row, task, about, {QUALITY: figure, CACHE: held}, tokens=getattr(found, "tokens", 0))
 
 
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
@@ -187,7 +187,12 @@ def _of_cost(row: Record, task: str, group: Group) -> Highlight:
 
 
 def _of(
-    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None = None
+    row: Record,
+    task: str,
+    workload: str,
+    figures: Mapping[Measure, Figure | None],
+    phase: Phase | None = None,
+    tokens: int = 0,
 ) -> Highlight:
     assert row.attention is not None
     budget = row.options.get("budget")
@@ -202,7 +207,7 @@ def _of(
         machine=words.machine(row.environment),
         options=row.options,
         utc=row.utc,
-        tokens=row.tokens,
+        tokens=row.tokens or tokens,
         phase=phase,
         typical=row.scope == "model",
         status=row.status,
