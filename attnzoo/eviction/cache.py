@@ -90,6 +90,9 @@ class SwappedCacheLayer(CacheLayerMixin):
     def flush(self) -> None:
         """Evict now, where anything is ever evicted."""
 
+    def end_prompt(self) -> None:
+        """Evict, where that is put off to the end of the prompt."""
+
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the first call makes the buffers."""
 
@@ -272,6 +275,10 @@ class BoundedLayer(SwappedCacheLayer):
         self.store.end_prompt()
         self.store.evict(range(self.store.batch))
 
+    def end_prompt(self) -> None:
+        """Evict, where that is put off to the end of the prompt."""
+        self.store.end_prompt()
+
     def reset(self) -> None:
         """Forget everything."""
         self.store, self.columns, self.torn = Store(self.policy, self.store.layer), 0, False
@@ -315,6 +322,11 @@ class BoundedCache(DynamicCache):
         """Evict now, in every bounded layer, though blocks are not at their end."""
         for layer in self.own:
             layer.flush()
+
+    def end_prompt(self) -> None:
+        """Evict in layers whose policy waits for the end of the prompt; others go on as they are."""
+        for layer in self.own:
+            layer.end_prompt()
 
     @property
     def is_initialized(self) -> bool:

@@ -142,6 +142,10 @@ class Policy(ABC):
             return self.budget
         return max(1, (self.sink or 0) + (self.recent or 0), int(self.budget * count))
 
+    def most_at(self, count: int) -> int:
+        """The most entries that a row of `count` real tokens may hold between calls, once the prompt is over."""
+        return self.entries_at(count - count % self.every) + count % self.every
+
     def at(self, count: int) -> Self:
         """The policy with its budget as a number of entries, for a row that has seen `count` real tokens."""
         return replace(self, budget=self.entries_at(count)) if isinstance(self.budget, float) else self

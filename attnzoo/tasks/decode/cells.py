@@ -88,7 +88,7 @@ def _cell(
         dtype=config.dtype,
         **who,
         depends_on={
-            section: asked.model_dump(mode="json", exclude=LEFT_OUT),
+            section: asked.model_dump(mode="json", exclude=LEFT_OUT, exclude_none=True),
             **inputs,
             **config.model_dump(mode="json", include={"dtype", "seed", "device"}),
             "dense": config.attention,

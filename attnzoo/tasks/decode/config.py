@@ -21,10 +21,15 @@ OLD_NAMES = {
 
 
 class NllConfig(Section):
-    """Windows of the text, each scored in one call, through the cache."""
+    """Windows of the text, each scored through the cache in one call.
+
+    With `scored` the last so many tokens alone count: those before are read first, as a prompt, and then evicted where
+    a policy waits for its end (``schedule: prompt``), which needs this.
+    """
 
     windows: PositiveInt = 20
     tokens: Tokens = 2000
+    scored: PositiveInt | None = None
     timeout_seconds: PositiveFloat = 7200.0
 
 
@@ -109,6 +114,13 @@ class LanguageConfig(Section):
         if self.nll is not None and self.canary.windows > self.nll.windows:
             told = f"canary.windows {self.canary.windows} are the first of nll.windows {self.nll.windows}"
             raise ValueError(f"{told}, not more")
+        if self.nll is not None and self.nll.scored is None:
+            for index, attention in enumerate(self.attentions):
+                if attention.options.get("schedule") == "prompt":
+                    where = f"attentions.{index}.options.schedule: prompt"
+                    raise ValueError(f"{where} evicts after a prompt, and a window is one; set nll.scored to end it")
+        if self.nll is not None and self.nll.scored is not None and self.nll.scored >= self.nll.tokens:
+            raise ValueError(f"nll.scored {self.nll.scored} must be fewer than nll.tokens {self.nll.tokens}")
         for index, attention in enumerate(self.attentions):
             if self.cost is not None and self.cost.new_tokens % (block := _block_size(attention)):
                 raise ValueError(
@@ -173,6 +185,6 @@ def _block_size(attention: AttentionConfig) -> int:
 
     try:
         info = attnzoo.describe(attention.name)
-        return build_policy(info, attention.options).block_size if info.kind == "eviction" else 1
+        return build_policy(info, attention.options).every if info.kind == "eviction" else 1
     except AttnZooError:
         return 1  # which is told elsewhere

@@ -109,7 +109,7 @@ def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, promp
         return baseline, baseline
     policy, oracle = policy_of(spec), "transformers' own attention and cache, same weights and tokens"
     if policy is not None:
-        budget = max(policy.budget, ids.shape[1])
+        budget = max(policy.entries_at(ids.shape[1]), ids.shape[1])
         spec = spec.model_copy(update={"options": {**spec.options, "budget": budget}})
         oracle += f", budget {budget} of {ids.shape[1]} tokens"
     return gates.compare(_outputs(swapped_twin(dense, spec), layers, ids), own, oracle, tolerance), baseline

@@ -86,7 +86,7 @@ class Decoder:
     def __init__(self, model: Any, prompts: Tensor, policy: Policy | None = None) -> None:
         self.model, self.prompts, self.policy = model, prompts, policy
         self.read_bytes = self.step_bytes = CacheBytes(0, 0, 0)
-        self.most = 0
+        self.most = self.limit = 0
         self.broken = ""
         self._out: Any = None
 
@@ -124,7 +124,9 @@ class Decoder:
             return
         held = max(layer.keys.shape[-2] for layer in cache.own)
         self.most = max(self.most, held)
-        allowed = self.policy.budget + (self.policy.block_size - 1 if seen % self.policy.block_size else 0)
+        waits = self.policy.schedule == "prompt" and seen == self.prompts.shape[1]
+        allowed = seen if waits else self.policy.most_at(seen)
+        self.limit = max(self.limit, allowed)
         if held > allowed and not self.broken:
             self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
 
@@ -132,6 +134,7 @@ class Decoder:
         """Put the bound into a gate, which fails where it was broken."""
         if self.policy is None:
             return gate
-        limit = self.policy.budget + self.policy.block_size - 1
-        gate = gate.model_copy(update={"cache_limit": limit, "cache_most": self.most})
+        gate = gate.model_copy(update={"cache_limit": self.limit, "cache_most": self.most})
+        if self.policy.schedule == "prompt":
+            gate = gate.model_copy(update={"detail": "its cache is not bounded while the prompt is read"})
         return gates.refuse(gate, self.broken or None)

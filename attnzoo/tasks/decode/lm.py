@@ -112,7 +112,7 @@ def model_folder(name: str) -> Path | None:
 
 
 @torch.inference_mode()
-def nll(model: Any, ids: Sequence[int] | Tensor) -> Scored:
+def nll(model: Any, ids: Sequence[int] | Tensor, scored: int | None = None) -> Scored:
     """Score a text of T tokens in one call of the model, so that an evicting cache works as it does in a prefill.
 
     All logits come out of that one call, ``T x vocabulary`` in the model's own dtype (2,000 tokens of a vocabulary of
@@ -125,15 +125,24 @@ def nll(model: Any, ids: Sequence[int] | Tensor) -> Scored:
         A causal language model of transformers.
     ids
         ``(T,)``, 2 tokens or more.
+    scored
+        Score the last so many tokens, after a call that reads those before as a prompt; by default all but the first.
     """
     row = torch.as_tensor(ids, device=model.device).reshape(1, -1)
-    out = model(row, use_cache=True)
-    cache = kv_bytes(output_cache(out))
+    if scored is None:
+        out = model(row, use_cache=True)
+        logits = out.logits[0, :-1]
+    else:
+        prompt = model(row[:, :-scored], use_cache=True, logits_to_keep=1)
+        held = output_cache(prompt)
+        getattr(held, "end_prompt", lambda: None)()  # what a bounded cache puts off until then
+        out = model(row[:, -scored:], **cache_arguments(model, held), use_cache=True)
+        logits = torch.cat([prompt.logits[0, -1:], out.logits[0, :-1]])
     losses = [
-        F.cross_entropy(logits.float(), targets, reduction="none")
-        for logits, targets in zip(out.logits[0, :-1].split(CHUNK), row[0, 1:].split(CHUNK), strict=True)
+        F.cross_entropy(some.float(), targets, reduction="none")
+        for some, targets in zip(logits.split(CHUNK), row[0, -len(logits) :].split(CHUNK), strict=True)
     ]
-    return Scored(tuple(torch.cat(losses).tolist()), cache)
+    return Scored(tuple(torch.cat(losses).tolist()), kv_bytes(output_cache(out)))
 
 
 @torch.inference_mode()

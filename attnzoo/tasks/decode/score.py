@@ -31,8 +31,11 @@ def measure_nll(config: DecodeConfig, spec: AttentionConfig | None, given: Mappi
     say("load")
     dense = load_dense(config)
     try:
-        scores = _scores(swapped_twin(dense, spec), windows, config.baseline if spec is None else spec.label, say)
-        note = _note(config, f"{len(windows)} windows of {len(windows[0]):,} tokens")
+        scores = _scores(
+            config, swapped_twin(dense, spec), windows, config.baseline if spec is None else spec.label, say
+        )
+        last = f", the last {len(scores[0].nll):,} scored" if len(scores[0].nll) < len(windows[0]) - 1 else ""
+        note = _note(config, f"{len(windows)} windows of {len(windows[0]):,} tokens{last}")
         quality = perplexity_of(scores, note).model_copy(update={"text_sha256": given["text_sha256"]})
         first = slice(config.canary.windows)
         if spec is None:
@@ -73,7 +76,7 @@ def _note(config: DecodeConfig, what: str) -> str:
 def _canary(config: DecodeConfig, dense: Any, windows: Windows, scores: Sequence[lm.Scored], say: Say) -> Canary:
     """Score windows with too small a cache, beside what dense scored."""
     tiny = config.canary.tiny
-    own, small = _tokens(scores), _tokens(_scores(swapped_twin(dense, tiny), windows, tiny.label, say))
+    own, small = _tokens(scores), _tokens(_scores(config, swapped_twin(dense, tiny), windows, tiny.label, say))
     label = " ".join([tiny.name, *(f"{key}={value}" for key, value in sorted(tiny.options.items()))])
     above = (math.fsum(small) - math.fsum(own)) / len(own)
     return Canary(label=label, above_dense=above, at_least=config.canary.worse_by)
@@ -82,8 +85,10 @@ def _canary(config: DecodeConfig, dense: Any, windows: Windows, scores: Sequence
 def _limit(config: DecodeConfig, dense: Any, spec: AttentionConfig, windows: Windows, say: Say) -> DenseLimit:
     """Score windows with a cache that holds everything, and as dense does."""
     whole = unbounded(spec, len(windows[0]))
-    own = _tokens(_scores(swapped_twin(dense, whole), windows, whole.label, say))
-    most = max(abs(a - b) for a, b in zip(own, _tokens(_scores(dense, windows, config.baseline, say)), strict=True))
+    own = _tokens(_scores(config, swapped_twin(dense, whole), windows, whole.label, say))
+    most = max(
+        abs(a - b) for a, b in zip(own, _tokens(_scores(config, dense, windows, config.baseline, say)), strict=True)
+    )
     return DenseLimit(label=whole.label, difference=most, at_most=ROUNDING[config.dtype])
 
 
@@ -92,11 +97,12 @@ def _tokens(scores: Sequence[lm.Scored]) -> list[float]:
     return [value for score in scores for value in score.nll]
 
 
-def _scores(model: Any, windows: Windows, label: str, say: Say) -> list[lm.Scored]:
+def _scores(config: DecodeConfig, model: Any, windows: Windows, label: str, say: Say) -> list[lm.Scored]:
+    assert config.nll is not None
     scores = []
     for number, ids in enumerate(windows, 1):
         say(f"{label}: window {number}/{len(windows)}")
-        scores.append(lm.nll(model, ids))
+        scores.append(lm.nll(model, ids, config.nll.scored))
         where = next((at for at, value in enumerate(scores[-1].nll, 1) if not math.isfinite(value)), None)
         if where is not None:
             raise NotFiniteError(f"{label} gives an NLL that is not finite at token {where} of window {number}")

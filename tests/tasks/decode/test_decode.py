@@ -33,6 +33,22 @@ def test_nll_goes_through_the_evicting_cache(model):
     assert decode.nll(model, ids).nll == pytest.approx(dense.nll, abs=1e-4)
 
 
+@pytest.mark.parametrize("cut", [1, 20, 38])
+def test_nll_after_a_prompt(model, cut):
+    """The same tokens score the same, dense or in blocks; a policy that waits for the prompt's end evicts at it."""
+    ids = torch.arange(40) * 7 % 251
+    whole = decode.nll(model, ids).nll
+    assert decode.nll(model, ids, cut).nll == pytest.approx(whole[-cut:], abs=1e-4)
+    attnzoo.replace_attention(model, "streaming", budget=8, block_size=4)
+    assert decode.nll(model, ids, cut).nll == pytest.approx(decode.nll(model, ids).nll[-cut:], abs=1e-4)
+    attnzoo.restore_attention(model)
+    attnzoo.replace_attention(model, "streaming", budget=8, block_size=4, schedule="prompt")
+    assert decode.nll(model, ids).nll == pytest.approx(whole, abs=1e-4)
+    scored = decode.nll(model, ids, cut)
+    assert scored.nll[0] == pytest.approx(whole[-cut], abs=1e-4)
+    assert scored.cache.entries < decode.nll(model, ids).cache.entries / 3
+
+
 class Says:
     """A model that says given tokens one after another."""
 

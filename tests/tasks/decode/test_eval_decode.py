@@ -277,6 +277,11 @@ def test_a_method_is_held_to_dense_with_a_budget_that_nothing_exceeds():
         ({"nll": {"windows": 1, "tokens": 96}}, "canary.windows"),
         ({"nll": {"windows": 3, "tokens": 1}}, "nll.tokens"),
         ({"nll": None}, "retrieval needs nll"),
+        ({"nll": {"windows": 3, "tokens": 96, "scored": 96}}, "must be fewer than nll.tokens"),
+        (
+            {"attentions": [{"name": "tova", "options": {"budget": 8, "schedule": "prompt"}}]},
+            "attentions.0.options.schedule: prompt evicts after a prompt.*set nll.scored",
+        ),
         ({"retrieval": {"tokens": 500, "samples": {"triple": 1}}}, "multi_key"),
         ({"windows": 3}, "unknown key"),
         ({"canary": {"tiny": {"name": "strea"}}}, "streaming"),
