@@ -128,12 +128,7 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
 
 def _batches(groups: Sequence[Group]) -> str:
     """Batch sizes: one for all, or one for each token count."""
-    found = {
-        f"{g.tokens:,} tokens{f', {g.workload}' if g.workload else ''}": row.shapes.batch
-        for g in groups
-        for row in g.rows
-        if row.shapes is not None
-    }
+    found = {group.size: row.shapes.batch for group in groups for row in group.rows if row.shapes is not None}
     if len(set(found.values())) == 1:
         return str(next(iter(found.values())))
     return ", ".join(f"{batch} at {about}" for about, batch in found.items())
@@ -220,14 +215,13 @@ def _stage_cells(row: Record, stage: Stage, rows: Sequence[Record], dense: Side 
 
 
 def _gates(summary: Summary) -> Table:
-    table = Table(("attention", "tokens", *GATED, Column("what ran", left=True)))
+    table = Table(("attention", "workload", *GATED, Column("what ran", left=True)))
     for group in summary.groups:
         if group.phase == "decode":
             continue  # the gate of the prefill
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            size = f"{group.tokens:,}{f', {group.workload}' if group.workload else ''}"
-            table.add(row.label, size, *gate_cells(row.gate), ran)
+            table.add(row.label, group.size, *gate_cells(row.gate), ran)
     return table
 
 

@@ -47,8 +47,8 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     summary = summarize(records)
     if summary.groups:
         console.print((table or cost_table(summary)).rich())
-    for record in (row for group in summary.groups for row in group.rows if row.cost is None):
-        why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
+    for title, row in ((group.title, row) for group in summary.groups for row in group.rows if row.cost is None):
+        why = f"{row.label} ({title}): {row.status}: {row.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
     if not summary.groups:
         for record in summary.quality:

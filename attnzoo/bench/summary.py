@@ -32,9 +32,13 @@ class Group:
     @property
     def title(self) -> str:
         """What was timed, in words."""
-        done = {"forward": "forward,", "training": "forward and backward,", "prefill": "prefill,"}
-        about = f", {self.workload}" if self.workload else ""
-        return f"{done.get(self.phase, 'decode, after')} {self.tokens:,} tokens{about}"
+        done = {"forward": "forward, ", "training": "forward and backward, ", "prefill": "prefill, "}
+        return f"{done.get(self.phase, 'decode, after ')}{self.size}"
+
+    @property
+    def size(self) -> str:
+        """Tokens and workload, in words."""
+        return ", ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else "", self.workload]))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ TASKS = {
     "suite": "attnzoo.tasks.suite:TASK",
     "classify": "attnzoo.tasks.classify.task:TASK",
     "decode": "attnzoo.tasks.decode.task:TASK",
+    "model": "attnzoo.tasks.model:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
     "train_bytes": "attnzoo.tasks.decode.byte_run:TASK",
