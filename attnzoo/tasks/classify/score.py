@@ -227,6 +227,8 @@ def benchmark_of(config: ClassifyConfig, cost: CostConfig, classes: int) -> Suit
         name=f"{config.name}-{cost.name}",
         device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
         threads=config.threads,
+        seed=config.seed,
+        fresh=config.fresh,
         host=HostConfig(
             model=config.model.name,
             patch_size=patch,
