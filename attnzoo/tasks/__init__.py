@@ -50,8 +50,10 @@ def find(name: str) -> Task:
     return task
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
+def load(path: Path, overrides: Sequence[str] = (), default: str = "suite") -> tuple[Task, Any]:
     """Read a config of any task, with ``key=value`` overrides; give the task that its key `task` names, and the config.
+
+    `default` is the task of a config that names none.
 
     Raises
     ------
@@ -65,7 +67,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
     content = read_yaml(path, overrides)
     if "task" not in content and "operations" in content:
         raise ConfigError(f"{path}: a config of single operations; add the line task: operations")
-    task = find(str(content.get("task", "suite")))
+    task = find(str(content.get("task", default)))
     return task, task.config.load(path, overrides)
 
 
