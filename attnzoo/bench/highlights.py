@@ -10,7 +10,6 @@ from typing import Any
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
 from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
-from attnzoo.bench.stats import MIN_SAMPLES
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
 
@@ -134,7 +133,8 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
 
 def speed(ratio: Quantiles, still: Quantiles | None = None) -> Figure:
     """The figure of a speed-up; `still` is that of dense over itself."""
-    return Figure(ratio.p50, ratio.p20, ratio.p80, words.speed_verdict(ratio, still))
+    low, high = ratio.bounds or (None, None)
+    return Figure(ratio.p50, low, high, words.speed_verdict(ratio, still))
 
 
 def need(ratio: float | None, verdict: Verdict | None = None) -> Figure | None:
@@ -154,7 +154,7 @@ def quality(
 
 def bounds(interval: Interval) -> tuple[float | None, float | None]:
     """The ends of an interval; none of too few samples."""
-    return (interval.low, interval.high) if interval.n >= MIN_SAMPLES else (None, None)
+    return interval.bounds or (None, None)
 
 
 def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:

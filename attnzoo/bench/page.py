@@ -15,6 +15,7 @@ from attnzoo.bench.summary import (
     Group,
     Summary,
     dates,
+    drifted,
     keeps_freed_memory,
     machine,
     summarize,
@@ -34,7 +35,8 @@ HOW_TO_READ = (
     "is less. Quality kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is "
     "better than dense. Green is better than dense and red worse, for speed-ups only where the whole 20th to 80th "
     "percentile is on one side of 1x and of the dense row's spread, for quality only where its interval leaves 1x out "
-    "(it is that of images or of windows of text, not that of seeds). The dense row is dense against a second copy of "
+    "(it is that of images or of windows of text, not that of seeds). Of fewer than 5 pairs of calls or windows neither "
+    "is shown. The dense row is dense against a second copy of "
     "itself, so its spread is the noise of the machine. Milliseconds and MB of two rows are not of one process, so "
     "compare ratios. FLOPs are those of matrix products, convolutions and attention; element-wise work is not counted. "
     "One MB is 10^6 bytes."
@@ -79,7 +81,8 @@ def html_page(
         What the columns of that table mean.
     """
     summary = summarize(records)
-    several = len(versions(summary)) > 1
+    several = "These records were made by more than one version of the code or its libraries."
+    warnings = [several if len(versions(summary)) > 1 else "", drifted(summary)]
     own = table is None
     stages = _stages(summary) if own else None
     workloads = _workloads(summary) if own else None
@@ -96,7 +99,7 @@ def html_page(
         ],
         verdict=verdict(summary) if own else "",
         facts=_what_was_run(summary),
-        warning="These records were made by more than one version of the code or its libraries." if several else "",
+        warning=" ".join(filter(None, warnings)),
         config=config,
     )
 

@@ -76,7 +76,7 @@ def speed_trade_plot(summary: Summary) -> str:
         if row.cost is None or group.tokens != tokens[group.part]:
             return None
         q = row.cost.ratios.speedup
-        return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
+        return Spot(q.p50, SHAPES[group.phase], *(q.bounds or (q.p50, q.p50)))
 
     largest = [group for part in summary.parts for group in summary.drawn(part) if group.tokens == tokens[part]]
     shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}

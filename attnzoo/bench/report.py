@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Quality, Record
-from attnzoo.bench.summary import Group, Summary, dates, machine, summarize
+from attnzoo.bench.summary import Group, Summary, dates, drifted, machine, summarize
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -29,7 +29,7 @@ HEAD = (
 )
 IN_BRACKETS = (
     "Speed-ups and other ratios are to dense in the same process, called in turn; ms and MB of two rows are not of one "
-    "process: compare ratios. In brackets: p20 to p80, or the 95% interval."
+    "process: compare ratios. In brackets: p20 to p80, or the 95% interval; none of fewer than 5 pairs of calls or windows."
 )
 PER_CALL = {
     "forward": "ms per forward",
@@ -53,6 +53,8 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
     for part in () if summary.groups else summary.scored:
         console.print(quality_table(summary, part).rich())
+    if drift := drifted(summary):
+        console.print(f"[yellow]warning: {escape(drift)}[/yellow]", highlight=False, soft_wrap=True)
     if summary.groups and table is None:
         console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)

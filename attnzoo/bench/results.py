@@ -26,7 +26,8 @@ IN_SHORT = (
     "above 1x is faster, memory below 1x is less. Each figure leads to the page of its record."
 )
 HOW_TO_READ = (
-    "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups. Green is better than "
+    "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups; none of fewer than 5 "
+    "windows or pairs of calls. Green is better than "
     "dense and red worse, only where the whole interval says so. Of operations, the speed-up is over PyTorch's fastest "
     "way to do the same work. Two figures of a column can be compared where what stands below them is the same. The "
     "first view shows whole models rather than a layer alone; of several workloads the largest at which at least half "

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from attnzoo.bench.record import MIN_SAMPLES as MIN_SAMPLES
 from attnzoo.bench.record import Interval
 
-MIN_SAMPLES = 5  # no interval of paired differences is shown from fewer
 RESAMPLES = 10_000
 COVERAGE = 0.95
 BOOTSTRAP_SEED = 0

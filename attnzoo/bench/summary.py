@@ -139,6 +139,19 @@ def machine(summary: Summary) -> str:
     return "; ".join(dict.fromkeys(words.machine(row.environment) for row in rows))
 
 
+def drifted(summary: Summary) -> str:
+    """Warn where dense's own time is not the same in all rows of a workload; empty where it is."""
+    found = {f"{group.host}, {group.title}": words.drift(group.rows) for group in summary.groups}
+    told = [f"{place} ({times:.2f}x)" for place, times in found.items() if times > words.DRIFT]
+    if not told:
+        return ""
+    return (
+        "Dense's own time drifts between the rows of one run, its largest p50 over its smallest being above "
+        f"{words.DRIFT:g}x: {'; '.join(told)}. The machine was not equally free: compare ratios, not "
+        "milliseconds of two rows."
+    )
+
+
 def keeps_freed_memory(summary: Summary) -> bool:
     """Whether the processes kept what was freed while they were timed."""
     return any(isinstance(row.cost, Cost) and row.cost.freed_memory_kept for row in summary.records)

@@ -13,8 +13,8 @@ from torch import Tensor
 import attnzoo
 from attnzoo import models
 from attnzoo.bench import gate as gates
-from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect
-from attnzoo.bench.config import Dtype, RunConfig, Section, Seed, refuse_twins
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
+from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
 from attnzoo.bench.cost import attention_paths, ratios_of, side_of
 from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import clock_for, interleave, quantiles, share_of
@@ -50,20 +50,16 @@ class ModelConfig(RunConfig):
     """
 
     task: Literal["model"] = "model"
-    seed: Seed = 0
     model: Annotated[str, Field(min_length=1)]
     baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense"
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     cost: ModelCostConfig = ModelCostConfig()
-    fresh: bool = False
 
     @model_validator(mode="after")
     def _rows_differ_and_sizes_fit(self) -> ModelConfig:
         refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
         refuse_expect(self.attentions)
-        for index, attention in enumerate(self.attentions):
-            if attention.fused is not None or attention.tokens is not None:
-                raise ValueError(f"attentions.{index}: fused and tokens are for vision models of timm; leave them out")
+        refuse_vision_keys(self.attentions)
         if self.is_function and (self.cost.tokens or self.cost.batch != 1):
             raise ValueError("cost.tokens and cost.batch have no meaning here: the example input decides")
         if not self.is_function and not self.cost.tokens:

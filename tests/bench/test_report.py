@@ -1,21 +1,26 @@
+import json
 import re
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import attnzoo
 from attnzoo.bench.colors import DENSE, METHODS, look
+from attnzoo.bench.highlights import of_records
 from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
-from attnzoo.bench.record import Quantiles
+from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.bench.report import print_report
-from attnzoo.bench.summary import summarize
-from attnzoo.bench.words import memory_verdict, need_verdict, speed_verdict
+from attnzoo.bench.summary import summarize, verdict
+from attnzoo.bench.words import difference, memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
+from attnzoo.tasks.decode import byte_run
+from attnzoo.tasks.decode import highlights as decode
 from attnzoo.tasks.suite import TASK
-from tests.bench.data import cost
+from tests.bench.data import cost, side
 
 
 class Balance(HTMLParser):
@@ -219,3 +224,69 @@ def test_flops_that_are_not_known_are_a_dash_with_the_reason(make_record):
     record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
     assert "no formula for the FLOPs of aten.mv" in page_of(TASK, [record])
     assert "| - |" in markdown_table([record])
+
+
+def of_samples(node, n):
+    """The same plain data with every figure out of `n` samples."""
+    if isinstance(node, dict):
+        changed = {"n": n} if "n" in node else {}
+        return {key: of_samples(value, n) for key, value in node.items()} | changed
+    return [of_samples(one, n) for one in node] if isinstance(node, (list, tuple)) else node
+
+
+SPREAD = re.compile(r"\d(?: ms)?x? \(\+?\d[\d.,]*(?:-| to \+)\d")
+
+
+@pytest.mark.parametrize(("n", "shown"), [(4, False), (5, True)])
+def test_fewer_than_five_pairs_have_no_spread_anywhere(run_records, n, shown):
+    records = [type(record).model_validate(of_samples(record.model_dump(), n)) for record in run_records]
+    records = [record.model_copy(update={"quality": None}) for record in records]  # whose interval is that of images
+    console = Console(record=True, width=200)
+    print_report(records, console)
+    page = page_of(TASK, records)
+    figures = [figure.text for one in of_records(records, lambda record: "suite") for figure in one.figures.values()]
+    for text in (page, console.export_text(), markdown_table(records), " ".join(figures), verdict(summarize(records))):
+        assert bool(SPREAD.search(text)) is shown, text
+    spots = [record.cost.ratios.speedup.bounds for record in records if record.cost]
+    assert all((bounds is not None) is shown for bounds in spots)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 9])
+def test_fewer_than_five_windows_have_no_interval_anywhere(n, tmp_path):
+    """Of differences, as the pages of decoding, of byte models and beside kvpress tell them."""
+    found = Interval(mean=0.02, low=0.01, high=0.03, n=n)
+    few = n < 5
+    assert difference(found) == (
+        "+0.020 (1 sample)" if n == 1 else f"+0.020 ({n} samples)" if few else "+0.020 (+0.010 to +0.030)"
+    )
+    lines = (Path(__file__).parents[2] / "docs/records/train_bytes.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    cut = [{**row, "nats": row["nats"][:n]} for row in rows]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
+    assert (" to +" in byte_run.table(path)) is not few
+    figures = [figure for one in decode.read_trained(path) for figure in one.figures.values()]
+    assert all((figure.low is None) is few for figure in figures)
+    assert all(figure.verdict == "same" for figure in figures) or not few
+
+
+@pytest.mark.parametrize(
+    ("slowest", "peak", "warned"),
+    [(12.4, 1 << 20, False), (12.6, 1 << 20, True), (30.0, 1 << 21, False)],
+    ids=["the same", "drifts", "another baseline"],
+)
+@pytest.mark.parametrize("phase", ["forward", "prefill"])
+def test_dense_that_drifts_between_rows_is_told(run_records, slowest, peak, warned, phase):
+    """In the page and in the terminal; not where a row has a baseline of its own, which holds other memory."""
+    records = [record.model_copy(update={"phase": phase}) for record in run_records]
+    at = next(i for i, record in enumerate(records) if record.label == "slow" and record.cost and record.tokens == 64)
+    made = records[at].model_dump()
+    made["cost"]["baseline"] = side(slowest, peak)
+    records[at] = type(records[at]).model_validate(made)
+    console = Console(record=True, width=300)
+    print_report(records, console)
+    said = f"vit, {phase}, 64 tokens ({slowest / 10:.2f}x)"
+    for text in (page_of(TASK, records), console.export_text()):
+        assert (said in text) is warned
+        assert ("drifts between the rows" in text) is warned
+        assert f"{phase}, 16 tokens (1.00x)" not in text

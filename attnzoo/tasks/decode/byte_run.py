@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 import attnzoo
 from attnzoo import files
+from attnzoo.bench import words
 from attnzoo.bench.attentions import AttentionConfig, refuse_expect
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.environment import environment
@@ -173,7 +174,7 @@ def table(path: Path) -> str:
     for record in records:
         bits, bits_dense = ([nats / math.log(2) for nats in one.nats] for one in (record, dense))
         d = paired_difference(bits, bits_dense)
-        above = "" if record is dense else f"{d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f})"
+        above = "" if record is dense else words.difference(d)
         losses = f"{record.losses[0][1]:.2f}, {record.losses[-1][1]:.2f}"
         rows.add(record.label, f"{record.parameters:,}", losses, f"{sum(bits) / len(bits):.3f}", above)
     return rows.markdown()

@@ -49,8 +49,9 @@ def _speed_plot(records: Sequence[Record], stage: str) -> str:
         points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
         x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
         axes.plot(x, y, color=color, marker=marker, ms=6, lw=1.8, label=label)
-        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=color, lw=2, alpha=0.6)
-        reached += [value for _, s in points for value in (s.p20, s.p80)]
+        spreads = [speedup.bounds or (speedup.p50, speedup.p50) for _, speedup in points]
+        axes.vlines(x, *zip(*spreads, strict=True), color=color, lw=2, alpha=0.6)
+        reached += [value for spread in spreads for value in spread]
     if stage == ENCODER:
         bounds = [(one.tokens, one.cost.baseline.most_speedup(ATTENTION, ENCODER)) for one in records if one.cost]
         known = sorted({(at, bound) for at, bound in bounds if bound is not None})

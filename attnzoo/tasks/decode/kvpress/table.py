@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attnzoo import files
+from attnzoo.bench import words
 from attnzoo.bench.measure import quantiles
+from attnzoo.bench.record import bounds
 from attnzoo.bench.stats import paired_difference, wilson_interval
 from attnzoo.tables import Column, Table
 from attnzoo.tasks.decode.kvpress.config import DENSE, Key, Row, Setting, rows_of
@@ -155,7 +157,7 @@ def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLin
     pairs = _pairs(ours, these)
     if row.side == "kvpress" and pairs:
         d = paired_difference([_recall(a) for a, _ in pairs], [_recall(b) for _, b in pairs])
-        difference = f"{d.mean:+.2f} ({d.low:+.2f} to {d.high:+.2f})"
+        difference = words.difference(d, digits=2)
         ratio = f"{_time_ratio(pairs):.2f}"
     memory = [line.memory_peak_bytes for line in lines if line.memory_peak_bytes is not None]
     kept = sorted({n for line in lines for n in line.kept})
@@ -163,9 +165,9 @@ def _table_row(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLin
         row.policy,
         f"{row.side} `{row.method}`",
         f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}",
-        f"{hits} of {n} ({low:.0%} to {high:.0%})",
+        f"{hits} of {n}" + (f" ({low:.0%} to {high:.0%})" if bounds(low, high, n) else ""),
         difference,
-        f"{times.p20:.2f} / **{times.p50:.2f}** / {times.p80:.2f}",
+        f"{times.p20:.2f} / **{times.p50:.2f}** / {times.p80:.2f}" if times.bounds else f"**{times.p50:.2f}**",
         ratio,
         megabytes(max(line.cache_peak_bytes for line in lines)),
         megabytes(max(memory)) if memory else "not known",
@@ -181,7 +183,7 @@ def _ahead(row: Row, these: dict[int, ResultLine], ours: dict[int, ResultLine]) 
     said = []
     if found_these > found_ours:
         d = paired_difference([_recall(a) for a, _ in pairs], [_recall(b) for _, b in pairs])
-        doubt = "" if d.high < 0 else ", which may be chance"
+        doubt = "" if d.bounds and d.high < 0 else ", which may be chance"
         said.append(f"finds {found_these} pass keys, attnzoo {found_ours} of {len(pairs)}{doubt}")
     if (ratio := _time_ratio(pairs)) < 1:
         said.append(f"TTFT is {ratio:.2f} of attnzoo's time")
