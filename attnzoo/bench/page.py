@@ -35,11 +35,10 @@ HOW_TO_READ = (
     "is less. Quality kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is "
     "better than dense. Green is better than dense and red worse, for speed-ups only where the whole 20th to 80th "
     "percentile is on one side of 1x and of the dense row's spread, for quality only where its interval leaves 1x out "
-    "(it is that of images or of windows of text, not that of seeds). Of fewer than 5 pairs of calls or windows neither "
-    "is shown. The dense row is dense against a second copy of "
-    "itself, so its spread is the noise of the machine. Milliseconds and MB of two rows are not of one process, so "
-    "compare ratios. FLOPs are those of matrix products, convolutions and attention; element-wise work is not counted. "
-    "One MB is 10^6 bytes."
+    "(it is that of images or of windows of text, not that of seeds). Of fewer than 5 pairs of calls or windows "
+    "neither is shown. The dense row is dense against a second copy of itself, so its spread is the noise of the "
+    "machine. Milliseconds and MB of two rows are not of one process, so compare ratios. FLOPs are those of matrix "
+    "products, convolutions and attention; element-wise work is not counted. One MB is 10^6 bytes."
 )
 STAGES_NOTE = (
     "The encoder's attention is a part of the encoder. Times were taken within calls of the whole model; memory is "

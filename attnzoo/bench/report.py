@@ -29,7 +29,8 @@ HEAD = (
 )
 IN_BRACKETS = (
     "Speed-ups and other ratios are to dense in the same process, called in turn; ms and MB of two rows are not of one "
-    "process: compare ratios. In brackets: p20 to p80, or the 95% interval; none of fewer than 5 pairs of calls or windows."
+    "process: compare ratios. In brackets: p20 to p80, or the 95% interval; none of fewer than 5 pairs of calls or "
+    "windows."
 )
 PER_CALL = {
     "forward": "ms per forward",
