@@ -72,8 +72,7 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
     return list(made)
 
 
-POLICIES = "Policies at one budget"
-POLICIES_NOTE = (
+POLICIES = (
     "Each figure as a ratio to the dense cache of the same run, below it the figure itself. The budget is in entries "
     "per key/value head. In each group the policy that keeps most of the quality stands first. A column that is blank "
     "in a whole group was not measured in that run."
@@ -89,15 +88,14 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
     }
     methods = [_shown(describe(name), rows, views, folder) for name, rows in found.items()]
     others, policies = _others(sources, folder), policies_table(sources, folder)
+    side_by_side = f'<div id="policies" class="more">{policies.html(labeled=True)}</div>'
     return page(
         "attnzoo: results",
         [
             Section("", note=IN_SHORT),
             Section("", "How to read it", HOW_TO_READ, folded=True),
             Section(fragment("results", tasks=tasks, methods=methods, csv=f"{NAME}.csv", policies=bool(policies.rows))),
-            Section(f'<div id="policies" class="more">{policies.html(labeled=True)}</div>', POLICIES, POLICIES_NOTE)
-            if policies.rows
-            else None,
+            Section(side_by_side, "Policies at one budget", POLICIES) if policies.rows else None,
             Section(others.html(), "Other records") if others.rows else None,
         ],
         filters=[Filter("task", tuple(tasks)), Filter("kind", get_args(Kind))],
@@ -283,7 +281,7 @@ def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
                 figures[0] = replace(_ended(one), link=link)
             about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
             workload = Cell(one.host, small="\n".join(filter(None, about)))
-            table.add(one.label, _budget(one), *figures, workload, tags={"task": task})
+            table.add(one.label, f"{one.budget:,}" if one.budget else "", *figures, workload, tags={"task": task})
     return table.without_empty_columns()
 
 
@@ -340,10 +338,6 @@ def _policy_cell(rows: Sequence[Found], head: str, measure: Measure, folder: Pat
 def _apart(one: Highlight, other: Highlight) -> str:
     """What the workload of one says that the other's does not: ``batch 8``."""
     return ", ".join(word for word in one.workload.split(", ") if word not in other.workload.split(", "))
-
-
-def _budget(one: Highlight) -> str:
-    return f"{one.budget:,}" if one.budget else ""
 
 
 def _figure_cell(figure: Figure | None, link: str) -> Cell:

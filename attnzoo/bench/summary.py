@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from attnzoo.bench import words
-from attnzoo.bench.record import Cost, Phase, Quality, Record
+from attnzoo.bench.record import Cost, Phase, Quality, Quantiles, Record
 from attnzoo.bench.words import noise, quality_kept, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
@@ -178,29 +178,30 @@ def dates(summary: Summary) -> str:
 
 def verdict(summary: Summary) -> str:
     """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower."""
-    groups = [
-        group for group in summary.groups if any(row.cost is not None and not row.is_baseline for row in group.rows)
-    ]
     told = []
     for part in summary.parts:
-        group = next((group for group in reversed(groups) if group.part == part), None)
-        rows = [row for row in group.rows if not row.is_baseline and row.cost is not None] if group else []
-        if group is None or not rows:
+        measured = [(group, rows) for group in summary.of(part) if (rows := _speedups(group))]
+        if not measured:
             continue
-        best = max(rows, key=lambda row: row.cost.ratios.speedup.p50 if row.cost is not None else 0.0)
-        verdicts = [speed_verdict(row.cost.ratios.speedup, noise(group.rows)) for row in rows if row.cost is not None]
-        speed = times(best.cost.ratios.speedup) if best.cost is not None else "-"
-        keeps = (
-            f", keeping {quality_kept(best.quality)} of dense's quality" if quality_kept(best.quality) != "-" else ""
-        )
+        group, rows = measured[-1]
+        best, speedup = max(rows, key=lambda row: row[1].p50)
+        verdicts = [speed_verdict(one, noise(group.rows)) for _, one in rows]
         faster, slower = verdicts.count("better"), verdicts.count("worse")
-        counted = f"of {len(rows)} measured, {faster or 'none'} faster than dense, {slower or 'none'} slower"
-        first = f"{best.label} is fastest, {speed} dense's speed{keeps}"
+        kept = quality_kept(best.quality)
+        keeps = f", keeping {kept} of dense's quality" if kept != "-" else ""
+        first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
+        counted = f"of {len(rows)} measured, {faster} faster than dense, {slower or 'none'} slower"
         if not faster:
-            first = f"none is faster than dense beyond the noise; nearest is {best.label}, {speed} its speed{keeps}"
+            nearest = f"nearest is {best.label}, {times(speedup)} its speed{keeps}"
+            first = f"none is faster than dense beyond the noise; {nearest}"
             counted = f"of {len(rows)} measured, {slower or 'none'} slower"
         told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
     return " ".join(told)
+
+
+def _speedups(group: Group) -> list[tuple[Record, Quantiles]]:
+    """The rows that were measured, but for dense, each with its speed-up."""
+    return [(row, row.cost.ratios.speedup) for row in group.rows if row.cost is not None and not row.is_baseline]
 
 
 def _bound(group: Group) -> str:

@@ -48,14 +48,6 @@ def quality_kept(quality: Quality | None) -> str:
     return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"
 
 
-def cache(record: Record) -> str:
-    """Bytes of the cache against dense, held and allocated: ``0.27x / 0.31x``; a dash where there is no cache."""
-    ratios = None if record.cost is None else record.cost.ratios
-    if ratios is None or ratios.cache_held is None:
-        return "-"
-    return f"{ratio(ratios.cache_held)} / {ratio(ratios.cache_allocated)}"
-
-
 def noise(rows: Iterable[Record]) -> Quantiles | None:
     """The speed-up of dense over a second copy of itself, where it was measured: what is not a difference."""
     return next((row.cost.ratios.speedup for row in rows if row.is_baseline and row.cost is not None), None)
