@@ -26,8 +26,6 @@ from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import report as training_report
 from attnzoo.tasks.decode import byte_run as train_bytes
-from attnzoo.tasks.decode import record as decode_record
-from attnzoo.tasks.decode import report as decode_report
 from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress import config as kvpress
 from attnzoo.tasks.decode.kvpress import table as kvpress_table
@@ -165,7 +163,7 @@ def test_shell_commands_are_real(page):
             if command[2] == "--report":
                 assert (ROOT / command[3]).is_file(), line
             else:
-                load[command[1]](ROOT / command[2], command[3:])
+                load[command[1]](ROOT / command[2], [word for word in command[3:] if word != "--so-far"])
 
 
 def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
@@ -307,12 +305,24 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
 
 
 def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
-    records = decode_record.read_records(ROOT / "docs/records/prose.jsonl")
-    assert between(ROOT / "docs/eviction.md", "prose") == decode_report.markdown_table(records)
-    (single,) = records[0].retrieval
-    assert (records[0].nll.windows, single.samples, single.tokens) == (20, 50, 2000)
+    records = read_records(ROOT / "docs/records/prose.jsonl")
+    read = {record.label: record.quality for record in records if not record.workload}
+    asked = {record.label: record.quality for record in records if record.workload == "pass key"}
+    heads, _, *lines = between(ROOT / "docs/eviction.md", "prose").splitlines()
+    assert [cell.strip() for cell in heads.strip("|").split("|")] == [
+        *("attention", "perplexity", "NLL to dense (95%)", "cache held", "cache allocated", "pass key, % (95%)"),
+    ]
+    table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in table] == list(read) == list(asked)
+    for label, *cells in table:
+        quality = read[label]
+        shown = {head: getattr(cell, "text", cell) for head, cell in quality.details.items()}
+        found = [shown["perplexity"], shown["NLL to dense (95%)"], shown["cache held"], quality.shown("allocated")]
+        assert cells == [*found, asked[label].figure]
+    single = asked["dense"]
+    assert (read["dense"].windows, single.samples, single.tokens) == (20, 50, 2000)
     assert {r.attention for r in records if r.attention} == set(list_attentions("eviction"))
-    by_depth = {record.label: record.retrieval[0].by_depth for record in records}
+    by_depth = {label: quality.by_depth for label, quality in asked.items()}
     for budget in (1024, 512):
         assert all(
             by_depth[f"{name} {budget}"] == by_depth[f"h2o {budget}"] for name in ("vatp", "caote", "caote fast")
@@ -436,7 +446,7 @@ def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels"])
+@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "prose"])
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.publish import page_of
 

@@ -158,7 +158,7 @@ def _quality(summary: Summary) -> list[Section]:
         measured = [
             (row.workload, row.quality) for row in summary.quality if row.part == part and row.quality is not None
         ]
-        notes = {workload: f"{quality.note}." for workload, quality in reversed(measured)}
+        notes = {about: f"{f'{about}: ' if about else ''}{quality.note}." for about, quality in reversed(measured)}
         said = [*reversed(notes.values()), *(quality.remark for _, quality in measured if quality.remark)]
         table = quality_table(summary, part).html()
         found.append(Section(table, "" if found else "Quality", " ".join(said)))

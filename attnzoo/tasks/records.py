@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from attnzoo.bench.record import Record as Measured
 from attnzoo.tasks.classify.quality import Accuracy
-from attnzoo.tasks.decode.quality import Perplexity
+from attnzoo.tasks.decode.quality import Perplexity, Retrieval
 from attnzoo.tasks.detect.quality import Detection
 
 
 class Record(Measured):
     """A row whose quality is that of a classifier, a detector or a language model."""
 
-    quality: Accuracy | Detection | Perplexity | None
+    quality: Accuracy | Detection | Perplexity | Retrieval | None

@@ -38,12 +38,16 @@ class Format:
 
 
 FORMATS = (
-    Format(frozenset({"nll", "retrieval", "label"}), decode.read_policies),
     Format(frozenset({"nats", "losses", "label"}), decode.read_trained),
     Format(
         frozenset({"kind", "config", "text_sha256"}),
         decode.read_comparison,
         "eviction policies beside those of kvpress, prompt by prompt",
+    ),
+    Format(
+        frozenset({"nll", "retrieval", "label"}),
+        None,
+        "time and memory of the bounded cache, of runs that kept no gate",
     ),
     Format(frozenset({"kernel", "case", "registers"}), None, "registers and memory of the compiled Triton kernels"),
     Format(frozenset({"degree", "rms", "largest"}), None, "how large PADRe's activations are at the start, by degree"),

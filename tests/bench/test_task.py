@@ -294,7 +294,7 @@ def test_the_quality_of_several_workloads_is_set_against_dense_each_in_its_own(t
     assert found["cost", "float32", ""] == found["quality", "float32", ""]
     page = page_of(task, records)
     assert page.count("<th>digits</th>") == 2, "side by side in one table"
-    assert "by its eps. half." in page
+    assert "by its eps. halved: half." in page
     named = [r.model_copy(update={"attention": None if r.is_baseline else "padre"}) for r in records]
     (half,) = (one for one in of_records(named, lambda record: "toy") if one.workload.startswith("halved: "))
     assert half.figures[QUALITY].value == found["quality", "float32", "halved"]
