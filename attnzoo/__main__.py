@@ -157,18 +157,24 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("model", metavar="MODEL")
     one.add_argument(
         "--attention",
-        default=["padre", "sdpa"],
+        default=None,
         type=lambda text: text.split(","),
-        help="comma-separated names, each with options, if any: padre:degree=2:kernel_size=7,sdpa (padre,sdpa)",
+        help="comma-separated names, each with options, if any: padre:degree=2:kernel_size=7,sdpa (padre,sdpa; of "
+        "language models sdpa,keydiff:budget=256)",
     )
-    one.add_argument("--tokens", default=None, type=_numbers, help="comma-separated token counts; of images, squares")
-    one.add_argument("--batch", default=None, type=int, help="images or texts per forward (1)")
+    one.add_argument(
+        "--tokens", default=None, type=_numbers, help="comma-separated token counts: squares of images, or prompts"
+    )
+    one.add_argument("--batch", default=None, type=int, help="images, texts or prompts at a time (1)")
+    one.add_argument(
+        "--new-tokens", default=None, type=int, help="of language models: tokens decoded after a prompt (128)"
+    )
     one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     one.add_argument("--device", default="cpu", help="cpu or cuda")
     one.add_argument("--threads", default=None, type=int, help="threads of PyTorch; by default its own choice")
     one.add_argument("--patch-size", default=None, type=int, help="of timm: side of a patch in pixels (16)")
     one.add_argument("--repeats", default=5, type=int, help="minimum number of timed pairs of calls (5)")
-    one.add_argument("--min-seconds", default=1.0, type=float, help="minimum seconds of timed calls (1)")
+    one.add_argument("--min-seconds", default=None, type=float, help="minimum seconds of timed calls (1)")
     one.add_argument("--timeout", default=120.0, type=float, help="seconds per row (120)")
     one.add_argument("--output", default=None, help="folder for records and page (runs/measure-...)")
     return found

@@ -156,6 +156,20 @@ def source_of(name: str) -> str:
     return sha256_of(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else ""
 
 
+def is_causal_lm(name: str) -> bool:
+    """Whether a folder of transformers, or a name of the hub, is that of a causal language model.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    factory = _factory(_told(f"transformers:{name}", lambda: _config(name)))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return factory.__name__ in {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+
+
 def encoder_with_example(name: str, tokens: int, batch: int) -> Call:
     """Build a transformers encoder of images or text with random weights, and random inputs for it.
 

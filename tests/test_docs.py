@@ -172,18 +172,21 @@ def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
     (tmp_path / "mymodel.py").write_text(source, encoding="utf-8")
     transformers.ViTForImageClassification(
         transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
-    ).save_pretrained(tmp_path / "model")
+    ).save_pretrained(tmp_path / "encoder")
+    transformers.LlamaConfig(
+        hidden_size=32, max_position_embeddings=4096, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
     lines = [line for page in PAGES for line in "\n".join(blocks(page, "sh")).splitlines() if "attnzoo measure" in line]
-    models = set()
+    measured = set()
     for line in lines:
         content = config_of(parser().parse_args(line.partition("#")[0].split()[1:]))
         task = tasks.find(content["task"])
         config = task.config.check(content)
         task.check(config)
         assert task.plan(config)
-        models.add(content.get("model", "timm").partition(":")[0])
-    assert models == {"timm", "transformers", "mymodel"}
+        measured.add((task.name, content.get("model", "timm").partition(":")[0]))
+    assert measured == {("suite", "timm"), ("model", "transformers"), ("decode", "./llm"), ("model", "mymodel")}
 
 
 def load_detection(path: Path, words: list[str]):

@@ -74,8 +74,8 @@ def test_measure_is_a_benchmark_made_from_flags(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["transformers:./nothing"], "there is no such folder"),
-        (["tests.tasks.test_model:vit", "--tokens", "4"], "says how large it is"),
-        (["tests.tasks.test_model:vit", "--patch-size", "4"], "for models of timm"),
+        (["tests.tasks.test_model:vit", "--tokens", "4"], "no meaning for tests.tasks.test_model:vit"),
+        (["tests.tasks.test_model:vit", "--patch-size", "4"], "--patch-size: no meaning"),
         (["tests.tasks.test_model:alone"], "must return (model, example input)"),
         (["timm:vit_tiny_patch16_224", "--attention", "padre:2"], "must read key=value"),
         (["timm:vit_tiny_patch16_224", "--attention", "padr"], "padre"),

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from attnzoo.bench.record import MIN_SAMPLES as MIN_SAMPLES
 from attnzoo.bench.record import Interval
 
 RESAMPLES = 10_000

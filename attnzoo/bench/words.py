@@ -24,8 +24,10 @@ def times(q: Quantiles) -> str:
     return f"{q.p50:.2f}x" + (f" ({q.p20:.2f}-{q.p80:.2f})" if q.bounds else "")
 
 
-def difference(interval: Interval, digits: int = 3) -> str:
+def difference(interval: Interval | None, digits: int = 3) -> str:
     """A difference and its interval: ``+0.021 (+0.015 to +0.028)``; of too few samples, how many they are."""
+    if interval is None:
+        return "-"
     low, high = (f"{end:+.{digits}f}" for end in (interval.low, interval.high))
     few = f"{interval.n} sample{'s' if interval.n != 1 else ''}"
     return f"{interval.mean:+.{digits}f} ({f'{low} to {high}' if interval.bounds else few})"

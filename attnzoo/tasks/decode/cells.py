@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,12 @@ from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
-LEFT_OUT = {"timeout_seconds", "samples", "batches"}  # a figure does not depend on them, or they are told apart
+LEFT_OUT = {
+    "timeout_seconds",
+    "samples",
+    "batches",
+    "prompt_tokens",
+}  # a figure does not depend on them, or they are told apart
 STEP = 10  # a single step takes as long as so many tokens of a prompt
 
 
@@ -29,7 +35,7 @@ def plan(config: DecodeConfig) -> list[Cell]:
 
     The baseline's windows come before all else, for without its canary no row counts.
     """
-    inputs = {"model": _contents(config.model), "text": _contents(config.text)}
+    inputs = {"model": _contents(config.model), "text": config.text and _contents(config.text)}
     return [
         _cell(config, index, inputs, **asked)
         for asked in [*_windows(config), *_prompts(config), *_timings(config)]
@@ -69,12 +75,13 @@ def _timings(config: DecodeConfig) -> list[dict[str, Any]]:
             "kind": "cost",
             "stage": "time",
             "section": "cost",
-            "work": 2 * cost.repeats * (cost.prompt_tokens + STEP * cost.new_tokens),
+            "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
             "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
-            "depends": {"batch": batch, "read at": cost.batches[0], "threads": config.threads},
-            "tokens": cost.prompt_tokens,
+            "depends": {"batch": batch, "read at": cost.batches[0], "threads": config.threads, "prompt_tokens": tokens},
+            "tokens": tokens,
             "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
         }
+        for tokens in cost.lengths
         for batch in cost.batches
     ]
 
@@ -149,7 +156,10 @@ def check(config: DecodeConfig) -> None:
     """
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems: list[str] = []
-    for key, question in (("text", lambda: texts.check_text_name(config.text)), ("model", lambda: _fits(config))):
+    questions: dict[str, Callable[[], object]] = {"model": lambda: _fits(config)}
+    if (text := config.text) is not None:
+        questions = {"text": lambda: texts.check_text_name(text), **questions}
+    for key, question in questions.items():
         try:
             question()
         except ConfigError as error:
@@ -163,7 +173,7 @@ def _fits(config: DecodeConfig) -> None:
     asked = {
         "nll.tokens": nll.tokens if nll is not None else 0,
         "retrieval.tokens": retrieval.tokens if retrieval is not None else 0,
-        "cost.prompt_tokens + cost.new_tokens": cost.prompt_tokens + cost.new_tokens if cost is not None else 0,
+        "cost.prompt_tokens + cost.new_tokens": max(cost.lengths) + cost.new_tokens if cost is not None else 0,
     }
     over = [f"{key} is {tokens:,}" for key, tokens in asked.items() if longest is not None and tokens > longest]
     if over:
@@ -183,6 +193,8 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     wanted = {cell.asks["section"] for cell in cells}
     if not wanted:
         return {}
+    if config.text is None:
+        return {"prompts": _random_prompts(config, cells)}
     tokenizer, prose = lm.load_tokenizer(config.model), texts.load_text(config.text)
     given: dict[str, Any] = {"text_sha256": prose.sha256}
     problems: list[str] = []
@@ -198,9 +210,10 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     if nll is not None and "nll" in wanted:
         found = cut("nll", texts.windows, count=nll.windows, tokens=nll.tokens)
         given["windows"] = [window.ids for window in found]
-    if cost is not None and "cost" in wanted:
-        found = cut("cost", texts.windows, count=cost.batches[0], tokens=cost.prompt_tokens)
-        given["prompts"] = [window.ids for window in found]
+    for tokens in _lengths(cells):
+        assert cost is not None
+        found = cut("cost", texts.windows, count=cost.batches[0], tokens=tokens)
+        given.setdefault("prompts", {})[str(tokens)] = [window.ids for window in found]
     if retrieval is not None and "retrieval" in wanted:
         for kind, count in retrieval.counts:
             found = cut("retrieval", needles.make_samples, kind=kind, count=count, tokens=retrieval.tokens)
@@ -210,12 +223,24 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     return given
 
 
+def _lengths(cells: Sequence[Cell]) -> list[int]:
+    """Of the prompts that are timed."""
+    return sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
+
+
+def _random_prompts(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, list[list[int]]]:
+    """Prompts of random tokens, by their length: time and memory do not depend on what they say."""
+    assert config.cost is not None
+    words, batch, draw = lm.vocabulary(config.model), config.cost.batches[0], random.Random(config.seed)
+    return {str(n): [[draw.randrange(words) for _ in range(n)] for _ in range(batch)] for n in _lengths(cells)}
+
+
 def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
     """Score every window through one attention, let it answer prompts, or time prefill and decoding."""
     index, section = cell.asks["attention"], cell.asks["section"]
     spec = None if index is None else config.attentions[index]
     if section == "cost":
-        return measure_cost(config, spec, given["prompts"], cell.asks["batch"], say)
+        return measure_cost(config, spec, given["prompts"][str(cell.tokens)], cell.asks["batch"], say)
     if section == "retrieval":
         samples = [needles.Sample(**sample) for sample in given[cell.asks["kind"]]]
         return measure_retrieval(config, spec, samples, say)

@@ -22,6 +22,7 @@ from attnzoo.extras import require
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.needles import Sample, found
 
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files of a folder that hold them, or say which do
 CHUNK = 256  # positions whose float32 log-probabilities are held at a time
 ROOM_FOR_WORDS = 12  # tokens that an answer may have besides the numbers asked for
 CONVERTED = "_safetensors"  # ends the name of an asset that is another one in a form that loads fast
@@ -70,14 +71,22 @@ def load_tokenizer(name: str) -> Any:
 
 def longest(name: str) -> int | None:
     """Tokens that a model is made for, as its config says, or None; `name` and errors as in `load_model`."""
+    return getattr(_config(name), "max_position_embeddings", None)
+
+
+def vocabulary(name: str) -> int:
+    """How many tokens a model knows; `name` and errors as in `load_model`."""
+    return int(_config(name).vocab_size)
+
+
+def _config(name: str) -> Any:
     require("transformers", extra="llm")
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(model_folder(name) or name))
+        return AutoConfig.from_pretrained(str(model_folder(name) or name))
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot read the config of {name!r}: {error}") from error
-    return getattr(config, "max_position_embeddings", None)
 
 
 def load_model(
@@ -87,7 +96,7 @@ def load_model(
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Load a causal language model, ready to be evaluated.
+    """Load a causal language model, ready to be evaluated; with random weights, if its folder holds none.
 
     Parameters
     ----------
@@ -111,8 +120,13 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     place = str(model_folder(name) or name)
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention)
+        if Path(place).is_dir() and not any(path for kind in WEIGHTS for path in Path(place).glob(kind)):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(_config(name), **how)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place, **how)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
     return model.to(device).eval()

@@ -85,7 +85,7 @@ def interval_plot(rows: Sequence[Row], salt: str, of: Callable[[Any], Interval |
     axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
     for y, (row, _, found) in enumerate(shown):
         color, _ = look(labels, row.label)
-        axes.plot([found.low, found.high], [y] * 2, color=color, lw=2)
+        axes.plot(found.bounds or [found.mean] * 2, [y] * 2, color=color, lw=2)
         axes.plot([found.mean], [y], "o", color=color, ms=6)
     axes.invert_yaxis()
     axes.set_xlabel("NLL above dense, nats per token" if salt == "nll" else "part of the numbers asked for")
