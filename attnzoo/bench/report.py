@@ -52,8 +52,9 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     for title, row in ((group.title, row) for group in summary.groups for row in group.rows if row.cost is None):
         why = f"{row.label} ({title}): {row.status}: {row.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
-    for part in () if summary.groups else summary.scored:
-        console.print(quality_table(summary, part).rich())
+    for part in summary.scored:
+        if part not in summary.parts or any(row.workload for row in summary.quality if row.part == part):
+            console.print(quality_table(summary, part).rich())  # or the table of cost has it
     if drift := drifted(summary):
         console.print(f"[yellow]warning: {escape(drift)}[/yellow]", highlight=False, soft_wrap=True)
     if summary.groups and table is None:

@@ -86,7 +86,7 @@ class SuiteConfig(RunConfig):
         problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
         language = data.get("language")
         if isinstance(language, Mapping):
-            problems += language_problems({"cost": {}, **language}, "language.")
+            problems += language_problems(language, "language.")
         return problems
 
 

@@ -198,7 +198,7 @@ def test_the_config_is_checked_before_anything_runs(folder):
         ("keydif", "did you mean 'keydiff'"),
         ({"name": "keydiff"}, "needs budget="),
         ({"name": "keydiff", "options": {"budget": 0}}, "language.attentions.0.options: "),
-        ({"name": "keydiff", "options": {"budget": 9, "block_size": 5}}, "5 does not divide language.cost.new_tokens"),
+        ({"name": "keydiff", "options": {"budget": 9, "block_size": 5}}, "5 does not divide cost.new_tokens"),
     ):
         assert says in problems_of(tiny(folder, attentions=[attention]))
     assert "language.canary.tiny" in problems_of(tiny(folder, canary={"tiny": {"name": "h20"}}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,8 @@ from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
-LEFT_OUT = {
-    "timeout_seconds",
-    "samples",
-    "batches",
-    "prompt_tokens",
-}  # a figure does not depend on them, or they are told apart
-STEP = 10  # a single step takes as long as so many tokens of a prompt
+LEFT_OUT = {"timeout_seconds", "samples", "batches", "prompt_tokens"}  # no figure depends on them, or they tell apart
+STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
 def plan(config: DecodeConfig) -> list[Cell]:
@@ -36,54 +33,31 @@ def plan(config: DecodeConfig) -> list[Cell]:
     The baseline's windows come before all else, for without its canary no row counts.
     """
     inputs = {"model": _contents(config.model), "text": config.text and _contents(config.text)}
-    return [
-        _cell(config, index, inputs, **asked)
-        for asked in [*_windows(config), *_prompts(config), *_timings(config)]
-        for index in (None, *range(len(config.attentions)))
-    ]
+    rows = (None, *range(len(config.attentions)))
+    return [_cell(config, index, inputs, **asked) for asked in _asked(config) for index in rows]
 
 
-def _windows(config: DecodeConfig) -> list[dict[str, Any]]:
-    if config.nll is None:
-        return []
-    work = config.nll.windows * config.nll.tokens
-    return [{"kind": "quality", "stage": "score", "section": "nll", "work": work}]
-
-
-def _prompts(config: DecodeConfig) -> list[dict[str, Any]]:
-    retrieval = config.retrieval
-    if retrieval is None:
-        return []
-    shared = {"kind": "quality", "stage": "score", "section": "retrieval"}
-    return [
-        {
-            **shared,
-            "work": count * retrieval.tokens,
-            "workload": KIND_TITLES[kind],
-            "depends": {"kind": kind, "samples": count},
-        }
-        for kind, count in retrieval.counts
-    ]
-
-
-def _timings(config: DecodeConfig) -> list[dict[str, Any]]:
-    cost = config.cost
-    if cost is None:
-        return []
-    return [
-        {
-            "kind": "cost",
-            "stage": "time",
-            "section": "cost",
-            "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
-            "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
-            "depends": {"batch": batch, "read at": cost.batches[0], "threads": config.threads, "prompt_tokens": tokens},
-            "tokens": tokens,
-            "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
-        }
-        for tokens in cost.lengths
-        for batch in cost.batches
-    ]
+def _asked(config: DecodeConfig) -> Iterator[dict[str, Any]]:
+    """What is measured of every row; `work` is in tokens."""
+    nll, retrieval, cost = config.nll, config.retrieval, config.cost
+    if nll is not None:
+        yield {"section": "nll", "work": nll.windows * nll.tokens}
+    if retrieval is not None:
+        for kind, count in retrieval.counts:
+            depends = {"kind": kind, "samples": count}
+            about = {"section": "retrieval", "workload": KIND_TITLES[kind], "depends": depends}
+            yield {**about, "work": count * retrieval.tokens}
+    if cost is not None:
+        shared = {"read at": cost.batches[0], "threads": config.threads}
+        for tokens, batch in itertools.product(cost.lengths, cost.batches):
+            yield {
+                "section": "cost",
+                "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
+                "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
+                "depends": {"batch": batch, "prompt_tokens": tokens, **shared},
+                "tokens": tokens,
+                "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
+            }
 
 
 def _cell(
@@ -102,14 +76,15 @@ def _cell(
         "options": {} if spec is None else spec.swap,
     }
     asked: Any = getattr(config, section)
+    stage = "time" if section == "cost" else "score"
     if section == "nll":
         work += config.canary.windows * asked.tokens * (1 if spec is None else 2)
         named = {"tiny": {"label"}}  # which changes nothing that is measured
         canary = config.canary.model_dump(mode="json", exclude=named) if spec is None else config.canary.windows
-        depends = {"canary": canary}
-        about["stage"] = "canary" if spec is None else about["stage"]
+        depends, stage = {"canary": canary}, "canary" if spec is None else stage
     return Cell(
         part=PART,
+        kind="cost" if section == "cost" else "quality",
         label=config.baseline if spec is None else spec.label,
         is_baseline=spec is None,
         host=config.host,
@@ -124,9 +99,10 @@ def _cell(
             **(depends or {}),
         },
         asks={"attention": index, "section": section, **(depends or {})},
+        stage=stage,
         timeout=asked.timeout_seconds,
         threads=config.threads,
-        workers=config.workers if about["stage"] == "score" else 1,
+        workers=config.workers if stage == "score" else 1,
         needs_baseline=config.nll is not None,
         weight=3 + work / 100,  # a token of a small model takes about 10 ms
         **about,
@@ -154,21 +130,33 @@ def check(config: DecodeConfig) -> None:
     ConfigError
         With every other problem, one per line.
     """
-    require("transformers", "accelerate", "matplotlib", extra="llm")
+    require("transformers", "matplotlib", extra="llm")
+    with _collected("here") as under:
+        with under("text"):
+            if config.text is not None:
+                texts.check_text_name(config.text)
+        with under("model"):
+            _check_lengths(config)
+
+
+@contextmanager
+def _collected(why: str) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    """Collect `ConfigError`, each under a key of the config, and raise all in one."""
     problems: list[str] = []
-    questions: dict[str, Callable[[], object]] = {"model": lambda: _fits(config)}
-    if (text := config.text) is not None:
-        questions = {"text": lambda: texts.check_text_name(text), **questions}
-    for key, question in questions.items():
+
+    @contextmanager
+    def under(key: str) -> Iterator[None]:
         try:
-            question()
+            yield
         except ConfigError as error:
-            problems.append(f"{key}: {error}")
+            problems.append(f"  {key}: {error}")
+
+    yield under
     if problems:
-        raise ConfigError("\n".join(["this config cannot be run here:", *(f"  {problem}" for problem in problems)]))
+        raise ConfigError("\n".join([f"this config cannot be run {why}:", *problems]))
 
 
-def _fits(config: DecodeConfig) -> None:
+def _check_lengths(config: DecodeConfig) -> None:
     longest, nll, retrieval, cost = lm.longest(config.model), config.nll, config.retrieval, config.cost
     asked = {
         "nll.tokens": nll.tokens if nll is not None else 0,
@@ -193,46 +181,37 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     wanted = {cell.asks["section"] for cell in cells}
     if not wanted:
         return {}
+    lengths = sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
     if config.text is None:
-        return {"prompts": _random_prompts(config, cells)}
+        return {"prompts": {str(tokens): _random_prompts(config, tokens) for tokens in lengths}}
     tokenizer, prose = lm.load_tokenizer(config.model), texts.load_text(config.text)
     given: dict[str, Any] = {"text_sha256": prose.sha256}
-    problems: list[str] = []
+    nll, cost, retrieval, seed = config.nll, config.cost, config.retrieval, config.seed
 
-    def cut(section: str, make: Callable[..., Any], **asked: Any) -> Any:
-        try:
-            return make(prose, tokenizer, seed=config.seed, **asked)
-        except ConfigError as error:
-            problems.append(f"{section}: {error}")
-            return []
+    def windows(count: int, tokens: int) -> list[tuple[int, ...]]:
+        return [cut.ids for cut in texts.windows(prose, tokenizer, count=count, tokens=tokens, seed=seed)]
 
-    nll, cost, retrieval = config.nll, config.cost, config.retrieval
-    if nll is not None and "nll" in wanted:
-        found = cut("nll", texts.windows, count=nll.windows, tokens=nll.tokens)
-        given["windows"] = [window.ids for window in found]
-    for tokens in _lengths(cells):
-        assert cost is not None
-        found = cut("cost", texts.windows, count=cost.batches[0], tokens=tokens)
-        given.setdefault("prompts", {})[str(tokens)] = [window.ids for window in found]
-    if retrieval is not None and "retrieval" in wanted:
-        for kind, count in retrieval.counts:
-            found = cut("retrieval", needles.make_samples, kind=kind, count=count, tokens=retrieval.tokens)
-            given[kind] = [asdict(sample) for sample in found]
-    if problems:
-        raise ConfigError("\n".join(["this config cannot be run on this text:", *(f"  {p}" for p in problems)]))
+    with _collected("on this text") as under:
+        with under("nll"):
+            if nll is not None and "nll" in wanted:
+                given["windows"] = windows(nll.windows, nll.tokens)
+        with under("cost"):
+            if cost is not None:
+                given["prompts"] = {str(tokens): windows(cost.batches[0], tokens) for tokens in lengths}
+        with under("retrieval"):
+            if retrieval is not None and "retrieval" in wanted:
+                asked: dict[str, Any] = {"tokens": retrieval.tokens, "seed": seed}
+                for kind, count in retrieval.counts:
+                    made = needles.make_samples(prose, tokenizer, kind=kind, count=count, **asked)
+                    given[kind] = [asdict(sample) for sample in made]
     return given
 
 
-def _lengths(cells: Sequence[Cell]) -> list[int]:
-    """Of the prompts that are timed."""
-    return sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
-
-
-def _random_prompts(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, list[list[int]]]:
-    """Prompts of random tokens, by their length: time and memory do not depend on what they say."""
+def _random_prompts(config: DecodeConfig, tokens: int) -> list[list[int]]:
+    """Prompts of random tokens, as many as are read: time and memory do not depend on what they say."""
     assert config.cost is not None
-    words, batch, draw = lm.vocabulary(config.model), config.cost.batches[0], random.Random(config.seed)
-    return {str(n): [[draw.randrange(words) for _ in range(n)] for _ in range(batch)] for n in _lengths(cells)}
+    words, draw = lm.vocabulary(config.model), random.Random(config.seed)
+    return [[draw.randrange(words) for _ in range(tokens)] for _ in range(config.cost.batches[0])]
 
 
 def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:

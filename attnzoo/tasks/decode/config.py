@@ -84,13 +84,7 @@ class CanaryConfig(Section):
 
 
 class LanguageConfig(Section):
-    """A causal language model whose cache policies bound, against the same model with transformers' own cache.
-
-    `model` and `text` are names as `load_model` and `load_text` of `attnzoo.tasks.decode` take them; `attention` is
-    transformers' own, which the dense model uses. `workers` rows are scored at a time, each in a process of its own
-    and, with ``device: cuda``, on a GPU of its own where there are several. With ``nll: null`` nothing is scored, as
-    for a model of random weights, whose canary proves nothing; with ``text: null`` besides, prompts are random tokens.
-    """
+    """A causal language model whose cache policies bound, against the same model with transformers' own cache."""
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
@@ -124,6 +118,12 @@ class LanguageConfig(Section):
         if self.nll is not None and self.canary.windows > self.nll.windows:
             told = f"canary.windows {self.canary.windows} are the first of nll.windows {self.nll.windows}"
             raise ValueError(f"{told}, not more")
+        for index, attention in enumerate(self.attentions):
+            if self.cost is not None and self.cost.new_tokens % (block := _block_size(attention)):
+                raise ValueError(
+                    f"attentions.{index}.options.block_size: {block} does not divide cost.new_tokens "
+                    f"{self.cost.new_tokens}, so the timed steps would hold too few evictions or too many"
+                )
         return self
 
     @property
@@ -138,7 +138,8 @@ class DecodeConfig(LanguageConfig, RunConfig):
     `threads` are those of each process. `model` and `text` are names as `load_model` and `load_text` of
     `attnzoo.tasks.decode` take them; `attention` is transformers' own, which the dense model uses. `workers` rows are
     scored at a time, each in a process of its own and, with ``device: cuda``, on a GPU of its own where there are
-    several; timings are made one after another. With ``nll: null`` nothing is scored, as for a model of random weights.
+    several; timings are made one after another. With ``nll: null`` nothing is scored, as for a model of random weights,
+    whose canary proves nothing; with ``text: null`` besides, the prompts that are timed are random tokens.
     """
 
     task: Literal["decode"] = "decode"
@@ -158,7 +159,7 @@ def language_problems(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     canary = data.get("canary")
     if isinstance(canary, Mapping) and "tiny" in canary:
         problems += attention_problems([canary["tiny"]], f"{prefix}canary.tiny", _option_problems)
-    return problems or _block_problems(data, prefix)
+    return problems
 
 
 def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
@@ -174,23 +175,13 @@ def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[
     return []
 
 
-def _block_problems(data: Mapping[str, Any], prefix: str) -> list[str]:
-    """Policies whose evictions the timed steps could all miss."""
+def _block_size(attention: AttentionConfig) -> int:
+    """Tokens between evictions; 1 where there are none, or it cannot be told."""
     import attnzoo
     from attnzoo.registry import build_policy
 
     try:
-        cost = None if data.get("cost") is None else DecodeCostConfig.model_validate(data["cost"])
-        attentions = [AttentionConfig.model_validate(attention) for attention in data.get("attentions") or ()]
-    except ValueError:
-        return []  # told elsewhere
-    problems = []
-    for index, attention in enumerate(attentions if cost is not None else ()):
         info = attnzoo.describe(attention.name)
-        block = build_policy(info, attention.options).block_size if info.kind == "eviction" else 1
-        if cost is not None and cost.new_tokens % block:
-            problems.append(
-                f"{prefix}attentions.{index}.options.block_size: {block} does not divide {prefix}cost.new_tokens "
-                f"{cost.new_tokens}, so the timed steps would hold too few evictions or too many"
-            )
-    return problems
+        return build_policy(info, attention.options).block_size if info.kind == "eviction" else 1
+    except AttnZooError:
+        return 1  # which is told elsewhere

@@ -58,7 +58,14 @@ def measure_cost(
         traced, traced_dense = _traced(run, rows), _traced(run_dense, rows)
         result = Result(
             status="ok",
-            shapes=_shapes(dense, layers, prompts, batch),
+            shapes=Shapes(
+                batch=batch,
+                tokens=prompts.shape[1],
+                prefix=0,
+                dim=dense.config.hidden_size,
+                heads=dense.config.num_attention_heads,
+                depth=len(layers),
+            ),
             gate=run.bounded(gate),
             baseline_gate=baseline_gate,
             backends=tuple(sorted({*traced[0].backends, *traced[1].backends})),
@@ -176,14 +183,3 @@ def _failed(result: Result) -> Result | None:
         if gate is not None and not gate.passed:
             return result.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
     return None
-
-
-def _shapes(model: Any, layers: Sequence[str], prompts: Tensor, batch: int) -> Shapes:
-    return Shapes(
-        batch=batch,
-        tokens=prompts.shape[1],
-        prefix=0,
-        dim=model.config.hidden_size,
-        heads=model.config.num_attention_heads,
-        depth=len(layers),
-    )

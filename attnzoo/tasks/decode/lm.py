@@ -52,41 +52,20 @@ class Answer:
     hits: tuple[bool, ...]
     cache: CacheBytes
 
-    @property
-    def recall(self) -> float:
-        """Share of the numbers asked for that were found."""
-        return sum(self.hits) / len(self.hits)
-
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model; `name` and errors as in `load_model`."""
-    require("transformers", extra="llm")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model_folder(name) or name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    return _from_pretrained("AutoTokenizer", name, "load the tokenizer of")
 
 
 def longest(name: str) -> int | None:
     """Tokens that a model is made for, as its config says, or None; `name` and errors as in `load_model`."""
-    return getattr(_config(name), "max_position_embeddings", None)
+    return getattr(_from_pretrained("AutoConfig", name, "read the config of"), "max_position_embeddings", None)
 
 
 def vocabulary(name: str) -> int:
     """How many tokens a model knows; `name` and errors as in `load_model`."""
-    return int(_config(name).vocab_size)
-
-
-def _config(name: str) -> Any:
-    require("transformers", extra="llm")
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(model_folder(name) or name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot read the config of {name!r}: {error}") from error
+    return int(_from_pretrained("AutoConfig", name, "read the config of").vocab_size)
 
 
 def load_model(
@@ -116,20 +95,25 @@ def load_model(
     ConfigError
         If transformers finds no such model, or cannot load it.
     """
-    require("transformers", extra="llm")
-    from transformers import AutoModelForCausalLM
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    folder = Path(name)
+    if folder.is_dir() and not any(path for kind in WEIGHTS for path in folder.glob(kind)):
+        torch.manual_seed(0)
+        config = _from_pretrained("AutoConfig", name, "read the config of")
+        from transformers import AutoModelForCausalLM
 
-    place = str(model_folder(name) or name)
-    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+        return AutoModelForCausalLM.from_config(config, **settings).to(device).eval()
+    return _from_pretrained("AutoModelForCausalLM", name, "load the model", **settings).to(device).eval()
+
+
+def _from_pretrained(kind: str, name: str, doing: str, **settings: Any) -> Any:
+    require("transformers", extra="llm")
+    import transformers
+
     try:
-        if Path(place).is_dir() and not any(path for kind in WEIGHTS for path in Path(place).glob(kind)):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(_config(name), **how)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(place, **how)
+        return getattr(transformers, kind).from_pretrained(str(model_folder(name) or name), **settings)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
-    return model.to(device).eval()
+        raise ConfigError(f"transformers cannot {doing} {name!r}: {error}") from error
 
 
 def model_folder(name: str) -> Path | None:

@@ -87,7 +87,7 @@ def interval_plot(rows: Sequence[Row], salt: str, of: Callable[[Any], Interval |
         color, _ = look(labels, row.label)
         axes.plot(found.bounds or [found.mean] * 2, [y] * 2, color=color, lw=2)
         axes.plot([found.mean], [y], "o", color=color, ms=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("NLL above dense, nats per token" if salt == "nll" else "part of the numbers asked for")
     return to_svg(figure, f"interval{salt}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
@@ -60,26 +60,12 @@ class DenseLimit(Entry):
         return what, f"{self.difference:.2g}", f"at most {self.at_most:g}"
 
 
-class CacheSize(Entry):
-    """Bytes of a cache: keys and values alone, everything held, and everything allocated."""
-
-    entries: Count
-    held: Count
-    allocated: Count
-
-    @classmethod
-    def largest(cls, sizes: Iterable[CacheBytes]) -> CacheSize:
-        """The largest of each figure."""
-        size = functools.reduce(largest, sizes)
-        return cls(entries=size.entries, held=size.held, allocated=size.allocated)
-
-
 class Read(Quality):
     """What was read through a cache, whose size is the largest of all samples."""
 
     tokens: Count
-    cache: CacheSize | None = None
-    cache_dense: CacheSize | None = None
+    cache: CacheBytes | None = None
+    cache_dense: CacheBytes | None = None
 
     @property
     def cache_ratio(self) -> float | None:
@@ -150,18 +136,15 @@ class Perplexity(Read):
         }
 
     @property
+    def checks(self) -> list[Canary | DenseLimit]:
+        """The canaries that were tried on the row."""
+        return [check for check in (self.canary, self.dense_limit) if check is not None]
+
+    @property
     def refused(self) -> str:
-        """Why nothing that was scored counts; empty where the checks passed."""
-        if self.canary is not None and not self.canary.passed:
-            return (
-                f"the canary ({self.canary.label}) is {self.canary.above_dense:.3f} nats per token above dense, must "
-                f"be at least {self.canary.at_least:g}: what was scored does not depend on the cache"
-            )
-        limit = self.dense_limit
-        if limit is not None and not limit.passed:
-            told = f"differs from dense by {limit.difference:.2g} nats at a token, may by {limit.at_most:g}"
-            return f"the canary ({limit.label}, a budget that nothing exceeds) {told}"
-        return ""
+        """Why nothing that was scored counts; empty where the canaries passed."""
+        rows = [check.row for check in self.checks if not check.passed]
+        return "; ".join(f"a canary failed: {what} is {figure}, must be {limit}" for what, figure, limit in rows)
 
     @property
     def remark(self) -> str:
@@ -265,7 +248,7 @@ def perplexity_of(scores: Sequence[Scored], note: str) -> Perplexity:
         windows=len(scores),
         window_nll=tuple(means),
         position_nll=tuple(total / ((b - a) * len(scores)) for total, (a, b) in zip(sums, ends, strict=True)),
-        cache=CacheSize.largest(score.cache for score in scores),
+        cache=functools.reduce(largest, [score.cache for score in scores]),
         note=note,
     )
 
@@ -284,6 +267,6 @@ def retrieval_of(samples: Sequence[Sample], answers: Sequence[Answer], note: str
         high=high,
         by_depth=tuple(zip(depths, hits, strict=True)),
         said=tuple(answer.text for answer in answers),
-        cache=CacheSize.largest(answer.cache for answer in answers),
+        cache=functools.reduce(largest, [answer.cache for answer in answers]),
         note=note,
     )

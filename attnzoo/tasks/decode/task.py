@@ -29,9 +29,8 @@ def canaries(records: Sequence[Record]) -> list[Section]:
         if not isinstance(quality, Perplexity):
             continue
         texts[quality.text_sha256] = None
-        for check in (quality.canary, quality.dense_limit):
-            if check is not None:
-                table.add(record.label, *check.row, "yes" if check.passed else Cell("no", "worse"))
+        for check in quality.checks:
+            table.add(record.label, *check.row, "yes" if check.passed else Cell("no", "worse"))
     note = f"Without these there would be no result. SHA-256 of the text: {', '.join(texts)}."
     return [Section(table.html(), "Canaries", note, folded=True)] if table.rows else []
 

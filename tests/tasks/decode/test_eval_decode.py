@@ -214,32 +214,32 @@ def test_another_config_or_text_in_the_folder_is_refused_and_can_be_set_aside(se
     assert (tmp_path / "moved" / "records.old.jsonl").exists()
 
 
-@pytest.mark.parametrize(("label", "rows"), [("streaming", {"dense", "keydiff", "tova"}), ("keydiff", {"keydiff"})])
-def test_a_canary_that_fails_leaves_no_result(settings, monkeypatch, label, rows):
-    """The tiny cache's every row's, since nothing depends on the cache; a method's own that of the method."""
-    original = lm.nll
-
-    def wrong(model, ids):
-        scored = original(model, ids)
-        layer = attnzoo.swap_report(model).layers[0]
-        whole = label == layer.attention and "budget=96" in str(layer)
-        return replace(scored, nll=tuple(x + 0.01 for x in scored.nll)) if whole else scored
-
-    if label == "streaming":
-        data = settings(canary={"worse_by": 10.0}, retrieval={"tokens": 500, "samples": {"single": 1}}, cost=COST)
-    else:
-        data = settings(retrieval=None)
-        policy = "attnzoo.tasks.decode.score.unbounded"
-        monkeypatch.setattr(
-            policy, lambda spec, tokens: unbounded(spec, 16) if spec.name == label else unbounded(spec, tokens)
-        )
+def test_a_tiny_cache_that_changes_nothing_leaves_no_result(settings):
+    """What was scored then does not depend on the cache."""
+    data = settings(canary={"worse_by": 10.0}, retrieval={"tokens": 500, "samples": {"single": 1}}, cost=COST)
     records = run(data)
+    assert len(records) == 3 + 3 + 2 * 3
     for record in records:
-        assert record.status == ("failed" if record.label in rows else "ok")
-        if record.label in rows:
-            assert f"the canary ({label}" in record.message
-            assert (record.cost, record.quality) == (None, None)
+        assert (record.status, record.cost, record.quality) == ("failed", None, None)
+        assert "a canary failed: NLL above dense, of streaming block_size=16 budget=16 is" in record.message
     page_of(TASK, records)
+
+
+def test_a_method_that_is_not_dense_where_nothing_is_evicted_has_no_result(settings, monkeypatch):
+    """Here because its budget is exceeded after all; the other rows count."""
+    module, spoiled = "attnzoo.tasks.decode.score.unbounded", lambda spec, tokens: unbounded(spec, 16)
+    monkeypatch.setattr(module, lambda spec, tokens: (spoiled if spec.name == "keydiff" else unbounded)(spec, tokens))
+    records = run(settings(retrieval=None, cost={**COST, "repeats": 3}))
+    rows = by(records)
+    assert {label: row.status for (label, *_), row in rows.items()} == {
+        "dense": "ok",
+        "keydiff": "failed",
+        "tova": "ok",
+    }
+    failed = rows["keydiff", "", "forward"]
+    assert "a canary failed: largest difference from dense at one token, of keydiff" in failed.message
+    assert failed.quality is None
+    assert {r.quality for (label, *_), r in by(records, "cost").items() if label == "keydiff"} == {None}
 
 
 def test_a_text_that_gives_no_finite_nll_is_told(settings, monkeypatch):
