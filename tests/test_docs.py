@@ -21,14 +21,14 @@ from attnzoo import list_attentions, replace_attention, swap_report, tasks
 from attnzoo.__main__ import capability_table, keys, main, parser, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
+from attnzoo.bench.report import quality_table
+from attnzoo.bench.summary import summarize
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import report as training_report
-from attnzoo.tasks.decode import byte_run as train_bytes
 from attnzoo.tasks.decode.config import load_config as load_decode_config
-from attnzoo.tasks.decode.kvpress import config as kvpress
-from attnzoo.tasks.decode.kvpress import table as kvpress_table
+from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.flags import config_of
 from attnzoo.tasks.operations import config as operations
@@ -139,8 +139,8 @@ def test_shell_commands_are_real(page):
             load = {
                 "eval/bench.py": load_bench,
                 "eval/decode.py": load_decode_config,
-                "eval/compare_kvpress.py": kvpress.load_config,
-                "train/decode.py": train_bytes.load_config,
+                "eval/compare_kvpress.py": tasks.load,
+                "train/decode.py": tasks.load,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
                 "train/detect.py": load_detection,
@@ -337,10 +337,11 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
 
 
 def test_the_tables_beside_kvpress_are_those_of_the_committed_records():
-    path = ROOT / "docs/records/kvpress.jsonl"
-    lines = kvpress_table.read_records(path)
-    assert (ROOT / "docs/records/kvpress.md").read_text(encoding="utf-8") == kvpress_table.table(lines, path)
-    assert between(ROOT / "docs/eviction.md", "kvpress") == kvpress_table.found(lines, path)
+    records = read_records(ROOT / "docs/records/kvpress.jsonl")
+    assert between(ROOT / "docs/eviction.md", "kvpress") == beside(records).markdown()
+    assert {(record.status, record.cost) for record in records} == {("ok", None)}
+    for dense in (record.quality for record in records if record.quality.row.spec is None):
+        assert dense.found == [1] * 24
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():
@@ -360,10 +361,10 @@ def test_the_tables_of_mixers_are_those_of_the_committed_records(name):
 
 
 def test_the_table_of_causal_padre_is_that_of_the_committed_record():
-    path = ROOT / "docs/records/train_bytes.jsonl"
-    assert between(ROOT / "docs/padre.md", "train-bytes") == train_bytes.table(path)
-    for record in train_bytes.read_lines(path, train_bytes.TrainRecord, train_bytes.SCHEMA):
-        assert record.losses[-1][1] < 0.6 * record.losses[0][1]
+    records = read_records(ROOT / "docs/records/train_bytes.jsonl")
+    assert between(ROOT / "docs/padre.md", "train-bytes") == quality_table(summarize(records), "bytes").markdown()
+    for record in records:
+        assert record.quality.losses[-1][1] < 0.6 * record.quality.losses[0][1]
 
 
 def test_the_exponents_of_padre_are_those_of_the_committed_record():
@@ -449,7 +450,7 @@ def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "prose"])
+@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes"])
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.publish import page_of
 

@@ -7,9 +7,7 @@ from attnzoo.bench.page import html_page
 from attnzoo.bench.plots import memory_plot
 from attnzoo.bench.summary import summarize
 from attnzoo.tasks import read_records
-from attnzoo.tasks.decode.kvpress import table as kvpress_table
-from attnzoo.tasks.decode.kvpress.record import ResultLine
-from attnzoo.tasks.decode.kvpress.record import read_records as read_kvpress
+from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.units import MB, MIB, megabytes
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +56,7 @@ def test_the_memory_plot_is_drawn_in_the_unit_that_its_axis_names(monkeypatch):
     from attnzoo.bench import plots
 
     drawn = []
-    monkeypatch.setattr(plots, "_against_tokens", lambda summary, value, label: drawn.append((value, label)))
+    monkeypatch.setattr(plots, "against_tokens", lambda summary, value, label: drawn.append((value, label)))
     summary = summarize(read_records(RECORDS / "mixers_cpu_glibc.jsonl"))
     memory_plot(summary)
     ((value, label),) = drawn
@@ -68,12 +66,13 @@ def test_the_memory_plot_is_drawn_in_the_unit_that_its_axis_names(monkeypatch):
 
 
 def test_the_comparison_with_kvpress_counts_in_the_same_unit():
-    path = RECORDS / "kvpress.jsonl"
-    lines = read_kvpress(path)
-    name = ("question_inside", "keydiff", "attnzoo keydiff")
-    same = [line for line in lines if isinstance(line, ResultLine) and line.key[:3] == name]
-    cache, memory = (max(getattr(x, f"{what}_peak_bytes") for x in same) for what in ("cache", "memory"))
-    assert f"| {cache / 1e6:.1f} MB | {memory / 1e6:.1f} MB |" in kvpress_table.table(lines, path)
+    records = read_records(RECORDS / "kvpress.jsonl")
+    own, press = (
+        next(record.quality for record in records if record.label == f"keydiff ({side})")
+        for side in ("attnzoo", "kvpress KeyDiffPress")
+    )
+    peaks = [max(prompt.cache_peak_bytes for prompt in quality.prompts) / 1e6 for quality in (own, press)]
+    assert f"| {peaks[0]:.1f} MB | {peaks[1]:.1f} MB |" in beside(records).markdown()
 
 
 def test_the_committed_pages_of_detectors_are_in_the_same_unit():

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
-from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
 from attnzoo.units import megabytes
@@ -34,17 +34,23 @@ MEASURES = (QUALITY, SPEED, PEAK, CACHE)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio to the dense baseline with its interval, whether it is better than dense, and the figure itself."""
+    """A ratio to dense with its interval, or a difference from it in points; and whether it is better than dense.
+
+    `absolute` is the figure itself, in words.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     verdict: Verdict = "same"
+    points: bool = False
     absolute: str = ""
 
     @property
     def text(self) -> str:
-        """``0.97x (0.96-0.99)``; with another digit where it is better or worse and an end would be rounded to 1."""
+        """``0.97x (0.96-0.99)``, with a third digit where better or worse would end at a rounded 1; or points."""
+        if self.points:
+            return words.points(self.value)
         ends = [end for end in (self.value, self.low, self.high) if end is not None]
         digits = 3 if self.verdict != "same" and any(f"{end:.2f}" == "1.00" for end in ends) else 2
         spread = "" if self.low is None or self.high is None else f" ({self.low:.{digits}f}-{self.high:.{digits}f})"
@@ -121,9 +127,9 @@ class Source:
 
     @property
     def page(self) -> Path:
-        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        """What a reader is sent to: the page of the records, else the file itself."""
         page = page_beside(self.path)
-        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+        return page if page.is_file() else self.path
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
@@ -147,12 +153,13 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
 
 def speed(ratio: Quantiles, still: Quantiles | None = None, absolute: str = "") -> Figure:
     """The figure of a speed-up; `still` is that of dense over itself."""
-    return Figure(ratio.p50, *bounds(ratio), words.speed_verdict(ratio, still), absolute)
+    low, high = ratio.bounds or (None, None)
+    return Figure(ratio.p50, low, high, words.speed_verdict(ratio, still), absolute=absolute)
 
 
 def need(ratio: float | None, verdict: Verdict | None = None, absolute: str = "") -> Figure | None:
     """The figure of something of which less is better; None where there is none."""
-    return None if ratio is None else Figure(ratio, None, None, verdict or words.need_verdict(ratio), absolute)
+    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio), absolute=absolute)
 
 
 def quality(
@@ -165,11 +172,6 @@ def quality(
     return Figure(value, low, high, verdict or own)
 
 
-def bounds(found: Interval | Quantiles) -> tuple[float | None, float | None]:
-    """The ends of an interval or a spread; none of too few samples."""
-    return found.bounds or (None, None)
-
-
 def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
     """Leave out what was not measured."""
     return {measure: figure for measure, figure in figures.items() if figure is not None}
@@ -180,6 +182,7 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
     if found is not None:
         verdict = words.quality_verdict(found, dense)
         figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
+        figure = figure if found.points is None else Figure(found.points, points=True)
         figure = figure and replace(figure, absolute=found.figure)
     metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()

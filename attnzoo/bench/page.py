@@ -155,13 +155,12 @@ def _quality(summary: Summary) -> list[Section]:
         return [Section("", "Quality", f"None measured: {note}.")] if note else []
     found: list[Section] = []
     for part in summary.scored:
-        measured = [
-            (row.workload, row.quality) for row in summary.quality if row.part == part and row.quality is not None
-        ]
+        rows = [row for row in summary.quality if row.part == part]
+        measured = [(row.workload, row.quality) for row in rows if row.quality is not None]
         notes = {about: f"{f'{about}: ' if about else ''}{quality.note}." for about, quality in reversed(measured)}
-        said = [*reversed(notes.values()), *(quality.remark for _, quality in measured if quality.remark)]
+        remarks = dict.fromkeys(quality.remark for _, quality in measured if quality.remark)
         table = quality_table(summary, part).html()
-        found.append(Section(table, "" if found else "Quality", " ".join(said)))
+        found.append(Section(table, "" if found else "Quality", " ".join([*reversed(notes.values()), *remarks])))
     return found
 
 

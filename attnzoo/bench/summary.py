@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Phase, Quality, Quantiles, Record
-from attnzoo.bench.words import noise, quality_kept, speed_verdict, times
+from attnzoo.bench.words import noise, points, quality_kept, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -89,9 +89,9 @@ class Summary:
         return [group for group in self.groups if group.part == part]
 
     def drawn(self, part: str) -> list[Group]:
-        """The groups of a part that plots show: those of its first workload."""
-        groups = self.of(part)
-        return [group for group in groups if group.workload == groups[0].workload]
+        """The groups of a part that plots show: of each token count those of its first workload."""
+        groups, first = self.of(part), dict[int, str]()
+        return [group for group in groups if first.setdefault(group.tokens, group.workload) == group.workload]
 
     def quality_of(self, part: str, label: str) -> Quality | None:
         """The quality of an attention, that without a workload."""
@@ -187,8 +187,7 @@ def verdict(summary: Summary) -> str:
         best, speedup = max(rows, key=lambda row: row[1].p50)
         verdicts = [speed_verdict(one, noise(group.rows)) for _, one in rows]
         faster, slower = verdicts.count("better"), verdicts.count("worse")
-        kept = quality_kept(best.quality)
-        keeps = f", keeping {kept} of dense's quality" if kept != "-" else ""
+        keeps = _keeps(best.quality)
         first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
         counted = f"of {len(rows)} measured, {faster} faster than dense, {slower or 'none'} slower"
         if not faster:
@@ -202,6 +201,14 @@ def verdict(summary: Summary) -> str:
 def _speedups(group: Group) -> list[tuple[Record, Quantiles]]:
     """The rows that were measured, but for dense, each with its speed-up."""
     return [(row, row.cost.ratios.speedup) for row in group.rows if row.cost is not None and not row.is_baseline]
+
+
+def _keeps(quality: Quality | None) -> str:
+    """What is left of dense's quality: as a part of it, or in points; empty where that is not known."""
+    if quality is not None and quality.points is not None:
+        return f", its {quality.METRIC.removesuffix(' %')} {points(quality.points)} from dense's"
+    kept = quality_kept(quality)
+    return "" if kept == "-" else f", keeping {kept} of dense's quality"
 
 
 def _bound(group: Group) -> str:

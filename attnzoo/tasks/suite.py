@@ -22,7 +22,7 @@ from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig, Language
 from attnzoo.tasks.decode.plots import plots as language_plots
 from attnzoo.tasks.records import Record
 
-PARTS = {"vision": "classify", "language": "decode", "detection": "detect"}  # older records name no task
+PARTS = {"vision": "classify", "language": "decode"}  # older records name no task
 
 
 class SuiteLanguageConfig(LanguageConfig):

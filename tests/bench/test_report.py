@@ -1,8 +1,7 @@
-import json
+import math
 import re
 from functools import partial
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -14,11 +13,12 @@ from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.bench.report import print_report
+from attnzoo.bench.stats import wilson_interval
 from attnzoo.bench.summary import summarize, verdict
 from attnzoo.bench.words import difference, memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
-from attnzoo.tasks.decode import byte_run
-from attnzoo.tasks.decode import highlights as decode
+from attnzoo.tasks.decode.byte_lm import BitsPerByte
+from attnzoo.tasks.decode.quality import Retrieval
 from attnzoo.tasks.suite import TASK
 from tests.bench.data import cost, side
 
@@ -251,23 +251,33 @@ def test_fewer_than_five_pairs_have_no_spread_anywhere(run_records, n, shown):
     assert all((bounds is not None) is shown for bounds in spots)
 
 
+def bits(nats):
+    """The quality of a model of bytes on windows of so many nats per byte."""
+    mean = sum(nats) / len(nats)
+    plain = {"perplexity": math.exp(mean), "nll": mean, "tokens": 9, "window_nll": tuple(nats), "parameters": 1}
+    return BitsPerByte(**plain, losses=((1, 2.0), (2, 1.0)), text_sha256="")
+
+
+def asked(hits):
+    """The quality of a model that found numbers in prompts of one each."""
+    by_depth = tuple((0.5, hit) for hit in hits)
+    share, ends = sum(hits) / len(hits), wilson_interval(sum(hits), len(hits))
+    plain = {"kind": "single", "samples": len(hits), "tokens": 9, "recall": share, "by_depth": by_depth}
+    return Retrieval(**plain, low=ends[0], high=ends[1])
+
+
 @pytest.mark.parametrize("n", [1, 4, 5, 9])
-def test_fewer_than_five_windows_have_no_interval_anywhere(n, tmp_path):
-    """Of differences, as the pages of decoding, of byte models and beside kvpress tell them."""
+def test_fewer_than_five_windows_or_prompts_have_no_interval_anywhere(n):
     found = Interval(mean=0.02, low=0.01, high=0.03, n=n)
-    few = n < 5
-    assert difference(found) == (
-        "+0.020 (1 sample)" if n == 1 else f"+0.020 ({n} samples)" if few else "+0.020 (+0.010 to +0.030)"
-    )
-    lines = (Path(__file__).parents[2] / "docs/records/train_bytes.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    cut = [{**row, "nats": row["nats"][:n]} for row in rows]
-    path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in cut))
-    assert (" to +" in byte_run.table(path)) is not few
-    figures = [figure for one in decode.read_trained(path) for figure in one.figures.values()]
-    assert all((figure.low is None) is few for figure in figures)
-    assert all(figure.verdict == "same" for figure in figures) or not few
+    told = {1: "+0.020 (1 sample)", 4: "+0.020 (4 samples)"}
+    assert difference(found) == told.get(n, "+0.020 (+0.010 to +0.030)")
+    windows = bits([1.0 + 0.1 * i for i in range(n)]).against(bits([1.5 + 0.2 * i for i in range(n)]))
+    prompts = asked([True] * n).against(asked([i % 2 == 0 for i in range(n)]))
+    for quality in (windows, prompts):
+        few = n < 5
+        assert (quality.ratio is None, quality.ratio_low is None, quality.ratio_high is None) == (False, few, few)
+        cells = [getattr(cell, "text", cell) for cell in quality.details.values()]
+        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([quality.figure, *cells]))) is not few, cells
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,14 @@ def test_a_mistake_of_the_task_is_a_failed_row_and_never_an_ok_one(tmp_path, spo
     assert {r.status for r in found.values()} == {"ok"}
 
 
+def test_what_changed_besides_the_config_is_not_kept(tmp_path):
+    """A record's key is what was measured: a text of the same name may hold something else now."""
+    engine(tmp_path)
+    with pytest.raises(ConfigError, match=r"float64 was measured when a file that it names held something else.*fresh"):
+        engine(tmp_path, having(plan=changed(depends_on={"text": "another"})))
+    engine(tmp_path, having(plan=changed(depends_on={"text": "another"})), fresh=True)
+
+
 def test_two_rows_of_one_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="plans two rows 'float64'"):
         engine(tmp_path, having(plan=lambda config: [*toy.plan(config), toy.plan(config)[0]]))

@@ -202,6 +202,8 @@ def test_the_config_is_checked_before_anything_runs(folder):
     ):
         assert says in problems_of(tiny(folder, attentions=[attention]))
     assert "language.canary.tiny" in problems_of(tiny(folder, canary={"tiny": {"name": "h20"}}))
+    assert "quality is now nll" in problems_of(tiny(folder, quality={"windows": 3}))
+    assert "cost.batch is now cost.batches" in problems_of(tiny(folder, cost={"batch": 2}))
     assert "['sdpa']" in problems_of(tiny(folder, attentions=["sdpa", "sdpa"]))
     assert "language.attentions" in problems_of({**tiny(folder), "attentions": [KEYDIFF]})
 
