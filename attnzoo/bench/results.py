@@ -76,8 +76,8 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
 
 POLICIES = (
     "Each figure as a ratio to the dense cache of the same run, below it the figure itself, of keys found in percent. "
-    "The budget is in entries per key/value head. In each group the policy that keeps most of the quality stands first. "
-    "A column that is blank in a whole group was not measured in that run."
+    "The budget is in entries per key/value head. In each group the policy that keeps most of the quality stands "
+    "first. A column that is blank in a whole group was not measured in that run."
 )
 
 
@@ -175,10 +175,8 @@ def _columns(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> list
 def _first_view(found: Sequence[Found]) -> dict[Shown, dict[str, Found]]:
     """Choose what is shown first: for each figure of one task, the highlight of each method. See `HOW_TO_READ`."""
     kinds = dict.fromkeys(kind for one, _ in found for kind in _kinds(one))
-    return {
-        kind: _chosen([one for one in found if kind in _kinds(one[0])], kind[1])
-        for kind in sorted(kinds, key=lambda kind: MEASURES.index(kind[1]))
-    }
+    views = {kind: _chosen([one for one in found if kind in _kinds(one[0])], kind[1]) for kind in kinds}
+    return dict(sorted(views.items(), key=lambda view: (MEASURES.index(view[0][1]), -len(view[1]))))
 
 
 def _kinds(one: Highlight) -> list[Shown]:
@@ -193,11 +191,12 @@ def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
         places.setdefault(place, []).append((one, source))
     methods = {one.method for one, _ in found}
 
-    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, float]:
+    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, int, float]:
         """Of a workload: the more, the rather it is shown."""
         one = rows[0][0]
         broad = 2 * len({row.method for row, _ in rows}) >= len(methods)
-        return one.typical, broad, one.tokens, one.phase not in ("training", "prefill"), _precision(rows, measure)
+        usual = one.phase not in ("training", "prefill")
+        return one.typical, broad, one.tokens, usual, one.budget or 0, _precision(rows, measure)
 
     chosen: dict[str, Found] = {}
     for rows in sorted(places.values(), key=worth, reverse=True):

@@ -41,7 +41,7 @@ class PassKeys(Quality):
     `difference` is the share found above dense, prompt by prompt; `versions` are those of the packages of its side.
     """
 
-    METRIC: ClassVar[str] = "pass keys found"
+    METRIC: ClassVar[str] = "pass key"
 
     row: Row
     prompts: tuple[Answered, ...]
