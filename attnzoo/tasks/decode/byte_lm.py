@@ -81,7 +81,6 @@ class BitsPerByte(Perplexity):
 
     parameters: Count
     losses: tuple[tuple[int, float], ...]
-    text_sha256: str
 
     @property
     def figure(self) -> str:
