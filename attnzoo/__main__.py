@@ -1,54 +1,61 @@
 """List the methods, show the attention layers of a model, and measure what a swap would cost and save on this machine.
 
-attnzoo list                    every registered method with its capabilities, as a Markdown table
+attnzoo list [KIND]             every registered method with its capabilities, as a Markdown table
 attnzoo list --sources          every method with its file, its paper and what it does
 attnzoo describe NAME ...       options with defaults, capabilities and paper of methods
 attnzoo keys [TASK ...]         every key of the configs of tasks, what it takes and its default
 attnzoo layers MODEL            the attention layers of a model, and which methods can replace them, or why not
-attnzoo measure timm:NAME       time, memory and FLOPs of methods against the model's own attention: a table and a page
+attnzoo measure MODEL           time, memory and FLOPs of methods against the model's own attention: a table and a page
 
-MODEL is timm:NAME, transformers:FOLDER_OR_NAME or package.module:function.
+MODEL is timm:NAME, transformers:FOLDER_OR_NAME or package.module:function, which is called without arguments; to be
+measured, it returns (model, example input): a tensor, a tuple of arguments or a dict of keyword arguments.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from attnzoo.command import check_rows, output_console, run_script
-from attnzoo.errors import AttnZooError, ConfigError
-from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, describe, list_attentions
+from attnzoo.errors import AttnZooError
+from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, Kind, describe, list_attentions
 from attnzoo.tables import Column, Table
 
 BUDGET = 64  # entries per head, to try a policy with
 
 
-def capability_table() -> str:
-    """Give every registered attention with its capabilities, as a Markdown table."""
+def capability_table(kind: Kind | None = None) -> str:
+    """Give every registered attention, or those of a kind, with its capabilities, as a Markdown table.
+
+    What none of them supports has no column. Under `decode` stands what token by token is decoded from: a mixer's
+    state, the model's own cache or a policy's bounded one.
+    """
     columns = [f.name for f in fields(Capabilities)]
     table = Table(("name", Column("kind", left=True), *columns))
-    for info in map(describe, list_attentions()):
-        can = ["yes" if getattr(info.capabilities, column) else "" for column in columns]
-        table.add(f"`{info.name}`", info.kind, *can)
-    return table.markdown()
+    for info in map(describe, list_attentions(kind)):
+        can = {column: "yes" if getattr(info.capabilities, column) else "" for column in columns}
+        if info.capabilities.causal or can["decode"]:
+            can["decode"] = {"core": "cache", "eviction": "bounded cache", "mixer": "state"}[info.kind]
+        table.add(f"`{info.name}`", info.kind, *can.values())
+    return table.without_empty_columns().markdown()
 
 
-def source_table(root: str = "..") -> str:
-    """Give every method that attnzoo ships with its file, its paper and what it does, as a Markdown table.
+def source_table(root: str = "..", kind: Kind | None = None) -> str:
+    """Give every method that attnzoo ships, or those of a kind, with its file, paper and what it does, in Markdown.
 
     `root` is the repository's folder as seen from the page that holds the table.
     """
     table = Table(
         ("name", Column("kind", left=True), *(Column(head, left=True) for head in ("file", "paper", "what it does")))
     )
-    for info in BUILT_IN:
+    named = list_attentions(kind)
+    for info in (info for info in BUILT_IN if info.name in named):
         path = str(info.target).partition(":")[0].replace(".", "/") + ".py"
         table.add(f"`{info.name}`", info.kind, f"[{path}]({root}/{path})", _links(info.paper), info.summary)
     return table.markdown()
@@ -89,43 +96,23 @@ def _tried(model: Any, info: AttentionInfo) -> str:
 
 
 def measure(parsed: argparse.Namespace, command: str) -> int:
-    """Measure methods in a timm model: print the config, the table and the verdict, and write the page."""
+    """Measure methods in a model: print the config, the table and the verdict, and write the page."""
     import yaml
 
+    from attnzoo import tasks
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
     from attnzoo.bench.summary import summarize, verdict
-    from attnzoo.tasks.suite import TASK, SuiteConfig
+    from attnzoo.tasks.flags import config_of
 
-    library, _, model = parsed.model.partition(":")
-    if library != "timm":
-        raise ConfigError(
-            f"model {parsed.model!r}: measure takes timm:NAME; for language models see configs/bench/quickstart.yaml, "
-            "for detectors configs/detect/detr_r50_cost.py"
-        )
-    content: dict[str, Any] = {
-        "device": parsed.device,
-        "threads": parsed.threads,
-        "host": {"library": library, "model": model, "patch_size": parsed.patch_size},
-        "attentions": [name for name in parsed.attention if name != "dense"],
-        "cost": {
-            "tokens": parsed.tokens,
-            "batch": parsed.batch,
-            "dtype": parsed.dtype,
-            "repeats": parsed.repeats,
-            "min_seconds": parsed.min_seconds,
-            "timeout_seconds": parsed.timeout,
-        },
-        "output": parsed.output,
-    }
-    key = hashlib.sha256(repr(content).encode()).hexdigest()[:8]
-    content = {"task": "suite", "name": f"measure-{re.sub(r'[^A-Za-z0-9._-]', '-', model)}-{key}", **content}
-    config = SuiteConfig.check(content, command)
+    content = config_of(parsed)
+    task = tasks.find(content["task"])
+    config = task.config.check(content, command)
     print(yaml.safe_dump(content, sort_keys=False), end="")
-    records = run(TASK, config, command)
+    records = run(task, config, command)
     console = output_console()
-    publish(TASK, records, config.folder / RECORDS_FILE, console)
+    publish(task, records, config.folder / RECORDS_FILE, console)
     console.print(verdict(summarize(records)), highlight=False, markup=False, soft_wrap=True)
     return check_rows(records)
 
@@ -158,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
     commands = found.add_subparsers(dest="command", metavar="list | describe | keys | layers | measure")
     one = commands.add_parser("list", help="every registered method")
+    one.add_argument("kind", nargs="?", metavar="KIND", help=f"those of one kind: {', '.join(get_args(Kind))}")
     one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
     one = commands.add_parser("describe", help="options, capabilities and paper of a method")
     one.add_argument("names", nargs="+", metavar="NAME")
@@ -166,23 +154,27 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("layers", help="the attention layers of a model, and what can replace them")
     one.add_argument("model", metavar="MODEL")
     one = commands.add_parser("measure", help="measure methods in a model on this machine")
-    one.add_argument("model", metavar="MODEL", help="timm:NAME")
+    one.add_argument("model", metavar="MODEL")
     one.add_argument(
         "--attention",
-        default="padre,sdpa",
+        default=None,
         type=lambda text: text.split(","),
-        help="comma-separated names (padre,sdpa)",
+        help="comma-separated names, each with options, if any: padre:degree=2:kernel_size=7,sdpa (padre,sdpa; of "
+        "language models sdpa,keydiff:budget=256)",
     )
     one.add_argument(
-        "--tokens", default=[196, 784], type=_numbers, help="comma-separated token counts, squares (196,784)"
+        "--tokens", default=None, type=_numbers, help="comma-separated token counts: squares of images, or prompts"
     )
-    one.add_argument("--batch", default=1, type=int, help="images per forward (1)")
+    one.add_argument("--batch", default=None, type=int, help="images, texts or prompts at a time (1)")
+    one.add_argument(
+        "--new-tokens", default=None, type=int, help="of language models: tokens decoded after a prompt (128)"
+    )
     one.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     one.add_argument("--device", default="cpu", help="cpu or cuda")
     one.add_argument("--threads", default=None, type=int, help="threads of PyTorch; by default its own choice")
-    one.add_argument("--patch-size", default=16, type=int, help="side of a patch in pixels (16)")
+    one.add_argument("--patch-size", default=None, type=int, help="of timm: side of a patch in pixels (16)")
     one.add_argument("--repeats", default=5, type=int, help="minimum number of timed pairs of calls (5)")
-    one.add_argument("--min-seconds", default=1.0, type=float, help="minimum seconds of timed calls (1)")
+    one.add_argument("--min-seconds", default=None, type=float, help="minimum seconds of timed calls (1)")
     one.add_argument("--timeout", default=120.0, type=float, help="seconds per row (120)")
     one.add_argument("--output", default=None, help="folder for records and page (runs/measure-...)")
     return found
@@ -203,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif parsed.command == "describe":
             print("\n\n".join(str(describe(name)) for name in parsed.names))
         else:
-            print(source_table(".") if getattr(parsed, "sources", False) else capability_table())
+            kind = getattr(parsed, "kind", None)  # without any command, nothing was parsed
+            print(source_table(".", kind) if getattr(parsed, "sources", False) else capability_table(kind))
         return 0
 
     return run_script(body)

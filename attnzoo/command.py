@@ -79,6 +79,9 @@ def run_script(body: Callable[[], int | None], resume: str = RESUME) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; {resume}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush at exit would fail
+        return FAILED
     except OSError as error:
         if error.errno not in _OF_FILES:
             raise

@@ -2,17 +2,65 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import importlib.util
+import math
 import os
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from attnzoo.assets import sha256_of
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 
 FORMS = "timm:NAME, transformers:FOLDER_OR_NAME or package.module:function"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A model and the arguments that it is called with."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def __call__(self) -> Any:
+        """Call the model."""
+        return self.model(*self.args, **self.named)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All tensors among the arguments."""
+        return tensors((self.args, self.named))
+
+    @property
+    def shape(self) -> str:
+        """Shapes of all tensors among the arguments, in words."""
+        return "input " + ", ".join(" x ".join(map(str, x.shape)) for x in self.inputs)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> Call:
+        """Bring model and arguments to a device, and what is of floating point to a dtype."""
+        args, named = tree_map_only(
+            Tensor, lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), (self.args, self.named)
+        )
+        return Call(self.model.to(device, dtype), args, named)
+
+    def twin(self) -> Call:
+        """The same on a second copy of the model."""
+        return replace(self, model=copy.deepcopy(self.model))
+
+
+def tensors(nested: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings."""
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def load_model(name: str) -> nn.Module:
@@ -31,16 +79,164 @@ def load_model(name: str) -> nn.Module:
     MissingExtraError
         If its library is not installed.
     """
-    library, colon, rest = name.partition(":")
-    if not colon or not rest:
+    library, rest = split(name)
+    build: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "transformers": _transformers}
+    if library not in build:
+        found = call_function(name)
+        return _module(name, found[0] if isinstance(found, tuple) and found else found).eval()
+    return _told(name, lambda: build[library](rest)).eval()
+
+
+def load_with_example(name: str) -> Call:
+    """Call a ``package.module:function`` that returns a model and an example input; the model is set to evaluate.
+
+    The example is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such function, or it gives something else.
+    """
+    found = call_function(name)
+    if not isinstance(found, tuple) or len(found) != 2:
+        what = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        raise ConfigError(f"model {name!r}: the function must return (model, example input), it gave {what}")
+    model, example = _module(name, found[0]).eval(), found[1]
+    if not tensors(dict(example) if isinstance(example, Mapping) else example):
+        raise ConfigError(f"model {name!r}: its example input is {type(example).__name__} and holds no tensor")
+    if isinstance(example, Mapping):
+        return Call(model, (), dict(example))
+    return Call(model, tuple(example) if isinstance(example, (tuple, list)) else (example,), {})
+
+
+def split(name: str) -> tuple[str, str]:
+    """What stands before and after the first colon of a model's name.
+
+    Raises
+    ------
+    ConfigError
+        If one of the two is missing.
+    """
+    library, _, rest = name.partition(":")
+    if not library or not rest or library.startswith("."):
         raise ConfigError(f"model {name!r}: expected {FORMS}")
+    return library, rest
+
+
+def call_function(name: str) -> Any:
+    """Give what ``package.module:function`` returns; its module may lie in the working directory.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such function, or it raises something.
+    """
+    module, function = split(name)
+    _search_here()
     try:
-        model = {"timm": _timm, "transformers": _transformers}.get(library, lambda rest: _function(library, rest))(rest)
+        found = getattr(importlib.import_module(module), function)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ConfigError(f"model {name!r}: {error}; expected {FORMS}") from error
+    except Exception as error:  # a module may raise anything
+        raise ConfigError(f"model {name!r}: {type(error).__name__}: {error}") from error
+    return _told(name, found)
+
+
+def source_of(name: str) -> str:
+    """What stands for the code of a ``package.module:function``, or the config of a folder: a hash of its file."""
+    library, rest = split(name)
+    if library == "transformers":
+        path = Path(rest) / "config.json"
+        return sha256_of(path) if path.is_file() else ""
+    _search_here()
+    try:
+        found = importlib.util.find_spec(library)
+    except Exception:  # the package around it may raise anything; whoever builds the model will tell
+        return ""
+    return sha256_of(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else ""
+
+
+def is_causal_lm(name: str) -> bool:
+    """Whether a folder of transformers, or a name of the hub, is that of a causal language model.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    factory = _factory(_told(f"transformers:{name}", lambda: _config(name)))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return factory.__name__ in {"AutoModelForCausalLM", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+
+
+def encoder_with_example(name: str, tokens: int, batch: int) -> Call:
+    """Build a transformers encoder of images or text with random weights, and random inputs for it.
+
+    Parameters
+    ----------
+    name
+        ``transformers:FOLDER_OR_NAME``.
+    tokens
+        Patches of an image, a square number, or tokens of a text.
+    batch
+        Images or texts.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model, it takes neither images nor text alone, or not as many tokens.
+    """
+    config = _told(name, lambda: _config(split(name)[1]))
+    factory = _factory(config)
+    kind, patch = getattr(factory, "main_input_name", ""), getattr(config, "patch_size", None)
+    if kind == "pixel_values" and isinstance(patch, int):
+        side = math.isqrt(tokens)
+        if side**2 != tokens:
+            raise ConfigError(f"tokens: {tokens} is not a square, and images are square")
+        config.image_size = side * patch
+        example = torch.randn(batch, getattr(config, "num_channels", 3), side * patch, side * patch)
+    elif kind == "input_ids" and hasattr(config, "vocab_size"):
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"tokens: {tokens:,} asked for, but {name!r} is made for {longest:,}")
+        example = torch.randint(config.vocab_size, (batch, tokens))
+    else:
+        raise ConfigError(f"model {name!r}: attnzoo can make no input for it; give a package.module:function instead")
+    return Call(_told(name, lambda: _random(factory, config)).eval(), (), {kind: example})
+
+
+def _config(name: str) -> Any:
+    require("transformers", extra="llm")
+    from transformers import AutoConfig
+
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ConfigError(f"model 'transformers:{name}': there is no such folder")
+    return AutoConfig.from_pretrained(name)
+
+
+def _factory(config: Any) -> Any:
+    """The class of models that a config of transformers names; without one, that of causal language models."""
+    import transformers
+
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+
+
+def _told(name: str, build: Callable[[], Any]) -> Any:
+    """What `build` gives; whatever it raises becomes an error that names the model."""
+    try:
+        return build()
     except AttnZooError:
         raise
     except Exception as error:  # what builds a model may raise anything
         raise ConfigError(f"model {name!r}: {type(error).__name__}: {error}") from error
-    return model.eval()
+
+
+def _module(name: str, model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {name!r}: the function gave {type(model).__name__}, no torch module")
+    return model
 
 
 def _timm(name: str) -> nn.Module:
@@ -55,27 +251,21 @@ def _timm(name: str) -> nn.Module:
 
 
 def _transformers(name: str) -> nn.Module:
-    require("transformers", extra="llm")
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(name)
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    factory = getattr(transformers, architecture, None)
-    weights = Path(name).is_dir() and any(Path(name).glob("*.safetensors"))
-    if factory is None:
-        factory = transformers.AutoModelForCausalLM
-        return factory.from_pretrained(name) if weights else factory.from_config(config)
-    return factory.from_pretrained(name) if weights else factory(config)
+    config = _config(name)
+    factory = _factory(config)
+    if Path(name).is_dir() and any(Path(name).glob("*.safetensors")):
+        model: nn.Module = factory.from_pretrained(name)
+        return model
+    return _random(factory, config)
 
 
-def _function(module: str, function: str) -> nn.Module:
+def _random(factory: Any, config: Any) -> nn.Module:
+    build = factory.from_config if hasattr(factory, "from_config") else factory
+    model: nn.Module = build(config)
+    return model
+
+
+def _search_here() -> None:
+    """Find modules in the working directory too, as ``python -m`` does."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)()
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ConfigError(f"model '{module}:{function}': {error}; expected {FORMS}") from error
-    model = found[0] if isinstance(found, tuple) else found
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model '{module}:{function}': the function gave {type(model).__name__}, no torch module")
-    return model

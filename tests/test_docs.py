@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from attnzoo import list_attentions, replace_attention, swap_report, tasks
@@ -29,6 +30,7 @@ from attnzoo.tasks.classify import report as training_report
 from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
+from attnzoo.tasks.flags import config_of
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
@@ -162,6 +164,29 @@ def test_shell_commands_are_real(page):
                 assert (ROOT / command[3]).is_file(), line
             else:
                 load[command[1]](ROOT / command[2], [word for word in command[3:] if word != "--so-far"])
+
+
+def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
+    """Their models are built and called, the function's from the page's own file; then they stop."""
+    (source,) = (code for code in blocks(ROOT / "docs/guide.md", "python") if code.startswith("# mymodel.py\n"))
+    (tmp_path / "mymodel.py").write_text(source, encoding="utf-8")
+    transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32)
+    ).save_pretrained(tmp_path / "encoder")
+    transformers.LlamaConfig(
+        hidden_size=32, max_position_embeddings=4096, architectures=["LlamaForCausalLM"]
+    ).save_pretrained(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for page in PAGES for line in "\n".join(blocks(page, "sh")).splitlines() if "attnzoo measure" in line]
+    measured = set()
+    for line in lines:
+        content = config_of(parser().parse_args(line.partition("#")[0].split()[1:]))
+        task = tasks.find(content["task"])
+        config = task.config.check(content)
+        task.check(config)
+        assert task.plan(config)
+        measured.add((task.name, content.get("model", "timm").partition(":")[0]))
+    assert measured == {("suite", "timm"), ("model", "transformers"), ("decode", "./llm"), ("model", "mymodel")}
 
 
 def load_detection(path: Path, words: list[str]):
@@ -398,6 +423,15 @@ def test_the_command_line_lists_and_describes(capsys):
     for arguments in ([], ["list"]):
         assert main(arguments) == 0
         assert "| `padre` | mixer |" in capsys.readouterr().out
+    assert main(["list", "eviction"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + len(list_attentions("eviction"))
+    assert all("| eviction |" in row and "| bounded cache |" in row for row in rows[2:])
+    assert "grid" not in rows[0], "no column is empty"
+    assert main(["list", "policies"]) == 2
+    assert "no kind 'policies'; the kinds are core, mixer, eviction" in capsys.readouterr().err
+    assert main(["list", "core", "--sources"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len([info for info in BUILT_IN if info.kind == "core"])
     assert main(["list", "--sources"]) == 0
     assert "(./attnzoo/eviction/h2o.py)" in capsys.readouterr().out
     assert main(["describe", "padre"]) == 0

@@ -1,5 +1,6 @@
 """The command line: list, describe, layers, measure."""
 
+import subprocess
 import sys
 
 import pytest
@@ -72,7 +73,11 @@ def test_measure_is_a_benchmark_made_from_flags(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["transformers:gpt2"], "measure takes timm:NAME"),
+        (["transformers:./nothing"], "there is no such folder"),
+        (["tests.tasks.test_model:vit", "--tokens", "4"], "no meaning for tests.tasks.test_model:vit"),
+        (["tests.tasks.test_model:vit", "--patch-size", "4"], "--patch-size: no meaning"),
+        (["tests.tasks.test_model:alone"], "must return (model, example input)"),
+        (["timm:vit_tiny_patch16_224", "--attention", "padre:2"], "must read key=value"),
         (["timm:vit_tiny_patch16_224", "--attention", "padr"], "padre"),
         (["timm:vit_tiny_patch16_224", "--tokens", "5"], "is not a square"),
         (["timm:vit_tiny_patch16_224", "--dtype", "float33"], "float33"),
@@ -83,3 +88,12 @@ def test_what_cannot_be_measured_is_refused_before_any_work(tmp_path, monkeypatc
     assert main(["measure", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["describe", "padre"]])
+def test_a_reader_that_has_ended_is_no_traceback(arguments):
+    command = [sys.executable, "-m", "attnzoo", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -56,11 +56,11 @@ class AttentionConfig(Section):
 
 
 def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
-    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
+    """Raise `ValueError` where an attention has keys that mean something for vision models of timm alone."""
     for index, attention in enumerate(attentions):
         for key in ("fused", "tokens"):
             if getattr(attention, key) is not None:
-                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+                raise ValueError(f"attentions.{index}.{key} is for vision models of timm alone; leave it out")
 
 
 def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:

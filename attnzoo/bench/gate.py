@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from attnzoo.bench.record import Gate
 
@@ -125,10 +126,11 @@ def gate_message(name: str, gate: Gate) -> str:
 
 
 def _tensor(output: Any) -> Tensor:
-    output = getattr(output, "logits", output)  # a language model's output
-    first = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(first, Tensor):
-        raise TypeError(f"expected a tensor, got {type(first).__name__}")
+    """The first tensor of floating point in what a module gave; of a language model its logits."""
+    leaves = tree_leaves(getattr(output, "logits", output))
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+    if first is None:
+        raise TypeError(f"expected a tensor of floating point, got {type(output).__name__}")
     return first
 
 

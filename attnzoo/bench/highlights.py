@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from attnzoo.bench.publish import page_beside
 from attnzoo.bench.record import Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
+from attnzoo.units import megabytes
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,17 @@ MEASURES = (QUALITY, SPEED, PEAK, CACHE)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio to dense with its interval, or a difference from it in points; and whether it is better than dense."""
+    """A ratio to dense with its interval, or a difference from it in points; and whether it is better than dense.
+
+    `absolute` is the figure itself, in words.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
     verdict: Verdict = "same"
     points: bool = False
+    absolute: str = ""
 
     @property
     def text(self) -> str:
@@ -67,7 +72,7 @@ class Highlight:
     host
         The model.
     workload
-        What was run on it: phase, tokens and batch, or data and training.
+        What was run on it: phase, tokens and batch; or what a quality is, a colon, and data and training.
     machine
         Device and threads.
     utc
@@ -98,6 +103,18 @@ class Highlight:
     status: str = "ok"
     message: str = ""
     figures: Mapping[Measure, Figure] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> int | None:
+        """Entries per head that a policy keeps; None of all others."""
+        budget = self.options.get("budget")
+        return budget if isinstance(budget, int) else None
+
+    @property
+    def kept(self) -> str:
+        """What the quality kept is called: ``perplexity kept``."""
+        name, colon, _ = self.workload.partition(":")
+        return f"{name if colon else 'quality'} kept"
 
 
 @dataclass(frozen=True)
@@ -134,14 +151,15 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
     return found
 
 
-def speed(ratio: Quantiles, still: Quantiles | None = None) -> Figure:
+def speed(ratio: Quantiles, still: Quantiles | None = None, absolute: str = "") -> Figure:
     """The figure of a speed-up; `still` is that of dense over itself."""
-    return Figure(ratio.p50, ratio.p20, ratio.p80, words.speed_verdict(ratio, still))
+    low, high = ratio.bounds or (None, None)
+    return Figure(ratio.p50, low, high, words.speed_verdict(ratio, still), absolute=absolute)
 
 
-def need(ratio: float | None, verdict: Verdict | None = None) -> Figure | None:
+def need(ratio: float | None, verdict: Verdict | None = None, absolute: str = "") -> Figure | None:
     """The figure of something of which less is better; None where there is none."""
-    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio))
+    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio), absolute=absolute)
 
 
 def quality(
@@ -165,6 +183,7 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
         verdict = words.quality_verdict(found, dense)
         figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
         figure = figure if found.points is None else Figure(found.points, points=True)
+        figure = figure and replace(figure, absolute=found.figure)
     metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
     held = need(None if found is None else found.cache_ratio)
@@ -175,11 +194,13 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
     figures: dict[Measure, Figure | None] = {}
     if row.cost is not None:
-        ratios = row.cost.ratios
+        ratios, side = row.cost.ratios, row.cost.candidate
+        peak = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
+        held = side.memory.cache_held_bytes
         figures = {
-            SPEED: speed(ratios.speedup, words.noise(group.rows)),
-            PEAK: need(words.activation_ratio(row), words.memory_verdict(row)),
-            CACHE: need(ratios.cache_held),
+            SPEED: speed(ratios.speedup, words.noise(group.rows), f"{words.figures(side.latency_ms.p50)} ms"),
+            PEAK: need(words.activation_ratio(row), words.memory_verdict(row), megabytes(peak) if peak else ""),
+            CACHE: need(ratios.cache_held, absolute=megabytes(held) if held else ""),
         }
     about = ["" if row.shapes is None else f"batch {row.shapes.batch}", row.dtype]
     told = ", ".join([group.title, *(word for word in about if word and word not in group.workload.split(", "))])
@@ -195,9 +216,6 @@ def _of(
     tokens: int = 0,
 ) -> Highlight:
     assert row.attention is not None
-    budget = row.options.get("budget")
-    if budget is not None and str(budget) not in row.label:
-        workload += f", budget {budget}"  # or figures of two budgets would stand together unnamed
     return Highlight(
         task=task,
         method=row.attention,

@@ -15,6 +15,7 @@ from attnzoo.bench.summary import (
     Group,
     Summary,
     dates,
+    drifted,
     keeps_freed_memory,
     machine,
     summarize,
@@ -34,10 +35,10 @@ HOW_TO_READ = (
     "is less. Quality kept is accuracy or AP over the dense one's, or dense perplexity over perplexity: above 1x is "
     "better than dense. Green is better than dense and red worse, for speed-ups only where the whole 20th to 80th "
     "percentile is on one side of 1x and of the dense row's spread, for quality only where its interval leaves 1x out "
-    "(it is that of images or of windows of text, not that of seeds). The dense row is dense against a second copy of "
-    "itself, so its spread is the noise of the machine. Milliseconds and MB of two rows are not of one process, so "
-    "compare ratios. FLOPs are those of matrix products, convolutions and attention; element-wise work is not counted. "
-    "One MB is 10^6 bytes."
+    "(it is that of images or of windows of text, not that of seeds). Of fewer than 5 pairs of calls or windows "
+    "neither is shown. The dense row is dense against a second copy of itself, so its spread is the noise of the "
+    "machine. Milliseconds and MB of two rows are not of one process, so compare ratios. FLOPs are those of matrix "
+    "products, convolutions and attention; element-wise work is not counted. One MB is 10^6 bytes."
 )
 STAGES_NOTE = (
     "The encoder's attention is a part of the encoder. Times were taken within calls of the whole model; memory is "
@@ -79,7 +80,8 @@ def html_page(
         What the columns of that table mean.
     """
     summary = summarize(records)
-    several = len(versions(summary)) > 1
+    several = "These records were made by more than one version of the code or its libraries."
+    warnings = [several if len(versions(summary)) > 1 else "", drifted(summary)]
     own = table is None
     stages = _stages(summary) if own else None
     workloads = _workloads(summary) if own else None
@@ -96,7 +98,7 @@ def html_page(
         ],
         verdict=verdict(summary) if own else "",
         facts=_what_was_run(summary),
-        warning="These records were made by more than one version of the code or its libraries." if several else "",
+        warning=" ".join(filter(None, warnings)),
         config=config,
     )
 
@@ -128,12 +130,7 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
 
 def _batches(groups: Sequence[Group]) -> str:
     """Batch sizes: one for all, or one for each token count."""
-    found = {
-        f"{g.tokens:,} tokens{f', {g.workload}' if g.workload else ''}": row.shapes.batch
-        for g in groups
-        for row in g.rows
-        if row.shapes is not None
-    }
+    found = {group.size: row.shapes.batch for group in groups for row in group.rows if row.shapes is not None}
     if len(set(found.values())) == 1:
         return str(next(iter(found.values())))
     return ", ".join(f"{batch} at {about}" for about, batch in found.items())
@@ -218,14 +215,13 @@ def _stage_cells(row: Record, stage: Stage, rows: Sequence[Record], dense: Side 
 
 
 def _gates(summary: Summary) -> Table:
-    table = Table(("attention", "tokens", *GATED, Column("what ran", left=True)))
+    table = Table(("attention", "workload", *GATED, Column("what ran", left=True)))
     for group in summary.groups:
         if group.phase == "decode":
             continue  # the gate of the prefill
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
-            size = f"{group.tokens:,}{f', {group.workload}' if group.workload else ''}"
-            table.add(row.label, size, *gate_cells(row.gate), ran)
+            table.add(row.label, group.size, *gate_cells(row.gate), ran)
     return table
 
 

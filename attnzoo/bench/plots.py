@@ -76,7 +76,7 @@ def speed_trade_plot(summary: Summary) -> str:
         if row.cost is None or group.tokens != tokens[group.part]:
             return None
         q = row.cost.ratios.speedup
-        return Spot(q.p50, SHAPES[group.phase], q.p20, q.p80)
+        return Spot(q.p50, SHAPES[group.phase], *(q.bounds or (q.p50, q.p50)))
 
     largest = [group for part in summary.parts for group in summary.drawn(part) if group.tokens == tokens[part]]
     shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}
@@ -188,7 +188,7 @@ def against_tokens(
         points = [(tokens, y) for tokens, row in rows if (y := value(row)) is not None]
         if points:
             color, marker = look(labels, label)
-            spreads = [(tokens, y.p20, y.p80) for tokens, y in points if isinstance(y, Quantiles)]
+            spreads = [(tokens, *y.bounds) for tokens, y in points if isinstance(y, Quantiles) and y.bounds]
             middle = [(tokens, y.p50 if isinstance(y, Quantiles) else y) for tokens, y in points]
             axes.plot(*zip(*middle, strict=True), marker=marker, color=color, label=label, lw=1.8, ms=6)
             for tokens, low, high in spreads:

@@ -105,8 +105,8 @@ def markdown_section(records: Iterable[Any]) -> str:
         markdown_table(records),
         "",
         f"On {machine(summary)}. Ratios are to the same host's own dense attention, timed in turn in the same "
-        "process; in brackets the 20th to 80th percentile. Above 1x is faster; for memory, cache, FLOPs and "
-        f"parameters, below 1x is less{kept}. A dense row is dense "
+        "process; in brackets the 20th to 80th percentile, of 5 pairs or more. Above 1x is faster; for memory, cache, "
+        f"FLOPs and parameters, below 1x is less{kept}. A dense row is dense "
         "against a second copy of itself: the noise of the machine.",
     ]
     if keeps_freed_memory(summary):

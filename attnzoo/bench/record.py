@@ -24,6 +24,7 @@ CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides include
 Phase = Literal["forward", "training", "prefill", "decode"]
 Key = tuple[str, str, str, str, int, str]
 Status = Literal["ok", "oom", "unsupported", "failed", "timeout"]
+MIN_SAMPLES = 5  # windows, prompts, seeds or pairs of calls: of fewer no interval and no spread is shown
 FINAL: frozenset[str] = frozenset({"ok", "oom", "unsupported"})  # not tried again when a run is resumed
 Count = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -36,6 +37,11 @@ class Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def bounds(low: float | None, high: float | None, n: int) -> tuple[float, float] | None:
+    """The ends of an interval or a spread, as all pages show it; None of fewer than `MIN_SAMPLES` samples."""
+    return None if low is None or high is None or n < MIN_SAMPLES else (low, high)
+
+
 class Quantiles(Entry):
     """The 20th, 50th and 80th percentile of `n` samples."""
 
@@ -43,6 +49,11 @@ class Quantiles(Entry):
     p50: float
     p80: float
     n: Annotated[int, Field(ge=1)]
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 20th and the 80th percentile, where there are samples enough."""
+        return bounds(self.p20, self.p80, self.n)
 
 
 class Gate(Entry):
@@ -233,6 +244,11 @@ class Interval(Entry):
     low: float
     high: float
     n: Count
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Both ends, where there are samples enough."""
+        return bounds(self.low, self.high, self.n)
 
 
 class Environment(Entry):

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Quality, Record
-from attnzoo.bench.summary import Group, Summary, dates, machine, summarize
+from attnzoo.bench.summary import Group, Summary, dates, drifted, machine, summarize
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -29,7 +29,8 @@ HEAD = (
 )
 IN_BRACKETS = (
     "Speed-ups and other ratios are to dense in the same process, called in turn; ms and MB of two rows are not of one "
-    "process: compare ratios. In brackets: p20 to p80, or the 95% interval."
+    "process: compare ratios. In brackets: p20 to p80, or the 95% interval; none of fewer than 5 pairs of calls or "
+    "windows."
 )
 PER_CALL = {
     "forward": "ms per forward",
@@ -48,12 +49,14 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     summary = summarize(records)
     if summary.groups:
         console.print((table or cost_table(summary)).rich())
-    for record in (row for group in summary.groups for row in group.rows if row.cost is None):
-        why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
+    for title, row in ((group.title, row) for group in summary.groups for row in group.rows if row.cost is None):
+        why = f"{row.label} ({title}): {row.status}: {row.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
     for part in summary.scored:
         if part not in summary.parts or any(row.workload for row in summary.quality if row.part == part):
             console.print(quality_table(summary, part).rich())  # or the table of cost has it
+    if drift := drifted(summary):
+        console.print(f"[yellow]warning: {escape(drift)}[/yellow]", highlight=False, soft_wrap=True)
     if summary.groups and table is None:
         console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)

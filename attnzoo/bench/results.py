@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from attnzoo import files
-from attnzoo.bench.highlights import MEASURES, QUALITY, Figure, Highlight, Measure, Source
+from attnzoo.bench.highlights import CACHE, MEASURES, PEAK, QUALITY, SPEED, Figure, Highlight, Measure, Source
 from attnzoo.bench.html import Filter, Section, fragment, page
 from attnzoo.bench.words import one_line
 from attnzoo.errors import AttnZooError
@@ -21,22 +21,24 @@ from attnzoo.tables import Cell, Column, Table
 NAME = "results"
 BUILT_WITH = re.compile(r"\s*\([^()]*=[^()]*\)")
 Found = tuple[Highlight, Source]
+Shown = tuple[str, Measure]  # what a figure is called, and its measure
 IN_SHORT = (
     "Ratios to the dense attention of the same model in the same run: quality kept above 1x is better, a speed-up "
     "above 1x is faster, memory below 1x is less. Each figure leads to the page of its record."
 )
 HOW_TO_READ = (
-    "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups. Green is better than "
-    "dense and red worse, only where the whole interval says so. Where dense is no better than chance, quality is told "
-    "in points above dense's. Of operations, the speed-up is over PyTorch's fastest "
+    "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups; none of fewer than 5 "
+    "windows or pairs of calls. Green is better than dense and red worse, only where the whole interval says so. Where "
+    "dense is no better than chance, quality is told in points above dense's. Of operations, the speed-up is over "
+    "PyTorch's fastest "
     "way to do the same work. Two figures of a column can be compared where what stands below them is the same. The "
     "first view shows whole models rather than a layer alone; of several workloads the largest at which at least half "
     "of the methods were measured; of several settings of a method that nearest to its defaults. All else is folded "
     "below each method."
 )
 CSV_HEADS = (
-    "method", "kind", "task", "setting", "options (JSON)", "model", "workload", "tokens", "machine", "measured (UTC)",
-    "status",
+    "method", "kind", "task", "setting", "options (JSON)", "model", "workload", "tokens", "budget", "machine",
+    "measured (UTC)", "status",
     *(head for m in MEASURES for head in (f"{m.name} ({m.unit})", *(f"{m.name}, {b}" for b in (m.low, m.high) if b))),
     "points of quality above dense",
     "record", "page",
@@ -44,7 +46,7 @@ CSV_HEADS = (
 
 
 def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> list[Path]:
-    """Write ``results.html`` and ``results.csv`` into a folder and give their paths.
+    """Write ``results.html``, ``results.csv`` and ``policies.csv`` into a folder and give their paths.
 
     Parameters
     ----------
@@ -65,10 +67,18 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
     made = {
         folder / f"{NAME}.html": html(sources, tasks, folder, command),
         folder / f"{NAME}.csv": csv(sources, tasks, folder),
+        folder / "policies.csv": policies_table(sources, folder).csv(),
     }
     for path, text in made.items():
         files.write(path, text)
     return list(made)
+
+
+POLICIES = (
+    "Each figure as a ratio to the dense cache of the same run, below it the figure itself, of keys found in percent. "
+    "The budget is in entries per key/value head. In each group the policy that keeps most of the quality stands "
+    "first. A column that is blank in a whole group was not measured in that run."
+)
 
 
 def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> str:
@@ -79,13 +89,15 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
         task: _first_view([one for rows in found.values() for one in rows if one[0].task == task]) for task in tasks
     }
     methods = [_shown(describe(name), rows, views, folder) for name, rows in found.items()]
-    others = _others(sources, folder)
+    others, policies = _others(sources, folder), policies_table(sources, folder)
+    side_by_side = f'<div id="policies" class="more">{policies.html(labeled=True)}</div>'
     return page(
         "attnzoo: results",
         [
             Section("", note=IN_SHORT),
             Section("", "How to read it", HOW_TO_READ, folded=True),
-            Section(fragment("results", tasks=tasks, methods=methods, csv=f"{NAME}.csv")),
+            Section(fragment("results", tasks=tasks, methods=methods, csv=f"{NAME}.csv", policies=bool(policies.rows))),
+            Section(side_by_side, "Policies at one budget", POLICIES) if policies.rows else None,
             Section(others.html(), "Other records") if others.rows else None,
         ],
         filters=[Filter("task", tuple(tasks)), Filter("kind", get_args(Kind))],
@@ -106,7 +118,17 @@ def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
                 table.add(*(line.get(head, "") for head in CSV_HEADS))
             for one, source in these:
                 options = json.dumps(dict(one.options), sort_keys=True)
-                about = (name, kind, task, one.label, options, one.host, one.workload, str(one.tokens or ""))
+                about = (
+                    name,
+                    kind,
+                    task,
+                    one.label,
+                    options,
+                    one.host,
+                    one.workload,
+                    str(one.tokens or ""),
+                    str(one.budget or ""),
+                )
                 figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
                 links = (_link(source.path, folder), _link(source.page, folder))
                 figures.append(_points(one.figures.get(QUALITY)))
@@ -150,22 +172,31 @@ def _columns(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> list
     return list(dict.fromkeys([*tasks, *(one.task for rows in found.values() for one, _ in rows)]))
 
 
-def _first_view(found: Sequence[Found]) -> dict[Measure, dict[str, Found]]:
-    """Choose what is shown first: for each measure of one task, the highlight of each method. See `HOW_TO_READ`."""
-    return {measure: _chosen([one for one in found if measure in one[0].figures], measure) for measure in MEASURES}
+def _first_view(found: Sequence[Found]) -> dict[Shown, dict[str, Found]]:
+    """Choose what is shown first: for each figure of one task, the highlight of each method. See `HOW_TO_READ`."""
+    kinds = dict.fromkeys(kind for one, _ in found for kind in _kinds(one))
+    views = {kind: _chosen([one for one in found if kind in _kinds(one[0])], kind[1]) for kind in kinds}
+    return dict(sorted(views.items(), key=lambda view: (MEASURES.index(view[0][1]), -len(view[1]))))
+
+
+def _kinds(one: Highlight) -> list[Shown]:
+    """What the figures of a highlight are called: several kinds of quality do not stand for each other."""
+    return [(one.kept if measure is QUALITY else measure.name, measure) for measure in one.figures]
 
 
 def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
-    places: dict[tuple[str | int, ...], list[Found]] = {}
+    places: dict[tuple[str | int | None, ...], list[Found]] = {}
     for one, source in found:
-        places.setdefault((str(source.path), one.host, one.workload, one.tokens), []).append((one, source))
+        place = (str(source.path), one.host, one.workload, one.tokens, one.budget)
+        places.setdefault(place, []).append((one, source))
     methods = {one.method for one, _ in found}
 
-    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, float]:
+    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, int, float]:
         """Of a workload: the more, the rather it is shown."""
         one = rows[0][0]
         broad = 2 * len({row.method for row, _ in rows}) >= len(methods)
-        return one.typical, broad, one.tokens, one.phase not in ("training", "prefill"), _precision(rows, measure)
+        usual = one.phase not in ("training", "prefill")
+        return one.typical, broad, one.tokens, usual, one.budget or 0, _precision(rows, measure)
 
     chosen: dict[str, Found] = {}
     for rows in sorted(places.values(), key=worth, reverse=True):
@@ -190,7 +221,7 @@ def _unusual(one: Highlight) -> int:
 
 
 def _shown(
-    info: AttentionInfo, rows: Sequence[Found], views: Mapping[str, Mapping[Measure, Mapping[str, Found]]], folder: Path
+    info: AttentionInfo, rows: Sequence[Found], views: Mapping[str, Mapping[Shown, Mapping[str, Found]]], folder: Path
 ) -> dict[str, Any]:
     """What the template needs of a method."""
     cells = {}
@@ -208,17 +239,15 @@ def _shown(
     }
 
 
-def _cell(
-    name: str, rows: Sequence[Found], view: Mapping[Measure, Mapping[str, Found]], folder: Path
-) -> dict[str, Any]:
+def _cell(name: str, rows: Sequence[Found], view: Mapping[Shown, Mapping[str, Found]], folder: Path) -> dict[str, Any]:
     """The figures of a method in a task, those of one workload together; then what only other methods have."""
     groups: list[tuple[Found, list[dict[str, str]]]] = []
-    for measure, chosen in view.items():
+    for (head, measure), chosen in view.items():
         if name not in chosen:
             continue
         one = chosen[name]
         figure = one[0].figures[measure]
-        line = {"name": measure.name, "text": figure.text, "verdict": figure.verdict}
+        line = {"name": head, "text": figure.text, "verdict": figure.verdict}
         place = next((lines for other, lines in groups if other[0] is one[0]), None)
         if place is None:
             groups.append((one, [line]))
@@ -227,7 +256,8 @@ def _cell(
     if not groups:
         ended = _ended(rows[0][0])
         groups.append((rows[0], [{"name": "", "text": ended.text, "verdict": ended.verdict}]))
-    missing = [measure.name for measure, chosen in view.items() if chosen and name not in chosen]
+    has = {measure for (_, measure), chosen in view.items() if name in chosen}
+    missing = dict.fromkeys(measure.name for _, measure in view if measure not in has)
     shown: list[dict[str, Any]] = [
         {"figures": lines, "link": _link(source.page, folder), "about": _about(one, name)}
         for (one, source), lines in groups
@@ -238,13 +268,14 @@ def _cell(
 def _about(one: Highlight, name: str) -> str:
     """What a figure is of, without how its model was built."""
     label = "" if one.label == name else f"{one.label}; "
-    return f"{label}{one.host}: {BUILT_WITH.sub('', one.workload)}; {one.machine}"
+    budget = f", budget {one.budget:,}" if one.budget else ""
+    return f"{label}{one.host}: {BUILT_WITH.sub('', one.workload)}{budget}; {one.machine}"
 
 
 def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
     """All that was measured of a method, in sections by task."""
     heads = [Column(m.name, f"{m.low} to {m.high}" if m.low else "") for m in MEASURES]
-    table = Table(("setting", *heads, Column("workload", left=True)))
+    table = Table(("setting", "budget", *heads, Column("workload", left=True)))
     for task in views:
         these = [one for one in rows if one[0].task == task]
         if these:
@@ -256,8 +287,63 @@ def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
                 figures[0] = replace(_ended(one), link=link)
             about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
             workload = Cell(one.host, small="\n".join(filter(None, about)))
-            table.add(one.label, *figures, workload, tags={"task": task})
+            table.add(one.label, f"{one.budget:,}" if one.budget else "", *figures, workload, tags={"task": task})
+    return table.without_empty_columns()
+
+
+def policies_table(sources: Sequence[Source], folder: Path) -> Table:
+    """Eviction policies side by side: a section per run, model and budget, a column per figure that any of them has."""
+    groups: dict[tuple[Path, str, int], list[Found]] = {}
+    for source in sources:
+        for one in source.highlights:
+            if one.budget and describe(one.method).kind == "eviction":
+                groups.setdefault((source.path, one.host, one.budget), []).append((one, source))
+    found = [one for rows in groups.values() for one, _ in rows]
+    heads = {_head(one, m): m for m in (CACHE, QUALITY, SPEED, PEAK) for one in found if m in one.figures}
+    table = Table(("policy", "budget", *heads, Column("record", left=True)))
+    for (path, host, budget), rows in groups.items():
+        tags = {"task": rows[0][0].task, "kind": "eviction"}
+        about = dict.fromkeys([*(one.workload for one, _ in rows), *(one.machine for one, _ in rows)])
+        table.section(f"{host}, budget {budget:,} entries per head", "; ".join(about), tags)
+        policies: dict[str, list[Found]] = {}
+        for row in rows:
+            policies.setdefault(row[0].label, []).append(row)
+        measured = {_head(one, measure) for one, _ in rows for measure in one.figures}
+        for label, own in sorted(policies.items(), key=_most_kept, reverse=True):
+            cells = [
+                _policy_cell(own, head, measure, folder) if head in measured else "" for head, measure in heads.items()
+            ]
+            record = Cell(_link(path.with_suffix(""), folder), link=_link(own[0][1].page, folder))
+            table.add(label, f"{budget:,}", *cells, record, tags=tags)
     return table
+
+
+def _head(one: Highlight, measure: Measure) -> str:
+    """What a figure is called beside those of other policies: speed-ups by phase."""
+    if measure is QUALITY:
+        return one.kept
+    return f"{measure.name}, {one.phase}" if measure is SPEED else measure.name
+
+
+def _most_kept(policy: tuple[str, Sequence[Found]]) -> float:
+    return next((one.figures[QUALITY].value for one, _ in policy[1] if QUALITY in one.figures), 0.0)
+
+
+def _policy_cell(rows: Sequence[Found], head: str, measure: Measure, folder: Path) -> Cell:
+    """A figure with what it is in absolute terms; of several batches the others below it; or why there is none."""
+    found = [row for row in rows if measure in row[0].figures and _head(row[0], measure) == head]
+    if not found:
+        ended = [one for one, _ in rows if one.status != "ok" and (one.phase is None) == (measure is QUALITY)]
+        return replace(_ended(ended[0]), small=one_line(ended[0].message)) if ended else Cell("-", small="not measured")
+    (one, source), *others = found
+    below = [f"{other.figures[measure].text} {_apart(other, one)}" for other, _ in others if measure is SPEED]
+    small = "\n".join(filter(None, [one.figures[measure].absolute, *below]))
+    return replace(_figure_cell(one.figures[measure], _link(source.page, folder)), small=small)
+
+
+def _apart(one: Highlight, other: Highlight) -> str:
+    """What the workload of one says that the other's does not: ``batch 8``."""
+    return ", ".join(word for word in one.workload.split(", ") if word not in other.workload.split(", "))
 
 
 def _figure_cell(figure: Figure | None, link: str) -> Cell:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from attnzoo.bench.record import Interval
+from attnzoo.bench.record import Interval, bounds
 
-MIN_SAMPLES = 5  # no interval of paired differences is shown from fewer
 RESAMPLES = 10_000
 COVERAGE = 0.95
 BOOTSTRAP_SEED = 0
@@ -35,7 +34,8 @@ def ratio_of_shares(
 ) -> tuple[float | None, float | None, float | None]:
     """Ratio of two shares of independent samples with its 95% interval (Katz et al. 1978).
 
-    The interval is None where there is no hit; all are None where the dense share is 0.
+    The interval is None where there is no hit, or fewer samples than `MIN_SAMPLES`; all are None where the dense share
+    is 0.
     """
     if not dense_hits:
         return None, None, None
@@ -43,7 +43,8 @@ def ratio_of_shares(
         return 0.0, None, None
     found = stats.contingency.relative_risk(hits, n, dense_hits, dense_n)
     interval = found.confidence_interval(COVERAGE)
-    return float(found.relative_risk), float(interval.low), float(interval.high)
+    low, high = bounds(float(interval.low), float(interval.high), min(n, dense_n)) or (None, None)
+    return float(found.relative_risk), low, high
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float], resamples: int = RESAMPLES) -> Interval:

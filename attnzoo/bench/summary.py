@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from attnzoo.bench import words
-from attnzoo.bench.record import Cost, Phase, Quality, Record
+from attnzoo.bench.record import Cost, Phase, Quality, Quantiles, Record
 from attnzoo.bench.words import noise, points, quality_kept, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
@@ -32,9 +32,13 @@ class Group:
     @property
     def title(self) -> str:
         """What was timed, in words."""
-        done = {"forward": "forward,", "training": "forward and backward,", "prefill": "prefill,"}
-        about = f", {self.workload}" if self.workload else ""
-        return f"{done.get(self.phase, 'decode, after')} {self.tokens:,} tokens{about}"
+        done = {"forward": "forward, ", "training": "forward and backward, ", "prefill": "prefill, "}
+        return f"{done.get(self.phase, 'decode, after ')}{self.size}"
+
+    @property
+    def size(self) -> str:
+        """Tokens and workload, in words."""
+        return ", ".join(filter(None, [f"{self.tokens:,} tokens" if self.tokens else "", self.workload]))
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,19 @@ def machine(summary: Summary) -> str:
     return "; ".join(dict.fromkeys(words.machine(row.environment) for row in rows))
 
 
+def drifted(summary: Summary) -> str:
+    """Warn where dense's own time is not the same in all rows of a workload; empty where it is."""
+    found = {f"{group.host}, {group.title}": words.drift(group.rows) for group in summary.groups}
+    told = [f"{place} ({times:.2f}x)" for place, times in found.items() if times > words.DRIFT]
+    if not told:
+        return ""
+    return (
+        "Dense's own time drifts between the rows of one run, its largest p50 over its smallest being above "
+        f"{words.DRIFT:g}x: {'; '.join(told)}. The machine was not equally free: compare ratios, not "
+        "milliseconds of two rows."
+    )
+
+
 def keeps_freed_memory(summary: Summary) -> bool:
     """Whether the processes kept what was freed while they were timed."""
     return any(isinstance(row.cost, Cost) and row.cost.freed_memory_kept for row in summary.records)
@@ -161,27 +178,29 @@ def dates(summary: Summary) -> str:
 
 def verdict(summary: Summary) -> str:
     """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower."""
-    groups = [
-        group for group in summary.groups if any(row.cost is not None and not row.is_baseline for row in group.rows)
-    ]
     told = []
     for part in summary.parts:
-        group = next((group for group in reversed(groups) if group.part == part), None)
-        rows = [row for row in group.rows if not row.is_baseline and row.cost is not None] if group else []
-        if group is None or not rows:
+        measured = [(group, rows) for group in summary.of(part) if (rows := _speedups(group))]
+        if not measured:
             continue
-        best = max(rows, key=lambda row: row.cost.ratios.speedup.p50 if row.cost is not None else 0.0)
-        verdicts = [speed_verdict(row.cost.ratios.speedup, noise(group.rows)) for row in rows if row.cost is not None]
-        speed = times(best.cost.ratios.speedup) if best.cost is not None else "-"
-        keeps = _keeps(best.quality)
+        group, rows = measured[-1]
+        best, speedup = max(rows, key=lambda row: row[1].p50)
+        verdicts = [speed_verdict(one, noise(group.rows)) for _, one in rows]
         faster, slower = verdicts.count("better"), verdicts.count("worse")
-        counted = f"of {len(rows)} measured, {faster or 'none'} faster than dense, {slower or 'none'} slower"
-        first = f"{best.label} is fastest, {speed} dense's speed{keeps}"
+        keeps = _keeps(best.quality)
+        first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
+        counted = f"of {len(rows)} measured, {faster} faster than dense, {slower or 'none'} slower"
         if not faster:
-            first = f"none is faster than dense beyond the noise; nearest is {best.label}, {speed} its speed{keeps}"
+            nearest = f"nearest is {best.label}, {times(speedup)} its speed{keeps}"
+            first = f"none is faster than dense beyond the noise; {nearest}"
             counted = f"of {len(rows)} measured, {slower or 'none'} slower"
         told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
     return " ".join(told)
+
+
+def _speedups(group: Group) -> list[tuple[Record, Quantiles]]:
+    """The rows that were measured, but for dense, each with its speed-up."""
+    return [(row, row.cost.ratios.speedup) for row in group.rows if row.cost is not None and not row.is_baseline]
 
 
 def _keeps(quality: Quality | None) -> str:

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from attnzoo.bench.record import Environment, Quality, Quantiles, Record
+from attnzoo.bench.record import Cost, Environment, Interval, Quality, Quantiles, Record
 from attnzoo.tables import Verdict
 
 SAME = 0.01  # ratios nearer to 1 than this are called the same
 SAME_MEMORY = 0.05
 SAME_MEMORY_BYTES = 256 * 1024  # the kernel counts the resident set of each CPU in batches
+DRIFT = 1.25  # dense's own time in one row over that in another, above which the machine was not the same for both
+ALIKE = 1.5  # dense models whose peak memory differs by more are not one: a row may have a baseline of its own
 
 
 def milliseconds(q: Quantiles) -> str:
     """A latency and its spread: ``12.3 (12.1-12.9)``."""
-    return f"{figures(q.p50)} ({figures(q.p20)}-{figures(q.p80)})"
+    return figures(q.p50) + (f" ({figures(q.p20)}-{figures(q.p80)})" if q.bounds else "")
 
 
 def times(q: Quantiles) -> str:
     """A speed-up and its spread: ``1.52x (1.49-1.55)``."""
-    return f"{q.p50:.2f}x ({q.p20:.2f}-{q.p80:.2f})"
+    return f"{q.p50:.2f}x" + (f" ({q.p20:.2f}-{q.p80:.2f})" if q.bounds else "")
+
+
+def difference(interval: Interval | None, digits: int = 3) -> str:
+    """A difference and its interval: ``+0.021 (+0.015 to +0.028)``; of too few samples, how many they are."""
+    if interval is None:
+        return "-"
+    low, high = (f"{end:+.{digits}f}" for end in (interval.low, interval.high))
+    few = f"{interval.n} sample{'s' if interval.n != 1 else ''}"
+    return f"{interval.mean:+.{digits}f} ({f'{low} to {high}' if interval.bounds else few})"
 
 
 def ratio(value: float | None) -> str:
@@ -46,17 +57,18 @@ def quality_kept(quality: Quality | None) -> str:
     return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"
 
 
-def cache(record: Record) -> str:
-    """Bytes of the cache against dense, held and allocated: ``0.27x / 0.31x``; a dash where there is no cache."""
-    ratios = None if record.cost is None else record.cost.ratios
-    if ratios is None or ratios.cache_held is None:
-        return "-"
-    return f"{ratio(ratios.cache_held)} / {ratio(ratios.cache_allocated)}"
-
-
 def noise(rows: Iterable[Record]) -> Quantiles | None:
     """The speed-up of dense over a second copy of itself, where it was measured: what is not a difference."""
     return next((row.cost.ratios.speedup for row in rows if row.is_baseline and row.cost is not None), None)
+
+
+def drift(rows: Iterable[Record]) -> float:
+    """Dense's own time in rows that were measured alike: the largest p50 over the smallest; 1 where there is one."""
+    dense = [row.cost.baseline for row in rows if isinstance(row.cost, Cost)]
+    peaks = [side.memory.activation_peak_bytes or 0 for side in dense]
+    alike = [max(peak, peaks[0]) <= ALIKE * min(peak, peaks[0]) for peak in peaks]  # as the first row's, dense itself
+    times = [side.latency_ms.p50 for side, same in zip(dense, alike, strict=True) if same]
+    return max(times, default=1.0) / min(times, default=1.0)
 
 
 def speed_verdict(q: Quantiles, still: Quantiles | None = None) -> Verdict:

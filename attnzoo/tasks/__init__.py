@@ -20,6 +20,7 @@ TASKS = {
     "classify": "attnzoo.tasks.classify.task:TASK",
     "decode": "attnzoo.tasks.decode.task:TASK",
     "detect": "attnzoo.tasks.detect.task:TASK",
+    "model": "attnzoo.tasks.model:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
     "train_bytes": "attnzoo.tasks.decode.byte_lm:TASK",

@@ -243,7 +243,7 @@ def test_keys_of_images_are_refused_for_language():
     said = problems_of(
         {**SMALL, "language": {"attentions": [{"name": "tova", "options": {"budget": 9}, "tokens": [9]}]}}
     )
-    assert "attentions.0.tokens is for vision models alone" in said
+    assert "attentions.0.tokens is for vision models" in said
 
 
 def test_a_file_that_is_no_text_is_a_sentence(tmp_path):

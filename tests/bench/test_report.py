@@ -1,3 +1,4 @@
+import math
 import re
 from functools import partial
 from html.parser import HTMLParser
@@ -7,15 +8,19 @@ from rich.console import Console
 
 import attnzoo
 from attnzoo.bench.colors import DENSE, METHODS, look
+from attnzoo.bench.highlights import of_records
 from attnzoo.bench.publish import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
-from attnzoo.bench.record import Quantiles
+from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.bench.report import print_report
-from attnzoo.bench.summary import summarize
-from attnzoo.bench.words import memory_verdict, need_verdict, speed_verdict
+from attnzoo.bench.stats import wilson_interval
+from attnzoo.bench.summary import summarize, verdict
+from attnzoo.bench.words import difference, memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
+from attnzoo.tasks.decode.byte_lm import BitsPerByte
+from attnzoo.tasks.decode.quality import Retrieval
 from attnzoo.tasks.suite import TASK
-from tests.bench.data import cost
+from tests.bench.data import cost, side
 
 
 class Balance(HTMLParser):
@@ -219,3 +224,79 @@ def test_flops_that_are_not_known_are_a_dash_with_the_reason(make_record):
     record = make_record(cost=data, is_baseline=False, label="a", attention="sdpa")
     assert "no formula for the FLOPs of aten.mv" in page_of(TASK, [record])
     assert "| - |" in markdown_table([record])
+
+
+def of_samples(node, n):
+    """The same plain data with every figure out of `n` samples."""
+    if isinstance(node, dict):
+        changed = {"n": n} if "n" in node else {}
+        return {key: of_samples(value, n) for key, value in node.items()} | changed
+    return [of_samples(one, n) for one in node] if isinstance(node, (list, tuple)) else node
+
+
+SPREAD = re.compile(r"\d(?: ms)?x? \(\+?\d[\d.,]*(?:-| to \+)\d")
+
+
+@pytest.mark.parametrize(("n", "shown"), [(4, False), (5, True)])
+def test_fewer_than_five_pairs_have_no_spread_anywhere(run_records, n, shown):
+    records = [type(record).model_validate(of_samples(record.model_dump(), n)) for record in run_records]
+    records = [record.model_copy(update={"quality": None}) for record in records]  # whose interval is that of images
+    console = Console(record=True, width=200)
+    print_report(records, console)
+    page = page_of(TASK, records)
+    figures = [figure.text for one in of_records(records, lambda record: "suite") for figure in one.figures.values()]
+    for text in (page, console.export_text(), markdown_table(records), " ".join(figures), verdict(summarize(records))):
+        assert bool(SPREAD.search(text)) is shown, text
+    spots = [record.cost.ratios.speedup.bounds for record in records if record.cost]
+    assert all((bounds is not None) is shown for bounds in spots)
+
+
+def bits(nats):
+    """The quality of a model of bytes on windows of so many nats per byte."""
+    mean = sum(nats) / len(nats)
+    plain = {"perplexity": math.exp(mean), "nll": mean, "tokens": 9, "window_nll": tuple(nats), "parameters": 1}
+    return BitsPerByte(**plain, losses=((1, 2.0), (2, 1.0)), text_sha256="")
+
+
+def asked(hits):
+    """The quality of a model that found numbers in prompts of one each."""
+    by_depth = tuple((0.5, hit) for hit in hits)
+    share, ends = sum(hits) / len(hits), wilson_interval(sum(hits), len(hits))
+    plain = {"kind": "single", "samples": len(hits), "tokens": 9, "recall": share, "by_depth": by_depth}
+    return Retrieval(**plain, low=ends[0], high=ends[1])
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 9])
+def test_fewer_than_five_windows_or_prompts_have_no_interval_anywhere(n):
+    found = Interval(mean=0.02, low=0.01, high=0.03, n=n)
+    told = {1: "+0.020 (1 sample)", 4: "+0.020 (4 samples)"}
+    assert difference(found) == told.get(n, "+0.020 (+0.010 to +0.030)")
+    windows = bits([1.0 + 0.1 * i for i in range(n)]).against(bits([1.5 + 0.2 * i for i in range(n)]))
+    prompts = asked([True] * n).against(asked([i % 2 == 0 for i in range(n)]))
+    for quality in (windows, prompts):
+        few = n < 5
+        assert (quality.ratio is None, quality.ratio_low is None, quality.ratio_high is None) == (False, few, few)
+        cells = [getattr(cell, "text", cell) for cell in quality.details.values()]
+        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([quality.figure, *cells]))) is not few, cells
+
+
+@pytest.mark.parametrize(
+    ("slowest", "peak", "warned"),
+    [(12.4, 1 << 20, False), (12.6, 1 << 20, True), (30.0, 1 << 21, False)],
+    ids=["the same", "drifts", "another baseline"],
+)
+@pytest.mark.parametrize("phase", ["forward", "prefill"])
+def test_dense_that_drifts_between_rows_is_told(run_records, slowest, peak, warned, phase):
+    """In the page and in the terminal; not where a row has a baseline of its own, which holds other memory."""
+    records = [record.model_copy(update={"phase": phase}) for record in run_records]
+    at = next(i for i, record in enumerate(records) if record.label == "slow" and record.cost and record.tokens == 64)
+    made = records[at].model_dump()
+    made["cost"]["baseline"] = side(slowest, peak)
+    records[at] = type(records[at]).model_validate(made)
+    console = Console(record=True, width=300)
+    print_report(records, console)
+    said = f"vit, {phase}, 64 tokens ({slowest / 10:.2f}x)"
+    for text in (page_of(TASK, records), console.export_text()):
+        assert (said in text) is warned
+        assert ("drifts between the rows" in text) is warned
+        assert f"{phase}, 16 tokens (1.00x)" not in text

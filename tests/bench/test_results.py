@@ -69,7 +69,7 @@ def test_the_committed_page_and_table_are_those_of_the_committed_records(page, s
 def test_every_method_and_every_task_is_on_the_page(page, lines):
     assert re.findall(r"<td class=\"text\"><b>(\w+)</b>", page) == list_attentions()
     assert tuple(re.findall(r'<th class="text" data-task="(\w+)"', page)) == COLUMNS
-    assert set(TASKS) - {"suite", "kvpress", "train_bytes"} <= set(COLUMNS)  # these stand under decode
+    assert set(TASKS) - {"suite", "kvpress", "train_bytes", "model"} <= set(COLUMNS)  # under decode; a user's own
     assert {(line["method"], line["kind"]) for line in lines} == {(n, describe(n).kind) for n in list_attentions()}
     assert {line["task"] for line in lines} == set(COLUMNS)
     empty = re.findall(r'<td class="text none soft" data-task="\w+" data-head="\w+">not measured</td>', page)
@@ -98,7 +98,7 @@ def test_the_page_needs_nothing_else_and_its_links_exist(page, lines):
     assert not re.search(r"url\((?!#)|@import|https?:|\bsrc=|\bon\w+=", page)
     links = {unescape(link) for link in parsed.loads}
     assert links > {line[which] for line in lines for which in ("page",) if line[which]}
-    for link in links - {"results.csv"}:
+    for link in links - {"results.csv", "policies.csv"}:
         assert (RECORDS / link).is_file(), link
     assert all((RECORDS / line["record"]).is_file() for line in lines if line["record"])
     for path in RECORDS.rglob("*.jsonl"):  # a file that holds something else than methods is listed
@@ -125,7 +125,9 @@ def expected(line):
     row = next(row for row in reversed(rows) if told(line, row))
     assert row["attention"] in (line["method"], None)
     spread = row["cost"] and (row["cost"].get("ratios") or row["cost"])["speedup"]
-    speed = [spread[q] for q in ("p50", "p20", "p80")] if spread else [None] * 3
+    speed = (
+        [spread[q] if q == "p50" or spread["n"] >= 5 else None for q in ("p50", "p20", "p80")] if spread else [None] * 3
+    )
     if name == "gpu_kernels.jsonl":
         assert line["method"] == {"module": "padre", "scored": "flash_scored"}[row["options"]["op"]]
         return [None] * 3 + speed + [None] * 2
@@ -274,6 +276,89 @@ def test_a_row_that_did_not_end_well_is_told(tmp_path):
     assert [line["status"] for line in read_csv(results.csv([source], (), tmp_path)) if line["record"]] == ["oom"]
     without = Source(tmp_path / "a.jsonl", (highlight(figures={}),))
     assert results.html([without], ("classify",), tmp_path, "make").count(">no ratio to dense<") == 2
+
+
+def test_every_policy_stands_beside_the_others_at_its_budget(page, sources, lines):
+    table = read_csv(results.policies_table(sources, RECORDS).csv())
+    assert {line["method"] for line in lines if line["budget"]} == set(list_attentions("eviction"))
+    groups = {}
+    for row in table:
+        assert row["section"].endswith(f"budget {row['budget']} entries per head")
+        groups.setdefault((row["section"], row["record"]), []).append(row)
+        own = [
+            line
+            for line in lines
+            if (line["record"], line["setting"], f"{int(line['budget'] or 0):,}")
+            == (f"{row['record']}.jsonl", row["policy"], row["budget"])
+        ]
+        for head, which, starts in (
+            ("perplexity kept", "quality", "perplexity"),
+            ("pass key kept", "quality", "pass key"),
+            ("speed-up, prefill", "speed", "prefill"),
+            ("speed-up, decode", "speed", "decode"),
+        ):
+            known = [line for line in own if line["workload"].startswith(starts)]
+            assert bool(row[head]) is bool(known), (row, head)
+            if known:
+                names = [name for name in FIGURES if name.startswith(which)]
+                values = [float(known[0][name]) for name in names if known[0][name]]
+                assert shown(row[head]) == pytest.approx(values, abs=0.00501)
+    assert sum(map(len, groups.values())) == len(table) >= 2 * len(list_attentions("eviction"))
+    assert {row["policy"].split()[0] for row in table} == set(list_attentions("eviction"))
+    for rows in groups.values():
+        kept = [shown(row["perplexity kept"])[0] for row in rows]
+        assert [round(value, 2) for value in kept] == sorted((round(value, 2) for value in kept), reverse=True)
+    assert '<div id="policies"' in page
+    assert (RECORDS / "policies.csv").read_text(encoding="utf-8") == results.policies_table(sources, RECORDS).csv()
+
+
+def policy(method, budget, workload, figure=0.9, measure=QUALITY, **changes):
+    one = highlight(method, workload=workload, figure=figure, measure=measure, options={"budget": budget}, **changes)
+    return replace(one, task="decode")
+
+
+def test_policies_of_two_budgets_do_not_mix_and_a_row_without_a_figure_says_why(tmp_path):
+    found = [
+        *(
+            policy(name, budget, "perplexity: prose", kept)
+            for budget in (64, 128)
+            for name, kept in (("h2o", 0.8), ("tova", 0.9))
+        ),
+        policy("h2o", 64, "pass key: prose", 0.5),
+        policy("h2o", 64, "decode, batch 1", 2.0, SPEED, phase="decode"),
+        policy("h2o", 64, "decode, batch 8", 4.0, SPEED, phase="decode"),
+        policy(
+            "tova", 64, "decode, batch 1", measure=SPEED, phase="decode", status="oom", message="no\nmemory", figures={}
+        ),
+    ]
+    source = Source(tmp_path / "a.jsonl", tuple(found))
+    rows = read_csv(results.policies_table([source], tmp_path).csv())
+    cells = [
+        (row["policy"], row["budget"], row["perplexity kept"], row["pass key kept"], row["speed-up, decode"])
+        for row in rows
+    ]
+    assert cells == [
+        ("tova", "64", "0.90x", "-", "oom"),
+        ("h2o", "64", "0.80x", "0.50x", "2.00x"),
+        ("tova", "128", "0.90x", "", ""),
+        ("h2o", "128", "0.80x", "", ""),
+    ]
+    made = results.html([source], ("decode",), tmp_path, "make")
+    assert "<small>not measured</small>" in made
+    assert "<small>no memory</small>" in made
+    assert "<small>4.00x batch 8</small>" in made
+    first = made[made.index("<b>h2o</b>") : made.index("all 5 measurements of h2o")]
+    assert re.findall(r"<span>([\w -]+)</span> <a [^>]+>([^<]+)<", first) == [
+        ("perplexity kept", "0.80x"),
+        ("pass key kept", "0.50x"),
+        ("speed-up", "2.00x"),
+    ]
+    assert "budget 64" in first
+    assert [line["budget"] for line in read_csv(results.csv([source], (), tmp_path)) if line["method"] == "tova"] == [
+        "64",
+        "128",
+        "64",
+    ]
 
 
 def test_better_or_worse_is_not_rounded_to_the_same():

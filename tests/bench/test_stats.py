@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.bench.record import Interval
-from attnzoo.bench.stats import MIN_SAMPLES, mcnemar, paired_difference, ratio_of_shares, wilson_interval
+from attnzoo.bench.record import MIN_SAMPLES, Interval
+from attnzoo.bench.stats import mcnemar, paired_difference, ratio_of_shares, wilson_interval
 
 FLOATS = st.floats(-1e3, 1e3)
 
@@ -54,7 +54,8 @@ def test_what_is_no_pair_is_refused(a, b):
 
 
 def test_one_sample_has_no_interval_and_no_verdict():
-    from attnzoo.tasks.decode.quality import told, verdict
+    from attnzoo.bench.words import difference as told
+    from attnzoo.tasks.decode.quality import verdict
 
     one = Interval(mean=0.5, low=0.5, high=0.5, n=1)
     assert told(one) == "+0.500 (1 sample)"

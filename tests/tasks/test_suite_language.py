@@ -77,7 +77,7 @@ def tiny(folder, **changes):
 
 def cost_of(folder, attention, **changes):
     config = decoding(validate_config(tiny(folder, **changes)))
-    prompts = prepare(config, language.plan(config))["prompts"]
+    prompts = prepare(config, language.plan(config))["prompts"]["64"]
     return llm.measure_cost(config, config.attentions[attention], prompts, 1, lambda stage: None)
 
 

@@ -22,6 +22,7 @@ from attnzoo.bench.highlights import of_records
 from attnzoo.bench.plots import curves
 from attnzoo.bench.record import Count, NonNegative, Record
 from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.words import difference
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.decode.cells import _contents
@@ -90,12 +91,12 @@ class BitsPerByte(Perplexity):
     def details(self) -> dict[str, str]:
         """Columns of the table of quality; differences are paired window by window."""
         d = self.difference
-        mean, low, high = (0.0,) * 3 if d is None else (x / math.log(2) for x in (d.mean, d.low, d.high))
+        bits = d and d.model_copy(update={name: getattr(d, name) / math.log(2) for name in ("mean", "low", "high")})
         return {
             "parameters": f"{self.parameters:,}",
             "training loss, first and last": f"{self.losses[0][1]:.2f}, {self.losses[-1][1]:.2f}",
             "held out, bits per byte": self.figure.split()[0],
-            "above dense (95%)": "-" if d is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
+            "above dense (95%)": difference(bits),
         }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -21,7 +23,7 @@ from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
-LEFT_OUT = {"timeout_seconds", "samples", "batches"}  # a figure does not depend on them, or they are told apart
+LEFT_OUT = {"timeout_seconds", "samples", "batches", "prompt_tokens"}  # no figure depends on them, or they tell apart
 STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
@@ -30,7 +32,7 @@ def plan(config: DecodeConfig) -> list[Cell]:
 
     The baseline's windows come before all else, for without its canary no row counts.
     """
-    inputs = {"model": _contents(config.model), "text": _contents(config.text)}
+    inputs = {"model": _contents(config.model), "text": config.text and _contents(config.text)}
     rows = (None, *range(len(config.attentions)))
     return [_cell(config, index, inputs, **asked) for asked in _asked(config) for index in rows]
 
@@ -46,13 +48,14 @@ def _asked(config: DecodeConfig) -> Iterator[dict[str, Any]]:
             about = {"section": "retrieval", "workload": KIND_TITLES[kind], "depends": depends}
             yield {**about, "work": count * retrieval.tokens}
     if cost is not None:
-        for batch in cost.batches:
+        shared = {"read at": cost.batches[0], "threads": config.threads}
+        for tokens, batch in itertools.product(cost.lengths, cost.batches):
             yield {
                 "section": "cost",
-                "work": 2 * cost.repeats * (cost.prompt_tokens + STEP * cost.new_tokens),
+                "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
                 "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
-                "depends": {"batch": batch, "read at": cost.batches[0], "threads": config.threads},
-                "tokens": cost.prompt_tokens,
+                "depends": {"batch": batch, "prompt_tokens": tokens, **shared},
+                "tokens": tokens,
                 "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
             }
 
@@ -130,7 +133,8 @@ def check(config: DecodeConfig) -> None:
     require("transformers", "matplotlib", extra="llm")
     with _collected("here") as under:
         with under("text"):
-            texts.check_text_name(config.text)
+            if config.text is not None:
+                texts.check_text_name(config.text)
         with under("model"):
             _check_lengths(config)
 
@@ -157,7 +161,7 @@ def _check_lengths(config: DecodeConfig) -> None:
     asked = {
         "nll.tokens": nll.tokens if nll is not None else 0,
         "retrieval.tokens": retrieval.tokens if retrieval is not None else 0,
-        "cost.prompt_tokens + cost.new_tokens": cost.prompt_tokens + cost.new_tokens if cost is not None else 0,
+        "cost.prompt_tokens + cost.new_tokens": max(cost.lengths) + cost.new_tokens if cost is not None else 0,
     }
     over = [f"{key} is {tokens:,}" for key, tokens in asked.items() if longest is not None and tokens > longest]
     if over:
@@ -177,6 +181,9 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     wanted = {cell.asks["section"] for cell in cells}
     if not wanted:
         return {}
+    lengths = sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
+    if config.text is None:
+        return {"prompts": {str(tokens): _random_prompts(config, tokens) for tokens in lengths}}
     tokenizer, prose = lm.load_tokenizer(config.model), texts.load_text(config.text)
     given: dict[str, Any] = {"text_sha256": prose.sha256}
     nll, cost, retrieval, seed = config.nll, config.cost, config.retrieval, config.seed
@@ -189,8 +196,8 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
             if nll is not None and "nll" in wanted:
                 given["windows"] = windows(nll.windows, nll.tokens)
         with under("cost"):
-            if cost is not None and "cost" in wanted:
-                given["prompts"] = windows(cost.batches[0], cost.prompt_tokens)
+            if cost is not None:
+                given["prompts"] = {str(tokens): windows(cost.batches[0], tokens) for tokens in lengths}
         with under("retrieval"):
             if retrieval is not None and "retrieval" in wanted:
                 asked: dict[str, Any] = {"tokens": retrieval.tokens, "seed": seed}
@@ -200,12 +207,19 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     return given
 
 
+def _random_prompts(config: DecodeConfig, tokens: int) -> list[list[int]]:
+    """Prompts of random tokens, as many as are read: time and memory do not depend on what they say."""
+    assert config.cost is not None
+    words, draw = lm.vocabulary(config.model), random.Random(config.seed)
+    return [[draw.randrange(words) for _ in range(tokens)] for _ in range(config.cost.batches[0])]
+
+
 def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
     """Score every window through one attention, let it answer prompts, or time prefill and decoding."""
     index, section = cell.asks["attention"], cell.asks["section"]
     spec = None if index is None else config.attentions[index]
     if section == "cost":
-        return measure_cost(config, spec, given["prompts"], cell.asks["batch"], say)
+        return measure_cost(config, spec, given["prompts"][str(cell.tokens)], cell.asks["batch"], say)
     if section == "retrieval":
         samples = [needles.Sample(**sample) for sample in given[cell.asks["kind"]]]
         return measure_retrieval(config, spec, samples, say)

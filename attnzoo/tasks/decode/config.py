@@ -47,14 +47,14 @@ class RetrievalConfig(Section):
 
 
 class DecodeCostConfig(Section):
-    """What is timed: prompts of `prompt_tokens`, then `new_tokens` single steps after each, for each batch size.
+    """What is timed: prompts of each length, then `new_tokens` single steps after each, for each batch size.
 
     A latency of decoding is the mean of the steps after one prompt, so that evictions, which come once in a block, are
     in every one. Prompts are read at the first batch size; larger ones, multiples of it, decode on from its caches,
     each row repeated, so that a long prompt need not be read as many times over.
     """
 
-    prompt_tokens: Tokens = 1024
+    prompt_tokens: Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1)] = 1024
     new_tokens: PositiveInt = 128
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
     repeats: Annotated[int, Field(ge=3)] = 3
@@ -64,7 +64,14 @@ class DecodeCostConfig(Section):
     def _multiples(self) -> DecodeCostConfig:
         if any(batch % self.batches[0] for batch in self.batches):
             raise ValueError(f"batches: {list(self.batches)} must all be multiples of the first")
+        if len(set(self.lengths)) != len(self.lengths):
+            raise ValueError(f"prompt_tokens: {list(self.lengths)} has a length twice")
         return self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the prompts, one or several."""
+        return self.prompt_tokens if isinstance(self.prompt_tokens, tuple) else (self.prompt_tokens,)
 
 
 class CanaryConfig(Section):
@@ -87,7 +94,7 @@ class LanguageConfig(Section):
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    text: Annotated[str, Field(min_length=1)] | None = "debian_handbook"
     baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense"
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     nll: NllConfig | None = NllConfig()
@@ -109,6 +116,8 @@ class LanguageConfig(Section):
     def _rows_and_windows_fit(self) -> LanguageConfig:
         refuse_vision_keys((*self.attentions, self.canary.tiny))
         refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
+        if self.text is None and self.nll is not None:
+            raise ValueError("text must be given for nll; where only the cost is measured, set nll to null")
         if self.nll is None and self.retrieval is not None:
             raise ValueError("retrieval needs nll, on whose windows the canary is tried")
         if self.nll is not None and self.canary.windows > self.nll.windows:
@@ -142,7 +151,7 @@ class DecodeConfig(LanguageConfig, RunConfig):
     `attnzoo.tasks.decode` take them; `attention` is transformers' own, which the dense model uses. `workers` rows are
     scored at a time, each in a process of its own and, with ``device: cuda``, on a GPU of its own where there are
     several; timings are made one after another. With ``nll: null`` nothing is scored, as for a model of random weights,
-    whose canary proves nothing.
+    whose canary proves nothing; with ``text: null`` besides, the prompts that are timed are random tokens.
     """
 
     task: Literal["decode"] = "decode"

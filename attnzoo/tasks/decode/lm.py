@@ -22,6 +22,7 @@ from attnzoo.extras import require
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.needles import Sample, found
 
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files of a folder that hold them, or say which do
 CHUNK = 256  # positions whose float32 log-probabilities are held at a time
 ROOM_FOR_WORDS = 12  # tokens that an answer may have besides the numbers asked for
 CONVERTED = "_safetensors"  # ends the name of an asset that is another one in a form that loads fast
@@ -62,6 +63,11 @@ def longest(name: str) -> int | None:
     return getattr(_from_pretrained("AutoConfig", name, "read the config of"), "max_position_embeddings", None)
 
 
+def vocabulary(name: str) -> int:
+    """How many tokens a model knows; `name` and errors as in `load_model`."""
+    return int(_from_pretrained("AutoConfig", name, "read the config of").vocab_size)
+
+
 def load_model(
     name: str,
     *,
@@ -69,7 +75,7 @@ def load_model(
     attention: str = "sdpa",
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Load a causal language model, ready to be evaluated.
+    """Load a causal language model, ready to be evaluated; with random weights, if its folder holds none.
 
     Parameters
     ----------
@@ -89,7 +95,14 @@ def load_model(
     ConfigError
         If transformers finds no such model, or cannot load it.
     """
-    settings = {"dtype": dtype, "attn_implementation": attention}
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    folder = Path(name)
+    if folder.is_dir() and not any(path for kind in WEIGHTS for path in folder.glob(kind)):
+        torch.manual_seed(0)
+        config = _from_pretrained("AutoConfig", name, "read the config of")
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config, **settings).to(device).eval()
     return _from_pretrained("AutoModelForCausalLM", name, "load the model", **settings).to(device).eval()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from attnzoo.bench.colors import look
 from attnzoo.bench.plots import INK, KEYED, add_key, new_figure, to_svg
 from attnzoo.bench.record import Interval, Record
-from attnzoo.bench.stats import MIN_SAMPLES
 from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity, Retrieval
 
 DEPTHS = 5  # columns of a heat map
@@ -86,7 +85,7 @@ def interval_plot(rows: Sequence[Row], salt: str, of: Callable[[Any], Interval |
     axes.axvline(0, color=INK, lw=0.8, alpha=0.5)
     for y, (row, _, found) in enumerate(shown):
         color, _ = look(labels, row.label)
-        axes.plot([found.low, found.high], [y] * 2, color=color, lw=2)
+        axes.plot(found.bounds or [found.mean] * 2, [y] * 2, color=color, lw=2)
         axes.plot([found.mean], [y], "o", color=color, ms=6)
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlabel("NLL above dense, nats per token" if salt == "nll" else "part of the numbers asked for")
@@ -104,11 +103,7 @@ def _tall_figure(rows: Sequence[Row]) -> tuple[Any, Any]:
 
 
 def _above_dense(quality: Perplexity) -> Interval | None:
-    """The difference to dense; the mean alone of too few windows."""
-    found = quality.difference
-    if found is None or found.n >= MIN_SAMPLES:
-        return found
-    return found.model_copy(update={"low": found.mean, "high": found.mean})
+    return quality.difference
 
 
 def _recall(quality: Retrieval) -> Interval:

@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field
 
-from attnzoo.bench.record import Count, Entry, Interval, NonNegative, Quality, Share
-from attnzoo.bench.stats import MIN_SAMPLES, mcnemar, paired_difference, ratio_of_shares, wilson_interval
-from attnzoo.bench.words import figures, quality_kept
+from attnzoo.bench.record import Count, Entry, Interval, NonNegative, Quality, Share, bounds
+from attnzoo.bench.stats import mcnemar, paired_difference, ratio_of_shares, wilson_interval
+from attnzoo.bench.words import difference, figures, quality_kept
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.tables import Cell, Verdict
 from attnzoo.tasks.decode.lm import Answer, Scored, largest
@@ -108,13 +108,13 @@ class Perplexity(Read):
     def against(self, dense: Self) -> Self:
         """The same with its difference and its ratio to dense, over pairs of windows."""
         found = paired_difference(self.window_nll, dense.window_nll)
-        some = found.n >= MIN_SAMPLES
+        low, high = found.bounds or (None, None)
         positions = zip(self.position_nll, dense.position_nll, strict=False)
         update = {
             "difference": found,
             "ratio": math.exp(-found.mean),
-            "ratio_low": math.exp(-found.high) if some else None,
-            "ratio_high": math.exp(-found.low) if some else None,
+            "ratio_low": None if high is None else math.exp(-high),
+            "ratio_high": None if low is None else math.exp(-low),
             "curve": tuple(round(own - other, 6) for own, other in positions),
             "cache_dense": dense.cache,
         }
@@ -131,7 +131,7 @@ class Perplexity(Read):
         return {
             "perplexity": Cell(f"{self.perplexity:.2f}", small=f"NLL {self.nll:.3f}"),
             "kept (95%)": quality_kept(self),
-            "NLL to dense (95%)": Cell(told(self.difference), verdict(self.difference, less_is_better=True)),
+            "NLL to dense (95%)": Cell(difference(self.difference), verdict(self.difference, less_is_better=True)),
             "cache held": Cell(self.shown("held"), small=f"{self.shown('allocated')} allocated" if self.cache else ""),
         }
 
@@ -206,7 +206,8 @@ class Retrieval(Read):
     @property
     def figure(self) -> str:
         """In percent, with its interval: ``88 (76-94)``."""
-        return f"{self.recall * 100:.0f} ({self.low * 100:.0f}-{self.high * 100:.0f})"
+        ends = f" ({self.low * 100:.0f}-{self.high * 100:.0f})" if bounds(self.low, self.high, len(self.hits)) else ""
+        return f"{self.recall * 100:.0f}{ends}"
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -221,22 +222,13 @@ class Retrieval(Read):
         p_value = "" if self.p_value is None else "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
         return {
             f"{title}, % (95%)": Cell(self.figure, verdict(self.difference), small=counted),
-            f"{title} to dense (95%)": Cell(told(self.difference), small=p_value and f"McNemar's p {p_value}"),
+            f"{title} to dense (95%)": Cell(difference(self.difference), small=p_value and f"McNemar's p {p_value}"),
         }
-
-
-def told(interval: Interval | None) -> str:
-    """A difference and its interval: ``+0.021 (+0.015 to +0.028)``; too few samples have none."""
-    if interval is None:
-        return "-"
-    if interval.n < MIN_SAMPLES:
-        return f"{interval.mean:+.3f} ({interval.n} sample{'s' if interval.n > 1 else ''})"
-    return f"{interval.mean:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
 
 
 def verdict(interval: Interval | None, less_is_better: bool = False) -> Verdict:
     """Better or worse only where the whole interval of paired differences is on one side of 0."""
-    if interval is None or interval.n < MIN_SAMPLES or interval.low <= 0 <= interval.high:
+    if interval is None or interval.bounds is None or interval.low <= 0 <= interval.high:
         return "same"
     return "better" if (interval.mean < 0) == less_is_better else "worse"
 

@@ -80,13 +80,13 @@ def speed_plot(records: Sequence[Record]) -> str:
     height = 0.9 + 0.3 * len(shown)  # inches
     figure, axes = new_figure(height=height)
     figure.subplots_adjust(left=0.45, bottom=0.65 / height)
-    for y, (_, speedup) in enumerate(shown):
-        axes.plot([speedup.p20, speedup.p80], [y, y], lw=3, color=INK, alpha=0.35)
+    spreads = [speedup.bounds or (speedup.p50, speedup.p50) for _, speedup in shown]
+    for y, (spread, (_, speedup)) in enumerate(zip(spreads, shown, strict=True)):
+        axes.plot(spread, [y, y], lw=3, color=INK, alpha=0.35)
         axes.plot([speedup.p50], [y], "o", color=INK)
     axes.axvline(1, color=INK, lw=0.8, ls=":")
     axes.set_xscale("log")
-    spreads = [speedup for _, speedup in shown]
-    plain_ticks(axes.xaxis, [1.0, *(s.p20 for s in spreads), *(s.p80 for s in spreads)])
+    plain_ticks(axes.xaxis, [1.0, *(end for spread in spreads for end in spread)])
     axes.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=7)
     axes.set_xlabel("times as fast")
     return to_svg(figure, "operations")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
+from attnzoo.bench import words
 from attnzoo.bench.html import Section
-from attnzoo.bench.record import Count, Entry, Interval, NonNegative, Quality
+from attnzoo.bench.record import Count, Entry, Interval, NonNegative, Quality, bounds
 from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.stats import paired_difference, ratio_of_shares, wilson_interval
 from attnzoo.bench.words import quality_kept
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.tasks.decode.kvpress.config import Row
+from attnzoo.tasks.decode.quality import verdict
 from attnzoo.units import megabytes
 
 
@@ -39,7 +41,7 @@ class PassKeys(Quality):
     `difference` is the share found above dense, prompt by prompt; `versions` are those of the packages of its side.
     """
 
-    METRIC: ClassVar[str] = "pass keys found"
+    METRIC: ClassVar[str] = "pass key"
 
     row: Row
     prompts: tuple[Answered, ...]
@@ -66,9 +68,9 @@ class PassKeys(Quality):
 
     @property
     def figure(self) -> str:
-        """``7 of 24 (15% to 49%)``."""
-        low, high = self.interval
-        return f"{sum(self.found)} of {len(self.found)} ({low:.0%} to {high:.0%})"
+        """``7 of 24 (15% to 49%)``; of few prompts without the interval."""
+        ends = bounds(*self.interval, len(self.found))
+        return f"{sum(self.found)} of {len(self.found)}" + (f" ({ends[0]:.0%} to {ends[1]:.0%})" if ends else "")
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -82,7 +84,7 @@ class PassKeys(Quality):
         return {
             "entries kept": f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} to {kept[-1]:,}",
             "found (95% Wilson)": self.figure,
-            "above dense (95%)": "-" if self.difference is None else _signed(self.difference),
+            "above dense (95%)": words.difference(self.difference, digits=2),
             "quality kept (95%)": quality_kept(self),
             "peak cache": megabytes(self.cache_peak),
         }
@@ -132,7 +134,7 @@ def beside(records: Sequence[Record]) -> Table:
                 press.row.policy,
                 press.row.method,
                 *(f"{sum(quality.found)} of {len(quality.found)}" for quality in (own, press)),
-                Cell(_signed(d), "better" if d.low > 0 else "worse" if d.high < 0 else "same"),
+                Cell(words.difference(d, digits=2), verdict(d)),
                 f"{same} of {len(press.prompts)}",
                 Cell(megabytes(own.cache_peak), "same" if less else "worse"),
                 megabytes(press.cache_peak),
@@ -143,8 +145,3 @@ def beside(records: Sequence[Record]) -> Table:
 def sections(records: Sequence[Record]) -> list[Section]:
     """The two sides beside each other."""
     return [Section(beside(records).html(), "attnzoo and kvpress side by side", HOW_TO_READ)]
-
-
-def _signed(d: Interval) -> str:
-    """``-0.21 (-0.42 to +0.00)``."""
-    return f"{d.mean:+.2f} ({d.low:+.2f} to {d.high:+.2f})"

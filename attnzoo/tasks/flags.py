@@ -1,0 +1,93 @@
+"""Configs made from the flags of ``attnzoo measure``."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from typing import Any
+
+from attnzoo import models
+from attnzoo.bench.config import parse_override
+from attnzoo.errors import ConfigError
+from attnzoo.tasks.decode.lm import model_folder
+
+VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by default
+
+
+def config_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """Give the config, as plain data, that measures what the flags say; its key `task` names the task.
+
+    Raises
+    ------
+    ConfigError
+        If a flag has no meaning for the model.
+    """
+    library, name = models.split(flags.model)
+    given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
+    if library == "timm":
+        what = _timm(flags, name, given)
+    elif library == "transformers" and models.is_causal_lm(str(model_folder(name) or name)):
+        what = _decoder(flags, name, given)
+    else:
+        what = _model(flags, library, given)
+    _refuse(given, flags.model)
+    what["cost"] |= {"repeats": flags.repeats, "timeout_seconds": flags.timeout}
+    named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
+    what["attentions"] = [attention(text) for text in named if text != "dense"]
+    content = {"device": flags.device, "threads": flags.threads, **what}
+    key = hashlib.sha256(repr((content, models.source_of(flags.model))).encode()).hexdigest()[:8]
+    title = f"measure-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{key}"
+    return {"task": content.pop("task"), "name": title, **content, "output": flags.output}
+
+
+def _timm(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
+    given -= {"tokens", "batch", "patch_size", "min_seconds"}
+    host = {"library": "timm", "model": name, "patch_size": flags.patch_size or 16}
+    cost = {"tokens": flags.tokens or [196, 784], "batch": flags.batch or 1, "dtype": flags.dtype}
+    return {"task": "suite", "host": host, "cost": {**cost, "min_seconds": _seconds(flags)}}
+
+
+def _decoder(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
+    """Prefill and decoding of random tokens; nothing is scored."""
+    given -= {"tokens", "batch", "new_tokens"}
+    cost = {
+        "prompt_tokens": flags.tokens or [1024],
+        "new_tokens": flags.new_tokens or 128,
+        "batches": [flags.batch or 1],
+    }
+    return {"task": "decode", "model": name, "dtype": flags.dtype, "text": None, "nll": None, "cost": cost}
+
+
+def _model(flags: argparse.Namespace, library: str, given: set[str]) -> dict[str, Any]:
+    given -= {"min_seconds"}
+    cost = {"dtype": flags.dtype, "min_seconds": _seconds(flags)}
+    if library == "transformers":
+        given -= {"tokens", "batch"}
+        cost |= {"tokens": flags.tokens or [196], "batch": flags.batch or 1}
+    return {"task": "model", "model": flags.model, "cost": cost}
+
+
+def _seconds(flags: argparse.Namespace) -> float:
+    return 1.0 if flags.min_seconds is None else float(flags.min_seconds)
+
+
+def _refuse(given: set[str], model: str) -> None:
+    if given:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
+        raise ConfigError(f"{names}: no meaning for {model}; the example input of a function says how large it is")
+
+
+def attention(text: str) -> str | dict[str, Any]:
+    """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML.
+
+    Raises
+    ------
+    ConfigError
+        If an option does not read so.
+    """
+    name, *options = text.split(":")
+    if not options:
+        return name
+    given = [parse_override(option) for option in options]
+    return {"name": name, "options": {".".join(keys): value for keys, value in given}}

@@ -1,0 +1,119 @@
+"""Configs made from flags, and the language models that they measure."""
+
+import pytest
+import transformers
+import yaml
+
+from attnzoo import tasks
+from attnzoo.__main__ import main, parser
+from attnzoo.bench.record import RECORDS_FILE
+from attnzoo.errors import ConfigError
+from attnzoo.tasks.decode import cells
+from attnzoo.tasks.decode.config import DecodeConfig
+from attnzoo.tasks.flags import attention, config_of
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 50}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A causal language model of random weights: its config alone, without weights and without a tokenizer."""
+    path = tmp_path_factory.mktemp("llm")
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
+    config.max_position_embeddings = 256
+    config.save_pretrained(path)
+    return path
+
+
+def flags(*words):
+    return config_of(parser().parse_args(["measure", *map(str, words)]))
+
+
+def test_the_model_decides_what_the_flags_mean(folder):
+    vision = flags("timm:vit_tiny_patch16_224", "--tokens", "4,16", "--patch-size", "8")
+    assert (vision["task"], vision["host"]["patch_size"], vision["cost"]["tokens"]) == ("suite", 8, [4, 16])
+    language = flags(f"transformers:{folder}", "--tokens", "64,128", "--batch", "2")
+    assert (language["task"], language["cost"]["prompt_tokens"], language["cost"]["batches"]) == (
+        "decode",
+        [64, 128],
+        [2],
+    )
+    assert (language["nll"], language["text"]) == (None, None)
+    own = flags("tests.tasks.test_model:vit", "--attention", "padre:degree=2,dense")
+    assert (own["task"], own["attentions"]) == ("model", [{"name": "padre", "options": {"degree": 2}}])
+    assert "tokens" not in own["cost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("sdpa", "sdpa"),
+        ("padre:degree=2:output=sum", {"name": "padre", "options": {"degree": 2, "output": "sum"}}),
+        ("mamba:bidirectional=false", {"name": "mamba", "options": {"bidirectional": False}}),
+    ],
+)
+def test_options_follow_a_name(text, read):
+    assert attention(text) == read
+
+
+@pytest.mark.parametrize("words", [("--patch-size", 4), ("--min-seconds", 2)])
+def test_a_flag_without_a_meaning_is_refused(folder, words):
+    with pytest.raises(ConfigError, match=f"{words[0]}: no meaning for transformers"):
+        flags(f"transformers:{folder}", *words)
+
+
+def test_a_language_model_is_measured_by_its_config_alone(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    wanted = ["--attention", "keydiff:budget=16:block_size=8", "--tokens", "64", "--new-tokens", "8", "--repeats", "5"]
+    assert main(["measure", f"transformers:{folder}", *wanted, "--threads", "1", "--output", "run"]) == 0
+    said = capsys.readouterr().out
+    assert yaml.safe_load(said[: said.index("output:")])["task"] == "decode"
+    records = tasks.read_records(tmp_path / "run" / RECORDS_FILE)
+    assert [(r.label.split()[0], r.phase) for r in records] == [
+        (label, phase) for label in ("dense", "keydiff") for phase in ("prefill", "decode")
+    ]
+    assert all(r.status == "ok" and r.gate.passed and r.quality is None for r in records)
+    assert all(r.cost.ratios.speedup.bounds for r in records)
+    assert [r.cost.ratios.cache_held < 0.6 for r in records] == [False, False, True, True]
+
+
+def language(folder, **changes):
+    cost = {"prompt_tokens": [64, 128], "new_tokens": 8}
+    plain = {"task": "decode", "name": "x", "model": str(folder), "text": None, "nll": None, "cost": cost, "threads": 1}
+    return DecodeConfig.check(
+        {**plain, "attentions": [{"name": "tova", "options": {"budget": 16, "block_size": 8}}], **changes}
+    )
+
+
+def test_several_prompt_lengths_are_rows_of_one_run(folder):
+    """Prompts are random tokens; what was measured at one length does not depend on the others."""
+    config = language(folder)
+    cells.check(config)
+    plan = cells.plan(config)
+    assert [(cell.label.split()[0], cell.tokens) for cell in plan] == [
+        (n, t) for t in (64, 128) for n in ("dense", "tova")
+    ]
+    given = cells.prepare(config, plan)
+    assert {tokens: [len(ids) for ids in prompts] for tokens, prompts in given["prompts"].items()} == {
+        "64": [64],
+        "128": [128],
+    }
+    assert given == cells.prepare(config, plan), "the same every time"
+    result = cells.measure(config, plan[3], given, lambda word: None)
+    assert (result.status, result.shapes.tokens, set(result.costs)) == ("ok", 128, {"prefill", "decode"})
+    one = language(folder, cost={"prompt_tokens": 128, "new_tokens": 8})
+    assert [cell.measured for cell in cells.plan(one)] == [cell.measured for cell in plan[2:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nll": {"windows": 5, "tokens": 64}}, "text must be given for nll"),
+        ({"cost": {"prompt_tokens": [64, 64], "new_tokens": 8}}, "has a length twice"),
+        ({"cost": {"prompt_tokens": [], "new_tokens": 8}}, "prompt_tokens"),
+        ({"cost": {"prompt_tokens": [64, 256], "new_tokens": 8}}, "made for 256 tokens"),
+    ],
+)
+def test_lengths_and_texts_that_do_not_fit_are_refused(folder, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        cells.check(language(folder, **changes))
