@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnzoo.command import check_rows, output_console, run_script
+from attnzoo.command import output_console, run_script
 from attnzoo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,21 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(path: Path, overrides: Sequence[str], command: str, readme: Path | None) -> int:
     """Measure what a config asks for, report, and give the exit status: 1 where a row did not end as expected."""
     from attnzoo import tasks
-    from attnzoo.bench.readme import read_marked
-    from attnzoo.bench.record import RECORDS_FILE
-    from attnzoo.bench.run import run
+    from attnzoo.bench import publish
 
     task, config = tasks.load(path, overrides)
-    if readme is not None and (task.run is not None or task.columns is not None):
-        raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
-    if task.run is not None:
-        return task.run(config, command)
+    if task.run is None:
+        return publish.measure(task, config, command, readme)
     if readme is not None:
-        read_marked(readme)  # rather now than after an hour
-    records = run(task, config, command)
-    report(task, config.folder / RECORDS_FILE, readme, records)
-    unsupported = task.expected(config)
-    return check_rows(records, lambda row: (row.part, row.label) in unsupported)
+        raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
+    return task.run(config, command)
 
 
 def so_far(path: Path, overrides: Sequence[str]) -> None:

@@ -21,17 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
-    parser.add_argument("--batch", type=int, default=256, help="test images at a time (256)")
+    parser.add_argument("--batch", type=int, help="test images at a time, as test_batch=N (256)")
     parsed = parser.parse_intermixed_args(arguments)
-    if parsed.batch < 1:
+    if parsed.batch is not None and parsed.batch < 1:
         parser.error("--batch must be at least 1")
 
     def body() -> int:
-        from attnzoo.tasks.classify.config import load_config
-        from attnzoo.tasks.classify.task import evaluate
+        from attnzoo.bench.publish import measure
+        from attnzoo.tasks.classify.task import TASK, ClassifyConfig
 
-        config = load_config(parsed.config, parsed.overrides)
-        return evaluate(config, shlex.join(["python", "eval/classify.py", *arguments]), parsed.batch)
+        batch = [] if parsed.batch is None else [f"test_batch={parsed.batch}"]
+        config = ClassifyConfig.load(parsed.config, [*parsed.overrides, *batch])
+        lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
+        return measure(TASK, config, shlex.join(["python", "eval/classify.py", *lasting]))
 
     return run_script(body)
 

@@ -50,6 +50,11 @@ class RunConfig(Section):
     output: Path | None = None
 
     @property
+    def used_device(self) -> str:
+        """The device that is measured on."""
+        return self.device
+
+    @property
     def folder(self) -> Path:
         """Where records and the page go."""
         return self.output if self.output is not None else Path("runs") / self.name

@@ -49,7 +49,7 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     """
     console = console or Console(stderr=True)
     config.check_folder()
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    if config.used_device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     task.check(config)
     cells = task.plan(config)
@@ -127,7 +127,7 @@ class _Engine:
         self.baselines = {cell.part: cell.label for cell in cells if cell.is_baseline}
         self.hanging = {cell.part for cell in cells if cell.needs_baseline}  # on the quality of their baseline
         self.barred: dict[str, str] = {}
-        self.isolation = Isolation(task.preload(config), cuda=config.device.startswith("cuda"))
+        self.isolation = Isolation(task.preload(config), cuda=config.used_device.startswith("cuda"))
         self.places: dict[int | None, Environment] = {}
 
     def measure(self, cells: Sequence[Cell], bars: Progress) -> None:
@@ -217,6 +217,7 @@ class _Engine:
             if record.part not in self.with_quality or record.part in self.barred:
                 continue  # whoever measured it elsewhere may have written it
             found, note = self._quality_of(record.part, record.label)
+            found = found.brief if found is not None and record.kind == "cost" else found
             if (found, note) != (record.quality, record.quality_note):
                 self.store.append(record.model_copy(update={"quality": found, "quality_note": note}))
 
@@ -226,6 +227,7 @@ class _Engine:
             quality = result.quality
         else:
             quality, note = self._quality_of(cell.part, cell.label)
+            quality = None if quality is None else quality.brief
         record = self.task.record(
             task=self.task.name,
             measured=cell.measured,
@@ -291,7 +293,7 @@ class _Engine:
 
     def _place(self, threads: int | None) -> Environment:
         if threads not in self.places:
-            self.places[threads] = environment(self.config.device, threads)
+            self.places[threads] = environment(self.config.used_device, threads)
         return self.places[threads]
 
 

@@ -14,13 +14,16 @@ from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.tasks.classify import cells as vision
+from attnzoo.tasks.classify import page as trained
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig, vision_problems
-from attnzoo.tasks.classify.quality import training_plot
 from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems, language_problems
 from attnzoo.tasks.records import Record
 
 PARTS = {"vision": "classify", "language": "decode", "detection": "detect"}  # older records name no task
+
+
+TOKENS = (196, 784, 3136)
 
 
 class SuiteConfig(RunConfig):
@@ -31,13 +34,26 @@ class SuiteConfig(RunConfig):
     host: HostConfig = HostConfig()
     baseline: BaselineConfig = BaselineConfig()
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
+    cost: CostConfig = CostConfig(tokens=TOKENS)
+    costs: tuple[CostConfig, ...] = Field(default=(), description="in place of `cost`, where there are several")
     quality: QualityConfig | None = None
     language: LanguageConfig | None = None
     fresh: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: Any) -> Any:
+        """Fill in the token counts of costs that give no sizes."""
+        if not isinstance(data, Mapping):
+            return data
+        costs = data.get("costs", ())
+        sized = {"costs": [_with_sizes(cost) for cost in costs]} if isinstance(costs, (list, tuple)) else {}
+        return {**data, **sized, **({"cost": _with_sizes(data["cost"])} if "cost" in data else {})}
+
     @model_validator(mode="after")
     def _labels_differ(self) -> SuiteConfig:
+        if self.costs and self.cost != CostConfig(tokens=TOKENS):
+            raise ValueError("give either cost, or costs with a list of them")
         refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
         return self
 
@@ -58,7 +74,8 @@ class SuiteConfig(RunConfig):
         if self.language is None:
             del content["language"]
         later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
-        drop_defaults(content["cost"], later)
+        drop_defaults(content["cost"], {**later, "image_sizes": []})
+        drop_defaults(content, {"costs": []})
         drop_defaults(content["host"], {"channels": 3, "classes": 1000})
         if content["quality"] is not None:
             drop_defaults(content["quality"], {"equal_parameters": False})
@@ -82,6 +99,11 @@ class SuiteConfig(RunConfig):
             if not problems:
                 problems += block_problems(language)
         return problems
+
+
+def _with_sizes(cost: Any) -> Any:
+    sized = not isinstance(cost, Mapping) or "tokens" in cost or "image_sizes" in cost
+    return cost if sized else {**cost, "tokens": TOKENS}
 
 
 load_config, validate_config = SuiteConfig.load, SuiteConfig.check
@@ -130,11 +152,6 @@ def preload(config: SuiteConfig) -> tuple[str, ...]:
     return (*vision.PRELOAD, *(language.PRELOAD if config.language is not None else ()))
 
 
-def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The curves of training."""
-    return [("Training loss, first seed", training_plot([r for r in records if r.kind == "quality"]))]
-
-
 def highlights(records: Sequence[Record]) -> list[Highlight]:
     """What the results page shows: each part under the task that it is of."""
     return of_records(records, lambda record: PARTS.get(record.part, record.task))
@@ -151,6 +168,6 @@ TASK = Task(
     record=Record,
     preload=preload,
     expected=lambda config: config.unsupported,
-    plots=plots,
+    plots=lambda records: [("Training loss", trained.loss_plot(trained.qualities_of(records)))],
     highlights=highlights,
 )

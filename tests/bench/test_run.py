@@ -18,8 +18,7 @@ from attnzoo.bench.work import Job, work
 from attnzoo.errors import ConfigError
 from attnzoo.registry import unregister_attention
 from attnzoo.tasks import read_records
-from attnzoo.tasks.classify.cost import measure_cost
-from attnzoo.tasks.suite import TASK, plan, validate_config
+from attnzoo.tasks.suite import TASK, measure, plan, validate_config
 from tests.bench.data import cost_in
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "bench.py"
@@ -42,7 +41,7 @@ def tiny(folder, **changes):
 
 def outcome_of(name, **changes):
     config = validate_config(tiny("unused", attentions=[name] if isinstance(name, (str, dict)) else name, **changes))
-    return measure_cost(config, config.attentions[0], 16, lambda stage: None)
+    return measure(config, plan(config)[1], {}, lambda stage: None)
 
 
 @pytest.fixture
@@ -250,10 +249,9 @@ def test_a_host_without_attention_is_told_before_any_work(tmp_path, monkeypatch)
 
 def test_the_plan_measures_quality_first_and_the_baseline_first_of_all(tmp_path):
     rows = plan(validate_config(tiny(tmp_path, quality={})))
-    assert [(row.kind, row.asks["attention"]) for row in rows] == [
-        *(("quality", index) for index in (None, 0, 1)),
-        *(("cost", index) for index in (None, 0, 1)),
-    ]
+    labels = ("dense", "flash", "padre degree=2 kernel_size=3")
+    assert [row.label for row in rows] == 2 * [*labels]
+    assert [row.kind for row in rows] == 3 * ["quality"] + 3 * ["cost"]
 
 
 def test_the_command_line_refuses_with_the_reason_and_no_traceback(tmp_path, forked):

@@ -1,48 +1,36 @@
-"""Images to train and test with: where they come from, in what order, and what becomes of unreadable ones."""
+"""Where images come from: folders, assets, and the data sets that timm reads."""
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast, overload
+from typing import Any, Protocol, cast
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 
 from attnzoo import assets
-from attnzoo.errors import ConfigError, DataError, TrainingError
+from attnzoo.errors import ConfigError, DataError
 from attnzoo.extras import require
 from attnzoo.pixels import Mode, to_mode
-from attnzoo.tasks.classify.config import FOLDERS, AugmentConfig, DataConfig
+from attnzoo.tasks.classify.config import FOLDERS, DataConfig
 from attnzoo.tasks.classify.folders import ImageFolder
-from attnzoo.tasks.classify.randomness import reseed, seed_of
+from attnzoo.tasks.classify.randomness import SUBSET, seed_of
 
 UNREADABLE_SHARE = 0.01  # more than that of a data set, and more than one image, stops a run
-MOST_TRIES = 100
 MOST_TOLD = 20  # images in a message
 LOOKED_AT = 100  # images of each split, before any work
 MOST_LOOKED_AT = 10  # of them that may be unreadable where there are more images: 1% of all would be about one
 NO_CLASS = -1
+SPLIT_SEED, DIGITS_TEST_IMAGES = 0, 597
 ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
-ORDER, AUGMENT, SUBSET = 1, 2, 3  # keys that keep the random numbers of different purposes apart
-_ASSETS = {
+# what timm calls an asset, and its splits
+ASSETS = {
     "fashion_mnist": ("torch/fashion_mnist", "train", "validation"),
     "cifar10": ("torch/cifar10", "train", "validation"),
 }
-
-
-class Draw(NamedTuple):
-    """One image of one epoch; `copy` counts repeated augmentation."""
-
-    epoch: int
-    image: int
-    copy: int = 0
 
 
 class Source(Protocol):
@@ -97,7 +85,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     AssetError
         If an asset cannot be fetched.
     """
-    train, test = _open(data, data.train, training=True), _open(data, data.test, training=False)
+    train, test = open_split(data, training=True), open_split(data, training=False)
     if isinstance(test, IterableDataset) and processes > 1:
         raise ConfigError(
             f"data.test: {processes} processes would not count a stream's images once each ({data.name}); test with a "
@@ -139,7 +127,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     return Splits(train, test, counts.pop(), next(filter(None, known), None), images, tuple(left_out))
 
 
-def _most_unreadable(images: int) -> int:
+def most_unreadable(images: int) -> int:
     """How many of so many images may be unreadable."""
     return max(1, int(UNREADABLE_SHARE * images))
 
@@ -168,7 +156,7 @@ def _look(source: Source, split: str) -> list[str]:
     if len(refused) > UNREADABLE_SHARE * len(looked):
         raise ConfigError(f"data: of {len(looked)} images of {split!r}, {len(refused)} cannot be used. {refused[0]}")
     unreadable = refused + broken
-    if len(unreadable) > min(_most_unreadable(images), MOST_LOOKED_AT) or len(unreadable) == len(looked) > 0:
+    if len(unreadable) > min(most_unreadable(images), MOST_LOOKED_AT) or len(unreadable) == len(looked) > 0:
         listed = "; ".join(unreadable[:MOST_TOLD])
         raise ConfigError(
             f"data: of {len(looked)} images of {split!r}, {len(unreadable)} cannot be read, more than "
@@ -177,13 +165,15 @@ def _look(source: Source, split: str) -> list[str]:
     return [f"{split}: cannot be read and is left out: {told}" for told in unreadable]
 
 
-def _open(data: DataConfig, split: str, training: bool) -> Source | IterableDataset[Any]:
+def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[Any]:
+    """Open one split of a config's data, the training images or the test images; see `open_splits`."""
+    split = data.train if training else data.test
     if data.asset == "digits":
         return _Digits(assets.get("digits", data.path), training)
     name, root = data.name, data.root
     if data.asset is not None:
         root = assets.get(data.asset, data.path)
-        name, train, test = _ASSETS[data.asset]
+        name, train, test = ASSETS[data.asset]
         split = train if training else test
         if (root / "train").is_dir():  # an archive of folders, one per class
             name, split = "", "train" if training else "test"
@@ -264,11 +254,33 @@ def _from_timm(
     return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
 
 
+def read_digits(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """scikit-learn's digits: images ``(N, 8, 8)`` with pixels from 0 to 16 and classes, to train with and to test.
+
+    1,200 and 597, a fixed stratified split.
+    """
+    require("sklearn")
+    from sklearn.model_selection import train_test_split
+
+    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",", dtype=np.float32)
+    x, y = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+    parts = train_test_split(np.arange(len(y)), test_size=DIGITS_TEST_IMAGES, random_state=SPLIT_SEED, stratify=y)
+    train, test = ((x[part], y[part]) for part in parts)
+    return train, test
+
+
 def _class_of(target: Any) -> int:
     """A label as a reader gives it; many data sets mark test images of unknown class by -1 or by nothing."""
     if target is None or int(target) < 0:
         raise DataError(f"it has no class (its label is {target})")
     return int(target)
+
+
+class _Unnamed:
+    """A source whose images have places alone."""
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
 
 
 class _FromReader:
@@ -291,7 +303,7 @@ class _FromReader:
         return str(self.reader.filename(index))
 
 
-class _FromTorchvision:
+class _FromTorchvision(_Unnamed):
     """A data set of torchvision's."""
 
     def __init__(self, dataset: Any, mode: Mode) -> None:
@@ -308,9 +320,6 @@ class _FromTorchvision:
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.dataset[index]
         return to_mode(image, self.mode), _class_of(target)
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
 
 
 class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
@@ -340,28 +349,20 @@ class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
 
-class _Digits:
+class _Digits(_Unnamed):
     """scikit-learn's digits: 1,200 to train with and 597 to test, a fixed stratified split."""
 
     classes: tuple[str, ...] | None = tuple("0123456789")
 
     def __init__(self, folder: Path, training: bool) -> None:
-        from attnzoo.tasks.classify.small import load_images
-
-        images = load_images("digits", folder)
-        x, y = (images.train_x, images.train_y) if training else (images.test_x, images.test_y)
-        low, high = x.min(), x.max()
-        self.pixels = ((x[:, 0] - low) / (high - low) * 255).round().byte().numpy()
-        self.targets = y.tolist()
+        x, y = read_digits(folder)[0 if training else 1]
+        self.pixels, self.targets = (x * (255 / 16)).round().astype(np.uint8), y.tolist()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), self.targets[index]
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
 
 
 class _Subset:
@@ -378,279 +379,3 @@ class _Subset:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.chosen[index]))
-
-
-def test_options(data: DataConfig, augment: AugmentConfig | None) -> dict[str, Any]:
-    """What a test image goes through, as timm's ``create_transform`` takes it."""
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    gray = data.channels == 1
-    return {
-        "input_size": (data.channels, data.image_size, data.image_size),
-        "mean": data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if gray else IMAGENET_DEFAULT_MEAN),
-        "std": data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if gray else IMAGENET_DEFAULT_STD),
-        "interpolation": "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation,
-        "crop_pct": data.crop_pct,
-    }
-
-
-def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, Any]:
-    """Give timm's transforms for training and for testing."""
-    from timm.data import create_transform
-
-    options = test_options(data, augment)
-    test = create_transform(**options)
-    shared = {key: options[key] for key in ("input_size", "mean", "std")}
-    if augment is None:
-        plain = {"no_aug": True, "interpolation": options["interpolation"]}
-        return create_transform(**shared, is_training=True, **plain), test
-    train = create_transform(
-        **shared,
-        is_training=True,
-        train_crop_mode=augment.crop,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
-    )
-    return train, test
-
-
-def check_classes(targets: Tensor, classes: int) -> None:
-    """Raise `TrainingError` where a class ``(B,)`` is none of those that there are."""
-    wrong = targets[(targets < 0) | (targets >= classes)]
-    if wrong.numel():
-        raise TrainingError(
-            f"an image has class {int(wrong[0])}, but there are {classes} classes, 0 to {classes - 1}: mend "
-            "data.classes, or the labels"
-        )
-
-
-class TrainImages(Dataset[tuple[Tensor, int, int]]):
-    """Augmented images: ``images[draw]`` is image, class, and the index of an image that could not be read, or -1.
-
-    The next image that can be read stands in for such a one, so that batches keep their size.
-    """
-
-    def __init__(self, source: Source, transform: Any, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
-        reseed(self.seed, AUGMENT, *draw)
-        unreadable = -1
-        reason = ""
-        for ahead in range(min(MOST_TRIES, len(self.source))):
-            index = (draw.image + ahead) % len(self.source)
-            try:
-                image, target = self.source.read(index)
-            except ERRORS as error:
-                reason = reason or str(error)
-                unreadable = draw.image if unreadable < 0 else unreadable
-                continue
-            return self.transform(image), target, unreadable
-        raise TrainingError(f"{self.source.name(draw.image)} and those after it cannot be read: {reason}")
-
-
-class TestImages(Dataset[tuple[Tensor, int, int]]):
-    """Images as they are tested: image, class, index. Class -1, of index -1 and what cannot be read, does not count."""
-
-    __test__ = False  # no test of pytest's
-
-    def __init__(self, source: Source, transform: Any, shape: tuple[int, int, int]) -> None:
-        self.source, self.transform, self.shape = source, transform, shape
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        read = None
-        if index >= 0:
-            with contextlib.suppress(*ERRORS):
-                read = self.source.read(index)
-        if read is not None:
-            return self.transform(read[0]), read[1], index
-        return torch.zeros(self.shape), NO_CLASS, index
-
-
-class TestStream(IterableDataset[tuple[Tensor, int, int, str]]):
-    """Images of a stream as they are tested, in its order: image, class, number, and why it cannot be used.
-
-    Class -1, of what cannot be used, does not count.
-    """
-
-    __test__ = False
-
-    def __init__(self, stream: Any, transform: Any, shape: tuple[int, int, int]) -> None:
-        self.stream, self.transform, self.shape = stream, transform, shape
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
-        for number, (image, target, reason) in enumerate(self.stream):
-            yield torch.zeros(self.shape) if image is None else self.transform(image), target, number, reason
-
-
-class StreamImages(IterableDataset[tuple[Tensor, int, int, str]]):
-    """A `Stream`, augmented by keys that count its images: image, class, and number and reason of what it stands for.
-
-    The number is -1, but where the image stands in for one that cannot be used, so that batches keep their size: the
-    next that can be used does, at the stream's end the last.
-    """
-
-    def __init__(self, stream: Any, transform: Any, seed: int, rank: int, world: int = 1) -> None:
-        self.stream, self.transform, self.seed, self.rank, self.world = stream, transform, seed, rank, world
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int, str]]:
-        worker = torch.utils.data.get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        bad: list[tuple[int, str]] = []
-        last: tuple[Image.Image, int] | None = None
-
-        def augmented(image: Image.Image, target: int, count: int, reason: str) -> tuple[Tensor, int, int, str]:
-            reseed(self.seed, AUGMENT, self.epoch, self.rank, number, count)
-            place = (count * workers + number) * self.world + self.rank
-            return self.transform(image), target, place if reason else -1, reason
-
-        for count, (image, target, reason) in enumerate(self.stream):
-            if image is None:
-                bad.append((count, reason))
-                if len(bad) == MOST_TRIES:
-                    break
-                continue
-            last = image, target
-            for place, why in (*bad, (count, "")):
-                yield augmented(image, target, place, why)
-            bad = []
-        if bad and (last is None or len(bad) == MOST_TRIES):
-            raise TrainingError(f"{len(bad)} images of the stream, one after the other, cannot be used: {bad[0][1]}")
-        for place, why in bad:
-            assert last is not None
-            yield augmented(*last, place, why)
-
-
-class Epoch(Sequence[Draw]):
-    """The draws of an epoch: as many as there are images; with `repeats`, fewer images that many times each."""
-
-    def __init__(self, images: int, epoch: int, seed: int, repeats: int = 1) -> None:
-        self.images, self.epoch, self.repeats = images, epoch, repeats
-        self.shuffled = np.random.default_rng(seed_of(seed, ORDER, epoch)).permutation(images)
-
-    def __len__(self) -> int:
-        return self.images
-
-    @overload
-    def __getitem__(self, at: int) -> Draw: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[Draw]: ...
-
-    def __getitem__(self, at: int | slice) -> Draw | list[Draw]:
-        if isinstance(at, slice):
-            return [self[place] for place in range(*at.indices(self.images))]
-        if not 0 <= at < self.images:
-            raise IndexError(at)
-        return Draw(self.epoch, int(self.shuffled[at // self.repeats]), at % self.repeats)
-
-
-class Batches(Sampler[list[Draw]]):
-    """Each step's draws for one process, from step `first` to the end of training, across epochs.
-
-    Every process takes every `world`-th draw of a batch, so that a batch is the same whatever the number of processes.
-    """
-
-    def __init__(
-        self,
-        images: int,
-        batch: int,
-        epochs: int,
-        seed: int,
-        repeats: int = 1,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.images, self.batch, self.epochs, self.seed, self.repeats = images, batch, epochs, seed, repeats
-        self.first, self.rank, self.world = first, rank, world
-
-    @property
-    def steps(self) -> int:
-        """Steps an epoch; images that fill no whole batch are left out of it."""
-        return self.images // self.batch
-
-    def __len__(self) -> int:
-        return self.steps * self.epochs - self.first
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        for epoch in range(self.first // self.steps, self.epochs):
-            draws = Epoch(self.images, epoch, self.seed, self.repeats)
-            for step in range(self.steps):
-                if epoch * self.steps + step >= self.first:
-                    yield draws[step * self.batch + self.rank : (step + 1) * self.batch : self.world]
-
-
-def share_of(
-    images: TestImages | TestStream, batch: int, workers: int, rank: int = 0, world: int = 1
-) -> DataLoader[Any]:
-    """One process's share of the test images; shares are filled up with images that do not count, to equal length.
-
-    A stream has one share, and one reader: many would not agree on who reads what.
-    """
-    if isinstance(images, TestStream):
-        return DataLoader(images, batch_size=batch)
-    count = len(images.source)
-    share = list(range(rank, count, world))
-    share += [-1] * (-(-count // world) - len(share))
-    return DataLoader(images, batch_size=batch, sampler=cast(Any, share), num_workers=workers)
-
-
-class Unreadable:
-    """Images that could not be read: counted once each and listed; more than one, and more than 1% of all, end a run.
-
-    Without `source` they are those of a stream, which tells the reasons itself.
-    """
-
-    def __init__(self, source: Source | None, images: int, kind: str = "image") -> None:
-        self.source, self.images, self.kind, self.found = source, images, kind, set[int]()
-        self.reasons: dict[int, str] = {}
-
-    def note(self, indices: Iterable[int], reasons: Sequence[str] = ()) -> None:
-        """Take note of some, and of the reasons where they are told; -1 stands for none.
-
-        Raises
-        ------
-        TrainingError
-            If they are too many.
-        """
-        indices = list(indices)
-        self.reasons.update(zip(indices, reasons, strict=False))
-        for index in sorted({index for index in indices if index >= 0} - self.found):
-            self.found.add(index)
-            warnings.warn(f"{self.kind} {self.name(index)} cannot be read: {self.reason(index)}", stacklevel=2)
-        if len(self.found) > _most_unreadable(self.images):
-            found = sorted(self.found)
-            raise TrainingError(
-                f"{len(self.found)} of {self.images} {self.kind}s cannot be read, more than {UNREADABLE_SHARE:.0%}: "
-                f"{', '.join(map(self.name, found[:MOST_TOLD]))}. Mend or remove them. The first: "
-                f"{self.reason(found[0])}"
-            )
-
-    def reason(self, index: int) -> str:
-        """Why one cannot be read: what was told, or found by reading it again."""
-        if index in self.reasons:
-            return self.reasons[index]
-        try:
-            if self.source is not None:
-                self.source.read(index)
-        except ERRORS as error:
-            return str(error) or type(error).__name__
-        return "no reason is known"
-
-    def name(self, index: int) -> str:
-        """What to call one."""
-        return self.source.name(index) if self.source is not None else str(index)
-
-    def names(self) -> list[str]:
-        """All that were found."""
-        return sorted(self.name(index) for index in self.found)
