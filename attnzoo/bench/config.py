@@ -36,7 +36,7 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    """What every config has: a name, where it runs, and where it writes.
+    """What every config has: a name, where it runs, the seed of what is random, and where it writes.
 
     What is written follows from `identity`: `output` and `fresh` are not part of it. A task's config adds its keys, and
     `problems` that the schema cannot find. `task` is the task's name in `attnzoo.tasks`.
@@ -47,7 +47,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: PositiveInt | None = None
+    seed: Seed = 0
     output: Path | None = None
+    fresh: bool = Field(default=False, description="set earlier records of the folder aside")
 
     @property
     def used_device(self) -> str:

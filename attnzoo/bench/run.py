@@ -54,9 +54,8 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     task.check(config)
     cells = task.plan(config)
     measured = _measured(task, cells)
-    fresh = bool(getattr(config, "fresh", False))
     with RecordStore(
-        config.folder, task.record, config.hash, measured, fresh=fresh, changed=lambda: _changed(config)
+        config.folder, task.record, config.hash, measured, fresh=config.fresh, changed=lambda: _changed(config)
     ) as store:
         todo = [cell for cell in cells if not all(map(store.done, cell.keys))]
         set_threads(config.threads)
@@ -68,6 +67,8 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
         engine = _Engine(task, config, store, given, command, cells)
         with progress.bars(console) as bars:
             stages = list(dict.fromkeys(cell.stage for cell in todo))
+            if len(stages) > 1:
+                engine.whole = bars.add_task("all", total=sum(cell.weight for cell in todo), stage="")
             for number, stage in enumerate(stages):
                 engine.bar_parts(pending=[cell for cell in todo if cell.stage in stages[number:]])
                 engine.measure([cell for cell in todo if cell.stage == stage], bars)
@@ -127,6 +128,7 @@ class _Engine:
         self.baselines = {cell.part: cell.label for cell in cells if cell.is_baseline}
         self.hanging = {cell.part for cell in cells if cell.needs_baseline}  # on the quality of their baseline
         self.barred: dict[str, str] = {}
+        self.whole: TaskID | None = None  # the bar of all stages, where there are several
         self.isolation = Isolation(task.preload(config), cuda=config.used_device.startswith("cuda"))
         self.places: dict[int | None, Environment] = {}
 
@@ -138,6 +140,8 @@ class _Engine:
         for cell, result, seconds in self._results(cells, bars, bar):
             self._keep(cell, result, seconds, bars.console)
             bars.advance(bar, cell.weight)
+            if self.whole is not None:
+                bars.advance(self.whole, cell.weight)
 
     def _results(self, cells: Sequence[Cell], bars: Progress, bar: TaskID) -> Iterator[tuple[Cell, Result, float]]:
         if len(cells) == 1 or cells[0].workers == 1:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
-from attnzoo.bench.config import RunConfig, Seed, drop_defaults, refuse_twins
+from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError
@@ -30,7 +30,6 @@ class SuiteConfig(RunConfig):
     """A whole benchmark: cost and quality of a vision model's attentions, and of a language model's, in one table."""
 
     task: Literal["suite"] = "suite"
-    seed: Seed = 0
     host: HostConfig = HostConfig()
     baseline: BaselineConfig = BaselineConfig()
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
@@ -38,7 +37,6 @@ class SuiteConfig(RunConfig):
     costs: tuple[CostConfig, ...] = Field(default=(), description="in place of `cost`, where there are several")
     quality: QualityConfig | None = None
     language: LanguageConfig | None = None
-    fresh: bool = False
 
     @model_validator(mode="before")
     @classmethod

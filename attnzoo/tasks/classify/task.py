@@ -59,7 +59,7 @@ def _cost_cells(config: ClassifyConfig) -> list[Cell]:
             HostConfig(model=model.name, patch_size=patch, options=options, **sizes),
             BaselineConfig(label=config.baseline),
             attentions,
-            seed=0,
+            seed=config.seed,
             device=config.used_device,
             threads=config.threads,
             named=True,

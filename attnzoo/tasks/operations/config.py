@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype, RunConfig, Section, Seed
+from attnzoo.bench.config import Dtype, RunConfig, Section
 
 
 class PairCase(Section):
@@ -99,7 +99,6 @@ class OperationsConfig(RunConfig):
     """
 
     task: Literal["operations"] = "operations"
-    seed: Seed = 0
     dtype: Dtype = "bfloat16"
     width: PositiveInt = 384
     heads: PositiveInt = 6
@@ -109,7 +108,6 @@ class OperationsConfig(RunConfig):
     spread_bytes: PositiveInt = 2**28
     repeats: Annotated[int, Field(ge=3)] = 20
     min_seconds: NonNegativeFloat = 1.0
-    fresh: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> OperationsConfig:
