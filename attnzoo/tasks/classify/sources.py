@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -31,6 +32,9 @@ ASSETS = {
     "fashion_mnist": ("torch/fashion_mnist", "train", "validation"),
     "cifar10": ("torch/cifar10", "train", "validation"),
 }
+
+
+Names = tuple[str, ...] | None  # of classes
 
 
 class Source(Protocol):
@@ -91,23 +95,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
             f"data.test: {processes} processes would not count a stream's images once each ({data.name}); test with a "
             "reader that has an index, or in one process"
         )
-    known = (getattr(train, "classes", None), getattr(test, "classes", None))
-    if all(known) and known[0] != known[1]:
-        odd = sorted(set(known[0] or ()) ^ set(known[1] or ()))
-        raise ConfigError(f"data: the classes of {data.train!r} and {data.test!r} differ: {', '.join(odd[:10])}")
-    counts = {len(names) for names in known if names}
-    if data.classes is not None:
-        counts.add(data.classes)
-    if len(counts) > 1:
-        raise ConfigError(f"data.classes: {data.classes} asked for, but the data have {len(known[1] or ())}")
-    if not counts:
-        raise ConfigError("data.classes: must be given, for this reader does not tell how many there are")
-    if max(counts) < 2:
-        names = ", ".join(known[0] or known[1] or ())
-        raise ConfigError(
-            f"data: there is one class alone ({names}), and a classifier needs two or more. In folders, each folder in "
-            f"{data.train!r} and {data.test!r} is a class"
-        )
+    names, classes = _classes(data, getattr(train, "classes", None), getattr(test, "classes", None))
     left_out = [
         f"{split}: left out {source.left_out}"
         for split, source in ((data.train, train), (data.test, test))
@@ -124,7 +112,26 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     for split, source in ((data.train, train), (data.test, test)):
         if not isinstance(source, IterableDataset):
             left_out += _look(source, split)
-    return Splits(train, test, counts.pop(), next(filter(None, known), None), images, tuple(left_out))
+    return Splits(train, test, classes, names, images, tuple(left_out))
+
+
+def _classes(data: DataConfig, train: Names, test: Names) -> tuple[Names, int]:
+    """The names of the classes, where they are known, and their number, out of those of the two splits."""
+    if train and test and train != test:
+        odd = sorted(set(train) ^ set(test))
+        raise ConfigError(f"data: the classes of {data.train!r} and {data.test!r} differ: {', '.join(odd[:10])}")
+    names = train or test or None
+    if names and data.classes not in (None, len(names)):
+        raise ConfigError(f"data.classes: {data.classes} asked for, but the data have {len(names)}")
+    count = len(names) if names else data.classes
+    if count is None:
+        raise ConfigError("data.classes: must be given, for this reader does not tell how many there are")
+    if count < 2:
+        raise ConfigError(
+            f"data: there is one class alone ({', '.join(names or ())}), and a classifier needs two or more. In "
+            f"folders, each folder in {data.train!r} and {data.test!r} is a class"
+        )
+    return names, count
 
 
 def most_unreadable(images: int) -> int:
@@ -140,8 +147,7 @@ def _look(source: Source, split: str) -> list[str]:
     """
     images = len(source)
     looked = sorted({at * images // LOOKED_AT for at in range(LOOKED_AT)}) if images else []
-    refused: list[str] = []
-    broken: list[str] = []
+    refused, broken = list[str](), list[str]()
     for index in looked:
         try:
             source.read(index)
@@ -169,7 +175,7 @@ def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[
     """Open one split of a config's data, the training images or the test images; see `open_splits`."""
     split = data.train if training else data.test
     if data.asset == "digits":
-        return _Digits(assets.get("digits", data.path), training)
+        return _digits(assets.get("digits", data.path), training)
     name, root = data.name, data.root
     if data.asset is not None:
         root = assets.get(data.asset, data.path)
@@ -231,27 +237,17 @@ def _from_timm(
 
     mode, reader = _mode(data), name.partition("/")[0].lower()
     options = _options(data, training)
-    if (
-        reader != "torch"
-    ):  # TensorFlow's reader decodes to 8 bits; the others give what PIL reads, which is converted here
+    about = {"root": None if root is None else str(root), "split": split, "is_training": training}
+    if reader != "torch":  # TensorFlow's reader decodes to 8 bits; what PIL reads for the others is converted here
         options["input_img_mode"] = mode if reader == "tfds" else ""
     try:
-        found: Any = create_dataset(
-            name,
-            root=None if root is None else str(root),
-            split=split,
-            is_training=training,
-            search_split=False,
-            **options,
-        )
+        found: Any = create_dataset(name, search_split=False, **about, **options)
     except Exception as error:  # readers of many libraries
         where = f" in {str(root)!r}" if root is not None else ""
-        raise ConfigError(
-            f"data: {name or 'folder'!r}{where}, split {split!r}: {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"data: {name!r}{where}, split {split!r}: {type(error).__name__}: {error}") from error
     if isinstance(found, IterableDataset):
         return Stream(found, mode)
-    return _FromReader(found, mode) if hasattr(found, "reader") else _FromTorchvision(found, mode)
+    return _of_reader(found.reader, mode) if hasattr(found, "reader") else _of_torchvision(found, mode)
 
 
 def read_digits(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -276,50 +272,57 @@ def _class_of(target: Any) -> int:
     return int(target)
 
 
-class _Unnamed:
-    """A source whose images have places alone."""
+@dataclass
+class Indexed:
+    """Images of another library by index: how many, how one is opened, in what mode, of what classes, and its name."""
 
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-
-class _FromReader:
-    """A Hugging Face data set, through a reader of timm's."""
-
-    def __init__(self, dataset: Any, mode: Mode) -> None:
-        self.reader, self.mode = dataset.reader, mode
-        by_index = getattr(self.reader, "class_to_idx", None)
-        self.classes = tuple(map(str, sorted(by_index, key=by_index.__getitem__))) if by_index else None
+    count: int
+    open: Callable[[int], tuple[Image.Image, Any]]
+    mode: Mode
+    classes: Names
+    name: Callable[[int], str] = "image {}".format
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return self.count
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        handle, target, *_ = self.reader[index]
-        with handle:
-            return to_mode(Image.open(handle), self.mode), _class_of(target)
-
-    def name(self, index: int) -> str:
-        return str(self.reader.filename(index))
-
-
-class _FromTorchvision(_Unnamed):
-    """A data set of torchvision's."""
-
-    def __init__(self, dataset: Any, mode: Mode) -> None:
-        self.dataset, self.mode = dataset, mode
-        if hasattr(dataset, "loader"):
-            dataset.loader = Image.open  # torchvision's own clips pixels of more than 8 bits
-        # ImageNet has several names for a class
-        names = [name if isinstance(name, str) else ", ".join(name) for name in getattr(dataset, "classes", None) or ()]
-        self.classes = tuple(names) or None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.dataset[index]
+        """Give an image and its class."""
+        image, target = self.open(index)
         return to_mode(image, self.mode), _class_of(target)
+
+
+def _of_reader(reader: Any, mode: Mode) -> Indexed:
+    """A Hugging Face data set, through a reader of timm's."""
+    by_index = getattr(reader, "class_to_idx", None)
+    classes = tuple(map(str, sorted(by_index, key=by_index.__getitem__))) if by_index else None
+    return Indexed(len(reader), partial(_read, reader), mode, classes, reader.filename)
+
+
+def _read(reader: Any, index: int) -> tuple[Image.Image, Any]:
+    handle, target, *_ = reader[index]
+    with handle:
+        image = Image.open(handle)
+        image.load()
+    return image, target
+
+
+def _of_torchvision(dataset: Any, mode: Mode) -> Indexed:
+    """A data set of torchvision's."""
+    if hasattr(dataset, "loader"):
+        dataset.loader = Image.open  # torchvision's own clips pixels of more than 8 bits
+    # ImageNet has several names for a class
+    names = [name if isinstance(name, str) else ", ".join(name) for name in getattr(dataset, "classes", None) or ()]
+    return Indexed(len(dataset), dataset.__getitem__, mode, tuple(names) or None)
+
+
+def _digits(folder: Path, training: bool) -> Indexed:
+    x, y = read_digits(folder)[0 if training else 1]
+    pixels = (x * (255 / 16)).round().astype(np.uint8)
+    return Indexed(len(y), partial(_digit, pixels, y), "L", tuple("0123456789"))
+
+
+def _digit(pixels: np.ndarray, classes: np.ndarray, index: int) -> tuple[Image.Image, Any]:
+    return Image.fromarray(pixels[index]), classes[index]
 
 
 class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
@@ -347,22 +350,6 @@ class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
     def set_loader_cfg(self, num_workers: int) -> None:
         """As timm's streams have it: how many processes will read."""
         self.dataset.set_loader_cfg(num_workers=num_workers)
-
-
-class _Digits(_Unnamed):
-    """scikit-learn's digits: 1,200 to train with and 597 to test, a fixed stratified split."""
-
-    classes: tuple[str, ...] | None = tuple("0123456789")
-
-    def __init__(self, folder: Path, training: bool) -> None:
-        x, y = read_digits(folder)[0 if training else 1]
-        self.pixels, self.targets = (x * (255 / 16)).round().astype(np.uint8), y.tolist()
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), self.targets[index]
 
 
 class _Subset:
