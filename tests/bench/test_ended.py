@@ -126,8 +126,8 @@ def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monk
             attentions[0].pop("expect")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     rows = [Row("sdpa", "ok", part="vision"), Row("sdpa", "unsupported", "refused", part="language")]
-    monkeypatch.setattr("attnzoo.bench.run.run", lambda task, config, command: rows)
-    monkeypatch.setattr(bench, "report", lambda task, path, readme, records: None)
+    monkeypatch.setattr("attnzoo.bench.publish.run", lambda task, config, command: rows)
+    monkeypatch.setattr("attnzoo.bench.publish.publish", lambda *given: None)
     assert bench.main([str(tmp_path / "tiny.yaml")]) == status
     assert ("note: sdpa is expected to be unsupported" in capsys.readouterr().err) is (expecting == "vision")
 

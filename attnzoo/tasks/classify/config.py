@@ -105,6 +105,11 @@ class DataConfig(Section):
             )
         return self
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.image_size, self.image_size
+
     @model_validator(mode="after")
     def _scaled(self) -> DataConfig:
         problems = []

@@ -44,13 +44,7 @@ def measure_cost(work: Workload, say: Say) -> Result:
         say("gate")
         checks = _Checks(work, layers, shapes, x)
         gate, baseline_gate, traced, traced_dense = checks.run(candidate, dense)
-        result = Result(
-            status="ok",
-            shapes=shapes,
-            gate=gate,
-            baseline_gate=baseline_gate,
-            backends=traced.backends,
-        )
+        result = Result(status="ok", shapes=shapes, gate=gate, baseline_gate=baseline_gate, backends=traced.backends)
         if failed := _failed(result):
             return failed
     path = next(iter(swapped_layers(candidate)), layers[0])  # of what is timed alone
@@ -104,13 +98,7 @@ def _failed(result: Result) -> Result | None:
 class _Checks:
     """The gates of one row: the candidate's and the dense baseline's, on exactly the inputs that will be timed."""
 
-    def __init__(
-        self,
-        work: Workload,
-        layers: list[str],
-        shapes: Shapes,
-        x: Tensor,
-    ) -> None:
+    def __init__(self, work: Workload, layers: list[str], shapes: Shapes, x: Tensor) -> None:
         self.work, self.layers, self.shapes, self.x = work, layers, shapes, x
         self.tolerance = gates.TOLERANCE[x.dtype]
         self.spec = spec = work.attention

@@ -16,14 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from attnzoo.errors import TrainingError
 from attnzoo.tasks.classify.config import AugmentConfig, DataConfig
 from attnzoo.tasks.classify.randomness import AUGMENT, ORDER, reseed, seed_of
-from attnzoo.tasks.classify.sources import (
-    ERRORS,
-    MOST_TOLD,
-    NO_CLASS,
-    UNREADABLE_SHARE,
-    Source,
-    most_unreadable,
-)
+from attnzoo.tasks.classify.sources import ERRORS, MOST_TOLD, NO_CLASS, UNREADABLE_SHARE, Source, most_unreadable
 
 MOST_TRIES = 100  # images that cannot be used, one after the other
 
@@ -42,7 +35,7 @@ def test_options(data: DataConfig, augment: AugmentConfig | None) -> dict[str, A
 
     gray = data.channels == 1
     return {
-        "input_size": (data.channels, data.image_size, data.image_size),
+        "input_size": data.shape,
         "mean": data.mean or ((sum(IMAGENET_DEFAULT_MEAN) / 3,) if gray else IMAGENET_DEFAULT_MEAN),
         "std": data.std or ((sum(IMAGENET_DEFAULT_STD) / 3,) if gray else IMAGENET_DEFAULT_STD),
         "interpolation": "bicubic" if augment is None or augment.interpolation == "random" else augment.interpolation,
@@ -60,22 +53,9 @@ def transforms(data: DataConfig, augment: AugmentConfig | None) -> tuple[Any, An
     if augment is None:
         plain = {"no_aug": True, "interpolation": options["interpolation"]}
         return create_transform(**shared, is_training=True, **plain), test
-    train = create_transform(
-        **shared,
-        is_training=True,
-        train_crop_mode=augment.crop,
-        scale=augment.scale,
-        ratio=augment.ratio,
-        hflip=augment.hflip,
-        vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
-    )
-    return train, test
+    mixing = {"mixup", "cutmix", "mixup_prob", "mixup_switch_prob", "mixup_mode"}
+    as_timm = augment.model_dump(exclude={"crop", "repeats", *mixing})
+    return create_transform(**shared, is_training=True, train_crop_mode=augment.crop, **as_timm), test
 
 
 def check_classes(targets: Tensor, classes: int) -> None:
@@ -150,7 +130,7 @@ class TestStream(IterableDataset[tuple[Tensor, int, int, str]]):
 def test_images(data: DataConfig, augment: AugmentConfig | None, source: Any) -> TestImages | TestStream:
     """Images of a source, or of a stream, as they are tested."""
     kind = TestStream if isinstance(source, IterableDataset) else TestImages
-    return kind(source, transforms(data, augment)[1], (data.channels, data.image_size, data.image_size))
+    return kind(source, transforms(data, augment)[1], data.shape)
 
 
 class StreamImages(IterableDataset[tuple[Tensor, int, int, str]]):

@@ -20,19 +20,8 @@ from attnzoo.weights import load_weights
 
 # of a config of transformers: what the data decide, and what building a model does not need
 _OF_THE_DATA = frozenset(
-    [
-        "image_size",
-        "num_channels",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "model_type",
-        "architectures",
-        "dtype",
-        "transformers_version",
-        "problem_type",
-        "_name_or_path",
-    ]
+    "image_size num_channels num_labels id2label label2id model_type architectures dtype transformers_version "
+    "problem_type _name_or_path".split()
 )
 AVERAGED, ABOUT = "averaged.safetensors", "model.json"
 
@@ -244,9 +233,7 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
         try:
             model, _ = build(run, classes)
             with torch.inference_mode():
-                logits(
-                    model.eval(), torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
-                )
+                logits(model.eval(), torch.zeros(1, *config.data.shape))
         except AttnZooError as error:
             problems.append(f"{run.label}: {error}")
     if problems:
