@@ -46,7 +46,8 @@ class SuiteConfig(RunConfig):
             return data
         costs = data.get("costs", ())
         sized = {"costs": [_with_sizes(cost) for cost in costs]} if isinstance(costs, (list, tuple)) else {}
-        return {**data, **sized, **({"cost": _with_sizes(data["cost"])} if "cost" in data else {})}
+        cost = {} if data.get("cost") is None else {"cost": _with_sizes(data["cost"])}
+        return {**{key: value for key, value in data.items() if key != "cost"}, **sized, **cost}
 
     @model_validator(mode="after")
     def _labels_differ(self) -> SuiteConfig:

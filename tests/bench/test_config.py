@@ -91,6 +91,14 @@ def test_one_batch_stands_for_all_token_counts_and_a_mapping_must_name_each():
     assert "[9] are not among" in said
 
 
+def test_sizes_of_images_are_given_once():
+    both = {"tokens": [16], "image_sizes": [64]}
+    assert "give either tokens, or image_sizes" in problems_of({**SMALL, "cost": both})
+    assert "has a size twice" in problems_of({**SMALL, "cost": {"image_sizes": [64, 64]}})
+    assert "give either cost, or costs" in problems_of({**SMALL, "cost": {"tokens": [16]}, "costs": [{"batch": 2}]})
+    assert "costs.1.dtype" in problems_of({**SMALL, "costs": [{"batch": 2}, {"dtype": "float8"}]})
+
+
 def test_labels_must_differ():
     assert "['softmax']" in problems_of({**SMALL, "attentions": ["softmax", "softmax"]})
     assert "['dense']" in problems_of({**SMALL, "attentions": [{"name": "softmax", "label": "dense"}]})

@@ -1,6 +1,7 @@
 """Costs of the attention layer alone, with gradients, against another baseline; trainings at equal parameters."""
 
 import pytest
+import yaml
 
 from attnzoo import list_attentions
 from attnzoo.errors import UnsupportedError
@@ -80,6 +81,31 @@ def test_a_row_may_be_measured_at_some_token_counts_only():
         ("dense", 64),
         (padre, 64),
     ]
+
+
+def test_several_workloads_stand_in_one_run():
+    costs = [{"tokens": [16]}, {"image_sizes": [16, [16, 32]], "batch": 2}, {"tokens": [16], "dtype": "bfloat16"}]
+    data = tiny("unused", attentions=[PADRE], costs=costs)
+    del data["cost"]
+    config = validate_config(data)
+    dense = [cell for cell in plan(config) if cell.is_baseline]
+    assert [(cell.tokens, cell.workload) for cell in dense] == [
+        (16, "batch 1"),
+        (16, "batch 2"),
+        (32, "batch 2, 16 x 32 pixels"),
+        (16, "batch 1, bfloat16"),
+    ]
+    again = validate_config(yaml.safe_load(config.to_yaml()))
+    assert (again.hash, plan(again)) == (config.hash, plan(config))
+
+
+def test_images_need_not_be_square():
+    cost = {"image_sizes": [[8, 16]], "batch": 3, "repeats": 3, "min_seconds": 0}
+    config = validate_config(tiny("unused", attentions=["flash", PADRE], cost=cost))
+    for cell in plan(config)[1:]:
+        found = measure(config, cell, {}, lambda stage: None)
+        assert (found.status, found.shapes.tokens, found.shapes.batch) == ("ok", 8, 3), found.message
+        assert found.gate.passed
 
 
 def test_a_part_of_the_model_is_swapped():

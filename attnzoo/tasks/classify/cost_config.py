@@ -59,7 +59,8 @@ class CostConfig(Section):
     `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
     timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the MLPs
     of each row's model are made wider or narrower until it has as many parameters as the dense one. Give the sizes of
-    images either as `tokens`, for square ones, or as `image_sizes` in pixels: 224, or [height, width].
+    images either as `tokens`, for square ones, or as `image_sizes` in pixels: 224, or [height, width]. Without either, a
+    suite takes 196, 784 and 3,136 tokens, and trained classifiers are timed at the size of their data.
     """
 
     of: Literal["model", "layer"] = "model"
@@ -81,7 +82,7 @@ class CostConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_batch_for_all(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or "tokens" not in data:
+        if not isinstance(data, Mapping) or not data.get("tokens"):
             return data
         tokens, batch = data["tokens"], data.get("batch", 1)
         if isinstance(batch, int) and not isinstance(batch, bool):
