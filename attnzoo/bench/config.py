@@ -233,6 +233,16 @@ def refuse_twins(labels: list[str]) -> None:
         raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
 
 
+def renamed(data: Any, **names: str) -> Any:
+    """Take keys by their names of before, each given as ``old="new"``; `ValueError` where a section has both."""
+    for old, new in names.items():
+        if isinstance(data, Mapping) and old in data:
+            if new in data:
+                raise ValueError(f"{old} is called {new} now: give {new} alone")
+            data = {new if key == old else key: value for key, value in data.items()}
+    return data
+
+
 def drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
     """Take keys that came later out where they say what was so before, so that older benchmarks keep their identity."""
     for key, value in later.items():

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
-from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins
+from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError
@@ -30,7 +30,7 @@ class SuiteConfig(RunConfig):
     """A whole benchmark: cost and quality of a vision model's attentions, and of a language model's, in one table."""
 
     task: Literal["suite"] = "suite"
-    host: HostConfig = HostConfig()
+    model: HostConfig = HostConfig()
     baseline: BaselineConfig = BaselineConfig()
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
     cost: CostConfig = CostConfig(tokens=TOKENS)
@@ -42,6 +42,7 @@ class SuiteConfig(RunConfig):
     @classmethod
     def _sizes(cls, data: Any) -> Any:
         """Fill in the token counts of costs that give no sizes."""
+        data = renamed(data, host="model")
         if not isinstance(data, Mapping):
             return data
         costs = data.get("costs", ())
@@ -75,10 +76,10 @@ class SuiteConfig(RunConfig):
         later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
         drop_defaults(content["cost"], {**later, "image_sizes": []})
         drop_defaults(content, {"costs": []})
-        drop_defaults(content["host"], {"channels": 3, "classes": 1000})
+        _as_before(content)
         if content["quality"] is not None:
             drop_defaults(content["quality"], {"equal_parameters": False})
-            drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
+            _as_before(content["quality"])
         for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
             attention.pop("expect", None)  # it changes nothing that is measured
         for attention in content["attentions"]:
@@ -98,6 +99,13 @@ class SuiteConfig(RunConfig):
             if not problems:
                 problems += block_problems(language)
         return problems
+
+
+def _as_before(content: dict[str, Any]) -> None:
+    """Give a model its name of before, and leave out what came later and says what was so then."""
+    model = content.pop("model")
+    drop_defaults(model, {"channels": 3, "classes": 1000})
+    content["host"] = renamed(model, name="model")
 
 
 def _with_sizes(cost: Any) -> Any:

@@ -105,7 +105,19 @@ def test_labels_must_differ():
 
 
 def test_the_image_size_is_not_the_hosts_to_set():
-    assert "the token counts decide it" in problems_of({**SMALL, "host": {"options": {"img_size": 32}}})
+    assert "the token counts decide it" in problems_of({**SMALL, "model": {"options": {"img_size": 32}}})
+
+
+def test_names_of_before_are_taken_but_not_beside_the_new_ones():
+    before, now = (
+        {"model": "vit_small_patch16_224", "patch_size": 8},
+        {"name": "vit_small_patch16_224", "patch_size": 8},
+    )
+    old = validate_config({**SMALL, "host": before, "quality": {"host": before}})
+    new = validate_config({**SMALL, "model": now, "quality": {"model": now}})
+    assert (old, old.hash) == (new, new.hash)
+    assert new.model.name == "vit_small_patch16_224"
+    assert "host is called model now: give model alone" in problems_of({**SMALL, "host": before, "model": now})
 
 
 def test_the_hash_is_over_content_and_not_over_where_it_is_written():

@@ -112,7 +112,7 @@ def test_a_part_of_the_model_is_swapped():
     host = {**HOST, "options": {**HOST["options"], "depth": 3}}
     found = {}
     for where in (None, "blocks.[01]", ["blocks.1"]):
-        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}]))
+        config = validate_config(tiny("unused", model=host, attentions=[{**PADRE, "where": where}]))
         result = measure(config, plan(config)[1], {}, lambda stage: None)
         assert result.gate.passed
         cost = cost_in(result)
@@ -120,7 +120,7 @@ def test_a_part_of_the_model_is_swapped():
         cell = plan(config)[1]
         assert cell.options.get("where") == (tuple(where) if isinstance(where, list) else where)
         alone = {**LAYER, "tokens": [16]}
-        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}], cost=alone))
+        config = validate_config(tiny("unused", model=host, attentions=[{**PADRE, "where": where}], cost=alone))
         layer = cost_in(measure(config, plan(config)[1], {}, lambda stage: None))
         assert layer.candidate.flops != layer.baseline.flops, "the layer that is timed alone is a swapped one"
     assert found["None"] == pytest.approx(3 * found["['blocks.1']"])

@@ -31,7 +31,7 @@ def tiny(folder, **changes):
     data = {
         "name": "tiny",
         "threads": 1,
-        "host": HOST,
+        "model": HOST,
         "attentions": ["flash", PADRE],
         "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0},
         "output": str(folder),
@@ -229,10 +229,10 @@ def test_an_attention_that_the_host_refuses_is_unsupported():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"host": {"model": "vit_tinny_patch16_224"}}, r"host\.model: .*did you mean .*vit_tiny_patch16_224"),
-        ({"host": {"model": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"host: .*depht"),
-        ({"host": {"model": "resnet18", "patch_size": 4}}, r"host: .*resnet18"),
-        ({"quality": {"host": {"patch_size": 3}}}, r"quality\.host\.patch_size: 3 does not divide the 8 pixels"),
+        ({"model": {"name": "vit_tinny_patch16_224"}}, r"model\.name: .*did you mean .*vit_tiny_patch16_224"),
+        ({"model": {"name": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"model: .*depht"),
+        ({"model": {"name": "resnet18", "patch_size": 4}}, r"model: .*resnet18"),
+        ({"quality": {"model": {"patch_size": 3}}}, r"quality\.model\.patch_size: 3 does not divide the 8 pixels"),
         *([] if torch.cuda.is_available() else [({"device": "cuda"}, "device: 'cuda' asked for")]),
     ],
 )

@@ -27,7 +27,7 @@ def plan(config: SuiteConfig) -> list[Cell]:
     cells = [_quality_cell(config, index) for index in who] if config.quality is not None else []
     return cells + cost_cells(
         config.costs or (config.cost,),
-        config.host,
+        config.model,
         config.baseline,
         config.attentions,
         seed=config.seed,
@@ -45,7 +45,7 @@ def _quality_cell(config: SuiteConfig, index: int | None) -> Cell:
     return Cell(
         **whose,
         kind="quality",
-        host=f"{quality.host.library}:{quality.host.model}",
+        host=f"{quality.model.library}:{quality.model.name}",
         dtype="float32",
         depends_on={"quality": how, "fused": config.baseline.fused, "device": config.device, **about},
         asks={"attention": index},
@@ -60,16 +60,16 @@ def problems(config: SuiteConfig) -> list[str]:
     """What the schema cannot find: the host's name and the shapes of the quality model."""
     require("timm", "matplotlib")
     found: list[str] = []
-    hosts = {"host.model": config.host.model}
+    models = {"model.name": config.model.name}
     if config.quality is not None:
-        hosts["quality.host.model"] = config.quality.host.model
+        models["quality.model.name"] = config.quality.model.name
         side = IMAGE_SIDE[config.quality.dataset]
-        if side % config.quality.host.patch_size:
+        if side % config.quality.model.patch_size:
             found.append(
-                f"quality.host.patch_size: {config.quality.host.patch_size} does not divide the {side} pixels of "
+                f"quality.model.patch_size: {config.quality.model.patch_size} does not divide the {side} pixels of "
                 f"{config.quality.dataset}"
             )
-    for key, model in hosts.items():
+    for key, model in models.items():
         try:
             check_model_name(model)
         except ConfigError as error:
@@ -83,9 +83,9 @@ def _host_problems(config: SuiteConfig) -> list[str]:
         costs = [cell for cell in plan(config) if cell.kind == "cost"]
         model = _workload(min(costs, key=lambda cell: cell.tokens)).build() if costs else None
     except Exception as error:  # a factory of timm's may raise anything
-        return [f"host: {error if isinstance(error, AttnZooError) else f'{type(error).__name__}: {error}'}"]
+        return [f"model: {error if isinstance(error, AttnZooError) else f'{type(error).__name__}: {error}'}"]
     if model is not None and not attention_paths(model):
-        return [f"host.model: {config.host.model!r} has no attention layer that attnzoo can swap"]
+        return [f"model.name: {config.model.name!r} has no attention layer that attnzoo can swap"]
     return []
 
 

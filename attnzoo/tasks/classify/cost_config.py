@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype, Section
+from attnzoo.bench.config import Dtype, Section, renamed
 from attnzoo.errors import AttnZooError, ConfigError, OptionError
 
 DatasetName = Literal["digits", "fashion_mnist"]
@@ -22,17 +22,22 @@ class HostConfig(Section):
     """
 
     library: Literal["timm"] = "timm"
-    model: str = "vit_tiny_patch16_224"
+    name: str = "vit_tiny_patch16_224"
     patch_size: PositiveInt = 16
     channels: PositiveInt = 3
     classes: PositiveInt = 1000
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _before(cls, data: Any) -> Any:
+        return renamed(data, model="name")
+
     @model_validator(mode="after")
     def _no_double_meaning(self) -> HostConfig:
         for key in ("img_size", "patch_size"):
             if key in self.options:
-                where = "the token counts decide it" if key == "img_size" else "it is a key of the host itself"
+                where = "the token counts decide it" if key == "img_size" else "it is a key of the model itself"
                 raise ValueError(f"options.{key} cannot be set here: {where}")
         return self
 
@@ -59,8 +64,8 @@ class CostConfig(Section):
     `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
     timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the MLPs
     of each row's model are made wider or narrower until it has as many parameters as the dense one. Give the sizes of
-    images either as `tokens`, for square ones, or as `image_sizes` in pixels: 224, or [height, width]. Without either, a
-    suite takes 196, 784 and 3,136 tokens, and trained classifiers are timed at the size of their data.
+    images either as `tokens`, for square ones, or as `image_sizes` in pixels: 224, or [height, width]. Without either,
+    a suite takes 196, 784 and 3,136 tokens, and trained classifiers are timed at the size of their data.
     """
 
     of: Literal["model", "layer"] = "model"
@@ -157,8 +162,8 @@ class QualityConfig(Section):
     """
 
     dataset: DatasetName = "digits"
-    host: HostConfig = HostConfig(
-        model="vit_tiny_patch16_224",
+    model: HostConfig = HostConfig(
+        name="vit_tiny_patch16_224",
         patch_size=1,
         options={"embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"},
     )
@@ -170,6 +175,11 @@ class QualityConfig(Section):
     threads: PositiveInt = 1
     workers: PositiveInt = 2
     timeout_seconds: PositiveFloat = 600.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before(cls, data: Any) -> Any:
+        return renamed(data, host="model")
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> QualityConfig:

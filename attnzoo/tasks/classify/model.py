@@ -20,9 +20,9 @@ from attnzoo.weights import load_weights
 
 # of a config of transformers: what the data decide, and what building a model does not need
 _OF_THE_DATA = frozenset(
-    "image_size num_channels num_labels id2label label2id model_type architectures dtype transformers_version "
-    "problem_type _name_or_path".split()
-)
+    ["image_size", "num_channels", "num_labels", "id2label", "label2id", "model_type", "architectures", "dtype",
+     "transformers_version", "problem_type", "_name_or_path"]
+)  # fmt: skip
 AVERAGED, ABOUT = "averaged.safetensors", "model.json"
 
 

@@ -187,13 +187,13 @@ def measure_quality(
         Where to train, and how to tell how far it is.
     """
     images = load_images(quality.dataset, data, train_images=quality.train_images, std=quality.input_std)
-    host, recipe = quality.host, quality.recipe
+    host, recipe = quality.model, quality.recipe
     trainings, counted = [], []
     for seed in quality.seeds:
 
         def build(more: Mapping[str, Any], seed: int = seed) -> nn.Module:
             model = build_model(
-                host.model,
+                host.name,
                 image_size=images.side,
                 patch_size=host.patch_size,
                 channels=images.channels,
@@ -226,7 +226,7 @@ def measure_quality(
     tokens = (images.side // host.patch_size) ** 2
     seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
     note = (
-        f"{host.model} ({listed(host.options)}) from scratch on {quality.dataset}, {tokens} tokens, {recipe.epochs} "
+        f"{host.name} ({listed(host.options)}) from scratch on {quality.dataset}, {tokens} tokens, {recipe.epochs} "
         f"epochs, {seeds}, {trainings[0].images:,} test images"
     )
     return Result(status="ok", quality=accuracy_of(trainings, counted, images.classes, note))

@@ -56,7 +56,7 @@ def _cost_cells(config: ClassifyConfig) -> list[Cell]:
     try:
         return cost_cells(
             config.costs,
-            HostConfig(model=model.name, patch_size=patch, options=options, **sizes),
+            HostConfig(name=model.name, patch_size=patch, options=options, **sizes),
             BaselineConfig(label=config.baseline),
             attentions,
             seed=config.seed,

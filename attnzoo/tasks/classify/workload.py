@@ -40,7 +40,7 @@ class Workload(Section):
         """
         height, width = self.pixels
         model = build_model(
-            self.host.model,
+            self.host.name,
             image_size=height if height == width else self.pixels,
             patch_size=self.host.patch_size,
             channels=self.host.channels,
@@ -132,7 +132,7 @@ def _cell(workload: Workload, whose: Mapping[str, Any], threads: int | None, wor
         tokens=tokens,
         workload=words,
         phases=("training",) if cost.gradient else ("forward",),
-        host=f"{host.library}:{host.model}{alone}",
+        host=f"{host.library}:{host.name}{alone}",
         dtype=cost.dtype,
         scope=cost.of,
         depends_on={
