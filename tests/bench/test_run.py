@@ -218,7 +218,7 @@ def test_every_kind_of_gate_passes_in_every_dtype(name, dtype):
 
 
 def test_an_attention_that_the_host_refuses_is_unsupported():
-    config = validate_config(tiny("unused", host={"model": "resnet18", "patch_size": 4}))
+    config = validate_config(tiny("unused", model={"model": "resnet18", "patch_size": 4}))
     cell = plan(config)[1]
     job = Job(task=TASK.ref, config=config.model_dump_json(), cell=cell, given={})
     answer = json.loads(work(job.model_dump_json(), lambda stage: None))

@@ -68,7 +68,7 @@ def tiny(folder, **changes):
         "quality": {"windows": 3, "tokens": 64, "canary_nats": -10.0},
         **changes,
     }
-    vision = {"host": HOST, "attentions": ["sdpa"], "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0}}
+    vision = {"model": HOST, "attentions": ["sdpa"], "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0}}
     return {"name": "tiny", "threads": 1, **vision, "language": language}
 
 
