@@ -25,16 +25,8 @@ def plan(config: SuiteConfig) -> list[Cell]:
     """Quality of every attention, then cost by token count; the dense baseline first in each."""
     who: list[int | None] = [None, *range(len(config.attentions))]
     cells = [_quality_cell(config, index) for index in who] if config.quality is not None else []
-    return cells + cost_cells(
-        config.costs or (config.cost,),
-        config.model,
-        config.baseline,
-        config.attentions,
-        seed=config.seed,
-        device=config.device,
-        threads=config.threads,
-        named=bool(config.costs),
-    )
+    shared = (config.model, config.baseline, config.attentions)
+    return cells + cost_cells(config, config.costs or (config.cost,), *shared, named=bool(config.costs))
 
 
 def _quality_cell(config: SuiteConfig, index: int | None) -> Cell:

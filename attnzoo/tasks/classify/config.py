@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import CONFIG_VERSION, RunConfig, Section, refuse_twins
-from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
 from attnzoo.tasks.decode.cost_config import refuse_vision_keys
 
@@ -23,7 +22,7 @@ from attnzoo.tasks.decode.cost_config import refuse_vision_keys
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")
 IMAGE_SIZE = 224
-FINAL, MANIFEST, WEIGHTS = "final", "manifest.json", "model.safetensors"  # of a trained run
+FINAL, MANIFEST, RESULT, WEIGHTS = "final", "manifest.json", "result.json", "model.safetensors"  # of a trained run
 HOW = frozenset({"only", "checkpoint_steps", "keep_checkpoints", "trackers", "resume", "test_batch"})  # no result's
 MOST_STD = 10  # more than that is a deviation of pixels from 0 to 255
 
@@ -57,6 +56,9 @@ class ModelConfig(Section):
         for key in ("img_size", "image_size", "in_chans", "num_channels", "num_classes", "num_labels", "pretrained"):
             if key in self.options:
                 raise ValueError(f"options.{key} cannot be set here: the data, or a key of the model, decide it")
+        if self.weights is not None and not self.weights.is_file():
+            inside = " (a folder; give the file of weights in it)" if self.weights.is_dir() else ""
+            raise ValueError(f"weights: there is no file {str(self.weights)!r}{inside}")
         return self
 
 
@@ -302,22 +304,6 @@ class ClassifyConfig(RunConfig):
         """What the registry says of the attentions."""
         return attention_problems(data.get("attentions"), "attentions", vision_problems)
 
-    @classmethod
-    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
-        """Check plain data against the schema, the registry and the disk.
-
-        Raises
-        ------
-        ConfigError
-            With every problem, one per line.
-        """
-        config = super().check(data, source)
-        weights = config.model.weights
-        if weights is not None and not weights.is_file():
-            inside = " (a folder; give the file of weights in it)" if weights.is_dir() else ""
-            raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}{inside}")
-        return config
-
 
 load_config, validate_config = ClassifyConfig.load, ClassifyConfig.check
 
@@ -345,6 +331,12 @@ class Run:
     def final(self) -> Path:
         """Where its weights and result are, once it is trained."""
         return self.folder / FINAL
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What training wrote at its end."""
+        found: dict[str, Any] = json.loads((self.final / RESULT).read_text(encoding="utf-8"))
+        return found
 
     @property
     def weights(self) -> str | None:

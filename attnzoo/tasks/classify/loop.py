@@ -21,7 +21,7 @@ from attnzoo.bench.measure import quantiles
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.tasks.classify import checkpoint, nonfinite
 from attnzoo.tasks.classify.build import count_parameters, logits
-from attnzoo.tasks.classify.config import WEIGHTS, ClassifyConfig, Run
+from attnzoo.tasks.classify.config import RESULT, WEIGHTS, ClassifyConfig, Run
 from attnzoo.tasks.classify.evaluate import evaluate
 from attnzoo.tasks.classify.loading import (
     Batches,
@@ -37,7 +37,7 @@ from attnzoo.tasks.classify.model import ABOUT, AVERAGED, build
 from attnzoo.tasks.classify.randomness import STEP, reseed
 from attnzoo.tasks.classify.sources import Splits
 
-LOG, RESULT, CHECKPOINTS, PROGRESS = "log.jsonl", "result.json", "checkpoints", "progress.json"
+LOG, CHECKPOINTS, PROGRESS = "log.jsonl", "checkpoints", "progress.json"
 MOST_SKIPPED = 50  # steps that a gradient scaler may leave out one after the other
 Tell = Callable[[int, int, str], None]  # steps done, steps in all, what to say
 

@@ -25,7 +25,7 @@ from attnzoo.extras import require
 from attnzoo.tables import Table
 from attnzoo.tasks.classify import checkpoint
 from attnzoo.tasks.classify.config import ClassifyConfig, Run, load_config
-from attnzoo.tasks.classify.loop import CHECKPOINTS, RESULT, Tell, Training, local_batch, steps_an_epoch
+from attnzoo.tasks.classify.loop import CHECKPOINTS, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.tasks.classify.model import check_all
 from attnzoo.tasks.classify.quality import has_top5
 from attnzoo.tasks.classify.sources import Splits, open_splits
@@ -98,8 +98,8 @@ def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[
             with _bar(console, run.name) as tell:
                 _train(run, splits, tell, console)
             if state.is_main_process:
-                console.print(f"{run.name}: {said(_result(run))}", highlight=False)
-        results[run.name] = _result(run)
+                console.print(f"{run.name}: {said(run.result)}", highlight=False)
+        results[run.name] = run.result
     return True
 
 
@@ -291,11 +291,6 @@ def _agreed(claim: Decision | ConfigError | None) -> Decision:
     if isinstance(found, ConfigError):
         raise found
     assert found is not None
-    return found
-
-
-def _result(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.final / RESULT).read_text(encoding="utf-8"))
     return found
 
 

@@ -18,10 +18,9 @@ from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.errors import AttnZooError, ConfigError, DataError, TrainingError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import checkpoint
-from attnzoo.tasks.classify.config import ClassifyConfig, Run
+from attnzoo.tasks.classify.config import RESULT, ClassifyConfig, Run
 from attnzoo.tasks.classify.evaluate import Answers, evaluate
 from attnzoo.tasks.classify.loading import test_images
-from attnzoo.tasks.classify.loop import RESULT
 from attnzoo.tasks.classify.model import ABOUT, load_trained
 from attnzoo.tasks.classify.page import SHOWN_PIXELS
 from attnzoo.tasks.classify.quality import Mistake, Training, accuracy_of, listed
@@ -66,7 +65,7 @@ def _check_run(run: Run, known: Mapping[str, Any]) -> None:
     wrong = checkpoint.problem(run.final)
     if wrong is not None:
         raise ConfigError(f"{run.final} cannot be used: {wrong}; {again}")
-    if result_of(run)["run_hash"] != run.hash:
+    if run.result["run_hash"] != run.hash:
         raise ConfigError(
             f"{run.final} is of another config ({changes(run)}); train that first, or evaluate this one's"
         )
@@ -87,7 +86,7 @@ def _check_run(run: Run, known: Mapping[str, Any]) -> None:
 
 def prepare(config: ClassifyConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Tell the other processes whose quality is measured."""
-    _told([cell.label for cell in cells if cell.kind == "quality"])
+    processes.from_main([cell.label for cell in cells if cell.kind == "quality"])
     return {}
 
 
@@ -96,16 +95,10 @@ def assist(config: ClassifyConfig) -> bool:
     if _accelerator(config).is_main_process:
         return False
     check(config)
-    for label in _told(None):
+    for label in processes.from_main(list[str]()):
         with suppress(AttnZooError):  # which the main process records
             measure_quality(config, label, lambda word: None)
     return True
-
-
-def _told(labels: list[str] | None) -> list[str]:
-    """What the main process says, in all of them."""
-    found = processes.from_main(labels)
-    return found or []
 
 
 def measure_quality(config: ClassifyConfig, label: str, say: Say) -> Result:
@@ -130,13 +123,13 @@ def measure_quality(config: ClassifyConfig, label: str, say: Say) -> Result:
     begun = "trained on" if start.pretrained or start.weights else "from scratch on"
     note = (
         f"{start.name} ({listed(start.options)}) {begun} {data.asset or data.name or 'a folder of images'} at "
-        f"{data.image_size} pixels, {result_of(runs[0])['epochs']} epochs, {counted[0]['images']:,} test images"
+        f"{data.image_size} pixels, {runs[0].result['epochs']} epochs, {counted[0]['images']:,} test images"
     )
     return Result(status="ok", quality=accuracy_of(trainings, counted, about["classes"], note))
 
 
 def _training(run: Run, counted: Mapping[str, Any], mistakes: tuple[Mistake, ...]) -> Training:
-    result = result_of(run)
+    result = run.result
     return Training(
         seed=run.seed,
         correct=counted["top1"],
@@ -179,11 +172,6 @@ def _picture(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, "PNG" if small else "JPEG")
     return base64.b64encode(content.getvalue()).decode()
-
-
-def result_of(run: Run) -> dict[str, Any]:
-    """What training wrote of a run at its end."""
-    return _read(run.final / RESULT)
 
 
 def _read(path: Any) -> dict[str, Any]:

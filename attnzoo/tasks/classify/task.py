@@ -53,17 +53,9 @@ def _cost_cells(config: ClassifyConfig) -> list[Cell]:
             tokens = None if own is None else (own - prefix,)
             shared = {key: getattr(spec, key) for key in ("name", "options", "where", "label")}
             attentions.append(AttentionConfig(**shared, tokens=tokens))
+    host = HostConfig(name=model.name, patch_size=patch, options=options, **sizes)
     try:
-        return cost_cells(
-            config.costs,
-            HostConfig(name=model.name, patch_size=patch, options=options, **sizes),
-            BaselineConfig(label=config.baseline),
-            attentions,
-            seed=config.seed,
-            device=config.used_device,
-            threads=config.threads,
-            named=True,
-        )
+        return cost_cells(config, config.costs, host, BaselineConfig(label=config.baseline), attentions, named=True)
     except ConfigError as error:
         raise ConfigError(f"costs: {error}") from error
 

@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.config import Section, Seed
+from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.task import Cell
 from attnzoo.tasks.classify.build import build_model, with_baseline
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, Size
@@ -63,24 +63,22 @@ def row(attention: AttentionConfig | None, baseline: str) -> dict[str, Any]:
 
 
 def cost_cells(
+    config: RunConfig,
     costs: Sequence[CostConfig],
     host: HostConfig,
     baseline: BaselineConfig,
     attentions: Sequence[AttentionConfig],
     *,
-    seed: int,
-    device: str,
-    threads: int | None,
     named: bool,
 ) -> list[Cell]:
     """Give a cell for each attention in each workload, the dense baseline first.
 
     Parameters
     ----------
+    config
+        Whose seed weights and images have, and where they are.
     costs, host, baseline, attentions
         What is timed. An attention is timed at its own `tokens` alone, where it has them.
-    seed, device, threads
-        Of the weights and the images, and where they are.
     named
         Whether rows say their workload in words, because there may be several with as many tokens.
 
@@ -101,11 +99,11 @@ def cost_cells(
                     cost=cost,
                     **size._asdict(),
                     fused=baseline.fused if own is None else own,
-                    seed=seed,
-                    device=device,
+                    seed=config.seed,
+                    device=config.used_device,
                 )
                 words = _words(cost, size) if named else ""
-                cells.append(_cell(workload, row(attention, baseline.label), threads, words))
+                cells.append(_cell(workload, row(attention, baseline.label), config.threads, words))
     return cells
 
 
