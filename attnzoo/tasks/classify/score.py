@@ -24,7 +24,7 @@ from attnzoo.tasks.classify.loading import test_images
 from attnzoo.tasks.classify.model import ABOUT, load_trained
 from attnzoo.tasks.classify.page import SHOWN_PIXELS
 from attnzoo.tasks.classify.quality import Mistake, Training, accuracy_of, listed
-from attnzoo.tasks.classify.run import RUN, changes, check_device, differences, facts
+from attnzoo.tasks.classify.run import RUN, changes, differences, facts
 from attnzoo.tasks.classify.sources import open_split, open_splits
 
 MISTAKES = 24
@@ -40,7 +40,6 @@ def check(config: ClassifyConfig) -> None:
         If a run is not trained, or not by this config, or the data have other classes or images than it was trained
         with.
     """
-    require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     runs = config.runs()
     untrained = [run.name for run in runs if not (run.final / RESULT).is_file()]
     if untrained:
@@ -48,7 +47,6 @@ def check(config: ClassifyConfig) -> None:
             f"not trained yet: {', '.join(untrained)}. Train first, with train/classify.py and this config"
         )
     accelerator = _accelerator(config)
-    check_device(config, accelerator.device)
     with accelerator.local_main_process_first():
         splits = open_splits(config.data, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -180,6 +178,7 @@ def _read(path: Any) -> dict[str, Any]:
 
 
 def _accelerator(config: ClassifyConfig) -> Any:
+    require("timm", "accelerate", "safetensors", "matplotlib", extra="train")
     from accelerate import Accelerator
 
     if config.threads is not None:
