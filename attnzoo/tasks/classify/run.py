@@ -182,23 +182,15 @@ def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | Config
 def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if run.config.resume == "never":
         _set_aside(run.folder)
-    about = run.folder / RUN
-    identity = {"run_hash": run.hash, "label": run.label, "seed": run.seed, **facts(run.config, splits)}
-    if about.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        odd = [key for key in identity if found.get(key) != identity[key]]
-        begun = run.final.is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
-        if odd and begun:
-            if "run_hash" in odd:
-                what = f"another config ({changes(run)})"
-            else:
-                told = "; ".join(differences(found, identity))
-                what = f"other data or weights ({', '.join(odd)})" + (f": {told}" if told else "")
-            return ConfigError(
-                f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
-                "resume=never."
-            )
-    files.write_json(about, identity)
+    about, known = run.folder / RUN, facts(run.config, splits)
+    begun = run.final.is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
+    what = odd(run, json.loads(about.read_text(encoding="utf-8")), known) if begun and about.exists() else ""
+    if what:
+        return ConfigError(
+            f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
+            "resume=never."
+        )
+    files.write_json(about, {"run_hash": run.hash, "label": run.label, "seed": run.seed, **known})
     files.write(run.folder / CONFIG, run.config.to_yaml())
     final = run.final
     wrong = checkpoint.problem(final) if final.is_dir() else "it is not there"
@@ -215,6 +207,17 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if final.is_dir():
         warnings.warn(f"{final} is refused: {wrong}; the end is trained again from {newest}", stacklevel=2)
     return "train"
+
+
+def odd(run: Run, begun: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """Say of what else a run was, by what was written when it began and the `facts` of today; empty where of nothing.
+
+    The label and the seed are part of the run's hash.
+    """
+    if begun.get("run_hash") != run.hash:
+        return f"another config ({changes(run)})"
+    told = "; ".join(differences(begun, known))
+    return f"other data or weights ({told})" if told else ""
 
 
 def changes(run: Run) -> str:

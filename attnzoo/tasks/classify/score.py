@@ -24,7 +24,7 @@ from attnzoo.tasks.classify.loading import test_images
 from attnzoo.tasks.classify.model import ABOUT, load_trained
 from attnzoo.tasks.classify.page import SHOWN_PIXELS
 from attnzoo.tasks.classify.quality import Mistake, Training, accuracy_of, listed
-from attnzoo.tasks.classify.run import RUN, changes, differences, facts
+from attnzoo.tasks.classify.run import RUN, facts, odd
 from attnzoo.tasks.classify.sources import open_split, open_splits
 
 MISTAKES = 24
@@ -63,10 +63,6 @@ def _check_run(run: Run, known: Mapping[str, Any]) -> None:
     wrong = checkpoint.problem(run.final)
     if wrong is not None:
         raise ConfigError(f"{run.final} cannot be used: {wrong}; {again}")
-    if run.result["run_hash"] != run.hash:
-        raise ConfigError(
-            f"{run.final} is of another config ({changes(run)}); train that first, or evaluate this one's"
-        )
     try:
         begun = _read(run.folder / RUN)
     except (OSError, ValueError) as error:
@@ -74,11 +70,12 @@ def _check_run(run: Run, known: Mapping[str, Any]) -> None:
             f"{run.folder / RUN}, which says what data the run was trained with, cannot be read ({error}); {again}"
         ) from error
     about = _read(run.final / ABOUT)  # the classes that its weights are of
-    odd = differences({**begun, "classes": about["class_names"] or about["classes"]}, known)
-    if odd:
+    own = {"classes": about["class_names"] or about["classes"], "run_hash": run.result["run_hash"]}
+    what = odd(run, {**begun, **own}, known)
+    if what:
         raise ConfigError(
-            f"{run.folder} was trained with other data or weights ({'; '.join(odd)}). Evaluate with those that it was "
-            "trained with, or train it again with resume=never."
+            f"{run.final} is of {what}. Evaluate with that which it was trained with, or train it again with "
+            "resume=never."
         )
 
 

@@ -147,7 +147,7 @@ def test_the_command_refuses_other_classes_with_a_sentence(once, tmp_path, capsy
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(once_config(tmp_path / "copy")))
     assert main([str(path)]) == 2
-    assert "trained with other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
+    assert "is of other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["train", "eval"])
