@@ -305,14 +305,14 @@ ASSETS: tuple[Asset, ...] = (
         "bccd_coco",
         "BCCD in COCO's layout: 205 photos to train with, 87 to validate, 72 to test",
         "MIT",
-        (Made("bccd", "attnzoo.tasks.detect.datasets:bccd"),),
+        (Made("bccd", "attnzoo.tasks.detect.voc:bccd"),),
         advice="clone https://github.com/Shenggan/BCCD_Dataset and give its folder as path",
     ),
     Asset(
         "neon_tree_crowns_coco",
         "two of those aerial photos cut into tiles of 224 pixels, in COCO's layout: 110 to train with, 20 to validate",
         "MIT",
-        (Made("neon_tree_crowns", "attnzoo.tasks.detect.datasets:tree_crowns"),),
+        (Made("neon_tree_crowns", "attnzoo.tasks.detect.voc:tree_crowns"),),
     ),
     Asset(
         "neon_tree_crowns",

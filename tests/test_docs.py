@@ -423,5 +423,5 @@ def test_the_page_of_keys_is_that_of_the_schemas():
         "| `language.attentions` | list of section | must be given |",
     ):
         assert row in text
-    assert "As `host`." in text, "a section that comes again is not told again"
+    assert "As `model`." in text, "a section that comes again is not told again"
     assert {f"## {name}" for name in tasks.TASKS} <= set(keys().splitlines())

@@ -58,7 +58,7 @@ def test_the_memory_plot_is_drawn_in_the_unit_that_its_axis_names(monkeypatch):
     from attnzoo.bench import plots
 
     drawn = []
-    monkeypatch.setattr(plots, "_against_tokens", lambda summary, value, label: drawn.append((value, label)))
+    monkeypatch.setattr(plots, "against_tokens", lambda summary, value, label: drawn.append((value, label)))
     summary = summarize(read_records(RECORDS / "mixers_cpu_glibc.jsonl"))
     memory_plot(summary)
     ((value, label),) = drawn

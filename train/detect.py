@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attnzoo import files, processes
 from attnzoo.command import run_script
+from attnzoo.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,14 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(arguments)
 
     def body() -> None:
-        from attnzoo.tasks.detect import config as configs
-        from attnzoo.tasks.detect import run
+        import torch
 
-        config = configs.load_config(parsed.config, parsed.overrides)
+        from attnzoo.tasks.detect import data, run
+        from attnzoo.tasks.detect.config import load_config
+
+        config = load_config(parsed.config, parsed.overrides)
         files.check_folder(config.work_dir, "work_dir")
         if parsed.amp:
-            run.mixed_precision(config)
-        for checked in configs.prepare(config):
+            if not torch.cuda.is_available():
+                raise ConfigError("mixed precision is mmengine's AmpOptimWrapper, which needs a GPU, and none is here")
+            config.optim_wrapper.type = "AmpOptimWrapper"
+        for checked in data.prepare(config):
             print(checked, file=sys.stderr)
         run.fit_to_machine(config, parsed.launcher)
         folder = run.train(config)

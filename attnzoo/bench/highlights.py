@@ -35,16 +35,19 @@ MEASURES = (QUALITY, SPEED, PEAK, CACHE)
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio to the dense baseline with its interval, and whether it is better than dense."""
+    """A ratio to dense with its interval, or a difference from it in points; and whether it is better than dense."""
 
     value: float
     low: float | None = None
     high: float | None = None
     verdict: Verdict = "same"
+    points: bool = False
 
     @property
     def text(self) -> str:
-        """``0.97x (0.96-0.99)``; with another digit where it is better or worse and an end would be rounded to 1."""
+        """``0.97x (0.96-0.99)``, with a third digit where better or worse would end at a rounded 1; or points."""
+        if self.points:
+            return words.points(self.value)
         ends = [end for end in (self.value, self.low, self.high) if end is not None]
         digits = 3 if self.verdict != "same" and any(f"{end:.2f}" == "1.00" for end in ends) else 2
         spread = "" if self.low is None or self.high is None else f" ({self.low:.{digits}f}-{self.high:.{digits}f})"
@@ -167,6 +170,7 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
     if found is not None:
         verdict = words.quality_verdict(found, dense)
         figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
+        figure = figure if found.points is None else Figure(found.points, points=True)
     metric = "" if found is None else f"{found.METRIC.removesuffix(' %')}: "
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
     return _of(row, task, f"{metric}{note}", {QUALITY: figure})

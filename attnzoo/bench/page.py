@@ -164,7 +164,8 @@ def _quality(summary: Summary) -> list[Section]:
         for row in rows:
             shown = [failed(row)] if row.quality is None else list(row.quality.details.values())
             table.add(row.label, *shown, base=row.is_baseline)
-        said = [f"{measured[0].note}.", *(quality.remark for quality in measured if quality.remark)] if measured else []
+        remarks = dict.fromkeys(one.remark for one in measured if one.remark)
+        said = [f"{measured[0].note}.", *remarks] if measured else []
         found.append(Section(table.without_empty_columns().html(), "" if found else "Quality", " ".join(said)))
     return found
 

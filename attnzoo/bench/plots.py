@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnzoo.bench.colors import look
-from attnzoo.bench.record import Record
+from attnzoo.bench.record import Quantiles, Record
 from attnzoo.bench.summary import Group, Summary
 from attnzoo.bench.words import activation_ratio
 from attnzoo.extras import require
@@ -26,7 +26,7 @@ def latency_plot(summary: Summary) -> str:
     def latency(record: Record) -> float | None:
         return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
 
-    return _against_tokens(summary, latency, "ms per image (p50)")
+    return against_tokens(summary, latency, "ms per image (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -39,7 +39,7 @@ def memory_plot(summary: Summary) -> str:
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         return held / MB / _batch(record) if held else None
 
-    return _against_tokens(summary, peak, "peak activation memory, MB per image")
+    return against_tokens(summary, peak, "peak activation memory, MB per image")
 
 
 def _batch(record: Record) -> int:
@@ -158,8 +158,25 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
     return to_svg(figure, salt)
 
 
-def _against_tokens(summary: Summary, value: Callable[[Record], float | None], title: str) -> str:
-    """Draw the first part that was measured without a cache, where there is more than one token count."""
+def against_tokens(
+    summary: Summary,
+    value: Callable[[Record], float | Quantiles | None],
+    title: str,
+    bound: Callable[[Record], float | None] = lambda row: None,
+) -> str:
+    """Draw a figure of each row against its token count, as SVG; empty where there is one token count alone.
+
+    Parameters
+    ----------
+    summary
+        Its first part that was measured without a cache is drawn.
+    value
+        Gives a row's figure, with its spread from p20 to p80 where it has one.
+    title
+        Of the figures' axis.
+    bound
+        Gives a limit out of the dense row, dashed.
+    """
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
     if part is None or len(summary.drawn(part)) < 2:
         return ""
@@ -171,13 +188,23 @@ def _against_tokens(summary: Summary, value: Callable[[Record], float | None], t
         points = [(tokens, y) for tokens, row in rows if (y := value(row)) is not None]
         if points:
             color, marker = look(labels, label)
-            drawn += [y for _, y in points]
-            axes.plot(*zip(*points, strict=True), marker=marker, color=color, label=label, lw=1.8, ms=6)
+            spreads = [(tokens, y.p20, y.p80) for tokens, y in points if isinstance(y, Quantiles)]
+            middle = [(tokens, y.p50 if isinstance(y, Quantiles) else y) for tokens, y in points]
+            axes.plot(*zip(*middle, strict=True), marker=marker, color=color, label=label, lw=1.8, ms=6)
+            for tokens, low, high in spreads:
+                axes.vlines(tokens, low, high, color=color, lw=2, alpha=0.6)
+            drawn += [y for _, y in middle] + [end for _, *ends in spreads for end in ends]
     if not drawn:
         return ""
+    rows = [(group.tokens, row) for group in groups for row in group.rows if row.is_baseline]
+    if limits := [(tokens, limit) for tokens, row in rows if (limit := bound(row)) is not None]:
+        axes.plot(*zip(*limits, strict=True), color=INK, lw=1.2, ls="--", label="at most")
+        drawn += [limit for _, limit in limits]
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks([group.tokens for group in groups], [f"{group.tokens:,}" for group in groups])
+    counts = [group.tokens for group in groups]
+    shown = [count for place, count in enumerate(counts) if place == 0 or count > 1.25 * counts[place - 1]]
+    axes.set_xticks(shown, [f"{count:,}" for count in shown])
     axes.minorticks_off()
     plain_ticks(axes.yaxis, drawn)
     axes.set_xlabel("tokens")

@@ -71,7 +71,7 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
     if readme is not None:
         _check_readme(task, readme)  # rather before the page is written
     config = path.with_suffix(".yaml")
-    content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None)
+    content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None, path.parent)
     page = page_beside(path)
     files.write(page, content)
     print_report(records, console, _own_table(task, records))
@@ -87,9 +87,10 @@ def page_beside(records: Path) -> Path:
     return records.with_name("report.html" if records.name == RECORDS_FILE else f"{records.stem}.html")
 
 
-def page_of(task: Task, records: Sequence[Envelope], config: str | None = None) -> str:
-    """Give the page of a task's records; `config`, as text, is shown at its end."""
-    more: dict[str, Any] = {"sections": task.sections(records), "drawn": task.plots(records)}
+def page_of(task: Task, records: Sequence[Envelope], config: str | None = None, folder: Path | None = None) -> str:
+    """Give the page of a task's records, with what lies beside them in `folder`; `config`, as text, is its end."""
+    attached = () if folder is None else task.attached(records, folder)
+    more: dict[str, Any] = {"sections": [*task.sections(records), *attached], "drawn": task.plots(records)}
     table = _own_table(task, records)
     if table is not None:
         more |= {"table": table, "how_to_read": task.how_to_read}

@@ -31,7 +31,7 @@ def markdown_table(records: Iterable[Any]) -> str:
 
 def _part_table(summary: Summary, part: str) -> str:
     groups, needs, cached = summary.of(part), _needs_group(summary, part), _has_cache(summary, part)
-    about = "prefill" if cached else needs.title.replace(", ", " at ").removesuffix(" tokens")
+    about = "prefill" if cached else needs.title.replace(", ", " at ", 1).removesuffix(" tokens")
     metric = _metric(summary, part)
     wanted = [KEPT, f"peak memory, {about}", "cache held, after decoding", metric, f"FLOPs, {about}", "parameters"]
     if not cached:

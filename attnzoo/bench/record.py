@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
@@ -190,6 +190,15 @@ class Quality(Entry):
         """The same with its ratio to the dense baseline's, and the ratio's interval where there is one."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is set against dense")
 
+    def as_dense(self) -> Self:
+        """The same as that of the dense baseline itself, whose ratio to itself is 1 where it can be divided by."""
+        return self.model_copy(update={"ratio": 1.0})
+
+    @property
+    def points(self) -> float | None:
+        """How far the figure is above the dense baseline's, in points, where a ratio would mean nothing; else None."""
+        return None
+
     @property
     def brief(self) -> Self:
         """What rows of cost carry of it: all, but for what only the row of quality itself should hold."""
@@ -212,7 +221,7 @@ class Quality(Entry):
 
     @property
     def remark(self) -> str:
-        """A sentence below the table of quality, of the dense baseline."""
+        """A sentence above the table of quality, told once where several rows have it."""
         return ""
 
 
@@ -353,6 +362,8 @@ class RecordStore(Generic[R]):
         Set earlier records aside, as ``records.old.jsonl``.
     changed
         Names the keys of the config that differ from the folder's, for the message.
+    renewed
+        Rows that are measured again, rather than refused, where what they depend on is not the same any more.
     """
 
     def __init__(
@@ -364,11 +375,12 @@ class RecordStore(Generic[R]):
         *,
         fresh: bool = False,
         changed: Callable[[], str] = lambda: "",
+        renewed: Collection[Key] = (),
     ) -> None:
         self.folder, self.model, self.config_hash = folder, model, config_hash
         self.path = folder / RECORDS_FILE
         self.measured: Mapping[Key, str] = measured or {}
-        self.fresh, self.changed = fresh, changed
+        self.fresh, self.changed, self.renewed = fresh, changed, renewed
         self.records: dict[Key, R] = {}
         self._lock = ExitStack()
 
@@ -397,6 +409,7 @@ class RecordStore(Generic[R]):
         if not self.path.exists():
             return
         records = latest(read_lines(self.path, self.model, SCHEMA_VERSION, mend=True, stacklevel=4))
+        records = [r for r in records if r.key not in self.renewed or r.measured == self.measured.get(r.key)]
         other = next((record for record in records if not self._valid(record)), None)
         if other is not None:
             raise ConfigError(

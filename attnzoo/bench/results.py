@@ -27,7 +27,8 @@ IN_SHORT = (
 )
 HOW_TO_READ = (
     "In brackets is the 95% interval of quality, and the 20th to 80th percentile of speed-ups. Green is better than "
-    "dense and red worse, only where the whole interval says so. Of operations, the speed-up is over PyTorch's fastest "
+    "dense and red worse, only where the whole interval says so. Where dense is no better than chance, quality is told "
+    "in points above dense's. Of operations, the speed-up is over PyTorch's fastest "
     "way to do the same work. Two figures of a column can be compared where what stands below them is the same. The "
     "first view shows whole models rather than a layer alone; of several workloads the largest at which at least half "
     "of the methods were measured; of several settings of a method that nearest to its defaults. All else is folded "
@@ -37,6 +38,7 @@ CSV_HEADS = (
     "method", "kind", "task", "setting", "options (JSON)", "model", "workload", "tokens", "machine", "measured (UTC)",
     "status",
     *(head for m in MEASURES for head in (f"{m.name} ({m.unit})", *(f"{m.name}, {b}" for b in (m.low, m.high) if b))),
+    "points of quality above dense",
     "record", "page",
 )  # fmt: skip
 
@@ -107,14 +109,19 @@ def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
                 about = (name, kind, task, one.label, options, one.host, one.workload, str(one.tokens or ""))
                 figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
                 links = (_link(source.path, folder), _link(source.page, folder))
+                figures.append(_points(one.figures.get(QUALITY)))
                 table.add(*about, one.machine, one.utc, one.status, *figures, *links)
     return table.csv()
 
 
 def _numbers(measure: Measure, figure: Figure | None) -> list[str]:
-    values = [None] * 3 if figure is None else [figure.value, figure.low, figure.high]
+    values = [None] * 3 if figure is None or figure.points else [figure.value, figure.low, figure.high]
     kept = values[: 1 + (measure.low is not None) + (measure.high is not None)]
     return ["" if value is None else f"{value:.6g}" for value in kept]
+
+
+def _points(figure: Figure | None) -> str:
+    return "" if figure is None or not figure.points else f"{figure.value:.6g}"
 
 
 def _methods(sources: Sequence[Source]) -> dict[str, list[Found]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     task.check(config)
     cells = task.plan(config)
     measured = _measured(task, cells)
+    renewed = {key for cell in cells if cell.renewed for key in cell.keys}
+    changed = partial(_changed, config)
     with RecordStore(
-        config.folder, task.record, config.hash, measured, fresh=config.fresh, changed=lambda: _changed(config)
+        config.folder, task.record, config.hash, measured, fresh=config.fresh, changed=changed, renewed=renewed
     ) as store:
         todo = [cell for cell in cells if not all(map(store.done, cell.keys))]
         set_threads(config.threads)
@@ -285,7 +288,7 @@ class _Engine:
         quality = record.quality
         assert quality is not None
         if record.is_baseline:
-            return quality.model_copy(update={"ratio": 1.0})
+            return quality.as_dense()
         dense = self._dense(record.part)
         if dense is None or dense.quality is None:
             return quality.model_copy(update={"ratio": None, "ratio_low": None, "ratio_high": None})

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Phase, Quality, Record
-from attnzoo.bench.words import noise, quality_kept, speed_verdict, times
+from attnzoo.bench.words import noise, points, quality_kept, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -80,9 +80,9 @@ class Summary:
         return [group for group in self.groups if group.part == part]
 
     def drawn(self, part: str) -> list[Group]:
-        """The groups of a part that plots show: those of its first workload."""
-        groups = self.of(part)
-        return [group for group in groups if group.workload == groups[0].workload]
+        """The groups of a part that plots show: of each token count those of its first workload."""
+        groups, first = self.of(part), dict[int, str]()
+        return [group for group in groups if first.setdefault(group.tokens, group.workload) == group.workload]
 
     def quality_of(self, part: str, label: str) -> Quality | None:
         """The quality of an attention."""
@@ -167,9 +167,7 @@ def verdict(summary: Summary) -> str:
         best = max(rows, key=lambda row: row.cost.ratios.speedup.p50 if row.cost is not None else 0.0)
         verdicts = [speed_verdict(row.cost.ratios.speedup, noise(group.rows)) for row in rows if row.cost is not None]
         speed = times(best.cost.ratios.speedup) if best.cost is not None else "-"
-        keeps = (
-            f", keeping {quality_kept(best.quality)} of dense's quality" if quality_kept(best.quality) != "-" else ""
-        )
+        keeps = _keeps(best.quality)
         faster, slower = verdicts.count("better"), verdicts.count("worse")
         counted = f"of {len(rows)} measured, {faster or 'none'} faster than dense, {slower or 'none'} slower"
         first = f"{best.label} is fastest, {speed} dense's speed{keeps}"
@@ -178,6 +176,14 @@ def verdict(summary: Summary) -> str:
             counted = f"of {len(rows)} measured, {slower or 'none'} slower"
         told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
     return " ".join(told)
+
+
+def _keeps(quality: Quality | None) -> str:
+    """What is left of dense's quality: as a part of it, or in points; empty where that is not known."""
+    if quality is not None and quality.points is not None:
+        return f", its {quality.METRIC.removesuffix(' %')} {points(quality.points)} from dense's"
+    kept = quality_kept(quality)
+    return "" if kept == "-" else f", keeping {kept} of dense's quality"
 
 
 def _bound(group: Group) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -46,6 +47,9 @@ class Cell(Entry):
         Whether it runs in a process of its own.
     needs_baseline
         Whether it means nothing unless the quality of its part's dense baseline could be measured.
+    renewed
+        Whether a record of an earlier run that depends on something else is measured again, rather than refused: of
+        what was trained again, say.
     weight
         A guess at the time it takes, in arbitrary units, for the time left.
     """
@@ -70,6 +74,7 @@ class Cell(Entry):
     workers: PositiveInt = 1
     isolated: bool = True
     needs_baseline: bool = False
+    renewed: bool = False
     weight: PositiveFloat = 1.0
 
     @property
@@ -162,6 +167,8 @@ class Task:
         Gives captions and pictures (SVG) to be shown after the engine's own.
     sections
         Gives further parts of the page.
+    attached
+        Gives those that come out of files beside the records, given the records and their folder.
     highlights
         Gives what the results page shows, in place of the engine's own, for a task whose `record` has another cost or
         whose rows stand in several columns.
@@ -186,5 +193,6 @@ class Task:
     how_to_read: str = ""
     plots: Callable[[Sequence[Any]], Sequence[tuple[str, str]]] = lambda records: ()
     sections: Callable[[Sequence[Any]], Sequence[Section | None]] = lambda records: ()
+    attached: Callable[[Sequence[Any], Path], Sequence[Section | None]] = lambda records, folder: ()
     highlights: Callable[[Sequence[Any]], Sequence[Highlight]] | None = None
     others: str = ""

@@ -27,13 +27,20 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
+def points(value: float) -> str:
+    """A difference in points: ``-1.2 points``."""
+    return f"{value:+.1f} points"
+
+
 def absolute(quality: Quality | None) -> str:
     """A quality's figure with its interval, or a dash where there is none."""
     return "-" if quality is None else quality.figure
 
 
 def quality_kept(quality: Quality | None) -> str:
-    """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``."""
+    """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``; points where there is no ratio."""
+    if quality is not None and quality.points is not None:
+        return points(quality.points)
     if quality is None or quality.ratio_low is None or quality.ratio_high is None:
         return ratio(None if quality is None else quality.ratio)
     return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"

@@ -19,6 +19,7 @@ TASKS = {
     "suite": "attnzoo.tasks.suite:TASK",
     "classify": "attnzoo.tasks.classify.task:TASK",
     "decode": "attnzoo.tasks.decode.task:TASK",
+    "detect": "attnzoo.tasks.detect.task:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
     "train_bytes": "attnzoo.tasks.decode.byte_run:TASK",
@@ -52,6 +53,8 @@ def find(name: str) -> Task:
 def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
     """Read a config of any task, with ``key=value`` overrides; give the task that its key `task` names, and the config.
 
+    Python configs are mmengine's, of detectors; further ones to compare may stand among the overrides.
+
     Raises
     ------
     ConfigError
@@ -60,7 +63,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
     from attnzoo.bench.config import read_yaml
 
     if path.suffix == ".py":
-        raise ConfigError(f"{path} is a config of mmengine's; run: python eval/detect.py {path}")
+        task = find("detect")
+        return task, task.config.load(path, overrides)
     content = read_yaml(path, overrides)
     if "task" not in content and "operations" in content:
         raise ConfigError(f"{path}: a config of single operations; add the line task: operations")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from attnzoo.bench.record import Record as Measured
 from attnzoo.tasks.classify.quality import Accuracy
 from attnzoo.tasks.decode.quality import Perplexity
-from attnzoo.tasks.detect.quality import Detection
 
 
 class Record(Measured):
-    """A row whose quality is that of a classifier, a detector or a language model."""
+    """A row whose quality is that of a classifier or a language model."""
 
-    quality: Accuracy | Detection | Perplexity | None
+    quality: Accuracy | Perplexity | None

@@ -20,7 +20,7 @@ from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems, language_problems
 from attnzoo.tasks.records import Record
 
-PARTS = {"vision": "classify", "language": "decode", "detection": "detect"}  # older records name no task
+PARTS = {"vision": "classify", "language": "decode"}  # older records name no task
 
 
 TOKENS = (196, 784, 3136)

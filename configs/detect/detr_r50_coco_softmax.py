@@ -5,7 +5,7 @@
 #
 # COCO is expected in data/coco, in its usual layout.
 _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
-custom_imports = dict(imports=["attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"])
+custom_imports = dict(imports=["attnzoo.tasks.detect.model"])
 data_root = "data/coco/"
 model = dict(type="SwappedDETR")
 custom_hooks = [dict(type="SeedEachEpoch")]

@@ -3,7 +3,7 @@
 # 3 decoder layers, width 128, no dropout. DAB-DETR and not DETR itself, whose queries take hundreds of epochs to find
 # their places.
 default_scope = "mmdet"
-custom_imports = dict(imports=["attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"])
+custom_imports = dict(imports=["attnzoo.tasks.detect.model"])
 
 width, heads = 128, 4
 attention = dict(embed_dims=width, num_heads=heads)

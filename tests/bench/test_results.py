@@ -156,7 +156,8 @@ def told(line, row):
     if row["kind"] == "quality":
         host = row["host"].partition(":")[2]
         return row["quality"] is not None and workload.endswith(row["quality"]["note"].removeprefix(host))
-    return words[row["phase"]] in workload and f"{row['tokens']:,} tokens, batch {row['shapes']['batch']}, " in workload
+    size = [f"{row['tokens']:,} tokens", row.get("workload"), f"batch {row['shapes']['batch']}"]
+    return words[row["phase"]] in workload and f"{', '.join(filter(None, size))}, " in workload
 
 
 def decoding(line, row, dense):

@@ -290,9 +290,8 @@ class ClassifyConfig(RunConfig):
         return [run for run in runs if self.only is None or run.label in self.only]
 
     def identity(self) -> dict[str, Any]:
-        """Everything that the results of an evaluation depend on, the weights that were trained included."""
-        content = {key: value for key, value in super().identity().items() if key not in HOW}
-        return {**content, "trained": {run.name: run.weights for run in self.runs()}}
+        """Everything that the results of an evaluation depend on, but for the weights that were trained."""
+        return {key: value for key, value in super().identity().items() if key not in HOW}
 
     @property
     def used_device(self) -> str:

@@ -34,6 +34,7 @@ def plan(config: ClassifyConfig) -> list[Cell]:
             stage="test",
             threads=config.threads,
             isolated=False,
+            renewed=True,  # where it was trained again
         )
         for label, spec in specs.items()
     ]

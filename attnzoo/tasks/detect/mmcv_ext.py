@@ -73,20 +73,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return keep(boxes, scores, iou_threshold)
 
 
-def roi_align_forward(
-    x: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    *,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
+def roi_align_forward(x: Tensor, rois: Tensor, output: Tensor, *argmax: Tensor, **how: Any) -> None:
     """Write the mean of each bin of regions `rois` ``(R, 5)`` of `x` into `output` ``(R, C, h, w)``.
 
     Raises
@@ -94,41 +81,25 @@ def roi_align_forward(
     UnsupportedError
         For the maximum of each bin (`pool_mode` 0), which torchvision does not have.
     """
-    output.copy_(
-        _roi_align(x, rois, (aligned_height, aligned_width), spatial_scale, sampling_ratio, pool_mode, aligned)
-    )
+    output.copy_(_roi_align(x, rois, **how))
 
 
-def roi_align_backward(
-    grad: Tensor,
-    rois: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    grad_input: Tensor,
-    *,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
-) -> None:
-    """Write the gradient of `roi_align_forward` with respect to `x` into `grad_input`."""
+def roi_align_backward(grad: Tensor, rois: Tensor, y: Tensor, x: Tensor, grad_input: Tensor, **how: Any) -> None:
+    """Write the gradient of `roi_align_forward` with respect to its `x` into `grad_input`."""
     with torch.enable_grad():
         x = torch.zeros_like(grad_input, requires_grad=True)
-        size = (aligned_height, aligned_width)
-        out = _roi_align(x, rois, size, spatial_scale, sampling_ratio, pool_mode, aligned)
+        out = _roi_align(x, rois, **how)
     grad_input.copy_(torch.autograd.grad(out, x, grad)[0])
 
 
-def _roi_align(
-    x: Tensor, rois: Tensor, size: tuple[int, int], scale: float, ratio: int, pool_mode: int, aligned: bool
-) -> Tensor:
+def _roi_align(x: Tensor, rois: Tensor, *, pool_mode: int, sampling_ratio: int, **how: Any) -> Tensor:
     from torchvision.ops import roi_align
 
     if pool_mode != 1:
         raise UnsupportedError(f"mmcv's operator 'roi_align' takes the mean only where it is not compiled: {INSTALL}")
-    return roi_align(x, rois, size, scale, ratio if ratio > 0 else -1, aligned)
+    size = how["aligned_height"], how["aligned_width"]
+    ratio = sampling_ratio if sampling_ratio > 0 else -1
+    return roi_align(x, rois, size, how["spatial_scale"], ratio, how["aligned"])
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""Detectors of mmdet whose attention a config names, so that mmengine's Runner builds, trains and loads them by itself.
+"""What mmengine's Runner needs to build, train and load detectors of mmdet whose attention a config names.
 
 In a config::
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,10 +22,7 @@ from attnzoo.swap import replace_attention
 from attnzoo.tasks.detect import mmcv_ext
 
 MODELS = mmcv_ext.load("mmdet.registry").MODELS
-_detectors = mmcv_ext.load("mmdet.models.detectors")
-DETR: Any = _detectors.DETR
-ConditionalDETR: Any = _detectors.ConditionalDETR
-DABDETR: Any = _detectors.DABDETR
+detectors: Any = mmcv_ext.load("mmdet.models.detectors")
 
 
 class Swapped(nn.Module):
@@ -48,15 +46,29 @@ class Swapped(nn.Module):
 
 
 @MODELS.register_module()
-class SwappedDETR(Swapped, DETR):
+class SwappedDETR(Swapped, detectors.DETR):
     """DETR."""
 
 
 @MODELS.register_module()
-class SwappedConditionalDETR(Swapped, ConditionalDETR):
+class SwappedConditionalDETR(Swapped, detectors.ConditionalDETR):
     """Conditional DETR."""
 
 
 @MODELS.register_module()
-class SwappedDABDETR(Swapped, DABDETR):
+class SwappedDABDETR(Swapped, detectors.DABDETR):
     """DAB-DETR."""
+
+
+@mmcv_ext.load("mmengine.registry").HOOKS.register_module()
+class SeedEachEpoch(mmcv_ext.load("mmengine.hooks").Hook):  # type: ignore[misc]
+    """Seed Python, NumPy and PyTorch again at the beginning of every epoch.
+
+    mmengine's checkpoints hold no random state. With this, and data read in the process itself (``num_workers=0``), a
+    run that was interrupted and resumed ends with exactly the weights of one that was not.
+    """
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Seed by the run's seed, the epoch and the process."""
+        sequence = np.random.SeedSequence([runner.seed, runner.epoch, runner.rank])
+        mmcv_ext.load("mmengine.runner").set_random_seed(int(sequence.generate_state(1)[0]))

@@ -1,153 +1,133 @@
-"""The parts of the report that detection adds: speed-up at each size of image, AP after each epoch, drawn boxes."""
+"""What detection adds to the page: speed-up at each size of image, AP after each epoch, drawn boxes."""
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from html import escape
+from pathlib import Path
+from typing import Any
 
+from attnzoo import files
 from attnzoo.bench.colors import look
-from attnzoo.bench.html import Section, pictures, plots
-from attnzoo.bench.plots import INK, add_legend, new_figure, plain_ticks, to_svg
-from attnzoo.bench.record import Stage
+from attnzoo.bench.html import Section, pictures
+from attnzoo.bench.plots import KEYED, add_key, against_tokens, new_figure, to_svg
+from attnzoo.bench.record import Quantiles
+from attnzoo.bench.record import Record as Measured
+from attnzoo.bench.summary import summarize
 from attnzoo.errors import DataError
-from attnzoo.tasks.detect.quality import Detection
+from attnzoo.tasks.detect.quality import Record
 from attnzoo.tasks.detect.score import Judged, Scores
 from attnzoo.tasks.detect.stages import ATTENTION, ENCODER
-from attnzoo.tasks.records import Record
 
+BOXES_FILE = "boxes.json"  # drawn images beside the records, by label
 SHOWN = 4  # images of each kind
 SHOWN_PIXELS = 320
 COLUMN = 240
 TRUE, PREDICTED = "#00b050", "#ff8c00"
+KEY = (
+    f'<p><span class="key" style="border-color:{TRUE}"></span> true, '
+    f'<span class="key" style="border-color:{PREDICTED}"></span> predicted</p>'
+)
+BOXES_NOTE = (
+    "Predicted boxes are those of the score that gives the best F1 over all images; images are put in order by their "
+    "own F1 at an IoU of 0.5."
+)
 
 
-def sizes(records: Sequence[Record]) -> Section | None:
-    """Speed-up of the encoder and of its attention alone against token count, where several were measured."""
-    measured = [one for one in records if one.cost is not None and one.cost.candidate.stage(ENCODER) is not None]
-    if len({one.tokens for one in measured}) < 2:
-        return None
-    drawn = plots(
-        (caption, _speed_plot(measured, stage))
-        for stage, caption in (
-            (ATTENTION, "The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80"),
-            (ENCODER, "The whole encoder; dashed: Amdahl's bound, were its attention to take no time"),
-        )
-    )
-    return Section(drawn, "Speed-up against size")
+def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Captions and pictures: speed-up of the encoder and of its attention where several sizes were measured, and AP."""
+    summary = summarize(records)
+    alone = against_tokens(summary, partial(_speedup, ATTENTION), "speed-up of the attention")
+    whole = against_tokens(summary, partial(_speedup, ENCODER), "encoder's speed-up", _bound)
+    return [
+        ("The encoder's attention alone: speed-up over the detector's own; bars from p20 to p80", alone),
+        ("The whole encoder; dashed: Amdahl's bound, were its attention to take no time", whole),
+        ("AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest", curves(records)),
+    ]
 
 
-def _speed_plot(records: Sequence[Record], stage: str) -> str:
-    figure, axes = new_figure()
-    tokens = sorted({one.tokens for one in records})
-    reached = [1.0]
-    labels = list(dict.fromkeys(one.label for one in records))
-    for label in labels:
-        color, marker = look(labels, label)
-        own = sorted((one for one in records if one.label == label), key=lambda one: one.tokens)
-        points = [(one.tokens, found.speedup) for one in own if (found := _stage(one, stage)) is not None]
-        x, y = [at for at, _ in points], [speedup.p50 for _, speedup in points]
-        axes.plot(x, y, color=color, marker=marker, ms=6, lw=1.8, label=label)
-        axes.vlines(x, [s.p20 for _, s in points], [s.p80 for _, s in points], color=color, lw=2, alpha=0.6)
-        reached += [value for _, s in points for value in (s.p20, s.p80)]
-    if stage == ENCODER:
-        bounds = [(one.tokens, one.cost.baseline.most_speedup(ATTENTION, ENCODER)) for one in records if one.cost]
-        known = sorted({(at, bound) for at, bound in bounds if bound is not None})
-        axes.plot(*zip(*known, strict=True), color=INK, lw=1.2, ls="--", label="at most")
-        reached += [bound for _, bound in known]
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    ticks = [at for number, at in enumerate(tokens) if number == 0 or at > 1.25 * tokens[number - 1]]
-    axes.set_xticks(ticks, [f"{at:,}" for at in ticks])
-    axes.minorticks_off()
-    plain_ticks(axes.yaxis, reached)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("speed-up")
-    add_legend(axes)
-    return to_svg(figure, f"sizes-{stage}")
+def _speedup(stage: str, record: Measured) -> Quantiles | None:
+    found = None if record.cost is None else record.cost.candidate.stage(stage)
+    return None if found is None else found.speedup
 
 
-def _stage(record: Record, name: str) -> Stage | None:
-    return None if record.cost is None else record.cost.candidate.stage(name)
+def _bound(dense: Measured) -> float | None:
+    return None if dense.cost is None else dense.cost.baseline.most_speedup(ATTENTION, ENCODER)
 
 
-def curves(qualities: Mapping[str, Detection]) -> Section | None:
-    """AP50 on the test images after each epoch: one line per attention, the mean of its seeds, their range shaded."""
-    shown = {
-        label: [(one.epochs, one.epoch_ap50) for one in found.trainings if one.epochs]
-        for label, found in qualities.items()
-    }
-    shown = {label: seeds for label, seeds in shown.items() if seeds}
+def curves(records: Sequence[Record]) -> str:
+    """AP50 on the test images after each epoch, a line per attention; empty where none was tested on the way."""
+    found = {one.label: one.quality for one in records if one.kind == "quality" and one.quality is not None}
+    trained = {label: [one for one in quality.trainings if one.epochs] for label, quality in found.items()}
+    shown = {label: seeds for label, seeds in trained.items() if seeds}
     if not shown:
-        return None
-    figure, axes = new_figure()
+        return ""
+    figure, axes = new_figure(right=KEYED)
     for label, seeds in shown.items():
         color, marker = look(list(shown), label)
-        epochs = sorted(set.intersection(*(set(times) for times, _ in seeds)))
-        each = [[100 * dict(zip(times, values, strict=True))[e] for times, values in seeds] for e in epochs]
+        told = [dict(zip(one.epochs, one.epoch_ap50, strict=True)) for one in seeds]
+        epochs = sorted(set.intersection(*map(set, told)))
+        each = [[100 * one[epoch] for one in told] for epoch in epochs]
         if len(seeds) > 1:
             axes.fill_between(epochs, [min(v) for v in each], [max(v) for v in each], color=color, alpha=0.15, lw=0)
         marked = marker if len(epochs) <= 30 else None
         axes.plot(epochs, [statistics.fmean(v) for v in each], color=color, marker=marked, ms=5, label=label, lw=1.6)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP50, % of the test images")
-    add_legend(axes)
-    caption = "AP50 after each epoch; the mean of the seeds, shaded from the lowest to the highest"
-    return Section(plots([(caption, to_svg(figure, "ap-curves"))]), "Learning")
+    add_key(axes)
+    return to_svg(figure, "ap-curves")
 
 
-def drawn(scores: Mapping[str, Scores], names: Sequence[str]) -> Section:
-    """Images with their boxes, the best and the worst of each attention's first seed."""
-    body = (
-        f'<p><span class="key" style="border-color:{TRUE}"></span> true, '
-        f'<span class="key" style="border-color:{PREDICTED}"></span> predicted</p>'
-    )
-    for label, found in scores.items():
-        judged = found.judged
-        best, worst = judged[:SHOWN], judged[max(SHOWN, len(judged) - SHOWN) :][::-1]
-        for title, images in (("best", best), ("worst", worst)):
-            if images:
-                head = f"{escape(label)}: {title} of {len(judged)} images (score of {found.threshold:.2f} or more)"
-                body += f"<h3>{head}</h3>" + pictures((_picture(one, names) for one in images), COLUMN)
-    return Section(
-        body,
-        "Drawn boxes",
-        "Predicted boxes are those of the score that gives the best F1 over all images; images are put in order by "
-        "their own F1 at an IoU of 0.5.",
-    )
+def draw_boxes(folder: Path, label: str, found: Scores, names: Sequence[str]) -> None:
+    """Draw the images on which a detector did best and worst into a file that the page of the records is made of."""
+    judged = found.judged
+    best, worst = judged[:SHOWN], judged[max(SHOWN, len(judged) - SHOWN) :][::-1]
+    drawn = {
+        f"{title} of {len(judged)} images (score of {found.threshold:.2f} or more)": [
+            _picture(one, names) for one in images
+        ]
+        for title, images in (("best", best), ("worst", worst))
+        if images
+    }
+    files.write_json(folder / BOXES_FILE, {**_drawn(folder), label: drawn})
 
 
-def _picture(one: Judged, names: Sequence[str]) -> tuple[str, bytes, str]:
-    name = one.path.rsplit("/", 1)[-1]
-    told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
-    try:
-        return name, picture_of(one, names), told
-    except DataError as error:  # by now all is scored: one image must not cost the page
-        return name, b"", f"{told}\nNot drawn: {error}"
+def _drawn(folder: Path) -> dict[str, Any]:
+    """By label and heading: name, JPEG in base64, and caption of each image."""
+    path = folder / BOXES_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def picture_of(one: Judged, names: Sequence[str]) -> bytes:
-    """Draw an image's boxes; gives a JPEG.
+def boxes(records: Sequence[Record], folder: Path) -> list[Section | None]:
+    """Images with their boxes, the best and the worst of each attention's first seed, as `draw_boxes` left them."""
+    drawn, body = _drawn(folder), ""
+    for label in dict.fromkeys(one.label for one in records if one.kind == "quality"):
+        for title, images in drawn.get(label, {}).items():
+            shown = [(name, base64.b64decode(content), told) for name, content, told in images]
+            body += f"<h3>{escape(label)}: {escape(title)}</h3>{pictures(shown, COLUMN)}"
+    return [Section(KEY + body, "Drawn boxes", BOXES_NOTE) if body else None]
 
-    Where there are several classes, the name of each stands at its boxes.
 
-    Raises
-    ------
-    DataError
-        If the image cannot be read, or has pixels of an unknown range; see `attnzoo.pixels.to_mode`.
-    """
+def _picture(one: Judged, names: Sequence[str]) -> tuple[str, str, str]:
+    """Name, JPEG in base64 and caption of an image with its boxes, and with their names where there are several."""
     from PIL import Image, ImageDraw
 
     from attnzoo.pixels import to_mode
 
+    name = one.path.rsplit("/", 1)[-1]
+    told = f"{name}: {len(one.true)} true, {len(one.predicted)} predicted, F1 {one.f1:.2f}"
     try:
         with Image.open(one.path) as opened:
             image = to_mode(opened, "RGB")
-    except DataError:
-        raise
+    except DataError as error:  # by now all is scored: one image must not cost the page
+        return name, "", f"{told}\nNot drawn: {error}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"it cannot be read: {error}") from error
+        return name, "", f"{told}\nNot drawn: it cannot be read: {error}"
     scale = SHOWN_PIXELS / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     draw = ImageDraw.Draw(image)
@@ -159,4 +139,4 @@ def picture_of(one: Judged, names: Sequence[str]) -> bytes:
                 draw.text((x + 3, y + (1 if color == TRUE else 11)), names[int(box[4])], fill=color)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=80)
-    return content.getvalue()
+    return name, base64.b64encode(content.getvalue()).decode(), told

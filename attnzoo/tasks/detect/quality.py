@@ -5,45 +5,63 @@ from __future__ import annotations
 from typing import ClassVar, Self
 
 from attnzoo.bench.record import Count, Entry, Quality, Share
+from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.words import quality_kept
 
+CHANCE = 0.05
+"""The AP up to which a detector may be one that found nothing: right boxes on the wrong images stay below it."""
 
-class Detecting(Entry):
-    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested."""
 
-    seed: Count
+class Metric(Entry):
+    """COCO's metric: average precision over IoUs of 0.5 to 0.95, at 0.5 and at 0.75, and by the size of boxes.
+
+    Small boxes are under 32 x 32 pixels, medium ones up to 96 x 96; null where there are none.
+    """
+
     ap: Share
     ap50: Share
     ap75: Share
     ap_small: Share | None
     ap_medium: Share | None
     ap_large: Share | None
+
+
+class Detecting(Metric):
+    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested."""
+
+    seed: Count
     epochs: tuple[Count, ...] = ()
     epoch_ap: tuple[Share, ...] = ()
     epoch_ap50: tuple[Share, ...] = ()
 
 
-class Detection(Quality):
+class Detection(Quality, Metric):
     """COCO's metric on held-out images, the mean of all seeds.
 
-    `ratio` is AP over the dense baseline's, null where that is 0 or there is none; it has no interval.
+    `ratio` is AP over the dense baseline's where that is above `CHANCE`, and else null; it has no interval.
+    `difference` is AP less the dense baseline's.
     """
 
     METRIC: ClassVar[str] = "AP %"
 
-    ap: Share
-    ap50: Share
-    ap75: Share
-    ap_small: Share | None
-    ap_medium: Share | None
-    ap_large: Share | None
     images: Count
     boxes: Count
     trainings: tuple[Detecting, ...]
+    difference: float | None = None
 
     def against(self, dense: Self) -> Self:
-        """The same with its ratio to the dense baseline's AP."""
-        return self.model_copy(update={"ratio": self.ap / dense.ap if dense.ap else None})
+        """The same with its ratio to the dense baseline's AP, or the difference alone."""
+        ratio = self.ap / dense.ap if dense.ap > CHANCE else None
+        return self.model_copy(update={"ratio": ratio, "difference": self.ap - dense.ap})
+
+    def as_dense(self) -> Self:
+        """The same with its ratio to itself, where it is above chance."""
+        return self.model_copy(update={"ratio": 1.0 if self.ap > CHANCE else None})
+
+    @property
+    def points(self) -> float | None:
+        """AP less dense's in percent, where dense is no better than chance."""
+        return None if self.ratio is not None or self.difference is None else 100 * self.difference
 
     @property
     def figure(self) -> str:
@@ -63,3 +81,16 @@ class Detection(Quality):
             "images": f"{self.images:,}",
             "boxes": f"{self.boxes:,}",
         }
+
+    @property
+    def remark(self) -> str:
+        """Why there are no ratios."""
+        if self.points is None:
+            return ""
+        return f"Dense's AP is not above {CHANCE:.0%}, so it may have found nothing: differences in points, not ratios."
+
+
+class Record(Measured):
+    """A row of detection."""
+
+    quality: Detection | None

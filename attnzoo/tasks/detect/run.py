@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from attnzoo import files
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.tasks.detect import mmcv_ext
+from attnzoo.tasks.detect.config import plain
 
 TRAINED_BY = "trained_by.json"
 WEIGHTS = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "custom_hooks", "randomness")
@@ -31,10 +32,7 @@ FITTED = (
 def fit_to_machine(config: Any, launcher: str) -> None:
     """Join the other processes, where a launcher started some: without a GPU they talk through gloo.
 
-    Raises
-    ------
-    ConfigError
-        If no launcher started this process, or its kind needs GPUs that are not here.
+    Raises `ConfigError` if no launcher started this process, or its kind needs GPUs that are not here.
     """
     config.launcher = launcher
     if launcher == "none":
@@ -60,32 +58,25 @@ def is_main() -> bool:
     return bool(mmcv_ext.load("mmengine.dist").is_main_process())
 
 
-def mixed_precision(config: Any) -> None:
-    """Train by mmengine's AmpOptimWrapper; it needs a GPU."""
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "mixed precision is mmengine's AmpOptimWrapper, which needs a GPU, and PyTorch sees none here"
-        )
-    config.optim_wrapper.type = "AmpOptimWrapper"
+def is_shared() -> bool:
+    """Whether several processes work together."""
+    return bool(mmcv_ext.load("mmengine.dist").get_world_size() > 1)
+
+
+def told(message: Sequence[int] = ()) -> list[int]:
+    """Give in every process what the main one says; they wait for it."""
+    held = [list(message)]
+    mmcv_ext.load("mmengine.dist").broadcast_object_list(held)
+    return held[0]
 
 
 def train(config: Any) -> Path:
-    """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one.
+    """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one; give that folder.
 
     With ``resume=False`` what the folder holds is set aside first, in ``FOLDER.old`` or ``FOLDER.old2`` and so on.
 
-    Returns
-    -------
-    Path
-        The run's folder.
-
-    Raises
-    ------
-    ConfigError
-        If the config trains nothing, the folder holds a run of another config, another process is training into it, or
-        `load_from` is missing.
-    DataError
-        If the run's checkpoint is damaged.
+    Raises `ConfigError` if the config trains nothing, the folder holds a run of another config, another process is
+    training into it, or `load_from` is missing; `DataError` if the run's checkpoint is damaged.
     """
     from mmengine.dist import barrier
     from mmengine.runner import Runner
@@ -134,10 +125,9 @@ def changes(config: Any, ignore: Sequence[str] = ()) -> list[str]:
     kept = Path(config.work_dir) / TRAINED_BY
     if not kept.is_file():
         return []
-    before = dict(_leaves(json.loads(kept.read_text(encoding="utf-8"))))
-    now = dict(_leaves(_trained_by(config)))
-    keys = [key for key in [*before, *(k for k in now if k not in before)] if before.get(key) != now.get(key)]
-    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys if key not in ignore]
+    before, now = _leaves(json.loads(kept.read_text(encoding="utf-8"))), _leaves(_trained_by(config))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ignore]
+    return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys]
 
 
 def _trained_by(config: Any) -> dict[str, Any]:
@@ -145,33 +135,23 @@ def _trained_by(config: Any) -> dict[str, Any]:
     held = {key: value for key, value in config.to_dict().items() if key in WEIGHTS or (key == "load_from" and value)}
     world = mmcv_ext.load("mmengine.dist").get_world_size()
     held["images_a_step"] = config.train_dataloader.get("batch_size", 1) * world
-    found: dict[str, Any] = json.loads(json.dumps(held, default=str))
+    found: dict[str, Any] = plain(held)
     for key in ("batch_size", "num_workers", "persistent_workers"):
         found["train_dataloader"].pop(key, None)
     return found
 
 
-def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(content, Mapping):
-        pairs: Any = content.items()
-    elif isinstance(content, list):
-        pairs = enumerate(content)
-    else:
-        yield path, content
-        return
-    for key, value in pairs:
-        if key != "data_root":
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+def _leaves(content: Any, path: str = "") -> dict[str, Any]:
+    """All values by their dotted paths, but for where the data lie."""
+    if not isinstance(content, (dict, list)):
+        return {path.lstrip("."): content}
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    parts = [_leaves(value, f"{path}.{key}") for key, value in pairs if key != "data_root"]
+    return {place: value for part in parts for place, value in part.items()}
 
 
 def last_checkpoint(config: Any) -> Path | None:
-    """The newest checkpoint of a run, or None where none was written.
-
-    Raises
-    ------
-    DataError
-        If one was written and is not there, or is cut short.
-    """
+    """The newest checkpoint of a run, None where none was written, or `DataError` if it is gone or damaged."""
     told = Path(config.work_dir) / "last_checkpoint"
     if not told.is_file():
         return None
@@ -182,17 +162,11 @@ def last_checkpoint(config: Any) -> Path | None:
         raise DataError(f"{told} names no checkpoint that is there ({name!r}); {mend}")
     if not zipfile.is_zipfile(path):  # as all that torch.save writes is, with its list at the end
         raise DataError(f"{path} is cut short; {mend}")
-    with zipfile.ZipFile(path) as held:
-        altered = _altered(held)
-    if altered:
-        raise DataError(f"{path} is damaged: {altered}; {mend}")
-    return path
-
-
-def _altered(held: zipfile.ZipFile) -> str | None:
-    """Say what in an archive is not what was written, by the checksums that it holds, or give None."""
     try:
-        name = held.testzip()
+        with zipfile.ZipFile(path) as held:
+            altered = held.testzip()  # by the checksums that it holds
     except (OSError, zipfile.BadZipFile, EOFError) as error:
-        return str(error)
-    return None if name is None else f"{name} is not what was written"
+        altered = str(error)
+    if altered:
+        raise DataError(f"{path} is damaged, at {altered}; {mend}")
+    return path

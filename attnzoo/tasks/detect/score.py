@@ -6,93 +6,64 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attnzoo.errors import ConfigError, DataError
-from attnzoo.tasks.detect import check
+from attnzoo.tasks.detect import data
+from attnzoo.tasks.detect.quality import Metric
 from attnzoo.tasks.detect.run import last_checkpoint
 
-STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+STATS = tuple(Metric.model_fields)
 IOU = 0.5  # of the matches that images are judged by
+Box = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One image: what is true, what was predicted, and how well they agree.
+    """An image, what is true there, what was predicted with at least the threshold's score, and how well they agree.
 
-    Attributes
-    ----------
-    path
-        The image file.
-    true, predicted
-        Boxes as ``(x, y, width, height, class)`` and ``(x, y, width, height, class, score)``, in pixels; predictions
-        are those of at least the threshold.
-    f1
-        Of the matches at an IoU of 0.5; 1 where nothing is true and nothing predicted.
+    Boxes are ``(x, y, width, height, class)``, of predictions with their score, in pixels; `f1` is of the matches at an
+    IoU of 0.5, and 1 where nothing is true and nothing predicted.
     """
 
     path: str
-    true: tuple[tuple[float, ...], ...]
-    predicted: tuple[tuple[float, ...], ...]
+    true: tuple[Box, ...]
+    predicted: tuple[Box, ...]
     f1: float
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the metric says.
+    """The metric over all images, how many images and boxes there are, crowd regions left out, and every image judged.
 
-    Attributes
-    ----------
-    ap, ap50, ap75
-        Average precision, over IoUs of 0.5 to 0.95, at 0.5 and at 0.75.
-    ap_small, ap_medium, ap_large
-        Over boxes under 32 x 32 pixels, up to 96 x 96, and larger; None where there are none.
-    images, boxes
-        How many; crowd regions are not counted.
-    threshold
-        The score that gives the best F1 over all images.
-    judged
-        Every image, the best first.
+    `threshold` is the score that gives the best F1 over all images; the best of `judged` come first.
     """
 
-    ap: float
-    ap50: float
-    ap75: float
-    ap_small: float | None
-    ap_medium: float | None
-    ap_large: float | None
+    metric: Metric
     images: int
     boxes: int
     threshold: float
     judged: tuple[Judged, ...]
 
 
-def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
-    """Run the trained detector over the config's test images, by mmengine's Runner.
+class Answers(NamedTuple):
+    """COCO files of what is true and of what was predicted, the file of each image by its number, and the classes."""
 
-    Parameters
-    ----------
-    config
-        Of a run that is trained to its end.
-    folder
-        Where its predictions go.
+    true: Path
+    predicted: Path
+    files: Mapping[int, str]
+    classes: Sequence[str]
 
-    Returns
-    -------
-    tuple
-        The COCO files of what is true and of what was predicted, and the file of each image by its number.
 
-    Raises
-    ------
-    ConfigError
-        If the run is not trained to its end, or its metric is not COCO's.
-    DataError
-        If it was trained on other classes.
+def predict(config: Any, folder: Path) -> Answers:
+    """Run the trained detector over the config's test images, by mmengine's Runner; predictions go into `folder`.
+
+    Raises `AttnZooError` if the run is not trained to its end or on other classes, or its metric is not COCO's.
     """
     from mmengine.runner import Runner
 
@@ -101,43 +72,32 @@ def predict(config: Any, folder: Path) -> tuple[Path, Path, dict[int, str]]:
     config = copy.deepcopy(config)
     config.load_from, config.resume, config.work_dir = None, False, str(folder)
     prefix = folder / "boxes"
-    metrics = check.metrics(config.test_evaluator)
-    metric = next((dict(one) for one in metrics if check.is_of(one, "CocoMetric")), None)
+    metrics = data.metrics(config.test_evaluator)
+    metric = next((dict(one) for one in metrics if data.is_of(one, "CocoMetric")), None)
     if metric is None:
         raise ConfigError("test_evaluator names no CocoMetric, which hands the predictions to pycocotools")
     config.test_evaluator = {**metric, "format_only": True, "outfile_prefix": str(prefix)}
     runner = Runner.from_cfg(config)
-    data = runner.test_dataloader.dataset
-    load(runner, checkpoint, data.metainfo["classes"])
+    images = runner.test_dataloader.dataset
+    load(runner, checkpoint, images.metainfo["classes"])
     runner.test()
     told = metric.get("ann_file")
     true = Path(told) if told else prefix.with_name(prefix.name + ".gt.json")
-    return true, prefix.with_name(prefix.name + ".bbox.json"), _files(data)
+    infos = (images.get_data_info(place) for place in range(len(images)))
+    files = {info["img_id"]: info["img_path"] for info in infos}
+    return Answers(true, prefix.with_name(prefix.name + ".bbox.json"), files, images.metainfo["classes"])
 
 
 def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:
-    """Load a checkpoint into a Runner's model, every weight of it.
-
-    Raises
-    ------
-    DataError
-        If it was trained on other classes.
-    ConfigError
-        If its weights are not the model's.
-    """
+    """Load a checkpoint into a Runner's model, every weight of it, or raise `AttnZooError` if it is of another."""
     from mmengine.runner.checkpoint import CheckpointLoader
 
     meta = CheckpointLoader.load_checkpoint(str(checkpoint), map_location="cpu").get("meta", {})
-    check.same_classes((meta.get("dataset_meta") or {}).get("classes"), classes, checkpoint)
+    data.same_classes((meta.get("dataset_meta") or {}).get("classes"), classes, checkpoint)
     try:
         runner.load_checkpoint(str(checkpoint), strict=True)
     except RuntimeError as error:
         raise ConfigError(f"{checkpoint} does not hold the weights of this config's model: {error}") from error
-
-
-def _files(data: Any) -> dict[int, str]:
-    infos = (data.get_data_info(place) for place in range(len(data)))
-    return {info["img_id"]: info["img_path"] for info in infos}
 
 
 def finished(config: Any) -> Path:
@@ -152,13 +112,10 @@ def finished(config: Any) -> Path:
     return found
 
 
-def scores(true: Path, predicted: Path, files: dict[int, str], classes: Sequence[str]) -> Scores:
+def scores(true: Path, predicted: Path, files: Mapping[int, str], classes: Sequence[str]) -> Scores:
     """Let pycocotools compare two COCO files, over the images of `files` and the boxes of `classes`.
 
-    Raises
-    ------
-    DataError
-        If there is no box to find.
+    Raises `DataError` if there is no box to find.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -180,56 +137,47 @@ def scores(true: Path, predicted: Path, files: dict[int, str], classes: Sequence
         raise DataError(
             f"the {len(files)} test images have no box of the classes {', '.join(classes)}: nothing to find"
         )
-    stats = {name: _or_none(value) for name, value in zip(STATS, evaluation.stats, strict=False)}
+    # pycocotools gives -1 where there is nothing to find
+    stats = {name: None if at < 0 else float(at) for name, at in zip(STATS, evaluation.stats, strict=False)}
     images = _images(truth, answers, evaluation, files)
     threshold = _best_threshold(images)
-    judged = sorted((_judge(one, threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
-    return Scores(
-        ap=stats["ap"] or 0.0,
-        ap50=stats["ap50"] or 0.0,
-        ap75=stats["ap75"] or 0.0,
-        ap_small=stats["ap_small"],
-        ap_medium=stats["ap_medium"],
-        ap_large=stats["ap_large"],
-        images=len(files),
-        boxes=sum(len(one.true) for one in judged),
-        threshold=threshold,
-        judged=tuple(judged),
-    )
+    judged = sorted((_judged(one, threshold) for one in images), key=lambda j: (-j.f1, -len(j.true), j.path))
+    boxes = sum(len(one.true) for one in judged)
+    return Scores(Metric.model_validate(stats), len(files), boxes, threshold, tuple(judged))
 
 
-def _or_none(value: float) -> float | None:
-    return None if value < 0 else float(value)  # pycocotools gives -1 where there is nothing to find
-
-
-@dataclass
-class _Image:
+class _Image(NamedTuple):
     """An image's boxes; of each prediction its box, and whether it is matched, or lies in a crowd region (None)."""
 
     path: str
-    true: list[tuple[float, ...]]
-    predicted: list[tuple[tuple[float, ...], bool | None]]
+    true: list[Box]
+    predicted: list[tuple[Box, bool | None]]
 
 
-def _images(truth: Any, answers: Any, evaluation: Any, files: dict[int, str]) -> list[_Image]:
+def _images(truth: Any, answers: Any, evaluation: Any, files: Mapping[int, str]) -> list[_Image]:
     """Take out of the evaluation what was matched at the IoU images are judged by."""
     images = {number: _Image(path, [], []) for number, path in files.items()}
     names = {number: place for place, number in enumerate(evaluation.params.catIds)}
     at = int(np.argmin(np.abs(evaluation.params.iouThrs - IOU)))
-    everything = list(evaluation.params.areaRng[0])
     for found in evaluation.evalImgs:
-        if found is None or list(found["aRng"]) != everything:
+        if found is None or list(found["aRng"]) != list(evaluation.params.areaRng[0]):  # that of all sizes
             continue
-        image = images[found["image_id"]]
+        image, name = images[found["image_id"]], names[found["category_id"]]
         for number, ignored in zip(found["gtIds"], found["gtIgnore"], strict=True):
             if not ignored:
-                image.true.append((*truth.anns[number]["bbox"], names[found["category_id"]]))
-        rows = zip(found["dtIds"], found["dtMatches"][at], found["dtIgnore"][at], strict=True)
-        for number, match, ignored in rows:
-            one = answers.anns[number]
-            box = (*one["bbox"], names[found["category_id"]], one["score"])
+                image.true.append((*truth.anns[number]["bbox"], name))
+        for number, match, ignored in zip(found["dtIds"], found["dtMatches"][at], found["dtIgnore"][at], strict=True):
+            box = (*answers.anns[number]["bbox"], name, answers.anns[number]["score"])
             image.predicted.append((box, None if ignored else bool(match)))
     return list(images.values())
+
+
+def _judged(image: _Image, threshold: float) -> Judged:
+    kept = [(box, hit) for box, hit in image.predicted if box[-1] >= threshold]
+    counted = [hit for _, hit in kept if hit is not None]
+    total = len(counted) + len(image.true)
+    f1 = 2 * sum(counted) / total if total else 1.0
+    return Judged(image.path, tuple(image.true), tuple(box for box, _ in kept), f1)
 
 
 def _best_threshold(images: Sequence[_Image]) -> float:
@@ -243,15 +191,7 @@ def _best_threshold(images: Sequence[_Image]) -> float:
     return float(best[1])
 
 
-def _judge(image: _Image, threshold: float) -> Judged:
-    kept = [(box, hit) for box, hit in image.predicted if box[-1] >= threshold]
-    counted = [hit for _, hit in kept if hit is not None]
-    total = len(counted) + len(image.true)
-    f1 = 2 * sum(map(bool, counted)) / total if total else 1.0
-    return Judged(image.path, tuple(image.true), tuple(box for box, _ in kept), f1)
-
-
-def curve(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+def curve(folder: Path) -> dict[str, list[Any]]:
     """Epochs, AP and AP50 that mmengine's validation logged in a run's folder, over however many starts it took."""
     found: dict[int, tuple[float, float]] = {}
     for log in sorted(folder.glob("*/vis_data/scalars.json")):
@@ -261,5 +201,5 @@ def curve(folder: Path) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float
                 if "coco/bbox_mAP" in told:
                     ap, ap50 = told["coco/bbox_mAP"], told["coco/bbox_mAP_50"]
                     found[int(told["step"])] = (max(0.0, ap), max(0.0, ap50))  # -1 where there is nothing to find
-    epochs = sorted(found)
-    return tuple(epochs), tuple(found[e][0] for e in epochs), tuple(found[e][1] for e in epochs)
+    each = [found[epoch] for epoch in sorted(found)]
+    return {"epochs": sorted(found), "epoch_ap": [ap for ap, _ in each], "epoch_ap50": [ap50 for _, ap50 in each]}

@@ -60,7 +60,7 @@ def make_config(path, data, attention=None, epochs=4, flips=0.5, **more):
         model["attention"] = attention
     content = {
         "default_scope": "mmdet",
-        "custom_imports": {"imports": ["attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"]},
+        "custom_imports": {"imports": ["attnzoo.tasks.detect.model"]},
         "data_root": f"{data}/",
         "model": model,
         "train_dataloader": {
@@ -96,6 +96,6 @@ def prepare():
     """Import what the scripts of detection need, and have configs saved as in `configs_as_they_are`."""
     from yapf.yapflib import yapf_api
 
-    for name in ("mmengine.runner", "mmdet.apis", "attnzoo.tasks.detect.model", "attnzoo.tasks.detect.hooks"):
+    for name in ("mmengine.runner", "mmdet.apis", "attnzoo.tasks.detect.model"):
         mmcv_ext.load(name)
     yapf_api.FormatCode = as_it_is

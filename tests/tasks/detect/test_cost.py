@@ -1,19 +1,20 @@
 """Cost by stage: what is timed adds up, what fails its oracle is not timed, and the report shows it."""
 
-import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
-from attnzoo.bench.page import html_page
+from attnzoo import tasks
 from attnzoo.bench.readme import markdown_table
-from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, run, stages
+from eval.bench import main as bench
 from eval.detect import main as evaluate
 from tests.tasks.detect.models import mmdet_detector, samples
 from tests.tasks.detect.runs import make_config, make_data
@@ -21,7 +22,7 @@ from train.detect import main as train
 
 PADRE = {"name": "padre", "degree": 2, "kernel_size": 3, "where": "encoder.*"}
 SMALL = {"sizes": [(64, 64), (64, 128)], "repeats": 3, "warmup": 1}
-FACTS = {"config_hash": "0" * 16, "benchmark": "x", "command": "y"}
+HOST = "mmdet:DABDETR with ResNet-18"
 
 
 class Sleeps(nn.Module):
@@ -47,7 +48,9 @@ class Slow(nn.Module):
 def test_stages_are_timed_apart_and_calls_of_one_stage_add_up():
     model = Slow()
     modules = stages.modules_of(model, [])
-    found = stages.clock(model, modules, lambda: model(torch.zeros(1, 2)))
+    calls = {lambda: model(torch.zeros(1, 2)): modules}
+    (found,) = stages.in_turn(calls, torch.device("cpu"), warmup=0, repeats=1)
+    found = {stage: seconds for stage, (seconds,) in found.items()}
     assert found["backbone"] >= 0.03
     assert found["encoder"] >= 0.02
     assert found["decoder"] >= 0.03  # with the head, which mmdet calls round its hooks
@@ -91,61 +94,85 @@ def test_memory_is_measured_before_what_would_spoil_it(monkeypatch):
 
 
 @pytest.fixture
-def config(tmp_path):
-    path = make_config(tmp_path / "squares.py", make_data(tmp_path / "data", images=4), epochs=2, cost=SMALL)
-    return configs.load_config(path)
+def squares(tmp_path):
+    """A config of a small detector that asks for this cost, with test images or without."""
+    data = make_data(tmp_path / "data", images=4)
+
+    def make(attention=None, name="squares", **changed):
+        path = tmp_path / f"{name}.py"
+        make_config(path, data, attention, epochs=2, data_root=None, work_dir=f"{tmp_path}/{name}/seed0", cost=changed)
+        return str(path)
+
+    return make
 
 
-def test_every_variant_is_gated_and_measured_beside_the_dense_one(config):
-    asked = cost.read(config).model_copy(update={"attentions": ({"name": "sdpa"}, {**PADRE, "degree": 3})})
-    found = cost.variants(asked, [cost.Variant("dense"), cost.Variant("padre", PADRE)])
-    assert [one.label for one in found] == ["dense", "padre", "sdpa", "padre degree=3 kernel_size=3"]
-    said, parts = [], []
-    records = cost.measure(config, asked, found, FACTS, said.append, parts.append)
-    assert [(r.tokens, r.label) for r in records] == [(n, v.label) for n in (16, 32) for v in found]
+def loaded(*paths):
+    return tasks.load(Path(paths[0]), paths[1:])
+
+
+def test_every_attention_is_gated_and_measured_beside_the_dense_one(squares, tmp_path, capsys):
+    paths = squares(**SMALL), squares(PADRE, "padre")
+    assert bench([*paths, f"output={tmp_path}/out"]) == 0
+    records = read_records(tmp_path / "out/records.jsonl")
+    labels = ["dense", "padre degree=2 kernel_size=3"]
+    sizes = [(16, "64 x 64 pixels"), (32, "64 x 128 pixels")]
+    assert [(r.tokens, r.workload, r.label) for r in records] == [(*size, label) for size in sizes for label in labels]
     for record in records:
-        assert (record.status, record.gate.passed) == ("ok", True)
+        assert (record.task, record.status, record.gate.passed, record.host) == ("detect", "ok", True, HOST)
         side = record.cost.candidate
         assert [stage.name for stage in side.stages] == ["backbone", "encoder", "decoder", "encoder's attention"]
         whole, attention = side.stage("encoder"), side.stage("encoder's attention")
         assert attention.flops < whole.flops < side.flops
         assert attention.latency_ms.p50 < whole.latency_ms.p50 < side.latency_ms.p50
         assert side.attention_parameters == attention.parameters
+        assert side.latency_ms.n == 3
     dense, padre = records[:2]
-    assert dense.is_baseline
+    assert (dense.is_baseline, dense.attention, padre.attention) == (True, None, "padre")
     assert dense.cost.ratios.flops == 1
     assert padre.cost.candidate.stage("decoder").flops == dense.cost.candidate.stage("decoder").flops
-    assert any("64 x 128 pixels: time" in word for word in said)
-    assert parts == [pytest.approx(1 / 3), 1]
+    told = capsys.readouterr()
+    assert "forward, 32 tokens, 64 x 128 pixels" in told.out
+    assert "cost of dense at 32 tokens, 64 x 128 pixels: ok" in told.err
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "<h2>Stages</h2>" in page
+    assert "Amdahl&#x27;s bound, were its attention" in page, "of several sizes"
+    assert re.search("# model ?= ?dict", page), "mmengine's config in full"
+    assert evaluate([*paths, "--output", f"{tmp_path}/out"]) == 0
+    assert "4 rows of an earlier run are kept, 0 to measure" in capsys.readouterr().err
+    content = {"task": "detect", "name": "of-yaml", "configs": list(paths), "output": f"{tmp_path}/out"}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    for words in ([f"{tmp_path}/both.yaml"], [*paths, f"output={tmp_path}/out"]):
+        assert bench([*words, "--so-far"]) == 0
+        assert "forward, 32 tokens, 64 x 128 pixels" in capsys.readouterr().out
+    assert bench([f"{tmp_path}/both.yaml"]) == 0
+    assert "4 rows of an earlier run are kept, 0 to measure" in capsys.readouterr().err
+    for wrong, said in (("seed=1", "randomness.seed"), ("device=cuda", "device: mmengine works on cpu here")):
+        assert bench([f"{tmp_path}/both.yaml", wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_not_timed(config, zeros):
-    asked = cost.read(config)
-    found = [cost.Variant("dense"), cost.Variant("zeros", {"name": zeros})]
-    records = cost._measure(config, asked, found, FACTS, lambda word: None)
-    assert [(r.label, r.status, r.cost is None) for r in records[:2]] == [
-        ("dense", "ok", False),
-        ("zeros", "failed", True),
-    ]
-    assert "gate did not pass" in records[1].message
+def test_what_is_wrong_is_not_timed(squares, zeros):
+    _, config = loaded(squares(**{**SMALL, "attentions": [{"name": "sdpa"}, {"name": zeros}]}))
+    asked = cost.read(config.detectors[0])
+    for variant in config.variants[1:]:
+        found = cost.measure(config.detectors[0], asked, variant, (64, 64), "cpu", lambda word: None)
+        assert (found.status, bool(found.costs)) == (("ok", True) if variant.label == "sdpa" else ("failed", False))
+    assert "gate did not pass" in found.message
 
 
-def test_a_swap_that_cannot_be_made_is_said_before_any_work(config):
-    asked = cost.read(config)
-    with pytest.raises(ConfigError, match=r"(?s)everywhere: .*cross-attention"):
-        cost.measure(
-            config, asked, [cost.Variant("dense"), cost.Variant("everywhere", {"name": "padre"})], FACTS, print, print
-        )
-    with pytest.raises(ConfigError, match="has no name"):
-        cost.variants(asked.model_copy(update={"attentions": ({"degree": 2},)}), [])
-    with pytest.raises(ConfigError, match="two attentions are called 'padre'"):
-        cost.variants(asked, [cost.Variant("padre", PADRE), cost.Variant("padre", {**PADRE, "degree": 3})])
-    same = asked.model_copy(update={"sizes": ((64, 128), (128, 64)), "repeats": 1})
-    with pytest.raises(ConfigError, match="as many tokens as another size"):
-        cost.measure(config, same, [cost.Variant("dense")], FACTS, print, print)
-    config.cost = {"sizes": [], "repeat": 3}
-    with pytest.raises(ConfigError, match=r"(?s)sizes.*repeat"):
-        cost.read(config)
+def test_a_swap_that_cannot_be_made_is_said_before_any_work(squares, tmp_path, capsys):
+    def refused(*attentions, cost=SMALL):
+        path = squares(**cost, attentions=attentions)
+        assert evaluate([path, "--output", f"{tmp_path}/out"]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert re.search("(?s)everywhere: .*cross-attention", refused({"name": "padre", "label": "everywhere"}))
+    assert "two attentions are called 'padre'" in refused(
+        {**PADRE, "label": "padre"}, {**PADRE, "degree": 3, "label": "padre"}
+    )
+    assert re.search(r"(?s)sizes.*repeat", refused(cost={"sizes": [], "repeat": 3}))
+    assert "cost.attentions.0={'degree': 2} must be the name of a registered attention" in refused({"degree": 2})
 
 
 def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
@@ -156,52 +183,67 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
         work = str(tmp_path / "runs" / name / "seed0")
         paths.append(str(make_config(tmp_path / f"{name}.py", data, attention, epochs=2, cost=one_size, work_dir=work)))
         assert train([paths[-1]]) == 0
-    more = configs.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
-    run.train(more)
     assert evaluate(paths) == 0
     folder = tmp_path / "runs" / "own" / "eval"
     assert "page:" in capsys.readouterr().out
+    before = read_records(folder / "records.jsonl")
+    more = configs.load_config(paths[1], ["randomness.seed=1", f"work_dir={tmp_path}/runs/padre/seed1"])
+    run.train(more)
+    assert evaluate(paths) == 0  # again: what is not as it was is tested once more
+    assert "3 rows of an earlier run are kept, 1 to measure" in capsys.readouterr().err
     records = read_records(folder / "records.jsonl")
+    assert [r.utc for r in records if r.kind == "cost"] == [r.utc for r in before if r.kind == "cost"]
     by_label = {r.label: r for r in records if r.kind == "quality"}
-    assert [one.seed for one in by_label["padre degree=2 kernel_size=3"].quality.trainings] == [0, 1]
-    assert by_label["dense"].quality.trainings[0].epochs == (2,)
+    own, padre = by_label["dense"].quality, by_label["padre degree=2 kernel_size=3"].quality
+    assert [one.seed for one in padre.trainings] == [0, 1]
+    assert own.trainings[0].epochs == (2,)
+    assert next(r for r in records if r.kind == "cost" and r.attention).quality == padre
+    assert (padre.ratio, padre.difference) == (None, padre.ap - own.ap), "after two epochs dense finds nothing"
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<h2>Stages</h2>" in page
-    assert "at most" in html_page(records)
-    for part in ("Drawn boxes", "Learning", "AP50", "encoder&#x27;s attention", "best of 4 images"):
+    assert "at most" in page
+    for part in ("Drawn boxes", "AP50 after each epoch", "AP50", "encoder&#x27;s attention", "best of 4 images"):
         assert part in page, part
     assert len(re.findall(r"data:image/jpeg;base64", page)) == 8
-    table = markdown_table(records)
-    assert "AP %" in table
-    assert "forward, 16 tokens" in table
-    before = (folder / "records.jsonl").read_text(encoding="utf-8")
-    assert evaluate(paths) == 0  # again: tests are kept, records take the place of the earlier ones
-    after = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(after) == len(before.splitlines())
+    for table in (page, markdown_table(records)):
+        assert "AP %" in table
+        assert "forward, 16 tokens" in table
+        assert f"{100 * (padre.ap - own.ap):+.1f} points" in table
 
 
-def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(config):
-    asked = cost.read(config).model_copy(update={"sizes": ((64, 64), (4, 0)), "repeats": 1})
-    records = cost.measure(config, asked, [cost.Variant("dense")], FACTS, print, print)
-    assert [(record.tokens, record.status) for record in records] == [(16, "ok"), (0, "failed")]
-    assert records[1].message.startswith("4 x 0 pixels: Traceback")
-    assert records[1].host.endswith(", 4 x 0 pixels")
+def test_a_size_that_cannot_be_measured_does_not_take_the_others_with_it(squares, tmp_path, capsys):
+    path = squares(sizes=[(64, 64), (10**6, 10**6)], repeats=1, batch=1)
+    assert evaluate([path, "--output", f"{tmp_path}/out"]) == 1
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert [(record.workload, record.status) for record in records] == [
+        ("64 x 64 pixels", "ok"),
+        ("1000000 x 1000000 pixels", "oom"),
+    ]
+    assert "cost of dense, 1000000 x 1000000 pixels: oom" in capsys.readouterr().err
+    none = mmdet_detector("DETR").to("meta")
+    assert [cost.count_tokens(none, size) for size in ((64, 96), (4, 0))] == [24, 0]
 
 
-def test_a_batch_beyond_all_memory_is_a_row_of_each_attention(config):
-    asked = cost.read(config).model_copy(update={"batch": 2**32, "sizes": ((64, 128),)})
-    found = [cost.Variant("dense"), cost.Variant("padre", PADRE)]
-    records = cost.measure(config, asked, found, FACTS, print, print)
-    assert [(r.tokens, r.label, r.status) for r in records] == [(32, v.label, "oom") for v in found]
-    assert "64 x 128 pixels: " in records[-1].message
+def test_sizes_of_as_many_tokens_stand_beside_one_another(squares):
+    task, config = loaded(squares(sizes=[(64, 128), (128, 64)]))
+    assert [(cell.tokens, cell.workload) for cell in task.plan(config)] == [
+        (32, "64 x 128 pixels"),
+        (32, "128 x 64 pixels"),
+    ]
 
 
-def test_a_size_that_takes_too_long_is_in_the_table_and_in_the_exit_status(tmp_path, capsys):
-    timed = {**SMALL, "sizes": [(64, 64)], "timeout_seconds": 0.001}
-    path = make_config(tmp_path / "slow.py", make_data(tmp_path / "data", images=1), cost=timed, data_root=None)
-    assert evaluate([str(path), "--output", str(tmp_path / "eval")]) == 1
+def test_a_batch_beyond_all_memory_is_a_row_of_each_attention(squares, tmp_path):
+    path = squares(sizes=[(64, 128)], batch=2**32, attentions=[PADRE])
+    assert evaluate([path, "--output", f"{tmp_path}/out"]) == 1
+    records = read_records(tmp_path / "out/records.jsonl")
+    assert [(r.tokens, r.attention, r.status) for r in records] == [(32, None, "oom"), (32, "padre", "oom")]
+
+
+def test_a_size_that_takes_too_long_is_in_the_table_and_in_the_exit_status(squares, tmp_path, capsys):
+    path = squares(**{**SMALL, "sizes": [(64, 64)], "timeout_seconds": 0.001})
+    assert evaluate([path, "--output", str(tmp_path / "eval")]) == 1
     said = capsys.readouterr()
-    assert "cost of dense at 16 tokens: timeout: 64 x 64 pixels: took longer than 0.001 s" in said.err
+    assert "cost of dense at 16 tokens, 64 x 64 pixels: timeout" in said.err
+    assert "took longer than 0.001 s" in said.err
     assert "forward, 16 tokens" in said.out
     assert "timeout" in (tmp_path / "eval/report.html").read_text(encoding="utf-8")
     (record,) = read_records(tmp_path / "eval/records.jsonl")

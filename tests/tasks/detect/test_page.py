@@ -3,12 +3,14 @@
 import base64
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from attnzoo.tasks.detect import page
+from attnzoo.tasks.detect.quality import Metric
 from attnzoo.tasks.detect.score import Judged, Scores
 
 BOX = (1.0, 1.0, 4.0, 4.0, 0.0)
@@ -17,9 +19,16 @@ FLOAT = Image.fromarray(np.full((20, 40), 7, dtype=np.float32))
 PLAIN = Image.new("RGB", (20, 10))
 
 
+METRIC = Metric(ap=1, ap50=1, ap75=1, ap_small=None, ap_medium=None, ap_large=None)
+
+
 def drawn(paths):
+    folder = paths[0].parent
     judged = tuple(Judged(str(path), (BOX,), ((*BOX, 0.9),), 1.0) for path in paths)
-    return page.drawn({"dense": Scores(1, 1, 1, None, None, None, 2, 2, 0.5, judged)}, ["cat", "dog"]).body
+    for label in ("dense", "other"):
+        page.draw_boxes(folder, label, Scores(METRIC, 2, 2, 0.5, judged), ["cat", "dog"])
+    (section,) = page.boxes([SimpleNamespace(label="dense", kind="quality")], folder)
+    return section.body
 
 
 @pytest.mark.parametrize(

@@ -37,31 +37,32 @@ RIGHT = [(1, CAT, [10, 10, 40, 40], 0.9), (1, CAT, [60, 10, 20, 20], 0.8), (2, D
 
 def scored(truth, tmp_path, answers, files=FILES):
     rows = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in answers]
-    return score.scores(truth, write(tmp_path / "found.json", rows), files, ["cat", "dog"])
+    found = score.scores(truth, write(tmp_path / "found.json", rows), files, ["cat", "dog"])
+    return found, found.metric
 
 
 def test_all_right_is_one(truth, tmp_path):
-    found = scored(truth, tmp_path, RIGHT)
-    assert (found.ap, found.ap50, found.ap75) == pytest.approx((1, 1, 1))
-    assert (found.ap_small, found.ap_medium, found.ap_large) == (pytest.approx(1), pytest.approx(1), None)
+    found, metric = scored(truth, tmp_path, RIGHT)
+    assert (metric.ap, metric.ap50, metric.ap75) == pytest.approx((1, 1, 1))
+    assert (metric.ap_small, metric.ap_medium, metric.ap_large) == (pytest.approx(1), pytest.approx(1), None)
     assert (found.images, found.boxes) == (3, 3)
     assert [one.f1 for one in found.judged] == [1, 1, 1]
 
 
 def test_nothing_found_is_zero(truth, tmp_path):
-    found = scored(truth, tmp_path, [])
-    assert (found.ap, found.ap50, found.threshold) == (0, 0, 0.5)
+    found, metric = scored(truth, tmp_path, [])
+    assert (metric.ap, metric.ap50, found.threshold) == (0, 0, 0.5)
     assert [(one.path, one.f1) for one in found.judged] == [("3.png", 1), ("1.png", 0), ("2.png", 0)]
 
 
 def test_what_lies_in_a_crowd_counts_for_nothing(truth, tmp_path):
-    assert scored(truth, tmp_path, [*RIGHT, (2, CAT, [62, 62, 20, 20], 0.95)]).ap == pytest.approx(1)
-    assert scored(truth, tmp_path, [*RIGHT, (2, CAT, [2, 62, 20, 20], 0.95)]).ap < 0.9
+    assert scored(truth, tmp_path, [*RIGHT, (2, CAT, [62, 62, 20, 20], 0.95)])[1].ap == pytest.approx(1)
+    assert scored(truth, tmp_path, [*RIGHT, (2, CAT, [2, 62, 20, 20], 0.95)])[1].ap < 0.9
 
 
 def test_images_are_judged_at_the_threshold_that_is_best_for_all(truth, tmp_path):
     wrong = [(3, DOG, [1, 1, 9, 9], 0.75), (3, CAT, [1, 1, 9, 9], 0.6), (2, CAT, [1, 1, 9, 9], 0.5)]
-    found = scored(truth, tmp_path, [*RIGHT, *wrong])
+    found, _ = scored(truth, tmp_path, [*RIGHT, *wrong])
     assert found.threshold == pytest.approx(0.7)  # three hits of four: 6/7, and at 0.8 two of two: 4/5
     assert [(one.path, one.f1) for one in found.judged] == [("1.png", 1), ("2.png", 1), ("3.png", 0)]
     assert [len(one.predicted) for one in found.judged] == [2, 1, 1]
@@ -69,14 +70,14 @@ def test_images_are_judged_at_the_threshold_that_is_best_for_all(truth, tmp_path
 
 
 def test_images_that_are_not_asked_for_do_not_count(truth, tmp_path):
-    found = scored(truth, tmp_path, RIGHT[:2], {1: "1.png"})
-    assert (found.ap, found.images, found.boxes) == (pytest.approx(1), 1, 2)
+    found, metric = scored(truth, tmp_path, RIGHT[:2], {1: "1.png"})
+    assert (metric.ap, found.images, found.boxes) == (pytest.approx(1), 1, 2)
 
 
 def test_a_box_is_too_far_off_for_some_thresholds(truth, tmp_path):
-    found = scored(truth, tmp_path, [(1, CAT, [10, 10, 40, 26], 0.9)], {1: "1.png"})  # IoU 0.65
-    assert found.ap50 > found.ap > 0
-    assert found.ap75 == 0
+    _, metric = scored(truth, tmp_path, [(1, CAT, [10, 10, 40, 26], 0.9)], {1: "1.png"})  # IoU 0.65
+    assert metric.ap50 > metric.ap > 0
+    assert metric.ap75 == 0
 
 
 def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
@@ -86,9 +87,9 @@ def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
         rows = [{"coco/bbox_mAP": e / 10, "coco/bbox_mAP_50": e / 5 + len(epochs), "step": e} for e in epochs]
         rows.insert(1, {"loss": 3.0, "step": 4})
         log.write_text("\n".join(map(json.dumps, rows)) + '\n{"coco/bbox_m', encoding="utf-8")
-    epochs, ap, _ = score.curve(tmp_path)
-    assert epochs == (1, 2, 3)
-    assert ap == pytest.approx((0.1, 0.2, 0.3))
+    found = score.curve(tmp_path)
+    assert found["epochs"] == [1, 2, 3]
+    assert found["epoch_ap"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_where_there_is_nothing_to_find_there_is_no_ap(truth, tmp_path):
@@ -98,5 +99,5 @@ def test_where_there_is_nothing_to_find_there_is_no_ap(truth, tmp_path):
 
 def test_boxes_of_one_score_stand_or_fall_together(truth, tmp_path):
     wrong = [(3, DOG, [1, 1, 9, 9], 0.8), (3, CAT, [1, 1, 9, 9], 0.8)]
-    assert scored(truth, tmp_path, [RIGHT[0], RIGHT[1], *wrong]).threshold == pytest.approx(0.8)  # 4/7, above 1/2
-    assert scored(truth, tmp_path, [RIGHT[0], *wrong]).threshold == pytest.approx(0.9)
+    assert scored(truth, tmp_path, [RIGHT[0], RIGHT[1], *wrong])[0].threshold == pytest.approx(0.8)  # 4/7, above 1/2
+    assert scored(truth, tmp_path, [RIGHT[0], *wrong])[0].threshold == pytest.approx(0.9)

@@ -13,8 +13,9 @@ import torch
 
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.files import locked
-from attnzoo.tasks.detect import check, mmcv_ext, run, score
 from attnzoo.tasks.detect import config as configs
+from attnzoo.tasks.detect import data as datas
+from attnzoo.tasks.detect import mmcv_ext, run, score
 from eval.detect import main as evaluate
 from tests.tasks.detect.runs import SIDE, make_config, make_data
 from train.detect import main as train
@@ -130,7 +131,6 @@ def test_two_processes_train_and_test_as_one(tmp_path, forked):
     qualities = []
     for folder in ("alone", "shared"):
         words = [*halves, "--output", str(tmp_path / folder)]
-        (tmp_path / "two" / "seed0" / "eval" / "scores.json").unlink(missing_ok=True)
         assert evaluate(words) == 0 if folder == "alone" else in_two("eval/detect.py", *words) is None
         line = (tmp_path / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()[0]
         qualities.append(json.loads(line)["quality"])
@@ -234,20 +234,20 @@ def test_data_are_those_that_the_config_names(data, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(f"_base_ = {str(base)!r}\ndata_root = {str(tmp_path)!r}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"not that of any data set: they read .*data; set data_root in"):
-        configs.prepare(configs.load_config(mine))
+        datas.prepare(configs.load_config(mine))
     tree = ROOT / "configs" / "detect" / "trees_softmax.py"
     with pytest.raises(ConfigError, match="typo/' does not exist"):
-        configs.prepare(configs.load_config(tree, [f"data_root={tmp_path}/typo/"]))
+        datas.prepare(configs.load_config(tree, [f"data_root={tmp_path}/typo/"]))
     assert not (tmp_path / "typo").exists()
     config = configs.load_config(base)
-    assert configs.prepare(config)
+    assert datas.prepare(config)
     config.test_evaluator.ann_file = str(data / "boxes.json")
-    assert configs.prepare(config)
+    assert datas.prepare(config)
     config.data_root = str(data.parent)
-    assert configs.prepare(config)  # its data lie inside
+    assert datas.prepare(config)  # its data lie inside
     config.test_evaluator.ann_file = "none.json"
     with pytest.raises(ConfigError, match=r"test_evaluator.ann_file='none.json' is not what test_dataloader reads"):
-        configs.prepare(config)
+        datas.prepare(config)
 
 
 def test_an_attention_can_be_given_by_its_name_alone(data, tmp_path):
@@ -316,7 +316,7 @@ def test_an_image_without_a_box_and_crowds_are_trained_on(tmp_path):
     (data / "boxes.json").write_text(json.dumps(content), encoding="utf-8")
     config = make_config(tmp_path / "squares.py", data, PADRE, epochs=2, flips=0.0, work_dir=str(tmp_path / "seed0"))
     loaded = configs.load_config(config)
-    odd = configs.prepare(loaded)[0].odd
+    odd = datas.prepare(loaded)[0].odd
     assert odd == {"images without a box": 1, "crowd regions": 1, "boxes past the edge": 1}
     boxes = _dataset(loaded)[3]["data_samples"].gt_instances.bboxes.tensor
     assert [6, 6] in (boxes[:, 2:].tolist()), boxes  # one pixel, from 5 to 6
@@ -383,8 +383,9 @@ def test_another_root_reaches_the_data_sets_inside_wrappers(data, tmp_path):
         "type": "ConcatDataset",
         "datasets": [one, {"type": "RepeatDataset", "dataset": one}],
     }
-    configs._move_data(config, str(data), "elsewhere")
-    assert check.roots(config.train_dataloader.dataset) == check.roots(config.val_dataloader.dataset) == {"elsewhere/"}
+    datas.move(config, str(data), "elsewhere")
+    read = [one for part in ("train", "val") for one in datas.read_by(config, part)]
+    assert [one["data_root"] for one in read] == ["elsewhere/"] * 3
 
 
 def test_what_fails_before_it_begins_leaves_no_trace_of_its_config(trained, tmp_path, capsys):
@@ -403,11 +404,11 @@ def test_one_folder_is_trained_into_by_one_process(trained, tmp_path, capsys):
 def test_a_link_that_leads_nowhere_is_made_again(tmp_path):
     (tmp_path / "data").symlink_to(tmp_path / "gone", target_is_directory=True)
     (tmp_path / "asset").mkdir()
-    configs._link(tmp_path / "asset", tmp_path / "data")
+    datas.link(tmp_path / "asset", tmp_path / "data")
     assert (tmp_path / "data").resolve() == (tmp_path / "asset").resolve()
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="is not a folder"):
-        configs._link(tmp_path / "asset", tmp_path / "file")
+        datas.link(tmp_path / "asset", tmp_path / "file")
 
 
 def test_configs_that_cannot_be_compared_are_refused(trained, data, tmp_path, capsys):

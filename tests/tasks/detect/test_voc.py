@@ -7,7 +7,7 @@ from PIL import Image
 
 from attnzoo import assets
 from attnzoo.errors import AssetError, DataError
-from attnzoo.tasks.detect import datasets, voc
+from attnzoo.tasks.detect import voc
 from attnzoo.tasks.detect.voc import Converted, convert, main, read_voc
 
 
@@ -125,15 +125,15 @@ def test_bccd_is_converted_by_its_lists(tmp_path, monkeypatch):
 def test_trees_are_cut_into_tiles_and_less_than_half_a_crown_is_a_crowd(tmp_path):
     data = tmp_path / "deepforest" / "data"
     data.mkdir(parents=True)
-    side = 2 * datasets.TILE + 30
+    side = 2 * voc.TILE + 30
     trees = [("Tree", 11, 21, 30, 50), ("Tree", 219, 101, 228, 110), ("Tree", 441, 441, 460, 460)]
-    for name in datasets.TREES.values():
+    for name in voc.TREES.values():
         annotation, image = write(data, name, trees, size=(side, side))
         annotation.rename(data / annotation.name)
         image.rename(data / image.name)
     folder = tmp_path / "made"
     folder.mkdir()
-    datasets.tree_crowns(tmp_path, folder)
+    voc.tree_crowns(tmp_path, folder)
     content = json.loads((folder / "annotations" / "instances_val.json").read_text(encoding="utf-8"))
     assert [one["file_name"] for one in content["images"]] == [
         "0000_0000.png", "0000_0224.png", "0224_0000.png", "0224_0224.png",
