@@ -157,7 +157,8 @@ def told(line, row):
         host = row["host"].partition(":")[2]
         return row["quality"] is not None and workload.endswith(row["quality"]["note"].removeprefix(host))
     size = [f"{row['tokens']:,} tokens", row.get("workload"), f"batch {row['shapes']['batch']}"]
-    return words[row["phase"]] in workload and f"{', '.join(filter(None, size))}, " in workload
+    told = ", ".join(filter(None, dict.fromkeys(size)))
+    return words[row["phase"]] in workload and f"{told}, " in workload
 
 
 def decoding(line, row, dense):
