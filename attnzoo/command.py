@@ -71,9 +71,7 @@ def run_script(body: Callable[[], int | None], resume: str = RESUME) -> int:
     try:
         return body() or OK
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        if error.resumes:
-            print(resume, file=sys.stderr)
+        print(f"error: {error}\n{resume}", file=sys.stderr)
         return FAILED
     except AttnZooError as error:
         print(f"error: {error}", file=sys.stderr)

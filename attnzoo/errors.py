@@ -48,9 +48,6 @@ class DataError(AttnZooError):
 class RunError(AttnZooError):
     """A run that cannot continue: finished work is kept."""
 
-    resumes = True
-    """Whether the same command can resume the run."""
-
 
 class TrainingError(RunError):
     """A training that cannot continue, or a checkpoint that cannot be used: the message says where and what is left."""

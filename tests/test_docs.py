@@ -20,16 +20,14 @@ from attnzoo import list_attentions, replace_attention, swap_report, tasks
 from attnzoo.__main__ import capability_table, keys, main, parser, source_table
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
+from attnzoo.bench.report import quality_table
+from attnzoo.bench.summary import summarize
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
 from attnzoo.tasks.classify import page as training_page
-from attnzoo.tasks.decode import byte_run as train_bytes
-from attnzoo.tasks.decode import record as decode_record
-from attnzoo.tasks.decode import report as decode_report
 from attnzoo.tasks.decode.config import load_config as load_decode_config
-from attnzoo.tasks.decode.kvpress import config as kvpress
-from attnzoo.tasks.decode.kvpress import table as kvpress_table
+from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
@@ -139,8 +137,8 @@ def test_shell_commands_are_real(page):
             load = {
                 "eval/bench.py": load_bench,
                 "eval/decode.py": load_decode_config,
-                "eval/compare_kvpress.py": kvpress.load_config,
-                "train/decode.py": train_bytes.load_config,
+                "eval/compare_kvpress.py": tasks.load,
+                "train/decode.py": tasks.load,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
                 "train/detect.py": load_detection,
@@ -163,7 +161,7 @@ def test_shell_commands_are_real(page):
             if command[2] == "--report":
                 assert (ROOT / command[3]).is_file(), line
             else:
-                load[command[1]](ROOT / command[2], command[3:])
+                load[command[1]](ROOT / command[2], [word for word in command[3:] if word != "--so-far"])
 
 
 def load_detection(path: Path, words: list[str]):
@@ -284,12 +282,24 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
 
 
 def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
-    records = decode_record.read_records(ROOT / "docs/records/prose.jsonl")
-    assert between(ROOT / "docs/eviction.md", "prose") == decode_report.markdown_table(records)
-    (single,) = records[0].retrieval
-    assert (records[0].nll.windows, single.samples, single.tokens) == (20, 50, 2000)
+    records = read_records(ROOT / "docs/records/prose.jsonl")
+    read = {record.label: record.quality for record in records if not record.workload}
+    asked = {record.label: record.quality for record in records if record.workload == "pass key"}
+    heads, _, *lines = between(ROOT / "docs/eviction.md", "prose").splitlines()
+    assert [cell.strip() for cell in heads.strip("|").split("|")] == [
+        *("attention", "perplexity", "NLL to dense (95%)", "cache held", "cache allocated", "pass key, % (95%)"),
+    ]
+    table = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[0] for row in table] == list(read) == list(asked)
+    for label, *cells in table:
+        quality = read[label]
+        shown = {head: getattr(cell, "text", cell) for head, cell in quality.details.items()}
+        found = [shown["perplexity"], shown["NLL to dense (95%)"], shown["cache held"], quality.shown("allocated")]
+        assert cells == [*found, asked[label].figure]
+    single = asked["dense"]
+    assert (read["dense"].windows, single.samples, single.tokens) == (20, 50, 2000)
     assert {r.attention for r in records if r.attention} == set(list_attentions("eviction"))
-    by_depth = {record.label: record.retrieval[0].by_depth for record in records}
+    by_depth = {label: quality.by_depth for label, quality in asked.items()}
     for budget in (1024, 512):
         assert all(
             by_depth[f"{name} {budget}"] == by_depth[f"h2o {budget}"] for name in ("vatp", "caote", "caote fast")
@@ -301,10 +311,11 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
 
 
 def test_the_tables_beside_kvpress_are_those_of_the_committed_records():
-    path = ROOT / "docs/records/kvpress.jsonl"
-    lines = kvpress_table.read_records(path)
-    assert (ROOT / "docs/records/kvpress.md").read_text(encoding="utf-8") == kvpress_table.table(lines, path)
-    assert between(ROOT / "docs/eviction.md", "kvpress") == kvpress_table.found(lines, path)
+    records = read_records(ROOT / "docs/records/kvpress.jsonl")
+    assert between(ROOT / "docs/eviction.md", "kvpress") == beside(records).markdown()
+    assert {(record.status, record.cost) for record in records} == {("ok", None)}
+    for dense in (record.quality for record in records if record.quality.row.spec is None):
+        assert dense.found == [1] * 24
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():
@@ -324,10 +335,10 @@ def test_the_tables_of_mixers_are_those_of_the_committed_records(name):
 
 
 def test_the_table_of_causal_padre_is_that_of_the_committed_record():
-    path = ROOT / "docs/records/train_bytes.jsonl"
-    assert between(ROOT / "docs/padre.md", "train-bytes") == train_bytes.table(path)
-    for record in train_bytes.read_lines(path, train_bytes.TrainRecord, train_bytes.SCHEMA):
-        assert record.losses[-1][1] < 0.6 * record.losses[0][1]
+    records = read_records(ROOT / "docs/records/train_bytes.jsonl")
+    assert between(ROOT / "docs/padre.md", "train-bytes") == quality_table(summarize(records), "bytes").markdown()
+    for record in records:
+        assert record.quality.losses[-1][1] < 0.6 * record.quality.losses[0][1]
 
 
 def test_the_exponents_of_padre_are_those_of_the_committed_record():
@@ -404,7 +415,10 @@ def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "fashion_mnist", "cifar10_cpu"])
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes", "fashion_mnist", "cifar10_cpu"],
+)
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.publish import page_of
 

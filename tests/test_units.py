@@ -7,12 +7,7 @@ from attnzoo.bench.page import html_page
 from attnzoo.bench.plots import memory_plot
 from attnzoo.bench.summary import summarize
 from attnzoo.tasks import read_records
-from attnzoo.tasks.decode.kvpress import table as kvpress_table
-from attnzoo.tasks.decode.kvpress.record import ResultLine
-from attnzoo.tasks.decode.kvpress.record import read_records as read_kvpress
-from attnzoo.tasks.decode.page import html_page as decode_page
-from attnzoo.tasks.decode.record import read_records as read_decode
-from attnzoo.tasks.decode.report import cells
+from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.units import MB, MIB, megabytes
 
 ROOT = Path(__file__).parents[1]
@@ -38,12 +33,15 @@ def test_a_megabyte_is_a_million_bytes(count, text):
 
 
 def test_the_decode_tables_and_page_count_in_the_unit_of_the_docs():
-    records = read_decode(RECORDS / "prose.jsonl")
-    page = decode_page(records)
+    records = read_records(RECORDS / "prose.jsonl")
+    page = html_page(records)
     for record in records:
-        for shown, held in zip(cells(record)[2:4], (record.nll.cache.held, record.nll.cache.allocated), strict=True):
-            assert shown[0].startswith(f"{held / 1e6:.1f} MB")
-            assert f"<td>{held / 1e6:.1f} MB" in page
+        cache = record.quality.cache
+        if record.workload:
+            continue
+        assert record.quality.details["cache held"].text.startswith(f"{cache.held / 1e6:.1f} MB")
+        assert f"<td>{cache.held / 1e6:.1f} MB" in page
+        assert f"<small>{cache.allocated / 1e6:.1f} MB" in page
 
 
 @pytest.mark.parametrize("name", ["mixers_cpu_glibc", "detr_r50_cost/records"])
@@ -68,12 +66,13 @@ def test_the_memory_plot_is_drawn_in_the_unit_that_its_axis_names(monkeypatch):
 
 
 def test_the_comparison_with_kvpress_counts_in_the_same_unit():
-    path = RECORDS / "kvpress.jsonl"
-    lines = read_kvpress(path)
-    name = ("question_inside", "keydiff", "attnzoo keydiff")
-    same = [line for line in lines if isinstance(line, ResultLine) and line.key[:3] == name]
-    cache, memory = (max(getattr(x, f"{what}_peak_bytes") for x in same) for what in ("cache", "memory"))
-    assert f"| {cache / 1e6:.1f} MB | {memory / 1e6:.1f} MB |" in kvpress_table.table(lines, path)
+    records = read_records(RECORDS / "kvpress.jsonl")
+    own, press = (
+        next(record.quality for record in records if record.label == f"keydiff ({side})")
+        for side in ("attnzoo", "kvpress KeyDiffPress")
+    )
+    peaks = [max(prompt.cache_peak_bytes for prompt in quality.prompts) / 1e6 for quality in (own, press)]
+    assert f"| {peaks[0]:.1f} MB | {peaks[1]:.1f} MB |" in beside(records).markdown()
 
 
 def test_the_committed_pages_of_detectors_are_in_the_same_unit():

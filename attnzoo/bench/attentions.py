@@ -55,6 +55,14 @@ class AttentionConfig(Section):
         return self.options if self.where is None else {**self.options, "where": self.where}
 
 
+def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
+    """Raise `ValueError` where an attention of a language model has keys that mean something for images alone."""
+    for index, attention in enumerate(attentions):
+        for key in ("fused", "tokens"):
+            if getattr(attention, key) is not None:
+                raise ValueError(f"attentions.{index}.{key} is for vision models alone; leave it out")
+
+
 def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
     """Raise `ValueError` where an attention says `expect`, and the task refuses what is unsupported before any work."""
     for index, attention in enumerate(attentions):

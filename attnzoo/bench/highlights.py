@@ -9,11 +9,9 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
-from attnzoo.bench.record import Interval, Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
-
-MIN_SAMPLES = 5  # no interval of paired differences from fewer
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,9 @@ class Source:
 
     @property
     def page(self) -> Path:
-        """What a reader is sent to: the page of the records, or the table in Markdown; else the file itself."""
+        """What a reader is sent to: the page of the records, else the file itself."""
         page = page_beside(self.path)
-        return next((path for path in (page, page.with_suffix(".md")) if path.is_file()), self.path)
+        return page if page.is_file() else self.path
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
@@ -128,8 +126,9 @@ def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> li
         Gives the task that a record is shown under.
     """
     summary = summarize(records)
-    dense = {row.part: row.quality for row in summary.quality if row.is_baseline}
-    found = [_of_quality(row, column(row), dense.get(row.part)) for row in summary.quality if row.attention]
+    dense = {(row.part, row.workload): row.quality for row in summary.quality if row.is_baseline}
+    rows = [row for row in summary.quality if row.attention]
+    found = [_of_quality(row, column(row), dense.get((row.part, row.workload))) for row in rows]
     for group in summary.groups:
         found += [_of_cost(row, column(row), group) for row in group.rows if row.attention]
     return found
@@ -155,11 +154,6 @@ def quality(
     return Figure(value, low, high, verdict or own)
 
 
-def bounds(interval: Interval) -> tuple[float | None, float | None]:
-    """The ends of an interval; none of too few samples."""
-    return (interval.low, interval.high) if interval.n >= MIN_SAMPLES else (None, None)
-
-
 def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
     """Leave out what was not measured."""
     return {measure: figure for measure, figure in figures.items() if figure is not None}
@@ -171,9 +165,11 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
         verdict = words.quality_verdict(found, dense)
         figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
         figure = figure if found.points is None else Figure(found.points, points=True)
-    metric = "" if found is None else f"{found.METRIC.removesuffix(' %')}: "
+    metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
-    return _of(row, task, f"{metric}{note}", {QUALITY: figure})
+    held = need(None if found is None else found.cache_ratio)
+    about = ": ".join(filter(None, (metric, note)))
+    return _of(row, task, about, {QUALITY: figure, CACHE: held}, tokens=getattr(found, "tokens", 0))
 
 
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
@@ -191,7 +187,12 @@ def _of_cost(row: Record, task: str, group: Group) -> Highlight:
 
 
 def _of(
-    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None = None
+    row: Record,
+    task: str,
+    workload: str,
+    figures: Mapping[Measure, Figure | None],
+    phase: Phase | None = None,
+    tokens: int = 0,
 ) -> Highlight:
     assert row.attention is not None
     budget = row.options.get("budget")
@@ -206,7 +207,7 @@ def _of(
         machine=words.machine(row.environment),
         options=row.options,
         utc=row.utc,
-        tokens=row.tokens,
+        tokens=row.tokens or tokens,
         phase=phase,
         typical=row.scope == "model",
         status=row.status,

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -70,7 +70,14 @@ class Isolation:
         for process in list(self._running):
             process.kill()
 
-    def run(self, target: Target, argument: str, timeout: float, on_word: Say = lambda word: None) -> ChildResult:
+    def run(
+        self,
+        target: Target,
+        argument: str,
+        timeout: float,
+        on_word: Say = lambda word: None,
+        environ: Mapping[str, str] | None = None,
+    ) -> ChildResult:
         """Call ``target(argument, say)`` in a child and wait for its end.
 
         Parameters
@@ -83,12 +90,15 @@ class Isolation:
             Seconds after which the child is killed.
         on_word
             Called with each word, for progress.
+        environ
+            Environment variables that the child sets before all else.
         """
         kills_before = _memory_kills()
         ours, theirs = self._context.Pipe(duplex=False)
         with tempfile.TemporaryDirectory(prefix="attnzoo-bench-") as folder:
             said = Path(folder) / "stderr"
-            process = self._context.Process(target=_main, args=(target, argument, theirs, str(said)), daemon=True)
+            arguments = (target, argument, theirs, str(said), dict(environ or {}))
+            process = self._context.Process(target=_main, args=arguments, daemon=True)
             try:
                 process.start()
                 self._running.add(process)
@@ -152,8 +162,9 @@ def _memory_kills() -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _main(target: Target, argument: str, pipe: Connection, said: str) -> None:
+def _main(target: Target, argument: str, pipe: Connection, said: str, environ: Mapping[str, str]) -> None:
     """What the child does. Its output goes to a file; it ends when the parent does."""
+    os.environ.update(environ)
     try:
         words = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     except FileNotFoundError:  # the folder is gone: the parent was interrupted and wants no answer

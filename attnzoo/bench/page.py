@@ -10,7 +10,7 @@ from attnzoo.bench import plots, words
 from attnzoo.bench.html import Section, page
 from attnzoo.bench.html import plots as figures
 from attnzoo.bench.record import Gate, Record, Side, Stage
-from attnzoo.bench.report import SPREAD, cost_table, failed, giga
+from attnzoo.bench.report import SPREAD, cost_table, giga, quality_table
 from attnzoo.bench.summary import (
     Group,
     Summary,
@@ -157,16 +157,13 @@ def _quality(summary: Summary) -> list[Section]:
         note = next((row.quality_note for group in summary.groups for row in group.rows), "")
         return [Section("", "Quality", f"None measured: {note}.")] if note else []
     found: list[Section] = []
-    for part in dict.fromkeys(row.part for row in summary.quality):
+    for part in summary.scored:
         rows = [row for row in summary.quality if row.part == part]
-        measured = [row.quality for row in rows if row.quality is not None]
-        table = Table(("attention", *(measured[0].details if measured else ("quality",))))
-        for row in rows:
-            shown = [failed(row)] if row.quality is None else list(row.quality.details.values())
-            table.add(row.label, *shown, base=row.is_baseline)
-        remarks = dict.fromkeys(one.remark for one in measured if one.remark)
-        said = [f"{measured[0].note}.", *remarks] if measured else []
-        found.append(Section(table.without_empty_columns().html(), "" if found else "Quality", " ".join(said)))
+        measured = [(row.workload, row.quality) for row in rows if row.quality is not None]
+        notes = {about: f"{f'{about}: ' if about else ''}{quality.note}." for about, quality in reversed(measured)}
+        remarks = dict.fromkeys(quality.remark for _, quality in measured if quality.remark)
+        table = quality_table(summary, part).html()
+        found.append(Section(table, "" if found else "Quality", " ".join([*reversed(notes.values()), *remarks])))
     return found
 
 

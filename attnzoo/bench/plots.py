@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,6 +211,19 @@ def against_tokens(
     axes.set_ylabel(title)
     add_key(axes)
     return to_svg(figure, title.split()[0])
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
+    """Draw a line per label, such as a loss by steps, as SVG; `x` and `y` name the axes. Empty without lines."""
+    if not lines:
+        return ""
+    figure, axes = new_figure(right=KEYED)
+    for label, points in lines.items():
+        axes.plot(*zip(*points, strict=True), color=look(tuple(lines), label)[0], label=label, lw=1.8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    add_key(axes)
+    return to_svg(figure, y)
 
 
 def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:

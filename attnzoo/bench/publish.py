@@ -8,43 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
-from attnzoo import files, processes
-from attnzoo.bench.config import RunConfig
+from attnzoo import files
 from attnzoo.bench.page import html_page
 from attnzoo.bench.readme import read_marked, rewrite_readme
 from attnzoo.bench.record import RECORDS_FILE, Envelope
 from attnzoo.bench.report import print_report
-from attnzoo.bench.run import run
 from attnzoo.bench.task import Task
-from attnzoo.command import OK, check_rows, output_console
 from attnzoo.errors import ConfigError
 from attnzoo.tables import Table
-
-
-def measure(task: Task, config: RunConfig, command: str, readme: Path | None = None) -> int:
-    """Measure what a config asks for, report, and give the exit status: 1 where a row did not end as expected.
-
-    Raises
-    ------
-    ConfigError
-        If the README cannot have a table of this task, or as `attnzoo.bench.run.run` does.
-    """
-    if task.assist(config):
-        processes.leave()
-        return OK
-    if readme is not None:
-        _check_readme(task, readme)  # rather now than after an hour
-    records = run(task, config, command)
-    publish(task, records, config.folder / RECORDS_FILE, output_console(), readme)
-    processes.leave()
-    unsupported = task.expected(config)
-    return check_rows(records, lambda row: (row.part, row.label) in unsupported)
-
-
-def _check_readme(task: Task, readme: Path) -> None:
-    if task.columns is not None:
-        raise ConfigError(f"--readme is for tables of attentions; one of {task.name} has its own columns")
-    read_marked(readme)
 
 
 def publish(task: Task, records: Sequence[Envelope], path: Path, console: Console, readme: Path | None = None) -> Path:
@@ -69,7 +40,9 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
         If there is no record, or the README has no markers.
     """
     if readme is not None:
-        _check_readme(task, readme)  # rather before the page is written
+        if task.columns is not None:
+            raise ConfigError(f"--readme is for tables of attentions; one of {task.name} has its own columns")
+        read_marked(readme)  # rather before the page is written
     config = path.with_suffix(".yaml")
     content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None, path.parent)
     page = page_beside(path)

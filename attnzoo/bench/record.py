@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 from attnzoo import files
 from attnzoo.bench.jsonl import append_line, read_lines
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.tables import Cell
 
 SCHEMA_VERSION = (
     4  # 2 added the language model, 3 detection, 4 tasks; what they added has defaults: older lines are read
@@ -215,7 +216,12 @@ class Quality(Entry):
         return None
 
     @property
-    def details(self) -> dict[str, str]:
+    def cache_ratio(self) -> float | None:
+        """Bytes that a cache held while it was measured, over those of the dense baseline; None where there is none."""
+        return None
+
+    @property
+    def details(self) -> Mapping[str, Cell | str]:
         """The columns of the table of quality, by their titles; those that are empty in every row are left out."""
         return {self.METRIC: self.figure}
 
@@ -255,10 +261,11 @@ class Envelope(Entry):
 
     `task` is the name of the task that measured it, `measured` stands for all that its figures depend on, empty in
     older records, where `config_hash` does. `part` names the rows that share a dense baseline. `kind` is ``cost`` or
-    ``quality`` (one per attention, with `tokens` 0). `scope` and `phase` say what was run: the whole model or one
-    attention layer alone; one forward at each token count, one forward and backward (``training``), or the prefill of
-    a language model's prompt of `tokens` tokens and the decoding after it. `workload` says in words what sets rows
-    apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
+    ``quality`` (one per attention and workload, with `tokens` 0; rows of cost carry that without a workload). `scope`
+    and `phase` say what was run: the whole model or one attention layer alone; one forward at each token count, one
+    forward and backward (``training``), or the prefill of a language model's prompt of `tokens` tokens and the
+    decoding after it. `workload` says in words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is
+    empty where nothing does.
     """
 
     schema_version: Literal[1, 2, 3, 4] = 4
@@ -356,8 +363,8 @@ class RecordStore(Generic[R]):
     config_hash
         Of the run that will write.
     measured
-        By the key of each row that will be asked for, what stands for all that its figures depend on. Records of
-        another config stay where theirs is the same, or the row is not asked for; any other makes the folder refused.
+        By the key of each row that will be asked for, what stands for all that its figures depend on. Records stay
+        where theirs is the same, or the row is not asked for; any other makes the folder refused.
     fresh
         Set earlier records aside, as ``records.old.jsonl``.
     changed
@@ -412,15 +419,19 @@ class RecordStore(Generic[R]):
         records = [r for r in records if r.key not in self.renewed or r.measured == self.measured.get(r.key)]
         other = next((record for record in records if not self._valid(record)), None)
         if other is not None:
+            hashes = f"{other.config_hash}, this one is {self.config_hash}"
+            told = f"of another config ({hashes}): {other.label} was measured by it{self.changed()}"
+            if other.config_hash == self.config_hash:
+                told = f"of this config, but {other.label} was measured when a file that it names held something else"
             raise ConfigError(
-                f"{self.folder} holds records of another config ({other.config_hash}, this one is "
-                f"{self.config_hash}): {other.label} was measured by it{self.changed()}. Give another folder with "
-                "output=PATH, or set them aside with fresh=true."
+                f"{self.folder} holds records {told}. Give another folder with output=PATH, or set them aside with "
+                "fresh=true."
             )
         self.records = {record.key: record for record in records}
 
     def _valid(self, record: R) -> bool:
         """Whether a record may stand beside those that this run will write."""
-        if record.config_hash == self.config_hash:
-            return True
-        return bool(record.measured) and self.measured.get(record.key, record.measured) == record.measured
+        asked = self.measured.get(record.key)
+        if record.measured and asked is not None:
+            return record.measured == asked
+        return bool(record.measured) or record.config_hash == self.config_hash

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from attnzoo.bench import words
-from attnzoo.bench.record import Cost, Record
-from attnzoo.bench.summary import Group, Quality, Summary, dates, machine, summarize
+from attnzoo.bench.record import Cost, Quality, Record
+from attnzoo.bench.summary import Group, Summary, dates, machine, summarize
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -50,9 +51,9 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     for record in (row for group in summary.groups for row in group.rows if row.cost is None):
         why = f"{record.label} ({record.phase}, {record.tokens:,} tokens): {record.status}: {record.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
-    if not summary.groups:
-        for record in summary.quality:
-            console.print(f"{record.label}: {record.status}, {words.absolute(record.quality)}", highlight=False)
+    for part in summary.scored:
+        if part not in summary.parts or any(row.workload for row in summary.quality if row.part == part):
+            console.print(quality_table(summary, part).rich())  # or the table of cost has it
     if summary.groups and table is None:
         console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)
@@ -67,6 +68,30 @@ def cost_table(summary: Summary) -> Table:
         for row in group.rows:
             table.add(row.label, *_cost_cells(row, group, dense), base=row.is_baseline)
     return table.without_empty_columns()
+
+
+def quality_table(summary: Summary, part: str) -> Table:
+    """The quality of a part's rows, of all workloads side by side: the columns are those of the quality's own class."""
+    rows = [row for row in summary.quality if row.part == part]
+    heads: dict[str, list[str]] = {}
+    for row in rows:
+        if row.quality is not None:
+            heads.setdefault(row.workload, list(row.quality.details))
+    table = Table((Column("attention", code=True), *(chain(*heads.values()) if heads else ["quality"])))
+    for label in dict.fromkeys(row.label for row in rows):
+        own = {row.workload: row for row in rows if row.label == label}
+        any_row = next(iter(own.values()))
+        found = [cell for workload, titles in heads.items() for cell in _quality_cells(own.get(workload), titles)]
+        if all(row.quality is None for row in own.values()):
+            found = [failed(any_row)]
+        table.add(label, *found, base=any_row.is_baseline)
+    return table.without_empty_columns()
+
+
+def _quality_cells(row: Record | None, titles: Sequence[str]) -> list[Cell | str]:
+    if row is None or row.quality is None:
+        return [Cell("-") if row is None else Cell(row.status, "worse"), *["-"] * (len(titles) - 1)]
+    return [row.quality.details.get(title, "-") for title in titles]
 
 
 def _cost_cells(row: Record, group: Group, dense: Quality | None) -> list[Cell]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -134,6 +137,7 @@ class _Engine:
         self.whole: TaskID | None = None  # the bar of all stages, where there are several
         self.isolation = Isolation(task.preload(config), cuda=config.used_device.startswith("cuda"))
         self.places: dict[int | None, Environment] = {}
+        self.gpus: Queue[str] = Queue()  # for the next cells, where several are measured at a time
 
     def measure(self, cells: Sequence[Cell], bars: Progress) -> None:
         """Measure the cells of one stage, as many at a time as they allow, and write the records of each at once."""
@@ -151,6 +155,10 @@ class _Engine:
             for cell in cells:
                 yield cell, *self._result(cell, _teller(bars, bar, cell.title))
             return
+        gpus = visible_gpus(self.config.used_device)
+        self.gpus = Queue()
+        for worker in range(cells[0].workers if gpus else 0):
+            self.gpus.put(gpus[worker % len(gpus)])
         with ThreadPoolExecutor(cells[0].workers) as pool:
             futures: dict[Future[tuple[Result, float]], Cell] = {}
             for cell in cells:
@@ -164,23 +172,39 @@ class _Engine:
                 raise
 
     def _result(self, cell: Cell, say: Say) -> tuple[Result, float]:
-        if cell.kind == "cost" and cell.needs_baseline and cell.part in self.barred:
+        if cell.needs_baseline and cell.part in self.barred:
             return Result(status="failed", message=self.barred[cell.part]), 0.0
         say("start")
         start = time.monotonic()
         if cell.isolated:
             job = Job(task=self.task.ref, config=self.config.model_dump_json(), cell=cell, given=self.given)
-            result = _result_of(self.isolation.run(work, job.model_dump_json(), cell.timeout, say))
+            with self._gpu() as environ:
+                ended = self.isolation.run(work, job.model_dump_json(), cell.timeout, say, environ)
+            result = _result_of(ended)
         else:
             result = work_here(self.task, self.config, cell, self.given, say)
         return result, time.monotonic() - start
 
+    @contextmanager
+    def _gpu(self) -> Iterator[dict[str, str]]:
+        """The environment of a cell: where several are measured at a time and there are several GPUs, it sees one."""
+        try:
+            gpu = self.gpus.get_nowait()
+        except Empty:
+            yield {}
+            return
+        try:
+            yield {"CUDA_VISIBLE_DEVICES": gpu}
+        finally:
+            self.gpus.put(gpu)
+
     def bar_parts(self, pending: Sequence[Cell] = ()) -> None:
         """Where the quality of a baseline could not be measured, no row counts that means nothing without it.
 
-        Nothing is said yet of the parts whose quality is among the `pending` cells.
+        Nothing is said yet of the parts whose baseline is among the `pending` cells.
         """
-        for part in self.hanging - self.barred.keys() - {cell.part for cell in pending if cell.kind == "quality"}:
+        waiting = {cell.part for cell in pending if cell.kind == "quality" and cell.is_baseline and not cell.workload}
+        for part in self.hanging - self.barred.keys() - waiting:
             dense = self._dense(part)
             if dense is None or (dense.status == "ok" and dense.quality is not None):
                 continue
@@ -223,7 +247,8 @@ class _Engine:
         for record in [self.store.records[key] for key in self.keys if key in self.store.records]:
             if record.part not in self.with_quality or record.part in self.barred:
                 continue  # whoever measured it elsewhere may have written it
-            found, note = self._quality_of(record.part, record.label)
+            workload = record.workload if record.kind == "quality" else ""
+            found, note = self._quality_of(record.part, record.label, workload)
             found = found.brief if found is not None and record.kind == "cost" else found
             if (found, note) != (record.quality, record.quality_note):
                 self.store.append(record.model_copy(update={"quality": found, "quality_note": note}))
@@ -271,11 +296,11 @@ class _Engine:
         against = self._with_ratio(record)
         return record.model_copy(update={"quality": against, "quality_note": against.note})
 
-    def _quality_of(self, part: str, label: str) -> tuple[Quality | None, str]:
+    def _quality_of(self, part: str, label: str, workload: str = "") -> tuple[Quality | None, str]:
         """Give the quality of an attention, with its ratio to the baseline's, and a note."""
         if part not in self.with_quality:
             return None, NO_QUALITY
-        found = self.store.records.get((part, "quality", "forward", label, 0, ""))
+        found = self.store.records.get((part, "quality", "forward", label, 0, workload))
         if found is None:
             return None, "not measured"
         if found.quality is None:
@@ -289,19 +314,30 @@ class _Engine:
         assert quality is not None
         if record.is_baseline:
             return quality.as_dense()
-        dense = self._dense(record.part)
+        dense = self._dense(record.part, record.workload)
         if dense is None or dense.quality is None:
             return quality.model_copy(update={"ratio": None, "ratio_low": None, "ratio_high": None})
         return quality.against(dense.quality)
 
-    def _dense(self, part: str) -> Envelope | None:
+    def _dense(self, part: str, workload: str = "") -> Envelope | None:
         """The quality of a part's dense baseline."""
-        return self.store.records.get((part, "quality", "forward", self.baselines.get(part, ""), 0, ""))
+        return self.store.records.get((part, "quality", "forward", self.baselines.get(part, ""), 0, workload))
 
     def _place(self, threads: int | None) -> Environment:
         if threads not in self.places:
             self.places[threads] = environment(self.config.used_device, threads)
         return self.places[threads]
+
+
+def visible_gpus(device: str) -> list[str]:
+    """The GPUs among which cells that are measured at a time are shared out, as CUDA_VISIBLE_DEVICES names them.
+
+    There are none where `device` names one of them, or there is one alone.
+    """
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _whole(cell: Cell, result: Result) -> Result:

@@ -10,6 +10,7 @@ from scipy import stats
 
 from attnzoo.bench.record import Interval
 
+MIN_SAMPLES = 5  # no interval of paired differences is shown from fewer
 RESAMPLES = 10_000
 COVERAGE = 0.95
 BOOTSTRAP_SEED = 0

@@ -46,7 +46,7 @@ class Summary:
     groups
         Rows of cost by part, then by token count, ascending, then by workload and phase: prefill before decoding.
     quality
-        Rows of quality, one per attention and part.
+        Rows of quality, one per attention, part and workload.
     labels
         Attentions of each part, the dense baseline first.
     """
@@ -75,6 +75,11 @@ class Summary:
         """Parts that have rows of cost."""
         return list(dict.fromkeys(group.part for group in self.groups))
 
+    @property
+    def scored(self) -> list[str]:
+        """Parts that have rows of quality."""
+        return list(dict.fromkeys(row.part for row in self.quality))
+
     def of(self, part: str) -> list[Group]:
         """The groups of a part."""
         return [group for group in self.groups if group.part == part]
@@ -85,8 +90,9 @@ class Summary:
         return [group for group in groups if first.setdefault(group.tokens, group.workload) == group.workload]
 
     def quality_of(self, part: str, label: str) -> Quality | None:
-        """The quality of an attention."""
-        return next((r.quality for r in self.quality if r.part == part and r.label == label), None)
+        """The quality of an attention, that without a workload."""
+        found = (r for r in self.quality if r.part == part and r.label == label and not r.workload)
+        return next((row.quality for row in found), None)
 
 
 def summarize(records: Iterable[Any]) -> Summary:

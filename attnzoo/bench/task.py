@@ -46,7 +46,8 @@ class Cell(Entry):
     isolated
         Whether it runs in a process of its own.
     needs_baseline
-        Whether it means nothing unless the quality of its part's dense baseline could be measured.
+        Whether it means nothing unless the quality of its part's dense baseline, that without a `workload`, could be
+        measured. It is not measured where an earlier stage has shown that it could not.
     renewed
         Whether a record of an earlier run that depends on something else is measured again, rather than refused: of
         what was trained again, say.

@@ -22,7 +22,7 @@ TASKS = {
     "detect": "attnzoo.tasks.detect.task:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
-    "train_bytes": "attnzoo.tasks.decode.byte_run:TASK",
+    "train_bytes": "attnzoo.tasks.decode.byte_lm:TASK",
 }
 
 
@@ -50,10 +50,11 @@ def find(name: str) -> Task:
     return task
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
+def load(path: Path, overrides: Sequence[str] = (), default: str = "suite") -> tuple[Task, Any]:
     """Read a config of any task, with ``key=value`` overrides; give the task that its key `task` names, and the config.
 
-    Python configs are mmengine's, of detectors; further ones to compare may stand among the overrides.
+    `default` is the task of a config that names none. Python configs are mmengine's, of detectors; further ones to
+    compare may stand among the overrides.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> tuple[Task, Any]:
     content = read_yaml(path, overrides)
     if "task" not in content and "operations" in content:
         raise ConfigError(f"{path}: a config of single operations; add the line task: operations")
-    task = find(str(content.get("task", "suite")))
+    task = find(str(content.get("task", default)))
     return task, task.config.load(path, overrides)
 
 

@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from attnzoo.bench.highlights import Highlight, Source, of_records
+from attnzoo.bench.highlights import Source, of_records
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks import read_records, task_of
-from attnzoo.tasks.decode import highlights as decode
 
 COLUMNS = ("classify", "decode", "detect", "operations")
 LEFT_OUT = ("samples.*.jsonl", "records.old*.jsonl")  # of a run under way, and set aside
 
 
-@dataclass(frozen=True)
-class Format:
-    """Files whose lines do not name their task: known by keys of the first one.
-
-    Attributes
-    ----------
-    keys
-        That the first line has.
-    read
-        Reads the file and gives its highlights; None where every line has the keys and nothing is a method's.
-    others
-        What it holds that is no method's.
-    """
-
-    keys: frozenset[str]
-    read: Callable[[Path], Sequence[Highlight]] | None = None
-    others: str = ""
-
-
-FORMATS = (
-    Format(frozenset({"nll", "retrieval", "label"}), decode.read_policies),
-    Format(frozenset({"nats", "losses", "label"}), decode.read_trained),
-    Format(
-        frozenset({"kind", "config", "text_sha256"}),
-        decode.read_comparison,
-        "eviction policies beside those of kvpress, prompt by prompt",
-    ),
-    Format(frozenset({"kernel", "case", "registers"}), None, "registers and memory of the compiled Triton kernels"),
-    Format(frozenset({"degree", "rms", "largest"}), None, "how large PADRe's activations are at the start, by degree"),
-)
+FORMATS = {  # files whose lines name no task, by keys that every line has, and what they hold that is no method's
+    frozenset({"nll", "retrieval", "label"}): "time and memory of the bounded cache, of a run that kept no gate",
+    frozenset({"kernel", "case", "registers"}): "registers and memory of the compiled Triton kernels",
+    frozenset({"degree", "rms", "largest"}): "how large PADRe's activations are at the start, by degree",
+}
 SHARED = frozenset({"benchmark", "kind", "attention"})  # of the engine's own records, which may name no task
 
 
@@ -76,7 +48,7 @@ def _source(path: Path) -> Source:
 def _read(path: Path) -> Source:
     lines = _lines(path)
     first = lines[0].keys()
-    known = next((one for one in FORMATS if one.keys <= first), None)
+    known = next((keys for keys in FORMATS if keys <= first), None)
     if known is None and ("task" in first or first >= SHARED):
         task = task_of(path)
         records = read_records(path)
@@ -85,12 +57,10 @@ def _read(path: Path) -> Source:
     if known is None:
         keys = ", ".join(first)
         raise AttnZooError(f"{path}: no known kind of records; the first line names no task and has the keys {keys}")
-    if known.read is not None:
-        return Source(path, tuple(known.read(path)), known.others)
     for number, line in enumerate(lines, 1):
-        if not known.keys <= line.keys():
-            raise AttnZooError(f"{path}, line {number}: it lacks {', '.join(sorted(known.keys - line.keys()))}")
-    return Source(path, (), known.others)
+        if not known <= line.keys():
+            raise AttnZooError(f"{path}, line {number}: it lacks {', '.join(sorted(known - line.keys()))}")
+    return Source(path, (), FORMATS[known])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

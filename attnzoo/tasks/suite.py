@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
-from attnzoo.errors import AssetError, ConfigError
+from attnzoo.errors import AssetError, ConfigError, MissingExtraError
 from attnzoo.tasks.classify import cells as vision
 from attnzoo.tasks.classify import page as trained
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig, vision_problems
 from attnzoo.tasks.decode import cells as language
-from attnzoo.tasks.decode.cost_config import LanguageConfig, block_problems, language_problems
+from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig, LanguageConfig, language_problems
+from attnzoo.tasks.decode.plots import plots as language_plots
 from attnzoo.tasks.records import Record
 
 PARTS = {"vision": "classify", "language": "decode"}  # older records name no task
 
 
 TOKENS = (196, 784, 3136)
+
+
+class SuiteLanguageConfig(LanguageConfig):
+    """A causal language model whose cache policies bound, with the keys of the task `decode`.
+
+    `threads` are those of each process that scores, by default those of the suite.
+    """
+
+    baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense LLM"
+    cost: DecodeCostConfig | None = DecodeCostConfig()
+    threads: PositiveInt | None = None
 
 
 class SuiteConfig(RunConfig):
@@ -36,7 +49,7 @@ class SuiteConfig(RunConfig):
     cost: CostConfig = CostConfig(tokens=TOKENS)
     costs: tuple[CostConfig, ...] = Field(default=(), description="in place of `cost`, where there are several")
     quality: QualityConfig | None = None
-    language: LanguageConfig | None = None
+    language: SuiteLanguageConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -92,12 +105,7 @@ class SuiteConfig(RunConfig):
         problems = attention_problems(data.get("attentions"), "attentions", vision_problems)
         language = data.get("language")
         if isinstance(language, Mapping):
-            problems += attention_problems(language.get("attentions"), "language.attentions", language_problems)
-            quality = language.get("quality")
-            if isinstance(quality, Mapping) and "canary" in quality:
-                problems += attention_problems([quality["canary"]], "language.quality.canary", language_problems)
-            if not problems:
-                problems += block_problems(language)
+            problems += language_problems(language, "language.")
         return problems
 
 
@@ -118,8 +126,23 @@ load_config, validate_config = SuiteConfig.load, SuiteConfig.check
 
 def plan(config: SuiteConfig) -> list[Cell]:
     """All cells: quality first, for rows of cost carry it; those of cost by token count."""
-    found = vision.plan(config) + (language.plan(config) if config.language is not None else [])
+    found = [*vision.plan(config), *_language_cells(config)]
     return sorted(found, key=lambda cell: cell.kind == "cost")
+
+
+def decoding(config: SuiteConfig) -> DecodeConfig:
+    """The suite's language model, as a config of the task `decode`."""
+    assert config.language is not None
+    shared = {key: getattr(config, key) for key in ("name", "device", "threads", "seed")}
+    return DecodeConfig(**shared, **config.language.model_dump(exclude={"threads"}))
+
+
+def _language_cells(config: SuiteConfig) -> list[Cell]:
+    if config.language is None:
+        return []
+    own = {"threads": config.language.threads or config.threads}
+    cells = language.plan(decoding(config))
+    return [cell.model_copy(update=own) if cell.kind == "quality" else cell for cell in cells]
 
 
 def check(config: SuiteConfig) -> None:
@@ -132,7 +155,11 @@ def check(config: SuiteConfig) -> None:
     """
     problems = vision.problems(config)
     if config.language is not None:
-        problems += [f"language: {problem}" for problem in language.problems(config.language)]
+        try:
+            with _told_how_to_do_without():
+                language.check(decoding(config))
+        except (ConfigError, MissingExtraError) as error:
+            problems.append(f"language: {error}")
     if problems:
         raise ConfigError("\n".join(["this config cannot be run here:", *(f"  {problem}" for problem in problems)]))
 
@@ -141,22 +168,36 @@ def prepare(config: SuiteConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Fetch what all processes share: the images, and the language model with token ids out of its text."""
     data = assets.get(config.quality.dataset) if config.quality is not None else ""
     given: dict[str, Any] = {"data": str(data)}
-    if config.language is not None and any(cell.part == language.PART for cell in cells):
-        try:
-            given |= language.prepare(config.language, config.seed)
-        except AssetError as error:
-            raise AssetError(f"{error}\nTo measure without the language model: language=null") from error
+    if config.language is not None:
+        with _told_how_to_do_without():
+            given |= language.prepare(decoding(config), [cell for cell in cells if cell.part == language.PART])
     return given
+
+
+@contextmanager
+def _told_how_to_do_without() -> Iterator[None]:
+    """Say how to measure without a language model that cannot be fetched."""
+    try:
+        yield
+    except AssetError as error:
+        raise AssetError(f"{error}\nTo measure without the language model: language=null") from error
 
 
 def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
     """Measure a cell by the task that its part is of."""
-    return (language if cell.part == language.PART else vision).measure(config, cell, given, say)
+    if cell.part == language.PART:
+        return language.measure(decoding(config), cell, given, say)
+    return vision.measure(config, cell, given, say)
 
 
 def preload(config: SuiteConfig) -> tuple[str, ...]:
     """Modules that the processes need."""
     return (*vision.PRELOAD, *(language.PRELOAD if config.language is not None else ()))
+
+
+def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The curves of training, and the plots of language models."""
+    return [("Training loss", trained.loss_plot(trained.qualities_of(records))), *language_plots(records)]
 
 
 def highlights(records: Sequence[Record]) -> list[Highlight]:
@@ -175,6 +216,6 @@ TASK = Task(
     record=Record,
     preload=preload,
     expected=lambda config: config.unsupported,
-    plots=lambda records: [("Training loss", trained.loss_plot(trained.qualities_of(records)))],
+    plots=plots,
     highlights=highlights,
 )

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attnzoo import tasks
 from attnzoo.bench.record import CONFIG_FILE, RECORDS_FILE
 from attnzoo.command import check_rows, run_script
 from attnzoo.errors import ConfigError, DataError, MissingExtraError, RunError, TrainingError
 from attnzoo.tasks import read_records
-from attnzoo.tasks.decode.batch_cost import GateError
-from attnzoo.tasks.decode.canary import CanaryError
 from attnzoo.tasks.suite import validate_config
 from eval import bench
 from tests.bench import test_run
@@ -126,8 +125,8 @@ def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monk
             attentions[0].pop("expect")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     rows = [Row("sdpa", "ok", part="vision"), Row("sdpa", "unsupported", "refused", part="language")]
-    monkeypatch.setattr("attnzoo.bench.publish.run", lambda task, config, command: rows)
-    monkeypatch.setattr("attnzoo.bench.publish.publish", lambda *given: None)
+    monkeypatch.setattr("attnzoo.bench.run.run", lambda task, config, command: rows)
+    monkeypatch.setattr("attnzoo.tasks.script.report", lambda task, path, readme, records: None)
     assert bench.main([str(tmp_path / "tiny.yaml")]) == status
     assert ("note: sdpa is expected to be unsupported" in capsys.readouterr().err) is (expecting == "vision")
 
@@ -217,8 +216,6 @@ def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
     [
         (RunError, 1, True),
         (TrainingError, 1, True),
-        (GateError, 1, True),
-        (CanaryError, 1, False),
         (ConfigError, 2, False),
         (DataError, 2, False),
     ],
@@ -252,27 +249,32 @@ def test_missing_packages_are_named_before_anything_is_measured(tmp_path, monkey
     told = "matplotlib not installed; run: pip install -e '.[vision]', in the clone of attnzoo"
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    from attnzoo.tasks.decode import run as decode
+    from attnzoo.tasks.decode import cells
 
     with pytest.raises(MissingExtraError, match="matplotlib not installed"):
-        decode.check(None)
+        cells.check(None)
 
 
-def test_expecting_means_nothing_where_all_is_refused_at_once(folder):
-    from attnzoo.tasks.decode.config import validate_config as validate_decode
-
-    data = {"name": "tiny", "attentions": [{"name": "keydiff", "options": {"budget": 64}, "expect": "unsupported"}]}
+def test_expecting_means_nothing_where_all_is_refused_at_once():
+    data = {"name": "tiny", "attentions": [{"name": "padre", "expect": "unsupported"}]}
     with pytest.raises(ConfigError, match="has no meaning here"):
-        validate_decode(data)
+        tasks.find("train_bytes").config.check(data)
 
 
-@pytest.mark.parametrize("script", ["train/classify", "train/detect", "eval/classify"])
-def test_what_a_command_line_lacks_is_what_it_needs(capsys, script):
+@pytest.mark.parametrize(
+    ("script", "lacks"),
+    [
+        ("train/classify", "the following arguments are required: config"),
+        ("train/detect", "the following arguments are required: config"),
+        ("eval/classify", "give either a config or --report RECORDS"),
+    ],
+)
+def test_what_a_command_line_lacks_is_what_it_needs(capsys, script, lacks):
     main = importlib.import_module(script.replace("/", ".")).main
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("the following arguments are required: config")
+    assert capsys.readouterr().err.strip().endswith(lacks)
 
 
 @pytest.mark.parametrize("content", [None, "no markers", b"\xff\xfe"])

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import re
 import shutil
 from dataclasses import replace
@@ -122,14 +121,6 @@ def expected(line):
     """The figures of a line of the table, out of the lines of its record: quality, its ends, speed, its ends, needs."""
     rows = json_lines(line["record"])
     name = line["record"]
-    if name == "train_bytes.jsonl":
-        mean = {row["label"]: sum(row["nats"]) / len(row["nats"]) for row in rows}
-        return [math.exp(mean["dense"] - mean[line["setting"]]), ..., ..., *[None] * 5]
-    if name in ("prose.jsonl", "long.jsonl"):
-        (dense,) = (row for row in rows if row["is_baseline"])
-        (row,) = (row for row in rows if (row["attention"], row["label"]) == (line["method"], line["setting"]))
-        assert row["options"] == json.loads(line["options (JSON)"])
-        return decoding(line, row, dense)
     rows = [row for row in rows if row["label"] == line["setting"] and line["measured (UTC)"] == row["utc"]]
     row = next(row for row in reversed(rows) if told(line, row))
     assert row["attention"] in (line["method"], None)
@@ -139,7 +130,9 @@ def expected(line):
         assert line["method"] == {"module": "padre", "scored": "flash_scored"}[row["options"]["op"]]
         return [None] * 3 + speed + [None] * 2
     if row["kind"] == "quality":
-        return [row["quality"][key] for key in ("ratio", "ratio_low", "ratio_high")] + [None] * 5
+        ratio = [row["quality"][key] for key in ("ratio", "ratio_low", "ratio_high")]
+        cache, dense = (row["quality"].get(key) for key in ("cache", "cache_dense"))
+        return [*ratio, *[None] * 4, cache["held"] / dense["held"] if cache else None]
     ratios = row["cost"]["ratios"]
     peak = ratios["activation_peak"] if ratios["activation_peak"] is not None else ratios["allocator_peak"]
     return [None] * 3 + speed + [peak, ratios.get("cache_held")]
@@ -161,25 +154,24 @@ def told(line, row):
     return words[row["phase"]] in workload and f"{told}, " in workload
 
 
-def decoding(line, row, dense):
-    """As `expected`, of the records of decoding's own."""
-    workload = line["workload"]
-    if workload.startswith("perplexity"):
-        few = row["nll"]["windows"] < 5
-        ends = [None] * 2 if few else [math.exp(-row["nll"]["difference"][end]) for end in ("high", "low")]
-        kept = row["nll"]["perplexity"] and dense["nll"]["perplexity"] / row["nll"]["perplexity"]
-        return [kept, *ends, *[None] * 4, row["nll"]["cache"]["held"] / dense["nll"]["cache"]["held"]]
-    if workload.startswith("pass key"):
-        (one,), (base,) = row["retrieval"], dense["retrieval"]
-        held = one["cache"]["held"] / base["cache"]["held"]
-        return [one["hits"] / one["asked"] * base["asked"] / base["hits"], ..., ..., *[None] * 4, held]
-    cost = row["cost"]
-    batch = next(one for one in cost["batches"] if f"batch {one['batch']}," in workload)
-    first = workload.startswith("prefill")
-    spread = batch["first_token_speedup" if first else "token_speedup"]
-    needs = [cost["memory"]["activation_peak_bytes"] / cost["memory_dense"]["activation_peak_bytes"]]
-    needs += [cost["cache"]["held"] / cost["cache_dense"]["held"]]
-    return [None] * 3 + [spread[q] for q in ("p50", "p20", "p80")] + (needs if first else [None] * 2)
+def test_the_policies_are_told_apart_by_what_was_asked(lines):
+    """Perplexity and pass keys of every setting, each beside the dense cache."""
+    prose = [line for line in lines if line["record"] == "prose.jsonl"]
+    told = {line["workload"].partition(":")[0] for line in prose}
+    assert told == {"perplexity", "pass key"}
+    assert {line["tokens"] for line in prose} == {"2000"}
+    for line in prose:
+        (row,) = (
+            row
+            for row in json_lines("prose.jsonl")
+            if row["label"] == line["setting"] and bool(row["workload"]) == line["workload"].startswith("pass key")
+        )
+        (dense,) = (r for r in json_lines("prose.jsonl") if r["is_baseline"] and r["workload"] == row["workload"])
+        assert row["options"] == json.loads(line["options (JSON)"])
+        own, base = row["quality"], dense["quality"]
+        kept = base["perplexity"] / own["perplexity"] if "perplexity" in own else own["recall"] / base["recall"]
+        assert figures(line)[0] == pytest.approx(kept, rel=1e-5)
+        assert figures(line)[-1] == pytest.approx(own["cache"]["held"] / base["cache"]["held"], rel=1e-5)
 
 
 def test_every_figure_is_that_of_its_record(lines):
@@ -197,18 +189,12 @@ def test_nothing_that_was_measured_is_missing(lines):
         rows = json_lines(path.relative_to(RECORDS))
         if "part" in rows[0]:
             last = {
-                (*(row[key] for key in ("part", "kind", "phase", "label", "tokens")), row.get("workload")): row
+                tuple(row.get(key, "") for key in ("part", "kind", "phase", "label", "tokens", "workload")): row
                 for row in rows
             }.values()
             count += sum(
                 row["attention"] is not None or row["options"].get("op") in ("module", "scored") for row in last
             )
-        elif "retrieval" in rows[0]:
-            for row in rows:
-                batches = len(row["cost"]["batches"]) + 1 if row["cost"] else 0
-                count += (1 + len(row["retrieval"]) + batches) * (not row["is_baseline"])
-        elif "nats" in rows[0]:
-            count += len(rows) - 1
     assert count == sum(line["status"] != "not measured" for line in lines)
 
 
@@ -318,9 +304,8 @@ GOOD = record_data(label="conv", attention="conv", is_baseline=False)
         (json.dumps({**GOOD, "surplus": 1}) + "\n", "not a record of schema"),
         (json.dumps({**GOOD, "attention": "pader"}) + "\n", "'pader'"),
         (json.dumps({"kernel": "a", "case": "b", "registers": 1}) + '\n{"kernel": "a"}\n', "line 2: it lacks case"),
-        (json.dumps({"nll": 1, "retrieval": [], "label": "x"}) + "\n", "not a record of schema"),
-        (json.dumps({"kind": "run", "config": {}, "text_sha256": ""}) + "\n", "not a record of schema"),
-        ((RECORDS / "train_bytes.jsonl").read_text().splitlines()[1] + "\n", "no record of the dense model"),
+        (json.dumps({"task": "decode", "label": "x"}) + "\n", "not a record of schema"),
+        (json.dumps({"kind": "run", "config": {}, "text_sha256": ""}) + "\n", "no known kind"),
     ],
 )
 def test_a_file_that_is_broken_or_unknown_is_named_and_nothing_is_written(content, says, tmp_path, capsys):

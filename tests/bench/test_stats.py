@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnzoo.bench.record import Interval
-from attnzoo.bench.stats import mcnemar, paired_difference, ratio_of_shares, wilson_interval
+from attnzoo.bench.stats import MIN_SAMPLES, mcnemar, paired_difference, ratio_of_shares, wilson_interval
 
 FLOATS = st.floats(-1e3, 1e3)
 
@@ -54,13 +54,16 @@ def test_what_is_no_pair_is_refused(a, b):
 
 
 def test_one_sample_has_no_interval_and_no_verdict():
-    from attnzoo.tasks.decode.report import difference, verdict
+    from attnzoo.tasks.decode.quality import told, verdict
 
     one = Interval(mean=0.5, low=0.5, high=0.5, n=1)
-    assert difference(one) == "+0.500 (1 sample)"
+    assert told(one) == "+0.500 (1 sample)"
     assert verdict(one) == "same"
-    several = one.model_copy(update={"n": 4})
-    assert difference(several) == "+0.500 (+0.500 to +0.500)"
+    few = one.model_copy(update={"n": MIN_SAMPLES - 1})
+    assert told(few) == "+0.500 (4 samples)"
+    assert verdict(few) == "same"
+    several = one.model_copy(update={"n": MIN_SAMPLES})
+    assert told(several) == "+0.500 (+0.500 to +0.500)"
     assert (verdict(several), verdict(several, less_is_better=True)) == ("better", "worse")
 
 

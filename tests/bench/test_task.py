@@ -13,12 +13,14 @@ from pydantic import ValidationError
 
 import attnzoo
 from attnzoo import tasks
+from attnzoo.bench.highlights import QUALITY, of_records
+from attnzoo.bench.publish import page_of
 from attnzoo.bench.record import Gate
-from attnzoo.bench.run import run
+from attnzoo.bench.run import run, visible_gpus
 from attnzoo.bench.task import Result
 from attnzoo.errors import ConfigError
 from eval import bench
-from tests.bench import toy
+from tests.bench import gpus, toy
 from tests.bench.data import cost, record_data
 
 ROOT = Path(attnzoo.__file__).parent
@@ -192,6 +194,14 @@ def test_a_mistake_of_the_task_is_a_failed_row_and_never_an_ok_one(tmp_path, spo
     assert {r.status for r in found.values()} == {"ok"}
 
 
+def test_what_changed_besides_the_config_is_not_kept(tmp_path):
+    """A record's key is what was measured: a text of the same name may hold something else now."""
+    engine(tmp_path)
+    with pytest.raises(ConfigError, match=r"float64 was measured when a file that it names held something else.*fresh"):
+        engine(tmp_path, having(plan=changed(depends_on={"text": "another"})))
+    engine(tmp_path, having(plan=changed(depends_on={"text": "another"})), fresh=True)
+
+
 def test_two_rows_of_one_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="plans two rows 'float64'"):
         engine(tmp_path, having(plan=lambda config: [*toy.plan(config), toy.plan(config)[0]]))
@@ -256,3 +266,76 @@ def test_mmdet_is_known_in_one_task_and_one_host_alone():
     of_mmdet = ("mmdet", "mmcv", "mmengine")
     found = {str(path): [n for n in imports(path) if n.partition(".")[0] in of_mmdet] for path in others}
     assert {name: names for name, names in found.items() if names} == {}
+
+
+def with_workloads(**changes):
+    """The toy's plan, its quality measured twice: under no workload, the baseline's in a stage before, and another."""
+
+    def plan(config):
+        cells = []
+        for cell in toy.plan(config):
+            stage = "first" if cell.kind == "quality" and cell.is_baseline else "then"
+            cells.append(cell.model_copy(update={"stage": stage, **changes}))
+            if cell.kind == "quality":
+                cells.append(cell.model_copy(update={"stage": "then", "workload": "halved", **changes}))
+        return cells
+
+    return plan
+
+
+def test_the_quality_of_several_workloads_is_set_against_dense_each_in_its_own(tmp_path):
+    def measure(config, cell, given, say):
+        result = toy.measure(config, cell, given, say)
+        if cell.workload != "halved" or not cell.is_baseline:
+            return result
+        return Result(
+            status="ok", quality=result.quality.model_copy(update={"digits": result.quality.digits / 2, "note": "half"})
+        )
+
+    task = having(plan=with_workloads(), measure=measure)
+    config = toy.Config(name="toy", output=tmp_path, sizes=(16,), isolated=False)
+    records = run(task, config, "again")
+    assert len(records) == 2 + 2 + 2
+    found = {(r.kind, r.label, r.workload): r.quality.ratio for r in records}
+    assert found["quality", "float32", "halved"] == pytest.approx(2 * found["quality", "float32", ""])
+    assert found["quality", "float64", "halved"] == 1
+    assert found["cost", "float32", ""] == found["quality", "float32", ""]
+    page = page_of(task, records)
+    assert page.count("<th>digits</th>") == 2, "side by side in one table"
+    assert "by its eps. halved: half." in page
+    named = [r.model_copy(update={"attention": None if r.is_baseline else "padre"}) for r in records]
+    (half,) = (one for one in of_records(named, lambda record: "toy") if one.workload.startswith("halved: "))
+    assert half.figures[QUALITY].value == found["quality", "float32", "halved"]
+
+
+def test_nothing_is_measured_that_means_nothing_without_the_baseline(tmp_path):
+    measured = []
+
+    def broken(config, cell, given, say):
+        measured.append((cell.kind, cell.label, cell.workload))
+        return Result(status="failed", message="the canary lives")
+
+    found = engine(tmp_path, having(plan=with_workloads(needs_baseline=True), measure=broken))
+    assert measured == [("quality", "float64", "")]
+    assert {r.status for r in found.values()} == {"failed"}
+    assert all("the canary lives" in r.message for r in found.values())
+
+
+def test_cells_that_are_measured_at_a_time_see_a_gpu_each(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("attnzoo.bench.run.visible_gpus", lambda device: ["3", "GPU-5"])
+    found = engine(tmp_path / "two", gpus.TASK, isolated=True, sizes=(16, 64))
+    assert {r.message for r in found.values()} == {"3", "GPU-5"}
+    found = engine(tmp_path / "one", gpus.TASK, isolated=True)
+    assert {r.message for r in found.values()} == {"all"}, "one after another all see what this process sees"
+
+
+def test_the_gpus_that_are_shared_out_are_those_that_this_process_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert visible_gpus("cuda") == ["4", "7"]
+    assert visible_gpus("cuda:1") == visible_gpus("cpu") == []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus("cuda") == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert visible_gpus("cuda") == []

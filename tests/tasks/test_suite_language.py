@@ -14,10 +14,12 @@ from attnzoo.bench.run import run
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.registry import register_attention, unregister_attention
 from attnzoo.tasks.classify.quality import Accuracy
+from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode import cost as llm
+from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.cells import prepare
 from attnzoo.tasks.decode.quality import Perplexity
-from attnzoo.tasks.suite import TASK, plan, validate_config
+from attnzoo.tasks.suite import TASK, decoding, plan, validate_config
 from tests.bench.data import quality, record_data
 
 WORDS = 60
@@ -65,7 +67,8 @@ def tiny(folder, **changes):
         "text": str(folder / "text.txt"),
         "attentions": ["sdpa", KEYDIFF],
         "cost": {"prompt_tokens": 64, "new_tokens": 8},
-        "quality": {"windows": 3, "tokens": 64, "canary_nats": -10.0},
+        "nll": {"windows": 5, "tokens": 64},
+        "canary": {"worse_by": -10.0},
         **changes,
     }
     vision = {"model": HOST, "attentions": ["sdpa"], "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0}}
@@ -73,9 +76,9 @@ def tiny(folder, **changes):
 
 
 def cost_of(folder, attention, **changes):
-    config = validate_config(tiny(folder, **changes))
-    language, prompts = config.language, prepare(config.language, 0)["prompts"]
-    return llm.measure_cost(language, language.attentions[attention], prompts, "cpu", lambda stage: None)
+    config = decoding(validate_config(tiny(folder, **changes)))
+    prompts = prepare(config, language.plan(config))["prompts"]
+    return llm.measure_cost(config, config.attentions[attention], prompts, 1, lambda stage: None)
 
 
 def problems_of(data):
@@ -120,7 +123,7 @@ def test_a_whole_run_puts_both_parts_into_one_record_one_table_and_one_page(fold
 
 
 def test_a_canary_that_lives_fails_every_row_of_the_language_model_and_no_other(folder, tmp_path):
-    data = tiny(folder, quality={"windows": 3, "tokens": 64, "canary_nats": 10.0})
+    data = tiny(folder, canary={"worse_by": 10.0})
     records = run(TASK, validate_config({**data, "output": str(tmp_path)}), "command")
     for record in records:
         assert record.status == ("ok" if record.part == "vision" else "failed")
@@ -149,7 +152,7 @@ def test_a_core_that_is_wrong_is_not_timed(folder):
 
 
 def test_a_cache_that_holds_more_than_it_may_fails_the_gate(folder):
-    model = llm.load_model(str(folder))
+    model = lm.load_model(str(folder))
     wide = llm.swapped_twin(model, AttentionConfig(name="streaming", options={"budget": 24, "block_size": 8}))
     said = llm.policy_of(AttentionConfig(name="streaming", options={"budget": 16, "block_size": 8}))
     run = llm.Decoder(wide, torch.zeros(1, 40, dtype=torch.long), said)
@@ -166,7 +169,7 @@ def test_a_cache_that_holds_more_than_it_may_fails_the_gate(folder):
 
 def test_cost_without_quality(folder, tmp_path):
     """Of a model of random weights a canary proves nothing, and what it costs can be measured all the same."""
-    data = {**tiny(folder, quality=None, attentions=[KEYDIFF]), "output": str(tmp_path)}
+    data = {**tiny(folder, nll=None, attentions=[KEYDIFF]), "output": str(tmp_path)}
     records = [r for r in run(TASK, validate_config(data), "command") if r.part == "language"]
     assert {(r.kind, r.phase, r.label, r.status) for r in records} == {
         ("cost", phase, label, "ok") for phase in ("prefill", "decode") for label in ("dense LLM", "keydiff")
@@ -195,10 +198,12 @@ def test_the_config_is_checked_before_anything_runs(folder):
         ("keydif", "did you mean 'keydiff'"),
         ({"name": "keydiff"}, "needs budget="),
         ({"name": "keydiff", "options": {"budget": 0}}, "language.attentions.0.options: "),
-        ({"name": "keydiff", "options": {"budget": 9, "block_size": 5}}, "5 does not divide language.cost.new_tokens"),
+        ({"name": "keydiff", "options": {"budget": 9, "block_size": 5}}, "5 does not divide cost.new_tokens"),
     ):
         assert says in problems_of(tiny(folder, attentions=[attention]))
-    assert "language.quality.canary" in problems_of(tiny(folder, quality={"canary": {"name": "h20"}}))
+    assert "language.canary.tiny" in problems_of(tiny(folder, canary={"tiny": {"name": "h20"}}))
+    assert "quality is now nll" in problems_of(tiny(folder, quality={"windows": 3}))
+    assert "cost.batch is now cost.batches" in problems_of(tiny(folder, cost={"batch": 2}))
     assert "['sdpa']" in problems_of(tiny(folder, attentions=["sdpa", "sdpa"]))
     assert "language.attentions" in problems_of({**tiny(folder), "attentions": [KEYDIFF]})
 
@@ -211,7 +216,7 @@ def test_a_config_without_a_language_model_is_what_it_was(folder):
     assert vision.hash != whole.hash
     assert {row.part for row in plan(vision)} == {"vision"}
     assert whole.hash != validate_config(tiny(folder, attentions=["sdpa"])).hash
-    assert yaml.safe_load(whole.to_yaml())["language"]["quality"]["windows"] == 3
+    assert yaml.safe_load(whole.to_yaml())["language"]["nll"]["windows"] == 5
 
 
 def test_what_cannot_be_had_is_told_before_anything_starts(folder, monkeypatch, tmp_path):
@@ -226,14 +231,16 @@ def test_what_cannot_be_had_is_told_before_anything_starts(folder, monkeypatch, 
         run(TASK, config, "command")
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="is made for 128"):
-        prepare(validate_config(tiny(folder, cost={"prompt_tokens": 256, "new_tokens": 8})).language, 0)
+        run(TASK, validate_config(tiny(folder, cost={"prompt_tokens": 256, "new_tokens": 8})), "command")
 
 
 def test_quality_kept_is_dense_perplexity_over_this_one_and_accuracy_over_dense():
     def scored(*windows):
         return Perplexity(perplexity=1, nll=1, tokens=9, window_nll=windows, ratio=None, note="")
 
-    found = scored(2.0, 3.0, 4.0).against(scored(1.9, 2.9, 3.9))
+    few = scored(2.0, 3.0, 4.0).against(scored(1.9, 2.9, 3.9))
+    assert (few.ratio, few.ratio_low, few.ratio_high) == (pytest.approx(2.718281828**-0.1), None, None)
+    found = scored(2.0, 3.0, 4.0, 5.0, 6.0).against(scored(1.9, 2.9, 3.9, 4.9, 5.9))
     assert found.ratio == pytest.approx(2.718281828**-0.1)
     assert found.ratio_low == pytest.approx(found.ratio)
     assert found.difference.mean == pytest.approx(0.1)

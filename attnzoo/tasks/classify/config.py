@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.attentions import AttentionConfig, attention_problems
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
 from attnzoo.bench.config import CONFIG_VERSION, RunConfig, Section, refuse_twins
 from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
-from attnzoo.tasks.decode.cost_config import refuse_vision_keys
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")

@@ -1,99 +1,235 @@
-"""Small causal language models of bytes, trained from scratch: what an attention learns, with no tokenizer between."""
+"""The task train_bytes: small causal language models of bytes, trained from scratch with each attention and with dense.
+
+They show what an attention learns, with no tokenizer between.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from attnzoo.errors import ConfigError
+import attnzoo
+from attnzoo.bench.attentions import AttentionConfig, refuse_expect
+from attnzoo.bench.config import RunConfig, Section, refuse_twins
+from attnzoo.bench.highlights import of_records
+from attnzoo.bench.plots import curves
+from attnzoo.bench.record import Count, NonNegative, Record
+from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
+from attnzoo.tasks.decode.cells import _contents
+from attnzoo.tasks.decode.quality import Perplexity
+from attnzoo.tasks.decode.text import load_text
 
-VOCABULARY = 256
-
-
-@dataclass(frozen=True)
-class Host:
-    """Sizes of a Llama: `layers` of `width` with `heads` heads and MLPs of width `hidden`."""
-
-    width: int
-    layers: int
-    heads: int
-    hidden: int
+DENSE = "dense"
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Host(Section):
+    """Sizes of a Llama of bytes."""
+
+    width: PositiveInt = 128
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    hidden: PositiveInt = 384
+
+
+class Recipe(Section):
     """AdamW with linear warm-up and a cosine, on batches of `batch` pieces of `tokens` bytes."""
 
-    steps: int
-    batch: int
-    tokens: int
-    lr: float
-    warmup_steps: int
-    weight_decay: float
+    steps: PositiveInt = 300
+    batch: PositiveInt = 16
+    tokens: Annotated[int, Field(ge=2)] = 256
+    lr: PositiveFloat = 2e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    weight_decay: NonNegative = 0.05
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """A text as bytes: what is trained on, and `(windows, tokens)` of its end, which are not."""
+class TrainConfig(RunConfig):
+    """What is trained on what, on the CPU."""
 
-    train: Tensor
-    held_out: Tensor
+    task: Literal["train_bytes"] = "train_bytes"
+    device: Literal["cpu"] = "cpu"
+    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    threads: PositiveInt = 1
+    host: Host = Host()
+    recipe: Recipe = Recipe()
+    held_out: Annotated[int, Field(ge=2, description="windows kept for testing")] = 40
+    attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> TrainConfig:
+        refuse_expect(self.attentions)
+        refuse_twins([DENSE, *(attention.label for attention in self.attentions)])
+        return self
 
 
-def split(text: str, windows: int, tokens: int) -> Bytes:
-    """Keep the last `windows` pieces of `tokens` bytes of `text` for testing.
+class BitsPerByte(Perplexity):
+    """Bits per byte of text that was not trained on; perplexity and NLL are those of a byte.
+
+    `losses` are steps done, and the mean training loss in nats per byte since the entry before.
+    """
+
+    METRIC: ClassVar[str] = "perplexity per byte"
+
+    parameters: Count
+    losses: tuple[tuple[int, float], ...]
+    text_sha256: str
+
+    @property
+    def figure(self) -> str:
+        """``2.367 bits per byte``."""
+        return f"{self.nll / math.log(2):.3f} bits per byte"
+
+    @property
+    def details(self) -> dict[str, str]:
+        """Columns of the table of quality; differences are paired window by window."""
+        d = self.difference
+        mean, low, high = (0.0,) * 3 if d is None else (x / math.log(2) for x in (d.mean, d.low, d.high))
+        return {
+            "parameters": f"{self.parameters:,}",
+            "training loss, first and last": f"{self.losses[0][1]:.2f}, {self.losses[-1][1]:.2f}",
+            "held out, bits per byte": self.figure.split()[0],
+            "above dense (95%)": "-" if d is None else f"{mean:+.3f} ({low:+.3f} to {high:+.3f})",
+        }
+
+
+class TrainRecord(Record):
+    """A model trained."""
+
+    quality: BitsPerByte | None
+
+
+def plan(config: TrainConfig) -> list[Cell]:
+    """A training per attention, the dense model's first; in this process, where an interrupt leaves a checkpoint."""
+    alike = config.model_dump(mode="json", include={"host", "recipe", "held_out", "seed"})
+    return [
+        Cell(
+            part="bytes",
+            kind="quality",
+            label=DENSE if attention is None else attention.label,
+            attention=None if attention is None else attention.name,
+            options={} if attention is None else attention.swap,
+            is_baseline=attention is None,
+            host="transformers:a small Llama of bytes",
+            dtype="float32",
+            depends_on={
+                **alike,
+                "text": _contents(config.text),
+                "attention": None if attention is None else [attention.name, attention.swap],
+            },
+            asks={"attention": index},
+            stage="train",
+            threads=config.threads,
+            isolated=False,
+        )
+        for index, attention in enumerate((None, *config.attentions))
+    ]
+
+
+def check(config: TrainConfig) -> None:
+    """Check that every attention can stand in the model that it is for; raises `ConfigError` with every problem."""
+    require("transformers", "accelerate", "matplotlib", extra="llm")
+    problems = []
+    for index, attention in enumerate(config.attentions):
+        try:
+            build(config, attention)
+        except AttnZooError as error:
+            problems.append(f"attentions.{index}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def prepare(config: TrainConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Read the text, once for all, and see that it is long enough."""
+    text = load_text(config.text)
+    split(text.text, config)
+    return {"text": text.text, "sha256": text.sha256}
+
+
+def measure(config: TrainConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    """Train one model, on from its last checkpoint where there is one, and score what was held out."""
+    recipe, (seen, held_out) = config.recipe, split(given["text"], config)
+    model = build(config, (None, *config.attentions)[cell.asks["attention"]])
+    checkpoints = config.folder / "checkpoints" / f"{cell.label.replace('/', '-')}-{cell.measured}"
+    losses = train(model, seen, config, checkpoints, say)
+    nats = score(model, held_out)
+    mean = math.fsum(nats) / len(nats)
+    quality = BitsPerByte(
+        perplexity=math.exp(mean),
+        nll=mean,
+        tokens=recipe.tokens,
+        window_nll=nats,
+        parameters=sum(p.numel() for p in model.parameters()),
+        losses=losses,
+        text_sha256=given["sha256"],
+        note=f"{recipe.steps} steps from scratch of {recipe.batch} windows of {recipe.tokens} bytes of {config.text}, "
+        f"{len(nats)} windows of its end held out",
+    )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return Result(status="ok", quality=quality)
+
+
+def split(text: str, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """The bytes of a text to train on, and `(windows, tokens)` of its end, which are kept for testing.
 
     Raises
     ------
     ConfigError
-        If little more than that would be left for training.
+        If little more than the windows would be left for training.
     """
-    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    kept = windows * tokens
+    data, tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8), config.recipe.tokens
+    kept = config.held_out * tokens
     if len(data) - kept < 10 * tokens:
         raise ConfigError(
-            f"the text has {len(data):,} bytes: too few to keep {windows} windows of {tokens} for testing"
+            f"the text has {len(data):,} bytes: too few to keep {config.held_out} windows of {tokens} for testing"
         )
-    return Bytes(data[:-kept], data[-kept:].view(windows, tokens).long())
+    return data[:-kept], data[-kept:].view(config.held_out, tokens).long()
 
 
-def build(host: Host, seed: int) -> Any:
-    """A Llama of bytes, freshly initialized from `seed`."""
-    require("transformers", extra="llm")
+def build(config: TrainConfig, attention: AttentionConfig | None) -> Any:
+    """A Llama of bytes, freshly initialized from the seed, with an attention in it or its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=host.width,
-        num_hidden_layers=host.layers,
-        num_attention_heads=host.heads,
-        intermediate_size=host.hidden,
-        max_position_embeddings=65536,
-        bos_token_id=None,
-        eos_token_id=None,
+    torch.manual_seed(config.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=config.host.width,
+            num_hidden_layers=config.host.layers,
+            num_attention_heads=config.host.heads,
+            intermediate_size=config.host.hidden,
+            max_position_embeddings=65536,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
     )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
+    if attention is None:
+        return model
+    return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.swap)
 
 
-def train(model: Any, data: Bytes, recipe: Recipe, *, seed: int, folder: Path) -> list[tuple[int, float]]:
-    """Train on the CPU by transformers' Trainer, which resumes from the last checkpoint in `folder`.
-
-    Returns
-    -------
-    list of (int, float)
-        Steps done, and the mean loss in nats a byte since the entry before.
-    """
-    require("accelerate", extra="llm")
-    from transformers import Trainer, TrainingArguments
+def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say) -> tuple[tuple[int, float], ...]:
+    """Train by transformers' Trainer, on from the last checkpoint in `folder`; see `BitsPerByte.losses`."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
     from transformers.trainer_utils import get_last_checkpoint
 
+    class Teller(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            say(f"step {state.global_step} of {state.max_steps}")
+
+    def pieces(places: Sequence[Tensor]) -> dict[str, Tensor]:
+        ids = data[torch.stack(list(places))[:, None] + torch.arange(recipe.tokens)].long()  # (batch, tokens)
+        return {"input_ids": ids, "labels": ids}
+
+    logging.disable_progress_bar()
+    recipe = config.recipe
     every = max(1, recipe.steps // 20)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -107,37 +243,41 @@ def train(model: Any, data: Bytes, recipe: Recipe, *, seed: int, folder: Path) -
         save_steps=every,
         save_total_limit=1,
         report_to=[],
-        seed=seed,
+        seed=config.seed,
         use_cpu=True,
         dataloader_pin_memory=False,
+        disable_tqdm=True,
     )
-    pieces = _Pieces(data.train, recipe, seed)
-    trainer = Trainer(model=model, args=arguments, train_dataset=pieces)
+    draw = torch.Generator().manual_seed(config.seed)  # so that every model sees the same pieces
+    places = torch.randint(len(data) - recipe.tokens, (recipe.steps * recipe.batch,), generator=draw)
+    trainer = Trainer(model=model, args=arguments, train_dataset=places, data_collator=pieces, callbacks=[Teller()])
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
-    return [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    return tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
 
 
 @torch.inference_mode()
-def score(model: Any, held_out: Tensor) -> list[float]:
-    """Mean loss of each window, in nats a byte."""
+def score(model: Any, held_out: Tensor) -> tuple[float, ...]:
+    """Mean loss of each window, in nats per byte."""
     model.eval()
-    return [
-        float(model(window[None].to(model.device), labels=window[None].to(model.device)).loss) for window in held_out
-    ]
+    return tuple(round(float(model(window[None], labels=window[None]).loss), 6) for window in held_out)
 
 
-class _Pieces(Dataset[dict[str, Tensor]]):
-    """Pieces of the text, their places drawn from a seed: the same for every model."""
+def plots(records: Sequence[TrainRecord]) -> list[tuple[str, str]]:
+    """The training losses."""
+    lines = {record.label: record.quality.losses for record in records if record.quality is not None}
+    return [("Training loss", curves(lines, "steps", "training loss, nats per byte"))]
 
-    def __init__(self, data: Tensor, recipe: Recipe, seed: int) -> None:
-        self.data, self.tokens = data, recipe.tokens
-        generator = torch.Generator().manual_seed(seed)
-        self.starts = torch.randint(len(data) - recipe.tokens, (recipe.steps * recipe.batch,), generator=generator)
 
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = int(self.starts[index])
-        piece = self.data[start : start + self.tokens].long()
-        return {"input_ids": piece, "labels": piece}
+TASK = Task(
+    name="train_bytes",
+    ref="attnzoo.tasks.decode.byte_lm:TASK",
+    config=TrainConfig,
+    plan=plan,
+    measure=measure,
+    prepare=prepare,
+    check=check,
+    record=TrainRecord,
+    plots=plots,
+    highlights=lambda records: of_records(records, lambda _: "decode"),
+)

@@ -1,71 +1,108 @@
-"""What a suite measures of a language model, cell by cell."""
+"""What is measured of a language model, cell by cell."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnzoo.assets import sha256_of
 from attnzoo.bench.task import Cell, Result, Say
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.decode import lm
+from attnzoo.tasks.decode import lm, needles
 from attnzoo.tasks.decode import text as texts
-from attnzoo.tasks.decode.cost import measure_cost, measure_quality
-from attnzoo.tasks.decode.cost_config import LanguageConfig
-
-if TYPE_CHECKING:
-    from attnzoo.tasks.suite import SuiteConfig
+from attnzoo.tasks.decode.config import DecodeConfig
+from attnzoo.tasks.decode.cost import measure_cost
+from attnzoo.tasks.decode.quality import KIND_TITLES
+from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
-PRELOAD = ("attnzoo.tasks.suite", "transformers.models.llama.modeling_llama")
+PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
+LEFT_OUT = {"timeout_seconds", "samples", "batches"}  # a figure does not depend on them, or they are told apart
+STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
-def plan(config: SuiteConfig) -> list[Cell]:
-    """Quality of every attention, then its cost; the dense baseline first in each."""
-    language = config.language
-    assert language is not None
-    who: list[int | None] = [None, *range(len(language.attentions))]
-    kinds = ("cost",) if language.quality is None else ("quality", "cost")
-    return [_cell(config, language, index, kind) for kind in kinds for index in who]
+def plan(config: DecodeConfig) -> list[Cell]:
+    """Windows, then prompts of each kind, then timings of each batch size; in each the dense baseline first.
+
+    The baseline's windows come before all else, for without its canary no row counts.
+    """
+    inputs = {"model": _contents(config.model), "text": _contents(config.text)}
+    rows = (None, *range(len(config.attentions)))
+    return [_cell(config, index, inputs, **asked) for asked in _asked(config) for index in rows]
 
 
-def _cell(config: SuiteConfig, language: LanguageConfig, index: int | None, kind: Any) -> Cell:
-    spec = None if index is None else language.attentions[index]
-    cost, quality = language.cost, language.quality
-    of_cost = kind == "cost"
-    part: Any = cost if of_cost else quality
-    where = {"threads": config.threads} if of_cost else {}
+def _asked(config: DecodeConfig) -> Iterator[dict[str, Any]]:
+    """What is measured of every row; `work` is in tokens."""
+    nll, retrieval, cost = config.nll, config.retrieval, config.cost
+    if nll is not None:
+        yield {"section": "nll", "work": nll.windows * nll.tokens}
+    if retrieval is not None:
+        for kind, count in retrieval.counts:
+            depends = {"kind": kind, "samples": count}
+            about = {"section": "retrieval", "workload": KIND_TITLES[kind], "depends": depends}
+            yield {**about, "work": count * retrieval.tokens}
+    if cost is not None:
+        for batch in cost.batches:
+            yield {
+                "section": "cost",
+                "work": 2 * cost.repeats * (cost.prompt_tokens + STEP * cost.new_tokens),
+                "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
+                "depends": {"batch": batch, "read at": cost.batches[0], "threads": config.threads},
+                "tokens": cost.prompt_tokens,
+                "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
+            }
+
+
+def _cell(
+    config: DecodeConfig,
+    index: int | None,
+    inputs: Mapping[str, Any],
+    *,
+    section: str,
+    work: int,
+    depends: Mapping[str, Any] | None = None,
+    **about: Any,
+) -> Cell:
+    spec = None if index is None else config.attentions[index]
+    who: dict[str, Any] = {
+        "attention": None if spec is None else spec.name,
+        "options": {} if spec is None else spec.swap,
+    }
+    asked: Any = getattr(config, section)
+    stage = "time" if section == "cost" else "score"
+    if section == "nll":
+        work += config.canary.windows * asked.tokens * (1 if spec is None else 2)
+        named = {"tiny": {"label"}}  # which changes nothing that is measured
+        canary = config.canary.model_dump(mode="json", exclude=named) if spec is None else config.canary.windows
+        depends, stage = {"canary": canary}, "canary" if spec is None else stage
     return Cell(
         part=PART,
-        kind=kind,
-        label=language.baseline if spec is None else spec.label,
-        tokens=cost.prompt_tokens if of_cost else 0,
-        phases=("prefill", "decode") if of_cost else ("forward",),
-        attention=None if spec is None else spec.name,
-        options={} if spec is None else spec.swap,
+        kind="cost" if section == "cost" else "quality",
+        label=config.baseline if spec is None else spec.label,
         is_baseline=spec is None,
-        host=language.host,
-        dtype=language.dtype,
+        host=config.host,
+        dtype=config.dtype,
+        **who,
         depends_on={
-            kind: part.model_dump(mode="json", exclude={"workers", "timeout_seconds"}),
-            "model": _contents(language.model),
-            "text": _contents(language.text),
-            "dtype": language.dtype,
-            "seed": config.seed,
-            "device": config.device,
-            "attention": None if spec is None else spec.name,
-            "options": {} if spec is None else spec.swap,
-            **where,
+            section: asked.model_dump(mode="json", exclude=LEFT_OUT),
+            **inputs,
+            **config.model_dump(mode="json", include={"dtype", "seed", "device"}),
+            "dense": config.attention,
+            **who,
+            **(depends or {}),
         },
-        asks={"attention": index},
-        stage="time" if of_cost else "score",
-        timeout=part.timeout_seconds,
-        threads=config.threads if of_cost else part.threads,
-        workers=1 if of_cost else part.workers,
-        needs_baseline=quality is not None,
-        weight=10 + cost.prompt_tokens / 20 if of_cost else 1.0,
+        asks={"attention": index, "section": section, **(depends or {})},
+        stage=stage,
+        timeout=asked.timeout_seconds,
+        threads=config.threads,
+        workers=config.workers if stage == "score" else 1,
+        needs_baseline=config.nll is not None,
+        weight=3 + work / 100,  # a token of a small model takes about 10 ms
+        **about,
     )
 
 
@@ -80,45 +117,96 @@ def _contents(name: str) -> str | list[Any]:
     return name
 
 
-def problems(language: LanguageConfig) -> list[str]:
-    """What the schema cannot find."""
-    try:
-        require("transformers", "accelerate", extra="llm")
-        texts.check_text_name(language.text)
-    except AttnZooError as error:
-        return [str(error)]
-    return []
+def check(config: DecodeConfig) -> None:
+    """Check, before anything is loaded, what the schema cannot: packages, text, model and the lengths it can take.
+
+    Raises
+    ------
+    MissingExtraError
+        If a package is missing.
+    ConfigError
+        With every other problem, one per line.
+    """
+    require("transformers", "matplotlib", extra="llm")
+    with _collected("here") as under:
+        with under("text"):
+            texts.check_text_name(config.text)
+        with under("model"):
+            _check_lengths(config)
 
 
-def prepare(language: LanguageConfig, seed: int) -> dict[str, Any]:
-    """Fetch the model and the text, once for all processes, and cut prompts to time and windows to score.
+@contextmanager
+def _collected(why: str) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    """Collect `ConfigError`, each under a key of the config, and raise all in one."""
+    problems: list[str] = []
+
+    @contextmanager
+    def under(key: str) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            problems.append(f"  {key}: {error}")
+
+    yield under
+    if problems:
+        raise ConfigError("\n".join([f"this config cannot be run {why}:", *problems]))
+
+
+def _check_lengths(config: DecodeConfig) -> None:
+    longest, nll, retrieval, cost = lm.longest(config.model), config.nll, config.retrieval, config.cost
+    asked = {
+        "nll.tokens": nll.tokens if nll is not None else 0,
+        "retrieval.tokens": retrieval.tokens if retrieval is not None else 0,
+        "cost.prompt_tokens + cost.new_tokens": cost.prompt_tokens + cost.new_tokens if cost is not None else 0,
+    }
+    over = [f"{key} is {tokens:,}" for key, tokens in asked.items() if longest is not None and tokens > longest]
+    if over:
+        raise ConfigError(f"{config.model!r} is made for {longest:,} tokens, but {', '.join(over)}")
+
+
+def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+    """Fetch model and text, once for all processes, cut windows and prompts, and hide needles.
 
     Raises
     ------
     AssetError
         If one of them cannot be fetched.
     ConfigError
-        If the text is too short, or the model is not made for as many tokens.
+        With every reason why the text does not do.
     """
-    cost, quality = language.cost, language.quality
-    made_for, tokenizer = lm.longest(language.model), lm.load_tokenizer(language.model)
-    prose = texts.load_text(language.text)
-    longest = max(cost.prompt_tokens + cost.new_tokens, 0 if quality is None else quality.tokens)
-    if made_for is not None and longest > made_for:
-        raise ConfigError(f"language: {longest:,} tokens asked for, but {language.model} is made for {made_for:,}")
-    prompts = texts.windows(prose, tokenizer, count=cost.batch, tokens=cost.prompt_tokens, seed=seed)
-    given = {"prompts": [window.ids for window in prompts]}
-    if quality is not None:
-        scored = texts.windows(prose, tokenizer, count=quality.windows, tokens=quality.tokens, seed=seed)
-        given["windows"] = [window.ids for window in scored]
+    wanted = {cell.asks["section"] for cell in cells}
+    if not wanted:
+        return {}
+    tokenizer, prose = lm.load_tokenizer(config.model), texts.load_text(config.text)
+    given: dict[str, Any] = {"text_sha256": prose.sha256}
+    nll, cost, retrieval, seed = config.nll, config.cost, config.retrieval, config.seed
+
+    def windows(count: int, tokens: int) -> list[tuple[int, ...]]:
+        return [cut.ids for cut in texts.windows(prose, tokenizer, count=count, tokens=tokens, seed=seed)]
+
+    with _collected("on this text") as under:
+        with under("nll"):
+            if nll is not None and "nll" in wanted:
+                given["windows"] = windows(nll.windows, nll.tokens)
+        with under("cost"):
+            if cost is not None and "cost" in wanted:
+                given["prompts"] = windows(cost.batches[0], cost.prompt_tokens)
+        with under("retrieval"):
+            if retrieval is not None and "retrieval" in wanted:
+                asked: dict[str, Any] = {"tokens": retrieval.tokens, "seed": seed}
+                for kind, count in retrieval.counts:
+                    made = needles.make_samples(prose, tokenizer, kind=kind, count=count, **asked)
+                    given[kind] = [asdict(sample) for sample in made]
     return given
 
 
-def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    """Measure prefill and decoding through one attention, or score every window through it."""
-    language, index = config.language, cell.asks["attention"]
-    assert language is not None
-    spec = None if index is None else language.attentions[index]
-    if cell.kind == "quality":
-        return measure_quality(language, spec, given["windows"], config.device, say)
-    return measure_cost(language, spec, given["prompts"], config.device, say)
+def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+    """Score every window through one attention, let it answer prompts, or time prefill and decoding."""
+    index, section = cell.asks["attention"], cell.asks["section"]
+    spec = None if index is None else config.attentions[index]
+    if section == "cost":
+        return measure_cost(config, spec, given["prompts"], cell.asks["batch"], say)
+    if section == "retrieval":
+        samples = [needles.Sample(**sample) for sample in given[cell.asks["kind"]]]
+        return measure_retrieval(config, spec, samples, say)
+    return measure_nll(config, spec, given, say)

@@ -1,4 +1,4 @@
-"""The config of the decode evaluation."""
+"""The keys of a language model: the text that it reads, and what is measured of the policies that bound its cache."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect
-from attnzoo.bench.config import Dtype, RunConfig, Section, Seed, refuse_twins
-from attnzoo.tasks.decode.cost_config import language_problems, refuse_vision_keys
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
+from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
+from attnzoo.errors import AttnZooError
 from attnzoo.tasks.decode.needles import KINDS, Kind
 
-DENSE = "dense"
 Tokens = Annotated[int, Field(ge=2)]
+OLD_NAMES = {
+    "quality": "quality is now nll (windows, tokens, timeout_seconds) and canary (quality.canary: canary.tiny, "
+    "quality.canary_nats: canary.worse_by), with threads and workers beside them",
+    "cost.batch": "cost.batch is now cost.batches, a list",
+}
 
 
 class NllConfig(Section):
-    """Windows of the text, each scored in one call."""
+    """Windows of the text, each scored in one call, through the cache."""
 
     windows: PositiveInt = 20
     tokens: Tokens = 2000
+    timeout_seconds: PositiveFloat = 7200.0
 
 
 class RetrievalConfig(Section):
@@ -28,6 +33,7 @@ class RetrievalConfig(Section):
 
     tokens: Tokens = 2000
     samples: Annotated[dict[Kind, PositiveInt], Field(min_length=1)]
+    timeout_seconds: PositiveFloat = 7200.0
 
     @property
     def counts(self) -> list[tuple[Kind, int]]:
@@ -36,15 +42,18 @@ class RetrievalConfig(Section):
 
 
 class DecodeCostConfig(Section):
-    """Timings: prompts of `prompt_tokens`, then `new_tokens` single steps, for each batch size.
+    """What is timed: prompts of `prompt_tokens`, then `new_tokens` single steps after each, for each batch size.
 
-    Prompts are read at the first batch size; larger ones, multiples of it, decode on from its caches, rows repeated.
+    A latency of decoding is the mean of the steps after one prompt, so that evictions, which come once in a block, are
+    in every one. Prompts are read at the first batch size; larger ones, multiples of it, decode on from its caches,
+    each row repeated, so that a long prompt need not be read as many times over.
     """
 
-    prompt_tokens: Tokens = 2000
-    new_tokens: PositiveInt = 16
+    prompt_tokens: Tokens = 1024
+    new_tokens: PositiveInt = 128
     batches: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
-    repeats: PositiveInt = 3
+    repeats: Annotated[int, Field(ge=3)] = 3
+    timeout_seconds: PositiveFloat = 3600.0
 
     @model_validator(mode="after")
     def _multiples(self) -> DecodeCostConfig:
@@ -54,57 +63,116 @@ class DecodeCostConfig(Section):
 
 
 class CanaryConfig(Section):
-    """Checks of the run itself, on the first `windows` windows.
+    """Checks on the first `windows` windows, without which no row of the language model counts.
 
-    `tiny` must make the mean NLL worse than dense by `worse_by` nats or more; every attention, given a budget that
-    nothing exceeds, must give the dense model's NLL.
+    The attention `tiny` must make the mean NLL worse than dense by `worse_by` nats per token or more, or what is scored
+    does not depend on the cache; every attention, given a budget that nothing exceeds, must give the dense model's NLL.
     """
 
     windows: PositiveInt = 2
     tiny: AttentionConfig = AttentionConfig(
         name="streaming", options={"budget": 16, "block_size": 16}, label="streaming, tiny"
     )
-    worse_by: PositiveFloat = 0.1
+    worse_by: float = 0.1
 
 
-class DecodeConfig(RunConfig):
-    """A whole evaluation.
+class LanguageConfig(Section):
+    """A causal language model whose cache policies bound, against the same model with transformers' own cache."""
 
-    `threads` are those of each process. `attention` is transformers' own attention, which the dense model uses.
-    """
-
-    task: Literal["decode"] = "decode"
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
     attention: Literal["sdpa", "eager"] = "sdpa"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    seed: Seed = 0
+    baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense"
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    nll: NllConfig = NllConfig()
+    nll: NllConfig | None = NllConfig()
     retrieval: RetrievalConfig | None = None
     cost: DecodeCostConfig | None = None
     canary: CanaryConfig = CanaryConfig()
-    fresh: bool = False
+    workers: PositiveInt = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_today(cls, data: Any) -> Any:
+        cost = data.get("cost") if isinstance(data, Mapping) else None
+        found = {*(data if isinstance(data, Mapping) else ()), *(f"cost.{key}" for key in cost or {})}
+        if old := [told for name, told in OLD_NAMES.items() if name in found]:
+            raise ValueError("; ".join(old))
+        return data
 
     @model_validator(mode="after")
-    def _rows_and_windows_fit(self) -> DecodeConfig:
+    def _rows_and_windows_fit(self) -> LanguageConfig:
         refuse_vision_keys((*self.attentions, self.canary.tiny))
-        refuse_expect((*self.attentions, self.canary.tiny))
-        refuse_twins([DENSE, *(attention.label for attention in self.attentions)])
-        if self.canary.windows > self.nll.windows:
-            raise ValueError(
-                f"canary.windows {self.canary.windows} are the first of nll.windows {self.nll.windows}, not more"
-            )
+        refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
+        if self.nll is None and self.retrieval is not None:
+            raise ValueError("retrieval needs nll, on whose windows the canary is tried")
+        if self.nll is not None and self.canary.windows > self.nll.windows:
+            told = f"canary.windows {self.canary.windows} are the first of nll.windows {self.nll.windows}"
+            raise ValueError(f"{told}, not more")
+        for index, attention in enumerate(self.attentions):
+            if self.cost is not None and self.cost.new_tokens % (block := _block_size(attention)):
+                raise ValueError(
+                    f"attentions.{index}.options.block_size: {block} does not divide cost.new_tokens "
+                    f"{self.cost.new_tokens}, so the timed steps would hold too few evictions or too many"
+                )
         return self
+
+    @property
+    def host(self) -> str:
+        """What records and tables call the model."""
+        return f"transformers:{self.model}"
+
+
+class DecodeConfig(LanguageConfig, RunConfig):
+    """Cost and quality of a language model whose cache is bounded.
+
+    `threads` are those of each process. `model` and `text` are names as `load_model` and `load_text` of
+    `attnzoo.tasks.decode` take them; `attention` is transformers' own, which the dense model uses. `workers` rows are
+    scored at a time, each in a process of its own and, with ``device: cuda``, on a GPU of its own where there are
+    several; timings are made one after another. With ``nll: null`` nothing is scored, as for a model of random weights,
+    whose canary proves nothing.
+    """
+
+    task: Literal["decode"] = "decode"
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
         """What the registry says of the attentions."""
-        problems = attention_problems(data.get("attentions"), "attentions", language_problems)
-        canary = data.get("canary")
-        if isinstance(canary, Mapping) and "tiny" in canary:
-            problems += attention_problems([canary["tiny"]], "canary.tiny", language_problems)
-        return problems
+        return language_problems(data)
 
 
 load_config, validate_config = DecodeConfig.load, DecodeConfig.check
+
+
+def language_problems(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What the registry says of the attentions of a language model; `prefix` comes before the keys that are named."""
+    problems = attention_problems(data.get("attentions"), f"{prefix}attentions", _option_problems)
+    canary = data.get("canary")
+    if isinstance(canary, Mapping) and "tiny" in canary:
+        problems += attention_problems([canary["tiny"]], f"{prefix}canary.tiny", _option_problems)
+    return problems
+
+
+def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """A mixer, or the first option that the method refuses."""
+    from attnzoo.registry import build_core, build_policy
+
+    if info.kind == "mixer":
+        return [f"{where}.name: {info.name!r} is a mixer, which a trained language model does not support"]
+    try:
+        (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
+    except AttnZooError as error:
+        return [f"{where}.options: {error}"]
+    return []
+
+
+def _block_size(attention: AttentionConfig) -> int:
+    """Tokens between evictions; 1 where there are none, or it cannot be told."""
+    import attnzoo
+    from attnzoo.registry import build_policy
+
+    try:
+        info = attnzoo.describe(attention.name)
+        return build_policy(info, attention.options).block_size if info.kind == "eviction" else 1
+    except AttnZooError:
+        return 1  # which is told elsewhere

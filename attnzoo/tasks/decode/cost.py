@@ -1,4 +1,4 @@
-"""What is measured of a language model: the cost of prefill and decoding, or prose scored through the cache."""
+"""What prefill and decoding cost through one attention, beside the dense model in the same process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import attnzoo
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths, ratios_of, side_of
@@ -19,43 +18,54 @@ from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Cost, Gate, Shapes
 from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, trace
-from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
-from attnzoo.registry import build_policy
-from attnzoo.tasks.decode.cost_config import LanguageConfig
-from attnzoo.tasks.decode.lm import load_model, nll
-from attnzoo.tasks.decode.quality import perplexity_of
-from attnzoo.tasks.decode.timings import Decoder, decode_in_turn, read, twin
+from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig
+from attnzoo.tasks.decode.decoder import Decoder, decode_in_turn, load_dense, policy_of, read, swapped_twin
 
 GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
-CANARY_WINDOWS = 2
 NO_STEP_PEAK = "none"
 
 
 def measure_cost(
-    language: LanguageConfig, spec: AttentionConfig | None, ids: Sequence[Sequence[int]], where: str, say: Say
+    config: DecodeConfig, spec: AttentionConfig | None, ids: Sequence[Sequence[int]], batch: int, say: Say
 ) -> Result:
     """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn.
 
-    `ids` are the prompts' tokens, `where` is the device.
+    Parameters
+    ----------
+    config, spec, say
+        What is measured of which attention, None for dense itself; and who is told how far it is.
+    ids
+        The prompts' tokens, as many prompts as the first batch size.
+    batch
+        Of decoding. Where it is larger than the prompts are many, each row is repeated after the prefill, whose own
+        cost is then left out.
     """
-    device = torch.device(where)
+    assert config.cost is not None
+    device = torch.device(config.device)
     map_buffers()
     say("load")
-    dense = _load(language, device)
+    dense = load_dense(config)
     layers = attention_paths(dense)
     candidate = swapped_twin(dense, spec)
     prompts = torch.tensor(ids, device=device)
-    shapes = _shapes(dense, layers, prompts)
+    rows = batch // len(prompts)
     with torch.inference_mode():
         say("gate")
         gate, baseline_gate = check(dense, layers, spec, prompts)
         run, run_dense = Decoder(candidate, prompts, policy_of(spec)), Decoder(dense, prompts)
-        traced, traced_dense = _traced(run), _traced(run_dense)
+        traced, traced_dense = _traced(run, rows), _traced(run_dense, rows)
         result = Result(
             status="ok",
-            shapes=shapes,
+            shapes=Shapes(
+                batch=batch,
+                tokens=prompts.shape[1],
+                prefix=0,
+                dim=dense.config.hidden_size,
+                heads=dense.config.num_attention_heads,
+                depth=len(layers),
+            ),
             gate=run.bounded(gate),
             baseline_gate=baseline_gate,
             backends=tuple(sorted({*traced[0].backends, *traced[1].backends})),
@@ -67,62 +77,21 @@ def measure_cost(
         run.forget()
         run_dense.forget()
         calls = [lambda: read(candidate, prompts), lambda: read(dense, prompts)]
-        reads = peak_memory(calls, device, warm=True, exact=False)  # a prefill takes seconds
+        # a prefill takes seconds, so that the allocator is not looked at besides
+        reads = peak_memory(calls, device, warm=True, exact=False) if rows == 1 else []
         keep_buffers()
-        prefills, tokens = _timed(run, run_dense, language, device, say)
+        prefills, tokens = _timed(run, run_dense, config.cost, device, rows, say)
         result = result.model_copy(update={"gate": run.bounded(gate)})
         if failed := _failed(result):
             return failed
-    models, batch = (candidate, dense), len(prompts)
-    costs = [
-        _cost(models, layers, times, items, traces, peaks, caches)
-        for times, items, traces, peaks, caches in (
-            (prefills, prompts.numel(), (traced[0], traced_dense[0]), reads, (run.read_bytes, run_dense.read_bytes)),
-            (tokens, batch, (traced[1], traced_dense[1]), steps, (run.step_bytes, run_dense.step_bytes)),
-        )
-    ]
-    return Result(**{**dict(result), "costs": {"prefill": costs[0], "decode": costs[1]}})
-
-
-def measure_quality(
-    language: LanguageConfig, spec: AttentionConfig | None, windows: Sequence[Sequence[int]], where: str, say: Say
-) -> Result:
-    """Score every window on the device `where`; for the dense baseline also the first few with the canary's attention.
-
-    Dense has no quality where the canary is not far enough from it: what was scored then does not depend on the cache.
-    """
-    asked = language.quality
-    assert asked is not None
-    say("load")
-    dense = _load(language, torch.device(where))
-    scores = _scores(swapped_twin(dense, spec), windows, say)
-    canary: tuple[float, ...] = ()
-    if spec is None:
-        canary = _scores(swapped_twin(dense, asked.canary), windows[:CANARY_WINDOWS], say)
-    if not all(map(math.isfinite, (*scores, *canary))):
-        return Result(status="failed", message=f"the NLL of a window is not finite: {scores} {canary}")
-    quality = perplexity_of(language, scores, canary)
-    if quality.canary is not None and not quality.canary.passed:
-        found = quality.canary
-        message = (
-            f"the canary ({found.label}) is {found.above_dense:.3f} nats per token above dense, must be at least "
-            f"{found.at_least:g}: what was scored does not depend on the cache"
-        )
-        return Result(status="failed", message=message)
-    return Result(status="ok", quality=quality)
-
-
-def swapped_twin(dense: Any, spec: AttentionConfig | None) -> Any:
-    """Give a second model on the same weights, with the attention of `spec`; with None, the same attention."""
-    model = twin(dense)
-    return model if spec is None else attnzoo.replace_attention(model, spec.name, **spec.swap)
-
-
-def policy_of(spec: AttentionConfig | None) -> Policy | None:
-    """Give the policy that `spec` names; None for cores and the dense baseline."""
-    if spec is None or attnzoo.describe(spec.name).kind != "eviction":
-        return None
-    return build_policy(attnzoo.describe(spec.name), spec.options)
+    models = (candidate, dense)
+    caches = (run.step_bytes, run_dense.step_bytes)
+    costs = {"decode": _cost(models, layers, tokens, batch, (traced[1], traced_dense[1]), steps, caches)}
+    if rows == 1:
+        caches = (run.read_bytes, run_dense.read_bytes)
+        traces = (traced[0], traced_dense[0])
+        costs["prefill"] = _cost(models, layers, prefills, prompts.numel(), traces, reads, caches)
+    return Result(**{**dict(result), "costs": costs})
 
 
 def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, prompts: Tensor) -> tuple[Gate, Gate]:
@@ -146,10 +115,11 @@ def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, promp
     return gates.compare(_outputs(swapped_twin(dense, spec), layers, ids), own, oracle, tolerance), baseline
 
 
-def _traced(run: Decoder) -> tuple[Trace, Trace]:
+def _traced(run: Decoder, rows: int) -> tuple[Trace, Trace]:
     """Trace a prefill and a step, and look at the cache after each."""
     prefill = trace(run.read)
     run.look()
+    run.repeat_rows(rows)
     step = trace(run.step)
     run.look()
     return prefill, step
@@ -167,14 +137,14 @@ def _step_peaks(run: Decoder, dense: Decoder, device: torch.device) -> list[Peak
 
 
 def _timed(
-    run: Decoder, dense: Decoder, language: LanguageConfig, device: torch.device, say: Say
+    run: Decoder, dense: Decoder, cost: DecodeCostConfig, device: torch.device, rows: int, say: Say
 ) -> tuple[Interleaved, Interleaved]:
     """Seconds of prefills, in turn, and of a step: the mean of the steps after each prefill, taken in turn."""
     prefills: tuple[list[float], list[float]] = ([], [])
     tokens: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(language.cost.repeats):
-        say(f"time {repeat + 1}/{language.cost.repeats}")
-        once, then = decode_in_turn(run, dense, language.cost.new_tokens, clock_for(device))
+    for repeat in range(cost.repeats):
+        say(f"time {repeat + 1}/{cost.repeats}")
+        once, then = decode_in_turn(run, dense, cost.new_tokens, clock_for(device), rows)
         for kept, seconds in zip((*prefills, *tokens), (once.a, once.b, then.a, then.b), strict=True):
             kept.append(math.fsum(seconds) / len(seconds))
     return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))
@@ -198,15 +168,6 @@ def _cost(
     return Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
 
 
-def _scores(model: Any, windows: Sequence[Sequence[int]], say: Say) -> tuple[float, ...]:
-    scores = []
-    for number, ids in enumerate(windows, 1):
-        say(f"window {number}/{len(windows)}")
-        losses = nll(model, ids).nll
-        scores.append(math.fsum(losses) / len(losses))
-    return tuple(scores)
-
-
 def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
     with gates.noted(model, layers) as found:
         out = model(ids[:, :GATE_TOKENS], use_cache=True)
@@ -222,22 +183,3 @@ def _failed(result: Result) -> Result | None:
         if gate is not None and not gate.passed:
             return result.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
     return None
-
-
-def _load(language: LanguageConfig, device: torch.device) -> Any:
-    """Load the model without transformers' progress bar, whose lock would outlive a child that is killed."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return load_model(language.model, dtype=getattr(torch, language.dtype), device=device)
-
-
-def _shapes(model: Any, layers: Sequence[str], prompts: Tensor) -> Shapes:
-    return Shapes(
-        batch=len(prompts),
-        tokens=prompts.shape[1],
-        prefix=0,
-        dim=model.config.hidden_size,
-        heads=model.config.num_attention_heads,
-        depth=len(layers),
-    )

@@ -51,33 +51,15 @@ class Answer:
     hits: tuple[bool, ...]
     cache: CacheBytes
 
-    @property
-    def recall(self) -> float:
-        """Share of the numbers asked for that were found."""
-        return sum(self.hits) / len(self.hits)
-
 
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model; `name` and errors as in `load_model`."""
-    require("transformers", extra="llm")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model_folder(name) or name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot load the tokenizer of {name!r}: {error}") from error
+    return _from_pretrained("AutoTokenizer", name, "load the tokenizer of")
 
 
 def longest(name: str) -> int | None:
     """Tokens that a model is made for, as its config says, or None; `name` and errors as in `load_model`."""
-    require("transformers", extra="llm")
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(model_folder(name) or name))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot read the config of {name!r}: {error}") from error
-    return getattr(config, "max_position_embeddings", None)
+    return getattr(_from_pretrained("AutoConfig", name, "read the config of"), "max_position_embeddings", None)
 
 
 def load_model(
@@ -107,15 +89,18 @@ def load_model(
     ConfigError
         If transformers finds no such model, or cannot load it.
     """
-    require("transformers", extra="llm")
-    from transformers import AutoModelForCausalLM
+    settings = {"dtype": dtype, "attn_implementation": attention}
+    return _from_pretrained("AutoModelForCausalLM", name, "load the model", **settings).to(device).eval()
 
-    place = str(model_folder(name) or name)
+
+def _from_pretrained(kind: str, name: str, doing: str, **settings: Any) -> Any:
+    require("transformers", extra="llm")
+    import transformers
+
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, attn_implementation=attention)
+        return getattr(transformers, kind).from_pretrained(str(model_folder(name) or name), **settings)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"transformers cannot load the model {name!r}: {error}") from error
-    return model.to(device).eval()
+        raise ConfigError(f"transformers cannot {doing} {name!r}: {error}") from error
 
 
 def model_folder(name: str) -> Path | None:

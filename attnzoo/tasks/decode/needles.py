@@ -72,6 +72,8 @@ class Sample:
         The numbers asked for.
     depths
         Of each answer's needle: 0 at the start of the haystack, 1 at its end.
+    question_at
+        Number of the token at which the question begins, the empty line before it included.
     seed, text_sha256
         What it was made from.
     """
@@ -83,6 +85,7 @@ class Sample:
     depths: tuple[float, ...]
     seed: int
     text_sha256: str
+    question_at: int = 0
 
 
 def make_samples(
@@ -155,6 +158,7 @@ class _Maker:
             tuple(placed[:asked]),
             self.seed,
             self.text.sha256,
+            len(head) + len(ids),
         )
 
     def _needle(self, key: str, value: str) -> str:

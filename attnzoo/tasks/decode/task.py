@@ -1,42 +1,51 @@
-"""Decoding with a bounded cache as a task: prose, needles and timings, the samples split over the processes."""
+"""A language model whose cache is bounded, as a task: prose, needles, time and memory, beside the dense model."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from attnzoo import files, processes
-from attnzoo.bench.publish import page_beside
+from attnzoo.bench.html import Section
+from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.task import Task
-from attnzoo.command import output_console
+from attnzoo.tables import Cell, Column, Table
+from attnzoo.tasks.decode import cells
 from attnzoo.tasks.decode.config import DecodeConfig
-from attnzoo.tasks.decode.page import html_page
-from attnzoo.tasks.decode.record import RECORDS_FILE, read_records
-from attnzoo.tasks.decode.report import print_report
-from attnzoo.tasks.decode.run import run, so_far
+from attnzoo.tasks.decode.plots import plots
+from attnzoo.tasks.decode.quality import Perplexity, Retrieval
 
 
-def evaluate(config: DecodeConfig, command: str) -> int:
-    """Run what a config asks for; then the main process reports."""
-    if run(config, command):
-        report(config.folder / RECORDS_FILE)
-    processes.leave()
-    return 0
+class Record(Measured):
+    """A row of decoding, whose quality is that of prose or of numbers found."""
+
+    quality: Perplexity | Retrieval | None
 
 
-def show(config: DecodeConfig) -> None:
-    """Print the table of the samples that a run has finished."""
-    print_report(so_far(config, ""), output_console())
+def canaries(records: Sequence[Record]) -> list[Section]:
+    """The checks without which there would be no result."""
+    table = Table((Column("attention"), Column("check", left=True), "nats", "limit", "passed"))
+    texts: dict[str, None] = {}
+    for record in records:
+        quality = record.quality if record.kind == "quality" else None
+        if not isinstance(quality, Perplexity):
+            continue
+        texts[quality.text_sha256] = None
+        for check in quality.checks:
+            table.add(record.label, *check.row, "yes" if check.passed else Cell("no", "worse"))
+    note = f"Without these there would be no result. SHA-256 of the text: {', '.join(texts)}."
+    return [Section(table.html(), "Canaries", note, folded=True)] if table.rows else []
 
 
-def report(path: Path) -> None:
-    """Print the table and write the page of a records file: ``report.html`` in a run's folder, else beside it."""
-    records = read_records(path)
-    config = path.with_suffix(".yaml")
-    page = page_beside(path)
-    files.write(page, html_page(records, config.read_text(encoding="utf-8") if config.is_file() else None))
-    console = output_console()
-    print_report(records, console)
-    console.print(f"page: {page}", highlight=False, soft_wrap=True)
-
-
-TASK = Task(name="decode", ref="attnzoo.tasks.decode.task:TASK", config=DecodeConfig, run=evaluate, so_far=show)
+TASK = Task(
+    name="decode",
+    ref="attnzoo.tasks.decode.task:TASK",
+    config=DecodeConfig,
+    plan=cells.plan,
+    measure=cells.measure,
+    prepare=cells.prepare,
+    check=cells.check,
+    record=Record,
+    preload=lambda config: cells.PRELOAD,
+    expected=lambda config: {(cells.PART, one.label) for one in config.attentions if one.expect == "unsupported"},
+    plots=plots,
+    sections=canaries,
+)

@@ -4,8 +4,8 @@ import torch
 import attnzoo
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode import lm as decode
+from attnzoo.tasks.decode.decoder import twin
 from attnzoo.tasks.decode.needles import Sample
-from attnzoo.tasks.decode.timings import timings, twin
 from tests.tasks.decode import llm
 
 
@@ -79,7 +79,6 @@ def test_an_answer_ends_at_an_end_token(tokenizer):
     )
     assert answer.text == "12345"
     assert answer.hits == (True, False)
-    assert answer.recall == 0.5
 
 
 def test_retrieve_says_what_generate_says(model, tokenizer):
@@ -108,24 +107,3 @@ def test_a_twin_shares_weights_and_is_swapped_alone(model):
     assert {id(p) for p in second.parameters()} == {id(p) for p in model.parameters()}
     ids = torch.arange(100)
     assert decode.nll(model, ids).cache.entries > decode.nll(second, ids).cache.entries
-
-
-def test_timings_are_of_both_models_in_turn(model):
-    second = twin(model)
-    attnzoo.replace_attention(second, "streaming", budget=16, block_size=8)
-    prompts = torch.arange(2 * 60).reshape(2, 60) % 251
-    said = []
-    found = timings(
-        second, model, prompts, new_tokens=3, batches=(1, 2), repeats=2, before_clock=lambda: said.append(1)
-    )
-    assert said == [1]
-    assert [times.batch for times in found.times] == [1, 2]
-    assert len(found.times[0].prefill.a) == 2
-    assert found.times[1].prefill is None
-    assert [len(times.step.b) for times in found.times] == [6, 3]
-    assert found.cache.held < found.cache_dense.held == 2 * 2 * 2 * 8 * 4 * 63
-    assert found.peak_dense.method
-    with pytest.raises(ValueError, match="batch of 3"):
-        timings(second, model, prompts, new_tokens=1, batches=(3,), repeats=1)
-    with pytest.raises(ValueError, match="multiples of the first"):
-        timings(second, model, prompts, new_tokens=1, batches=(2, 3), repeats=1)

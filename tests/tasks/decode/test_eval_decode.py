@@ -1,51 +1,52 @@
+"""The task end to end, on a tiny random Llama of bytes."""
+
 import json
-import os
-import runpy
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
 import attnzoo
+from attnzoo import tasks
+from attnzoo.bench import run as engine
+from attnzoo.bench.publish import page_of
+from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.cores.softmax import Softmax
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import AssetError, ConfigError
 from attnzoo.eviction.cache import BoundedLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.registry import unregister_attention
-from attnzoo.tasks.decode import canary
-from attnzoo.tasks.decode import lm as decode
-from attnzoo.tasks.decode import run as runner
+from attnzoo.tasks.decode import cells, lm
 from attnzoo.tasks.decode.config import DecodeConfig, load_config, validate_config
-from attnzoo.tasks.decode.page import html_page
-from attnzoo.tasks.decode.plan import canary_rows, quality_units, remaining
-from attnzoo.tasks.decode.record import read_records, read_samples
+from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity
+from attnzoo.tasks.decode.score import unbounded
+from attnzoo.tasks.decode.task import TASK
+from eval import bench, decode
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "eval" / "decode.py"
 POLICIES = [
     {"name": "keydiff", "options": {"budget": 24, "block_size": 8}, "label": "keydiff"},
     {"name": "tova", "options": {"budget": 24, "block_size": 8}, "label": "tova"},
 ]
+COST = {"prompt_tokens": 64, "new_tokens": 8}
 
 
 def content(saved, folder, **changes):
     model, text = saved
     return {
+        "task": "decode",
         "name": "tiny",
         "model": str(model),
         "text": str(text),
         "threads": 1,
         "attentions": POLICIES,
-        "nll": {"windows": 4, "tokens": 96},
+        "nll": {"windows": 5, "tokens": 96},
         "retrieval": {"tokens": 500, "samples": {"single": 3, "multi_value": 2}},
-        "canary": {
-            "windows": 2,
-            "worse_by": 1e-4,
-            "tiny": {"name": "streaming", "options": {"budget": 8, "block_size": 4}},
-        },
+        # random weights are not made worse by a small cache, only other
+        "canary": {"worse_by": -10.0, "tiny": {"name": "streaming", "options": {"budget": 8, "block_size": 4}}},
         "output": str(folder),
         **changes,
     }
@@ -57,48 +58,70 @@ def settings(saved, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _lenient_canary(monkeypatch):
-    """Random weights are not made worse by a small cache, only other: any change will do here."""
-    original = canary.judge
-
-    def judge(config, lines):
-        lines = [
-            line.model_copy(update={"nll": tuple(x + 1 for x in line.nll)}) if "streaming" in line.label else line
-            for line in lines
-            if line.task == "canary"
-        ]
-        return original(config, lines)
-
-    monkeypatch.setattr(canary, "judge", judge)
+def _threads_as_they_were():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
-def quiet():
-    return Console(file=open(os.devnull, "w"))
+HERE = replace(TASK, plan=lambda config: [cell.model_copy(update={"isolated": False}) for cell in cells.plan(config)])
 
 
-def run(data):
-    return runner.run(validate_config(data), "command", quiet())
+def run(data, task=HERE):
+    """Run a config, here unless `task` says otherwise."""
+    return engine.run(task, validate_config(data), "command", Console(quiet=True))
 
 
 def figures(records):
     """What must not depend on how the run was made."""
-    return [r.model_dump(exclude={"utc", "seconds", "processes", "command", "cost", "environment"}) for r in records]
+    return [r.model_dump(exclude={"utc", "seconds", "command", "cost", "environment", "config_hash"}) for r in records]
 
 
-def test_a_run_gives_one_record_a_row_and_pairs_add_up(settings):
-    records = run(settings(cost={"prompt_tokens": 64, "new_tokens": 2, "batches": [1, 2], "repeats": 1}))
-    dense, keydiff, tova = records
-    assert [r.label for r in records] == ["dense", "keydiff", "tova"]
-    assert dense.is_baseline
-    assert dense.nll.difference is None
-    assert keydiff.nll.difference.mean == pytest.approx(keydiff.nll.mean - dense.nll.mean)
-    assert sum(keydiff.nll.curve) / len(keydiff.nll.curve) == pytest.approx(keydiff.nll.difference.mean, abs=0.05)
-    assert keydiff.nll.cache_ratio.entries == pytest.approx(24 / 96)
-    assert [(k.kind, k.samples, k.asked) for k in tova.retrieval] == [("single", 3, 3), ("multi_value", 2, 6)]
-    assert tova.cost.cache.held < tova.cost.cache_dense.held
-    assert [b.batch for b in tova.cost.batches] == [1, 2]
-    assert len(dense.canaries) == 3
-    assert all(c.passed for c in dense.canaries)
+def by(records, kind="quality"):
+    return {(r.label, r.workload, r.phase): r for r in records if r.kind == kind}
+
+
+def test_a_run_gives_a_record_a_row_and_workload_and_pairs_add_up(settings):
+    records = run(settings())
+    assert {(r.status, r.message) for r in records} == {("ok", "")}
+    found = by(records)
+    assert list(found) == [
+        (label, workload, "forward")
+        for workload in ("", "pass key", "3 values")
+        for label in ("dense", "keydiff", "tova")
+    ]
+    dense, keydiff = (found[label, "", "forward"].quality for label in ("dense", "keydiff"))
+    assert found["dense", "", "forward"].is_baseline
+    assert dense.difference is None
+    assert keydiff.difference.mean == pytest.approx(keydiff.nll - dense.nll)
+    assert len(dense.window_nll) == dense.windows == 5
+    assert sum(keydiff.curve) / len(keydiff.curve) == pytest.approx(keydiff.difference.mean, abs=0.05)
+    assert keydiff.cache.entries / keydiff.cache_dense.entries == pytest.approx(24 / 96)
+    assert dense.canary.passed
+    assert dense.dense_limit is None
+    assert keydiff.dense_limit.label == "keydiff block_size=8 budget=96"
+    assert keydiff.dense_limit.passed
+    kinds = [found["tova", KIND_TITLES[kind], "forward"].quality for kind in ("single", "multi_value")]
+    assert [(k.samples, len(k.by_depth), len(k.said), k.tokens) for k in kinds] == [(3, 3, 3, 500), (2, 6, 2, 500)]
+
+
+def test_batches_are_measured_each_and_the_prefill_at_the_first(settings):
+    records = run(settings(attentions=POLICIES[1:], retrieval=None, cost={**COST, "batches": [1, 2]}))
+    costs = by(records, "cost")
+    phases = [("batch 1", "prefill"), ("batch 1", "decode"), ("batch 2", "decode")]
+    assert set(costs) == {(label, *about) for label in ("dense", "tova") for about in phases}
+    for batch in (1, 2):
+        row = costs["tova", f"batch {batch}", "decode"]
+        assert row.cost.ratios.cache_held < 0.6
+        assert row.gate.cache_most <= row.gate.cache_limit
+        assert row.shapes.batch == batch
+        assert row.quality == by(records)["tova", "", "forward"].quality
+        assert row.cost.ratios.speedup.n == 3
+    once, twice = (costs["dense", f"batch {batch}", "decode"].cost.candidate.memory for batch in (1, 2))
+    assert twice.cache_held_bytes == pytest.approx(2 * once.cache_held_bytes, rel=0.05)
+    page = page_of(TASK, records)
+    assert "prefill, 64 tokens, batch 1" in page
+    assert "Workloads side by side" in page
 
 
 def test_hits_are_counted_and_paired(settings, monkeypatch):
@@ -107,25 +130,28 @@ def test_hits_are_counted_and_paired(settings, monkeypatch):
 
     def answers(model, tokenizer, sample):
         asked.append(sample)
-        hit = len(asked) % 3 == 1 or (len(asked) % 3 == 2 and sample.index % 2 == 0)
-        return decode.Answer("", (hit,) * len(sample.answers), CacheBytes(1, 1, 1))
+        row = (len(asked) - 1) // 8 if sample.kind == "single" else (len(asked) - 25) // 2
+        hit = row == 0 or (row == 1 and sample.index % 2 == 0)
+        return lm.Answer("", (hit,) * len(sample.answers), CacheBytes(1, 1, 1))
 
-    monkeypatch.setattr(decode, "retrieve", answers)
-    retrieval = {"tokens": 500, "samples": {"multi_value": 2, "single": 8}}
-    dense, keydiff, tova = run(settings(retrieval=retrieval))
-    assert [k.kind for k in dense.retrieval] == ["single", "multi_value"]
-    assert [r.retrieval[0].hits for r in (dense, keydiff, tova)] == [8, 4, 0]
-    assert [r.retrieval[1].recall for r in (dense, keydiff, tova)] == [1, 0.5, 0]
-    assert keydiff.retrieval[0].difference.mean == -0.5
-    assert -0.9 < keydiff.retrieval[0].difference.low < -0.5 < keydiff.retrieval[0].difference.high < -0.1
-    assert tova.retrieval[0].p_value == pytest.approx(2 / 2**8)
-    assert len(dense.retrieval[1].by_depth) == 6
+    monkeypatch.setattr(lm, "retrieve", answers)
+    found = by(run(settings(retrieval={"tokens": 500, "samples": {"multi_value": 2, "single": 8}})))
+    dense, keydiff, tova = (found[label, "pass key", "forward"].quality for label in ("dense", "keydiff", "tova"))
+    values = [found[label, "3 values", "forward"].quality.recall for label in ("dense", "keydiff", "tova")]
+    assert [sum(quality.hits) for quality in (dense, keydiff, tova)] == [8, 4, 0]
+    assert values == [1, 0.5, 0]
+    assert keydiff.difference.mean == -0.5
+    assert -0.9 < keydiff.difference.low < -0.5 < keydiff.difference.high < -0.1
+    assert (keydiff.ratio, tova.ratio, dense.ratio) == (0.5, 0, 1)
+    assert tova.p_value == pytest.approx(2 / 2**8)
+    assert keydiff.recalls == [1, 0] * 4
+    assert 0 < keydiff.low < 0.5 < keydiff.high < 1
 
 
-def test_a_killed_run_goes_on_where_it_was(settings, monkeypatch):
-    data = settings()
-    whole = figures(run({**data, "output": str(Path(data["output"]) / "whole")}))
-    left, original = [17], decode.nll
+def test_a_killed_run_goes_on_where_it_was_and_shows_what_it_has(settings, monkeypatch, tmp_path, capsys):
+    data = settings(retrieval={"tokens": 300, "samples": {"single": 1}})
+    whole = figures(run({**data, "output": str(tmp_path / "whole")}))
+    left, original = [5 + 2 + 5 + 3], lm.nll  # dense's windows and canary, and some of keydiff's
 
     def killed(model, ids):
         left[0] -= 1
@@ -133,43 +159,47 @@ def test_a_killed_run_goes_on_where_it_was(settings, monkeypatch):
             raise KeyboardInterrupt
         return original(model, ids)
 
-    monkeypatch.setattr(decode, "nll", killed)
+    monkeypatch.setattr(lm, "nll", killed)
     with pytest.raises(KeyboardInterrupt):
         run(data)
-    folder = Path(data["output"])
-    assert len(read_samples(folder)) == 17
-    partial = runner.so_far(validate_config(data), "")
-    assert [r.nll.windows for r in partial] == [3, 3, 3]
-    assert partial[1].nll.difference.n == 3
-    with open(folder / "samples.0.jsonl", "ab") as torn:
+    path, records = tmp_path / "tiny.yaml", Path(data["output"]) / RECORDS_FILE
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert decode.main([str(path), "--so-far"]) == 0
+    assert "dense" in capsys.readouterr().out
+    assert [r.label for r in tasks.read_records(records)] == ["dense"]
+    with records.open("ab") as torn:
         torn.write(b'{"schema_version":1,"conf')
     left[0] = 10**6
     with pytest.warns(UserWarning, match="torn"):
         assert figures(run(data)) == whole
-    lines = (folder / "samples.0.jsonl").read_text().splitlines()
-    assert len(lines) == len(
-        {json.dumps([json.loads(x)[k] for k in ("task", "kind", "sample", "label")]) for x in lines}
-    )
+    lines = records.read_text().splitlines()
     left[0] = 0  # a finished run runs nothing
     assert figures(run(data)) == whole
+    assert records.read_text().splitlines() == lines
 
 
-def test_a_run_cut_short_has_all_rows_of_its_samples(settings):
-    units = quality_units(validate_config(settings()))
-    assert all([row.label for row in unit.rows] == ["dense", "keydiff", "tova"] for unit in units)
-    assert [(unit.kind, unit.sample) for unit in units[4:]] == [
-        ("single", 0),
-        ("multi_value", 0),
-        ("single", 1),
-        ("multi_value", 1),
-        ("single", 2),
+def test_a_row_is_added_to_a_finished_run(settings):
+    data = settings(retrieval=None)
+    before = run(data)
+    after = run({**data, "attentions": [*POLICIES, {"name": "softmax"}]})
+    assert after[: len(before)] == before
+    assert [r.label for r in after[len(before) :]] == ["softmax"]
+
+
+def test_dense_comes_first_and_its_canary_before_all_else(settings):
+    planned = cells.plan(validate_config(settings(cost=COST)))
+    assert [cell.label for cell in planned] == ["dense", "keydiff", "tova"] * 4
+    assert [(cell.stage, cell.workload) for cell in planned[::3]] == [
+        ("canary", ""),
+        ("score", "pass key"),
+        ("score", "3 values"),
+        ("time", ""),
     ]
-    (unit, *_) = remaining(units, {("nll", "", 0, "dense")})
-    assert [row.label for row in unit.rows] == ["keydiff", "tova"]
+    assert {cell.stage for cell in planned[1:3]} == {"score"}
 
 
 def test_another_config_or_text_in_the_folder_is_refused_and_can_be_set_aside(settings, tmp_path):
-    data = settings(retrieval=None)
+    data = settings(retrieval=None, attentions=POLICIES[:1])
     run(data)
     with pytest.raises(ConfigError, match="another config"):
         run({**data, "seed": 5})
@@ -178,33 +208,60 @@ def test_another_config_or_text_in_the_folder_is_refused_and_can_be_set_aside(se
     moved = {**data, "text": str(text), "output": str(tmp_path / "moved")}
     run(moved)
     text.write_text("New. " + text.read_text(), encoding="utf-8")
-    with pytest.raises(ConfigError, match="another text"):
+    with pytest.raises(ConfigError, match="a file that it names held something else"):
         run(moved)
-    assert len(run({**moved, "fresh": True})) == 3
-    assert (tmp_path / "moved" / "samples.0.jsonl.old").exists()
+    assert len(run({**moved, "fresh": True})) == 2
+    assert (tmp_path / "moved" / "records.old.jsonl").exists()
 
 
-@pytest.mark.parametrize(("label", "by"), [("streaming", -1.0), ("keydiff", 0.01)])
-def test_a_canary_that_fails_leaves_no_result(settings, monkeypatch, label, by):
-    original = runner._Runner._score
-
-    def wrong(self, unit, row):
-        made = original(self, unit, row)
-        if label in row.label and unit.task == "canary":
-            made["nll"] = tuple(x + by - 1 * ("streaming" in row.label) for x in made["nll"])
-        return made
-
-    monkeypatch.setattr(runner._Runner, "_score", wrong)
-    data = settings(retrieval=None)
-    with pytest.raises(canary.CanaryError, match=rf"{label}.*must be"):
-        run(data)
-    assert not (Path(data["output"]) / "records.jsonl").exists()
+def test_a_tiny_cache_that_changes_nothing_leaves_no_result(settings):
+    """What was scored then does not depend on the cache."""
+    data = settings(canary={"worse_by": 10.0}, retrieval={"tokens": 500, "samples": {"single": 1}}, cost=COST)
+    records = run(data)
+    assert len(records) == 3 + 3 + 2 * 3
+    for record in records:
+        assert (record.status, record.cost, record.quality) == ("failed", None, None)
+        assert "a canary failed: NLL above dense, of streaming block_size=16 budget=16 is" in record.message
+    page_of(TASK, records)
 
 
-def test_every_method_has_one_canary_whatever_its_budgets(settings):
-    twice = [*POLICIES, {"name": "tova", "options": {"budget": 48, "block_size": 8}}, {"name": "softmax"}]
-    rows = canary_rows(validate_config(settings(attentions=twice)))
-    assert [row.attention.options.get("budget") for row in rows[1:]] == [8, 96, 96, None]
+def test_a_method_that_is_not_dense_where_nothing_is_evicted_has_no_result(settings, monkeypatch):
+    """Here because its budget is exceeded after all; the other rows count."""
+    module, spoiled = "attnzoo.tasks.decode.score.unbounded", lambda spec, tokens: unbounded(spec, 16)
+    monkeypatch.setattr(module, lambda spec, tokens: (spoiled if spec.name == "keydiff" else unbounded)(spec, tokens))
+    records = run(settings(retrieval=None, cost={**COST, "repeats": 3}))
+    rows = by(records)
+    assert {label: row.status for (label, *_), row in rows.items()} == {
+        "dense": "ok",
+        "keydiff": "failed",
+        "tova": "ok",
+    }
+    failed = rows["keydiff", "", "forward"]
+    assert "a canary failed: largest difference from dense at one token, of keydiff" in failed.message
+    assert failed.quality is None
+    assert {r.quality for (label, *_), r in by(records, "cost").items() if label == "keydiff"} == {None}
+
+
+def test_a_text_that_gives_no_finite_nll_is_told(settings, monkeypatch):
+    original = lm.nll
+
+    def broken(model, ids):
+        scored = original(model, ids)
+        return replace(scored, nll=(*scored.nll[:3], float("nan"), *scored.nll[4:]))
+
+    monkeypatch.setattr(lm, "nll", broken)
+    records = run(settings(retrieval=None))
+    assert {r.status for r in records} == {"failed"}
+    assert "dense gives an NLL that is not finite at token 4 of window 1" in records[0].message
+
+
+def test_a_method_is_held_to_dense_with_a_budget_that_nothing_exceeds():
+    config = validate_config(
+        {"name": "x", "attentions": [*POLICIES, {"name": "softmax", "where": "model.layers.0"}], "retrieval": None}
+    )
+    made = [unbounded(attention, 96) for attention in config.attentions]
+    assert [one.options.get("budget") for one in made] == [96, 96, None]
+    assert made[2].where == "model.layers.0"
 
 
 @pytest.mark.parametrize(
@@ -219,9 +276,14 @@ def test_every_method_has_one_canary_whatever_its_budgets(settings):
         ({"attentions": POLICIES * 2}, "labels must differ"),
         ({"nll": {"windows": 1, "tokens": 96}}, "canary.windows"),
         ({"nll": {"windows": 3, "tokens": 1}}, "nll.tokens"),
+        ({"nll": None}, "retrieval needs nll"),
         ({"retrieval": {"tokens": 500, "samples": {"triple": 1}}}, "multi_key"),
         ({"windows": 3}, "unknown key"),
         ({"canary": {"tiny": {"name": "strea"}}}, "streaming"),
+        ({"cost": {"batch": 4}}, "cost.batch is now cost.batches"),
+        ({"cost": {"batches": [2, 3]}}, "multiples of the first"),
+        ({"cost": {"new_tokens": 12}}, "attentions.0.options.block_size: 8 does not divide cost.new_tokens 12"),
+        ({"quality": {"windows": 3}}, r"quality.canary_nats: canary.worse_by"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(settings, changes, message):
@@ -240,12 +302,12 @@ def test_a_config_that_does_not_fit_is_refused(settings, changes, message):
     ],
 )
 def test_what_cannot_be_run_here_is_refused_before_any_weight_is_loaded(settings, monkeypatch, changes, message):
-    monkeypatch.setattr(decode, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(lm, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = settings(**changes)
     with pytest.raises(ConfigError, match=message):
         run(data)
-    assert not Path(data["output"]).exists()
+    assert not (Path(data["output"]) / RECORDS_FILE).exists()
 
 
 def test_the_config_survives_its_own_yaml(settings, tmp_path):
@@ -263,65 +325,52 @@ CONFIGS = sorted(path for path in (ROOT / "configs" / "decode").glob("*.yaml") i
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_configs_of_the_repository_are_sound(path):
-    assert isinstance(load_config(path), DecodeConfig)
+    config = load_config(path)
+    assert isinstance(config, DecodeConfig)
+    assert len(cells.plan(config)) >= 2 * len(config.attentions)
 
 
 def test_the_script_reports_a_table_and_a_page_and_refuses_with_2(settings, tmp_path, capsys):
-    main = runpy.run_path(str(SCRIPT))["main"]
+    """Two rows at a time, each in a process of its own, give what one process gives."""
+    data = settings(workers=2, retrieval={"tokens": 500, "samples": {"single": 3}})
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings()), encoding="utf-8")
-    assert main([str(path), "retrieval.samples.multi_value=1"]) == 0
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert decode.main([str(path), "retrieval.samples.single=2"]) == 0
     shown = capsys.readouterr().out
     assert "keydiff" in shown
+    assert "pass key" in shown
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") >= 6
+    assert page.count("<svg") == 4
     assert "Canaries" in page
     assert "http-equiv" not in page
-    assert main(["--report", str(tmp_path / "run" / "records.jsonl")]) == 0
-    assert main([str(path), "attentions.0.name=keydif"]) == 2
+    records = tasks.read_records(tmp_path / "run" / RECORDS_FILE)
+    assert {r.command for r in records} == {f"python eval/decode.py {path} retrieval.samples.single=2"}
+    alone = {**data, "workers": 1, "output": str(tmp_path / "alone")}
+    alone["retrieval"] = {"tokens": 500, "samples": {"single": 2}}
+    key = lambda r: (r["workload"], r["label"])  # noqa: E731
+    for a, b in zip(sorted(figures(records), key=key), sorted(figures(run(alone)), key=key), strict=True):
+        assert a == b
+    for main in (decode.main, bench.main):
+        assert main(["--report", str(tmp_path / "run" / RECORDS_FILE)]) == 0
+    assert decode.main([str(path), "attentions.0.name=keydif"]) == 2
     assert "did you mean" in capsys.readouterr().err
-    assert main(["--report", str(tmp_path / "none.jsonl")]) == 2
+    assert decode.main(["--report", str(tmp_path / "none.jsonl")]) == 2
 
 
-def test_two_processes_give_what_one_gives(settings, tmp_path):
-    data = settings()
-    alone = figures(run({**data, "output": str(tmp_path / "one")}))
-    path, script = tmp_path / "tiny.yaml", tmp_path / "two.py"
-    path.write_text(yaml.safe_dump({**data, "output": str(tmp_path / "two")}, sort_keys=False), encoding="utf-8")
-    script.write_text(
-        "import sys\n"
-        "from attnzoo.tasks.decode import canary, run\n"
-        "from attnzoo.tasks.decode.config import load_config\n"
-        "canary.judge, judge = (lambda c, l: judge(c, [x.model_copy(update={'nll': tuple(y + 1 for y in x.nll)})\n"
-        "    if 'streaming' in x.label else x for x in l if x.task == 'canary'])), canary.judge\n"
-        "run.run(load_config(sys.argv[1]), 'command')\n",
-        encoding="utf-8",
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script), str(path)], capture_output=True, text=True, timeout=250, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    folder = tmp_path / "two"
-    assert {p.name for p in folder.glob("samples.*.jsonl")} == {"samples.0.jsonl", "samples.1.jsonl"}
-    records = read_records(folder / "records.jsonl")
-    assert records[0].processes == 2
-    assert figures(records) == alone
-    (folder / "samples.1.jsonl").unlink()  # half of the work is lost, and one process does it again
-    assert figures(run({**data, "output": str(folder)})) == alone
+def test_a_config_that_names_no_task_is_one_of_decoding_for_its_script(settings, tmp_path, monkeypatch):
+    data = settings(retrieval=None, attentions=POLICIES[:1])
+    del data["task"]
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    seen, original = [], engine.run
 
+    def here(task, config, command):
+        seen.append((task.name, command))
+        return original(HERE, config, command)
 
-COST = {"prompt_tokens": 64, "new_tokens": 2, "batches": [1], "repeats": 1}
-
-
-def interrupt_before_timings(monkeypatch, data):
-    """Run all but the timings, as a process that is interrupted then."""
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(runner, "measure_cost", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(data)
+    monkeypatch.setattr(engine, "run", here)
+    assert decode.main([str(path), "fresh=false"]) == 0
+    assert seen == [("decode", f"python eval/decode.py {path}")]
 
 
 class Faulty(Softmax):
@@ -342,52 +391,76 @@ def faulty(monkeypatch):
     unregister_attention("faulty")
 
 
+def timings_interrupted(monkeypatch, data):
+    """Run all but the timings, as a process that is interrupted then."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "measure_cost", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(data)
+
+
 @pytest.mark.parametrize(("dtype", "row"), [("float32", 0), ("bfloat16", 1)])
 def test_a_run_that_goes_on_checks_a_core_again_before_it_is_timed(settings, monkeypatch, faulty, dtype, row):
     rows = [{"name": "faulty"}, POLICIES[0]][:: 1 if row == 0 else -1]
     data = settings(attentions=rows, cost=COST, retrieval=None, dtype=dtype)
-    interrupt_before_timings(monkeypatch, data)
+    timings_interrupted(monkeypatch, data)
     faulty()
-    with pytest.raises(AttnZooError, match="faulty: the gate did not pass, so nothing was timed"):
-        run(data)
-    timed = [line.label for line in read_samples(Path(data["output"])) if line.task == "cost"]
-    assert timed == ["dense", "keydiff"][: 1 + row]
+    costs = by(run(data), "cost")
+    for label in ("dense", "keydiff", "faulty"):
+        for phase in ("prefill", "decode"):
+            timed = costs[label, "", phase]
+            assert (timed.status, timed.cost is None) == (("failed", True) if label == "faulty" else ("ok", False))
+    assert "gate did not pass, so nothing was timed" in costs["faulty", "", "decode"].message
 
 
 def test_a_run_that_goes_on_checks_a_policy_again_before_it_is_timed(settings, monkeypatch):
     """The bounded cache of the later process returns values that are off."""
     data = settings(attentions=[POLICIES[1]], cost=COST, retrieval=None)
-    interrupt_before_timings(monkeypatch, data)
+    timings_interrupted(monkeypatch, data)
     original = BoundedLayer.update
 
     def off(self, keys, values, *args, **kwargs):
         return original(self, keys, values * 1.5, *args, **kwargs)
 
     monkeypatch.setattr(BoundedLayer, "update", off)
-    with pytest.raises(AttnZooError, match="tova: the gate did not pass"):
-        run(data)
-    assert "tova" not in [line.label for line in read_samples(Path(data["output"])) if line.task == "cost"]
+    costs = by(run(data), "cost")
+    assert {(r.label, r.status) for r in costs.values()} == {("dense", "ok"), ("tova", "failed")}
+    assert costs["tova", "", "prefill"].cost is None
 
 
-def test_the_record_and_the_page_carry_the_gate_of_what_was_timed(settings, monkeypatch):
-    data = settings(attentions=[POLICIES[0]], cost=COST, retrieval=None)
-    interrupt_before_timings(monkeypatch, data)
-    records = run(data)
+def test_the_record_and_the_page_carry_the_gate_of_what_was_timed(settings):
+    records = run(settings(attentions=[POLICIES[0]], cost=COST, retrieval=None))
     for record in records:
-        assert record.cost.gate.passed
-        assert record.cost.baseline_gate.passed
-    assert "budget 52 of 52 tokens" in records[1].cost.gate.oracle
-    assert "budget 52 of 52 tokens" in html_page(records)
+        if record.kind == "cost":
+            assert record.gate.passed
+            assert record.baseline_gate.passed
+    assert "budget 52 of 52 tokens" in records[-1].gate.oracle
+    assert "budget 52 of 52 tokens" in page_of(TASK, records)
 
 
-def test_timings_without_a_gate_are_made_again(settings):
-    data = settings(attentions=[POLICIES[0]], cost=COST, retrieval=None)
-    run(data)
-    path = Path(data["output"]) / "samples.0.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        for key in ("gate", "baseline_gate"):
-            (line["cost"] or {}).pop(key, None)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert all(record.cost.gate.passed for record in run(data))
-    assert len(path.read_text().splitlines()) == len(lines) + 2
+def test_an_attention_may_be_expected_to_be_unsupported(settings):
+    config = validate_config(settings(attentions=[{**POLICIES[0], "expect": "unsupported"}, POLICIES[1]]))
+    assert TASK.expected(config) == {("language", "keydiff")}
+
+
+def test_what_cannot_be_fetched_is_told(settings, monkeypatch):
+    def offline(name):
+        raise AssetError(f"{name} cannot be fetched")
+
+    monkeypatch.setattr(lm, "load_tokenizer", offline)
+    with pytest.raises(AssetError, match="cannot be fetched"):
+        run(settings())
+
+
+def test_records_hold_what_a_reader_needs_to_look_again(settings):
+    """The answers, the NLL of each window, and which text it was."""
+    records = run(settings(attentions=POLICIES[:1]))
+    data = json.loads(records[0].model_dump_json())["quality"]
+    assert len(data["window_nll"]) == 5
+    assert len(data["text_sha256"]) == 64
+    again = Perplexity.model_validate(data)
+    assert again == records[0].quality

@@ -1,48 +1,54 @@
-import importlib.util
+import json
+import platform
 import subprocess
 import sys
 import types
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from attnzoo.errors import AssetError, AttnZooError, ConfigError
+from attnzoo import tasks
+from attnzoo.bench import run as engine
+from attnzoo.bench.publish import page_of
+from attnzoo.errors import AssetError, ConfigError
 from attnzoo.hosts.versions import facts
 from attnzoo.tasks.decode import lm as decode
-from attnzoo.tasks.decode.kvpress import environment, process, prompts, record, run, table, worker
-from attnzoo.tasks.decode.kvpress.config import load_config, rows_of
+from attnzoo.tasks.decode.kvpress import environment, task, worker
+from attnzoo.tasks.decode.kvpress.config import Comparison
 from attnzoo.tasks.decode.needles import make_samples
 from attnzoo.tasks.decode.text import Text
+from eval import compare_kvpress
 from tests.tasks.decode import llm
 
-EVAL = Path(__file__).parents[3] / "eval"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, EVAL / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FAKE = """
+ROOT = Path(__file__).parents[3]
+FAKE = """#!{python}
 import json, pathlib, sys
-setup = json.loads(sys.stdin.readline())
-print(json.dumps({"versions": {"python": "3", "kvpress": "fake"}}), flush=True)
-for number, line in enumerate(sys.stdin):
-    job = json.loads(line)
-    if pathlib.Path(sys.argv[1]).exists() and setup["method"] and number == 1:
-        print("it broke here", file=sys.stderr)
-        sys.exit(3)
-    kept = job["context"] if setup["method"] is None else job["keep"]
-    print(json.dumps({
-        "said": [], "text": " " + job["answers"][0] + ".", "first_token_seconds": 0.5, "kept": [kept, kept],
-        "cache_peak_bytes": 10, "entries_peak_bytes": 10, "memory_peak_bytes": None,
-    }), flush=True)
+if "-c" in sys.argv:
+    print("0.5.5")
+    sys.exit()
+job = json.load(sys.stdin)
+if pathlib.Path("{broken}").exists() and job["spec"]:
+    print("it broke here", file=sys.stderr)
+    sys.exit(3)
+print(json.dumps({{"word": "prompt 1"}}), flush=True)
+prompts = []
+for prompt in job["prompts"]:
+    kept = prompt["context"] if job["spec"] is None else prompt["keep"]
+    answer = " " + prompt["answers"][0] + "."
+    prompts.append({{"answer": answer, "kept": [kept, kept], "cache_peak_bytes": 10, "entries_peak_bytes": 10}})
+print(json.dumps({{"versions": {{"python": "3", "kvpress": "fake"}}, "prompts": prompts}}))
 """
+
+
+@pytest.fixture(autouse=True)
+def threads_as_they_were():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +69,29 @@ def samples():
 
 @pytest.fixture
 def settings(saved, tmp_path, monkeypatch):
-    """A config's path, with kvpress's side played by a script; `broken` makes that one die."""
-    fake, broken = tmp_path / "fake.py", tmp_path / "broken"
-    fake.write_text(FAKE, encoding="utf-8")
-    original = process.worker_command
+    """A config's path. Kvpress's interpreter is a script, which `broken` makes die; attnzoo's workers are run here."""
+    fake, broken = tmp_path / "fake", tmp_path / "broken"
+    fake.write_text(FAKE.format(python=sys.executable, broken=broken), encoding="utf-8")
+    fake.chmod(0o755)
+    started = task.ask
 
-    def command(side, python):
-        if side == "attnzoo":
-            return original(side, python)
-        return [sys.executable, str(fake), str(broken)]
+    def ask(python, job, say):
+        return started(python, job, say) if job["side"] == "kvpress" else json.loads(json.dumps(worker.do(job, say)))
 
-    monkeypatch.setattr(run, "worker_command", command)
+    monkeypatch.setattr(task, "ask", ask)
     content = {
         "name": "tiny",
         "model": str(saved[0]),
         "text": str(saved[1]),
         "tokens": 500,
         "samples": 2,
+        "timed": 0,
         "block_size": 16,
+        "settings": ["question_after"],
         "policies": [
             {"policy": "keydiff", "attnzoo": {"name": "keydiff"}, "kvpress": [{"press": "KeyDiffPress"}], "note": "so"}
         ],
+        "python": str(fake),
         "output": str(tmp_path / "run"),
     }
     path = tmp_path / "config.yaml"
@@ -91,147 +99,150 @@ def settings(saved, tmp_path, monkeypatch):
     return types.SimpleNamespace(path=path, broken=broken)
 
 
+def here(config):
+    """The plan's cells, to be measured in this process."""
+    return [cell.model_copy(update={"isolated": False}) for cell in task.plan(config)]
+
+
 def go(config):
-    said = []
-    return run.run(config, "python", "the command", [], said.append), said
+    return engine.run(replace(task.TASK, plan=here), config, "the command")
 
 
-def test_a_broken_run_goes_on_and_the_table_says_who_is_ahead(settings):
-    config = load_config(settings.path, ["settings=[question_after]"])
+def test_a_broken_run_goes_on_and_the_page_says_who_is_ahead(settings):
+    config = Comparison.load(settings.path)
     settings.broken.touch()
-    with pytest.raises(AttnZooError, match=r"kvpress KeyDiffPress ended with code 3; its last words:\nit broke here"):
-        go(config)
+    *kept, broken = go(config)
+    assert broken.status == "failed"
+    assert "ended with code 3; its last words:\nit broke here" in broken.message
     settings.broken.unlink()
-    before = len(results(config.folder / "records.jsonl"))
-    path, said = go(config)
-    lines = results(path)
-    assert before + len(said) == len(lines) == len({line.key for line in lines}) == 2 * 4  # samples, rows
-    assert go(config)[1] == []
-
-    for line in lines:
-        share = 1 if line.policy == "dense" else 4
-        assert line.context_tokens < 480
-        assert line.kept == (line.context_tokens // share,) * 2
-        if line.side == "attnzoo" and line.policy == "keydiff":
-            entry = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
-            assert line.entries_peak_bytes <= (line.kept[0] + 16) * entry < line.cache_peak_bytes * 1.2
-            assert line.first_token_seconds > 0
-
-    text = table.report(path)
-    assert path.with_name("table.md").read_text(encoding="utf-8") == text
-    for words in ("the command", "kvpress fake", "`keydiff`", "2 of 2 (34% to 100%)", "keydiff: so", "over attnzoo's"):
-        assert words in text
-    assert "keydiff, `KeyDiffPress`: finds 2 pass keys, attnzoo 0 of 2; " in text
-    assert "without eviction both environments gave the same answer to 0 of 2 prompts" in text
+    records = go(config)
+    assert records[:-1] == kept
+    assert [record.label for record in records] == [
+        *("dense (attnzoo)", "dense (kvpress)", "keydiff (attnzoo)", "keydiff (kvpress KeyDiffPress)")
+    ]
+    assert {record.status for record in records} == {"ok"}
+    for record in records:
+        share = 1 if record.quality.row.policy == "dense" else 4
+        for prompt in record.quality.prompts:
+            assert prompt.context_tokens < 480
+            assert prompt.kept == (prompt.context_tokens // share,) * 2
+            if record.attention == "keydiff":
+                entry = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+                assert prompt.entries_peak_bytes <= (prompt.kept[0] + 16) * entry < prompt.cache_peak_bytes * 1.2
+    page = page_of(task.TASK, records)
+    for words in ("the command", "kvpress: python 3, kvpress fake.", "2 of 2 (34% to 100%)", "keydiff: so"):
+        assert words in page
+    keydiff = next(row for row in page.splitlines() if "KeyDiffPress</td>" in row and ">keydiff<" in row)
+    assert '0 of 2</td><td>2 of 2</td><td><span class="worse">-1.00 (-1.00 to -1.00)</span></td><td>0 of 2' in keydiff
 
 
-def results(path):
-    return [line for line in record.read_records(path) if line.kind == "result"]
+def test_what_a_row_depends_on_is_no_other_row_and_nothing_of_where_it_runs(settings, saved, tmp_path):
+    def measured(*overrides):
+        return {cell.label: cell.measured for cell in task.plan(Comparison.load(settings.path, overrides))}
+
+    before = measured()
+    assert measured("timeout_seconds=5", "python=null", "name=x", "policies.0.note=other") == before
+    assert set(measured("only=[dense]").items()) < set(before.items())
+    changed = measured("policies.0.kvpress.0.block_size=8")
+    assert "keydiff (kvpress BlockPress(KeyDiffPress, 8))" in changed
+    assert {label for label in before if changed.get(label) == before[label]} == set(list(before)[:3])
+    (tmp_path / "other.txt").write_text(saved[1].read_text(encoding="utf-8") + "more", encoding="utf-8")
+    for other in ("seed=1", "share=0.5", "tokens=490", "dtype=bfloat16", f"text={tmp_path / 'other.txt'}"):
+        assert not set(measured(other).items()) & set(before.items()), other
 
 
-def test_another_config_or_text_is_not_mixed_in(settings, tmp_path):
-    config, other = load_config(settings.path), load_config(settings.path, ["seed=1"])
-    path = tmp_path / "records.jsonl"
-    run._prepare(path, config, "text", "the command")
-    assert len(run._prepare(path, config, "text", "another command")) == 1
-    with pytest.raises(ConfigError, match="holds results of another config"):
-        run._prepare(path, other, "text", "the command")
-    with pytest.raises(ConfigError, match="holds results of another text"):
-        run._prepare(path, config, "another", "the command")
-    seen = {}
-    run._remember("kvpress", {"torch": "1"}, seen, path)
-    with pytest.raises(ConfigError, match="on the side of kvpress, now there is"):
-        run._remember("kvpress", {"torch": "2"}, seen, path)
+@pytest.mark.parametrize("kind", ["quality", "cost"])
+def test_a_side_that_keeps_another_share_is_refused(settings, kind, monkeypatch):
+    config = Comparison.load(settings.path, ["timed=1"])
+    given = task.prepare(config, task.plan(config))
+    cell = next(cell for cell in task.plan(config) if cell.kind == kind and "KeyDiffPress" in cell.label)
+    keep = given["prompts"][0]["question_at"] // 4
+    told = {"kept": [keep, keep + 2], "answer": ""}
+    gate = {"oracle": "", "passed": True, "max_abs_error": 0, "scale": 1, "tolerance": 1, "at": ""}
+    monkeypatch.setattr(task, "ask", lambda *_: {"gate": gate, "prompts": [told] * 2, "row": [told]})
+    result = task.measure(config, cell, given, print)
+    assert result.status == "failed"
+    assert f"kept {keep} to {keep + 2} entries per head of prompt 0, not {keep}: the two" in result.message
 
 
-def test_a_side_that_keeps_another_share_is_refused(settings):
-    config = load_config(settings.path)
-    row = rows_of(config)[1][1]
-    prompt = prompts.Prompt(ids=range(500), question_at=460, answers=("1",), depth=0.5, limit=9)
-    stub = types.SimpleNamespace(ask=lambda job, timeout: {"kept": [job["keep"], job["keep"] + 2]})
-    with pytest.raises(
-        AttnZooError, match="kvpress KeyDiffPress kept 115 to 117 entries per head of prompt 0, not 115"
-    ):
-        run._result(config, row, "question_after", 0, prompt, stub)
-
-
-def test_a_worker_that_hangs_is_killed():
-    hang = "import json, sys, time\nsys.stdin.readline()\nprint('{\"versions\": {}}', flush=True)\ntime.sleep(60)"
-    with (
-        process.WorkerProcess([sys.executable, "-c", hang], "the sleeper", {"threads": 1}) as sleeper,
-        pytest.raises(AttnZooError, match=r"the sleeper took longer than 0\.2 s"),
-    ):
-        sleeper.ask({}, 0.2)
-
-
-def test_bad_configs(settings):
+def test_bad_configs(settings, capsys):
     with pytest.raises(ConfigError, match=r"policies\.0\.attnzoo.*keydif.*keydiff"):
-        load_config(settings.path, ["policies.0.attnzoo.name=keydif"])
+        Comparison.load(settings.path, ["policies.0.attnzoo.name=keydif"])
     with pytest.raises(ConfigError, match="share"):
-        load_config(settings.path, ["share=1.5"])
+        Comparison.load(settings.path, ["share=1.5"])
     with pytest.raises(ConfigError, match="stand for more than one"):
-        load_config(settings.path, ["policies.0.policy=dense"])
-    assert script("compare_kvpress").main([str(settings.path), "--only", "nothing"]) == 2
+        Comparison.load(settings.path, ["policies.0.policy=dense"])
+    with pytest.raises(ConfigError, match="timed: there are 2 samples, not 3"):
+        Comparison.load(settings.path, ["timed=3"])
+    assert compare_kvpress.main([str(settings.path), "--only", "nothing", "nobody"]) == 2
+    assert "there is no policy nothing, nobody; policies: dense, keydiff" in capsys.readouterr().err
+    assert compare_kvpress.main([str(settings.path), "--python", sys.executable]) == 2
+    assert "kvpress 0.5.5 is needed" in capsys.readouterr().err
 
 
 def test_the_config_that_ships():
-    config = load_config(EVAL.parent / "configs" / "decode" / "kvpress.yaml")
+    found, config = tasks.load(ROOT / "configs" / "decode" / "kvpress.yaml")
+    assert found is task.TASK
     assert [policy.policy for policy in config.policies] == [
         "keydiff", "snapkv", "tova", "knorm", "streaming", "h2o", "random"
     ]  # fmt: skip
+    assert len(task.plan(config)) == 2 * 2 * 17
 
 
 def test_the_question_is_found_in_the_prompt(samples):
     samples, tokenizer = samples
     for sample in samples:
-        start = prompts.question_start(sample, tokenizer)
-        question = tokenizer.decode(sample.ids[start:])
+        question = tokenizer.decode(sample.ids[sample.question_at :])
         assert question.startswith("\n\nWhat is the special magic number for ")
-        assert sample.answers[0] in tokenizer.decode(sample.ids[:start])
+        assert sample.answers[0] in tokenizer.decode(sample.ids[: sample.question_at])
 
 
 def test_an_interpreter_without_kvpress_is_refused():
     with pytest.raises(ConfigError, match=r'kvpress 0\.5\.5 is needed.*pip install "kvpress==0\.5\.5"'):
-        environment.kvpress_python(sys.executable, print)
+        environment.kvpress_python(sys.executable)
     with pytest.raises(ConfigError, match="no-such-python"):
-        environment.kvpress_python("/no-such-python", print)
+        environment.kvpress_python("/no-such-python")
 
 
-def test_an_environment_that_cannot_be_made_is_an_error(tmp_path, monkeypatch):
+def test_an_environment_that_cannot_be_made_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ATTNZOO_CACHE", str(tmp_path))
     monkeypatch.setattr(
         environment.subprocess, "run", lambda step, **_: subprocess.CompletedProcess(step, 1, "", "no network")
     )
-    said = []
+    assert environment.kvpress_python(None, make=False)
     with pytest.raises(AssetError, match=r"(?s)no environment with kvpress 0\.5\.5.*no network.*--python"):
-        environment.kvpress_python(None, said.append)
-    assert "making an environment" in said[0]
+        environment.kvpress_python(None)
+    assert "making an environment" in capsys.readouterr().err
 
 
-def setup(saved, side, method):
+def job(saved, side, method, samples=(), kind="quality", context=350, keep=100):
+    prompts = [
+        {"ids": s.ids, "context": context, "keep": keep, "answers": s.answers, "limit": 18, "seed": 0} for s in samples
+    ]
     return {
+        "kind": kind,
         "side": side,
-        "method": method,
+        "spec": method,
         "attention": "sdpa",
         "model": str(saved[0]),
         "dtype": "float32",
         "threads": 1,
+        "tolerance": 1e-4,
+        "prompts": prompts,
     }
 
 
-def job(sample, context, keep):
-    return {"ids": sample.ids, "context": context, "keep": keep, "answers": sample.answers, "limit": 18, "seed": 0}
+KEYDIFF = {"name": "keydiff", "options": {"block_size": 16}}
 
 
 def test_both_sides_answer_as_the_house_does(saved, samples):
     sample, tokenizer = samples[0][0], samples[1]
     expected = decode.retrieve(llm.tiny_llama(), tokenizer, sample).text
-    keydiff = {"name": "keydiff", "options": {"block_size": 16}}
-    for side, method in (("attnzoo", None), ("kvpress", None), ("attnzoo", keydiff)):
-        one = worker.Worker(setup(saved, side, method))
+    for side, method in (("attnzoo", None), ("kvpress", None), ("attnzoo", KEYDIFF)):
         for context in (400, 350):
-            answer = one.answer(job(sample, context, 500))  # a budget that nothing exceeds
-            assert answer["text"] == expected
+            asked = job(saved, side, method, [sample], context=context, keep=500)  # a budget that nothing exceeds
+            (answer,) = worker.do(asked, print)["prompts"]
+            assert answer["answer"] == expected
             assert answer["kept"] == [context, context]
 
 
@@ -254,13 +265,88 @@ class CutPress:
             hook.remove()
 
 
-def test_kvpress_is_seen_before_it_compresses_a_layer(saved, samples, monkeypatch):
-    monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(CutPress=CutPress))
-    method = {"press": "CutPress", "options": {}, "block_size": None, "share": 0.25}
-    one = worker.Worker(setup(saved, "kvpress", method))
-    answer = one.answer(job(samples[0][0], 400, 100))
+class DeafPress(CutPress):
+    """Cuts what it was told to keep."""
+
+    def __init__(self, compression_ratio):
+        self.share = 0.25
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(CutPress=CutPress, DeafPress=DeafPress))
+    return {"press": "CutPress", "options": {}, "block_size": None, "share": 0.25}
+
+
+def test_kvpress_is_seen_before_it_compresses_a_layer(saved, samples, cut):
+    one = worker.Worker(job(saved, "kvpress", cut, samples[0], context=400))
+    with torch.inference_mode():
+        answer = one.answer(job(saved, "kvpress", cut, samples[0], context=400)["prompts"][0])
     entry = 2 * 2 * 8 * 4  # keys and values, heads, width, bytes
     assert answer["kept"] == [100, 100]
     assert answer["cache_peak_bytes"] == (100 + 400) * entry  # the first layer cut, the second whole
-    assert not any(layer.self_attn._forward_hooks for layer in one.model.model.layers)
+    assert not any(layer.self_attn._forward_hooks for layer in one.row.model.model.layers)
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(("side", "kept"), [("dense", 350), ("keydiff", 100), ("snapkv", 100), ("kvpress", 87)])
+def test_a_row_is_timed_beside_dense_after_its_gate(saved, samples, cut, side, kept):
+    own = {"name": side, "options": {"block_size": 16, **({"window": 64} if side == "snapkv" else {})}}
+    method = {"dense": None, "kvpress": cut}.get(side, own)
+    asked = job(saved, "attnzoo" if method is own else "kvpress", method, samples[0], "cost")
+    answer = worker.do(asked, print)
+    assert answer["gate"]["passed"]
+    assert answer["gate"]["max_abs_error"] <= 1e-4 * answer["gate"]["scale"]
+    assert len(answer["row"]) == len(answer["dense"]) == 3
+    assert {tuple(call["kept"]) for call in answer["row"]} == {(kept, kept)}
+    assert {tuple(call["kept"]) for call in answer["dense"]} == {(350, 350)}
+    assert all(call["seconds"] > 0 for call in answer["row"] + answer["dense"])
+
+
+def test_nothing_is_timed_where_the_gate_did_not_pass(settings, saved, samples, cut, monkeypatch):
+    """A press that evicts although it is told to keep everything, and a policy whose attention is another."""
+    deaf = worker.do(job(saved, "kvpress", {**cut, "press": "DeafPress"}, samples[0], "cost"), print)
+    assert (deaf["gate"]["passed"], deaf["row"], deaf["dense"]) == (False, [], [])
+    swapped = worker.AttnZoo.whole_answer
+
+    @contextmanager
+    def spoiled(side, keep):
+        """Have the last layer's attention give a little more."""
+        with swapped(side, keep):
+            last = side.model.model.layers[-1].self_attn
+            last.register_forward_hook(lambda module, inputs, output: (output[0] * 1.01, *output[1:]))
+            yield
+
+    monkeypatch.setattr(worker.AttnZoo, "whole_answer", spoiled)
+    config = Comparison.load(settings.path, ["timed=1"])
+    given = task.prepare(config, task.plan(config))
+    cell = next(cell for cell in task.plan(config) if cell.kind == "cost" and cell.attention == "keydiff")
+    result = task.measure(config, cell, given, print)
+    assert (result.status, dict(result.costs)) == ("failed", {})
+    assert "gate did not pass, so nothing was timed" in result.message
+    assert not result.gate.passed
+
+
+def test_a_cost_has_both_sides_and_its_gate(settings):
+    config = Comparison.load(settings.path, ["timed=2"])
+    given = task.prepare(config, task.plan(config))
+    cell = next(cell for cell in task.plan(config) if cell.kind == "cost" and cell.attention == "keydiff")
+    result = task.measure(config, cell, given, print)
+    assert (result.status, result.message) == ("ok", "")
+    cost, entry = result.costs["prefill"], 2 * 2 * 2 * 8 * 4
+    assert result.gate.passed
+    assert cost.ratios.speedup.n == cost.candidate.latency_ms.n == 2
+    assert cost.baseline.memory.cache_held_bytes == 500 * entry
+    assert cost.candidate.memory.cache_held_bytes < (125 + 16 + 500 - given["prompts"][0]["question_at"]) * entry
+    assert cost.ratios.parameters == 1
+
+
+def test_a_worker_is_started_and_ends_with_whoever_asked(saved, samples, monkeypatch):
+    asked, said = job(saved, "attnzoo", None, samples[0][:1]), []
+    answer = task.ask([sys.executable, "-P"], asked, said.append)
+    assert said == ["load", "prompt 1 of 1", "done"]
+    assert answer["versions"]["python"] == platform.python_version()
+    assert len(answer["prompts"]) == 1
+    monkeypatch.setattr(worker.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    with pytest.raises(SystemExit):
+        worker._follow(-1)

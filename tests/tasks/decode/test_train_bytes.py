@@ -1,13 +1,15 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from attnzoo import tasks
+from attnzoo.bench.run import run
 from attnzoo.errors import ConfigError
-from attnzoo.tasks.decode import byte_lm as train_bytes
-from attnzoo.tasks.decode import byte_run as bench
+from attnzoo.tasks.decode import byte_lm
 from tests.tasks.decode import llm
 
 ROOT = Path(__file__).parents[3]
@@ -39,28 +41,46 @@ def threads_as_they_were():
     torch.set_num_threads(before)
 
 
+def go(config):
+    return run(byte_lm.TASK, config, "again")
+
+
 def test_trains_reports_and_goes_on_where_it_broke(settings, monkeypatch, capsys):
-    config = bench.load_config(settings)
-    monkeypatch.setattr(train_bytes, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    config = byte_lm.TrainConfig.load(settings)
+    monkeypatch.setattr(byte_lm, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        bench.run(config)
-    kept = sorted((config.folder / "checkpoints" / "dense").iterdir())
-    assert [folder.name for folder in kept] == ["checkpoint-20"]
+        go(config)
+    (kept,) = (config.folder / "checkpoints").glob("dense-*")
+    assert [folder.name for folder in kept.iterdir()] == ["checkpoint-20"]
     monkeypatch.undo()
-    path = bench.run(config)
-    lines = path.read_text().splitlines()
-    assert bench.run(config) == path
-    assert path.read_text().splitlines() == lines
-    dense, padre = bench.read_lines(path, bench.TrainRecord, bench.SCHEMA)
+    dense, padre = go(config)
+    assert dense.seconds < 1, "the last checkpoint is trained no further"
+    path = config.folder / "records.jsonl"
+    lines = path.read_text()
+    assert go(config) == [dense, padre]
+    assert path.read_text() == lines
     assert (dense.label, padre.label) == ("dense", "padre")
     for record in (dense, padre):
-        assert record.losses[-1][1] < record.losses[0][1]
-        assert len(record.nats) == 3
-        assert max(record.nats) < 6
-    text = bench.report(path)
-    assert "| padre |" in text
-    assert path.with_name("loss.svg").read_text().startswith("<svg")
+        quality = record.quality
+        assert quality.losses[-1][1] < quality.losses[0][1]
+        assert len(quality.window_nll) == 3
+        assert max(quality.window_nll) < 6
+        assert float(quality.figure.removesuffix(" bits per byte")) == pytest.approx(quality.nll / 0.693147, abs=1e-3)
+    assert dense.quality.ratio == 1
+    assert padre.quality.ratio == pytest.approx(dense.quality.perplexity / padre.quality.perplexity)
+    assert padre.quality.details["above dense (95%)"].startswith("+")
+    (one,) = byte_lm.TASK.highlights([dense, padre])
+    assert (one.task, one.method, one.host) == ("decode", "padre", "a small Llama of bytes")
     assert list((config.folder / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(settings, monkeypatch):
+    config, other = (byte_lm.TrainConfig.load(settings, [f"recipe.steps={steps}"]) for steps in (20, 2))
+    monkeypatch.setattr(byte_lm, "score", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        go(config)
+    monkeypatch.undo()
+    assert [record.quality.losses[-1][0] for record in go(other)] == [2, 2]
 
 
 def test_the_command_line(settings, capsys):
@@ -68,28 +88,52 @@ def test_the_command_line(settings, capsys):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.main([str(settings), "recipe.steps=2", "recipe.warmup_steps=0"]) == 0
-    assert "| dense |" in capsys.readouterr().out
+    assert "held out, bits per byte" in capsys.readouterr().out
+    folder = settings.with_name("run")
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert "training loss, nats per byte" in page
+    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["command"].startswith(
+        "python train/decode.py"
+    )
+    assert script.main(["--report", str(folder / "records.jsonl")]) == 0
     assert script.main([str(settings), "seed=1"]) == 2
-    assert "another config or text" in capsys.readouterr().err
+    assert "another config" in capsys.readouterr().err
+    settings.with_name("prose.txt").write_text("another text " * 99, encoding="utf-8")
+    assert script.main([str(settings), "recipe.steps=2", "recipe.warmup_steps=0"]) == 2
+    assert "a file that it names held something else" in capsys.readouterr().err
     assert script.main([str(settings), "attentions.0.options.token_mixing=conv1d"]) == 2
     assert "causality" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.main([])
 
 
-def test_the_end_of_the_text_is_held_out():
-    data = train_bytes.split("abc" * 100, 2, 10)
-    assert bytes(data.held_out.flatten().tolist()).decode() == ("abc" * 100)[-20:]
-    assert len(data.train) == 280
+def test_the_end_of_the_text_is_held_out(settings):
+    config = byte_lm.TrainConfig.load(settings, ["held_out=2", "recipe.tokens=10"])
+    seen, held_out = byte_lm.split("abc" * 100, config)
+    assert bytes(held_out.flatten().tolist()).decode() == ("abc" * 100)[-20:]
+    assert len(seen) == 280
     with pytest.raises(ConfigError, match="too few to keep"):
-        train_bytes.split("abc" * 10, 2, 10)
+        byte_lm.split("abc" * 10, config)
 
 
-def test_every_model_sees_the_same_pieces():
-    recipe = train_bytes.Recipe(3, 4, 8, 1e-3, 0, 0.0)
+def test_every_model_sees_the_same_pieces(settings, monkeypatch):
+    config = byte_lm.TrainConfig.load(settings, ["recipe.steps=2", "recipe.tokens=8", "recipe.warmup_steps=0"])
     data = torch.arange(100, dtype=torch.uint8)
-    a, b, other = (train_bytes._Pieces(data, recipe, seed) for seed in (0, 0, 1))
-    assert len(a) == 12
-    assert all(torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(a, b, strict=True))
-    assert any(not torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(a, other, strict=True))
-    assert torch.equal(a[5]["labels"].diff(), torch.ones(7, dtype=torch.long))
+    seen = []
+    runs = [(config, attention) for attention in (None, *config.attentions)]
+    for own, attention in [*runs, (config.model_copy(update={"seed": 1}), None)]:
+        model = byte_lm.build(own, attention)
+        model.register_forward_pre_hook(lambda m, a, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+        byte_lm.train(model, data, own, config.folder / str(len(seen)), lambda word: None)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:2], seen[2:4], strict=True))
+    assert not torch.equal(seen[0], seen[4])
+    assert not torch.equal(seen[0], seen[1])
+    assert seen[0].shape == (4, 8)
+    assert torch.equal(seen[0].diff(), torch.ones(4, 7, dtype=torch.long))
+
+
+def test_the_config_that_ships():
+    task, config = tasks.load(ROOT / "configs/decode/train_bytes.yaml")
+    assert task is byte_lm.TASK
+    assert [cell.label for cell in task.plan(config)] == ["dense", *(f"padre degree={degree}" for degree in (1, 2, 3))]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype, RunConfig, Section, Seed
+from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
 from attnzoo.bench.record import Entry
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import build_policy, describe
@@ -16,7 +15,7 @@ DENSE = "dense"
 
 Side = Literal["attnzoo", "kvpress"]
 Setting = Literal["question_inside", "question_after"]
-Key = tuple[Setting, str, str, int]
+Attention = Literal["sdpa", "eager"]
 
 
 class Ours(Section):
@@ -25,10 +24,13 @@ class Ours(Section):
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
 
-    @property
-    def label(self) -> str:
-        """As the table names it."""
-        return self.name
+    @model_validator(mode="after")
+    def _is_a_policy(self) -> Ours:
+        try:
+            build_policy(describe(self.name), {**self.options, "budget": 1_000_000})
+        except AttnZooError as error:
+            raise ValueError(str(error)) from error
+        return self
 
 
 class Theirs(Section):
@@ -37,12 +39,7 @@ class Theirs(Section):
     press: Annotated[str, Field(pattern=r"^\w+Press$")]
     options: dict[str, Any] = Field(default_factory=dict)
     block_size: PositiveInt | None = None
-    attention: Literal["sdpa", "eager"] = "sdpa"
-
-    @property
-    def label(self) -> str:
-        """As the table names it."""
-        return self.press if self.block_size is None else f"BlockPress({self.press}, {self.block_size})"
+    attention: Attention = "sdpa"
 
 
 class Policy(Section):
@@ -54,8 +51,29 @@ class Policy(Section):
     note: str = ""
 
 
+class Row(Entry):
+    """A method of one side; `spec` is what its worker builds it from, None for the dense model."""
+
+    side: Side
+    policy: str
+    method: str
+    attention: Attention = "sdpa"
+    spec: dict[str, Any] | None = None
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        """As tables name it."""
+        press = f" {self.method}" if self.side == "kvpress" and self.spec is not None else ""
+        return f"{self.policy} ({self.side}{press})"
+
+
 class Comparison(RunConfig):
-    """The config; kvpress is compared with on the CPU."""
+    """The config; kvpress is compared with on the CPU.
+
+    `python` is the interpreter of an environment with kvpress, which is made where none is given; with `only`, no other
+    policies are run for now. `timed` prompts are timed besides, each beside the dense model in the same process.
+    """
 
     task: Literal["kvpress"] = "kvpress"
     device: Literal["cpu"] = "cpu"
@@ -63,78 +81,39 @@ class Comparison(RunConfig):
     dtype: Dtype = "float32"
     threads: PositiveInt = 1
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
-    seed: Seed = 0
     tokens: Annotated[int, Field(ge=2)] = 2000
     samples: PositiveInt = 24
+    timed: Annotated[int, Field(ge=0)] = 5
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     block_size: PositiveInt = 128
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("question_inside", "question_after")
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)]
-    timeout_seconds: PositiveFloat = 600.0
+    only: tuple[str, ...] | None = None
+    python: str | None = None
+    timeout_seconds: Annotated[PositiveFloat, Field(description="per prompt")] = 600.0
 
     @model_validator(mode="after")
     def _rows_differ(self) -> Comparison:
-        names = [DENSE, *(policy.policy for policy in self.policies)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"policies must have names of their own, but {twice} stand for more than one")
-        for policy in self.policies:
-            labels = [theirs.label for theirs in policy.kvpress]
-            if len(set(labels)) < len(labels):
-                raise ValueError(f"{policy.policy}: a press appears twice among {labels}")
+        if self.timed > self.samples:
+            raise ValueError(f"timed: there are {self.samples} samples, not {self.timed}")
+        known = [DENSE, *(policy.policy for policy in self.policies)]
+        refuse_twins(known)
+        if unknown := [name for name in self.only or () if name not in known]:
+            raise ValueError(f"only: there is no policy {', '.join(unknown)}; policies: {', '.join(known)}")
+        refuse_twins([row.label for row in self.rows])
         return self
 
-    def identity(self) -> dict[str, Any]:
-        """Everything that the results depend on."""
-        return self.model_dump(mode="json", exclude={"output", "device", "timeout_seconds"})
-
-    @classmethod
-    def problems(cls, data: Mapping[str, Any]) -> list[str]:
-        """What the registry says of the policies."""
-        problems: list[str] = []
-        for index, entry in enumerate(data.get("policies") or []):
-            ours = entry.get("attnzoo") if isinstance(entry, dict) else None
-            if not isinstance(ours, dict) or not isinstance(ours.get("name"), str):
-                continue  # the schema says what is wrong
-            try:
-                build_policy(describe(ours["name"]), {**(ours.get("options") or {}), "budget": 1_000_000})
-            except AttnZooError as error:
-                problems.append(f"policies.{index}.attnzoo: {error}")
-        return problems
-
-
-load_config = Comparison.load
-
-
-class Row(Entry):
-    """One row of the table: a method of one side, in one setting."""
-
-    side: Side
-    policy: str
-    method: str
-    attention: Literal["sdpa", "eager"]
-    spec: dict[str, Any] | None
-
-    def key(self, setting: Setting, sample: int) -> Key:
-        """As `ResultLine.key`."""
-        return setting, self.policy, f"{self.side} {self.method}", sample
-
-
-def rows_of(config: Comparison) -> list[list[Row]]:
-    """The rows, in groups that are run side by side: dense first, then each policy."""
-    dense = [_row("attnzoo", DENSE, DENSE, None), _row("kvpress", DENSE, DENSE, None)]
-    groups = [dense]
-    for policy in config.policies:
-        ours = {"name": policy.attnzoo.name, "options": {"block_size": config.block_size, **policy.attnzoo.options}}
-        group = [_row("attnzoo", policy.policy, policy.attnzoo.label, ours)]
-        for theirs in policy.kvpress:
-            spec = {**theirs.model_dump(mode="json", exclude={"attention"}), "share": config.share}
-            group.append(_row("kvpress", policy.policy, theirs.label, spec, theirs.attention))
-        groups.append(group)
-    return groups
-
-
-def _row(
-    side: Side, policy: str, method: str, spec: dict[str, Any] | None, attention: Literal["sdpa", "eager"] = "sdpa"
-) -> Row:
-    return Row(side=side, policy=policy, method=method, attention=attention, spec=spec)
+    @property
+    def rows(self) -> list[Row]:
+        """The dense model of both sides, then each policy: attnzoo's first."""
+        rows = [Row(side="attnzoo", policy=DENSE, method=DENSE), Row(side="kvpress", policy=DENSE, method=DENSE)]
+        for entry in self.policies:
+            ours = {"name": entry.attnzoo.name, "options": {"block_size": self.block_size, **entry.attnzoo.options}}
+            alike: dict[str, Any] = {"policy": entry.policy, "note": entry.note}
+            rows.append(Row(side="attnzoo", method=entry.attnzoo.name, spec=ours, **alike))
+            for theirs in entry.kvpress:
+                spec = {**theirs.model_dump(mode="json", exclude={"attention"}), "share": self.share}
+                block = theirs.block_size
+                method = theirs.press if block is None else f"BlockPress({theirs.press}, {block})"
+                rows.append(Row(side="kvpress", method=method, spec=spec, attention=theirs.attention, **alike))
+        return [row for row in rows if self.only is None or row.policy in (DENSE, *self.only)]

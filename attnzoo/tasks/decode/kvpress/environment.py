@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from attnzoo import assets, files
 from attnzoo.errors import ConfigError
@@ -13,8 +13,10 @@ KVPRESS = "0.5.5"
 LAST_WORDS = 2000
 
 
-def kvpress_python(given: str | None, say: Callable[[str], None]) -> str:
+def kvpress_python(given: str | None, make: bool = True) -> str:
     """Give the interpreter of an environment that holds kvpress in the right version, making one where none is given.
+
+    With ``make=False`` none is made yet.
 
     Raises
     ------
@@ -23,53 +25,40 @@ def kvpress_python(given: str | None, say: Callable[[str], None]) -> str:
     AssetError
         If one cannot be made.
     """
-    if given is not None:
-        version, reason = _kvpress_version(given)
-        if version != KVPRESS:
-            raise ConfigError(
-                f"--python {given}: kvpress {KVPRESS} is needed, but "
-                + (f"it holds {version}" if version else f"kvpress cannot be asked for there: {reason}")
-                + f'; run there: python -m pip install "kvpress=={KVPRESS}"'
-            )
-        return given
     home = assets.cache_folder() / "kvpress"
     folder = home / KVPRESS
-    python = str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
-    if _kvpress_version(python)[0] == KVPRESS:
+    python = given or str(folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python"))
+    version, reason = _output([python, "-I", "-c", "import importlib.metadata as m; print(m.version('kvpress'))"], 60)
+    if version == KVPRESS or not (given or make):
         return python
+    if given:
+        reason = (reason.splitlines() or ["it failed"])[-1]
+        why = f"it holds {version}" if version else f"kvpress cannot be asked for there: {reason}"
+        raise ConfigError(
+            f"python: {given}: kvpress {KVPRESS} is needed, but {why}; run there: "
+            f'python -m pip install "kvpress=={KVPRESS}"'
+        )
     with files.locked(home):
-        say(f"making an environment with kvpress {KVPRESS} in {folder} (about 6 GB, several minutes, once) ...")
-        steps = (
+        told = f"making an environment with kvpress {KVPRESS} in {folder} (about 6 GB, several minutes, once) ..."
+        print(told, file=sys.stderr, flush=True)
+        for step in (
             [sys.executable, "-m", "venv", "--clear", str(folder)],
             [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"kvpress=={KVPRESS}"],
-        )
-        for step in steps:
-            try:
-                done = subprocess.run(step, capture_output=True, text=True)
-            except OSError as error:
-                raise assets.AssetError(_no_environment(step, str(error))) from error
-            if done.returncode:
-                raise assets.AssetError(_no_environment(step, (done.stderr or done.stdout).strip()[-LAST_WORDS:]))
-    version, reason = _kvpress_version(python)
-    if version != KVPRESS:
-        raise assets.AssetError(_no_environment(steps[-1], f"kvpress is {version or 'not there: ' + reason}"))
+            [python, "-I", "-c", f"import importlib.metadata as m; assert m.version('kvpress') == '{KVPRESS}'"],
+        ):
+            done, reason = _output(step, None)
+            if done is None:
+                raise assets.AssetError(
+                    f"no environment with kvpress {KVPRESS} could be made; `{' '.join(step)}` said:\n{reason}\n"
+                    "What you can do: make one yourself and pass its interpreter with --python."
+                )
     return python
 
 
-def _no_environment(step: Sequence[str], reason: str) -> str:
-    return (
-        f"no environment with kvpress {KVPRESS} could be made; `{' '.join(step)}` said:\n{reason}\n"
-        "What you can do: make one yourself and pass its interpreter with --python."
-    )
-
-
-def _kvpress_version(python: str) -> tuple[str | None, str]:
-    """The version of kvpress that an interpreter sees, or None and why not."""
-    code = "import importlib.metadata as m; print(m.version('kvpress'))"
+def _output(command: Sequence[str], timeout: float | None) -> tuple[str | None, str]:
+    """What a command prints, or None and why it failed."""
     try:
-        done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
-    if done.returncode:
-        return None, (done.stderr.strip().splitlines() or ["it failed"])[-1]
-    return done.stdout.strip(), ""
+    return None if done.returncode else done.stdout.strip(), (done.stderr or done.stdout).strip()[-LAST_WORDS:]

@@ -1,9 +1,9 @@
-"""One row of the comparison with kvpress, in a process of its own; `process` starts it and talks to it.
+"""One row of the comparison with kvpress, in a process of its own, which `task` starts.
 
-It reads JSON lines: a setup (which side, which method, which weights), then one job a line (token ids, where the
-context ends, how many entries to keep), and answers each with a line. Both sides run this very file, each in its own
-environment: the same loading, the same greedy decoding, the same clock, and the cache and memory seen at the same
-places. What differs stands in `AttnZoo` and `KVPress`. Nothing of attnzoo is imported on kvpress's side.
+It reads a job as JSON (which side, which method, which weights, which prompts), and writes lines of JSON: words on how
+far it is, and last the answer. Both sides run this very file, each in its own environment: the same loading, the same
+greedy decoding, the same gate and clock, and cache and memory seen at the same places. What differs stands in
+`AttnZoo` and `KVPress`. Nothing of attnzoo is imported on kvpress's side.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 PACKAGES = ("torch", "transformers", "attnzoo", "kvpress")
-WARM_UP_TOKENS = 64
+GATE_CONTEXT, GATE_QUESTION = 48, 8  # tokens
+ORACLE = "transformers' own attention without a cache, same weights and tokens, nothing evicted"
+Prompt = dict[str, Any]
 
 
 class AttnZoo:
@@ -50,14 +54,12 @@ class AttnZoo:
         finally:
             self.zoo.restore_attention(self.model)
 
-    def context_only(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing: the swap is there already."""
-        return contextlib.nullcontext()
-
-    def settle(self, cache: Any) -> None:
-        """Evict what is pending, so that both sides keep the same share."""
+    def context(self, read: Callable[[], Any], cache: Any, everything: bool) -> Any:
+        """Read the context, then evict what is pending, so that both sides keep the same share."""
+        logits = read()
         if self.method is not None:
             cache.flush()
+        return logits
 
     def bytes(self, cache: Any) -> tuple[int, int]:
         """Bytes allocated, and those of keys and values alone."""
@@ -69,132 +71,161 @@ class KVPress:
     """Press while the context is read, as kvpress's own pipeline does."""
 
     def __init__(self, model: Any, method: dict[str, Any] | None) -> None:
-        self.model, self.press = model, None
-        if method is not None:
-            kvpress = importlib.import_module("kvpress")
-            ratio = 1 - method["share"]
-            self.press = getattr(kvpress, method["press"])(compression_ratio=ratio, **method["options"])
-            if method["block_size"] is not None:
-                self.press = kvpress.BlockPress(press=self.press, block_size=method["block_size"])
+        self.model, self.method = model, method
 
     def whole_answer(self, keep: int) -> contextlib.AbstractContextManager[None]:
         """Nothing: kvpress compresses once."""
         return contextlib.nullcontext()
 
-    def context_only(self) -> contextlib.AbstractContextManager[None]:
-        """Compress each layer after its forward."""
-        return contextlib.nullcontext() if self.press is None else self.press(self.model)
+    def context(self, read: Callable[[], Any], cache: Any, everything: bool) -> Any:
+        """Read the context while each layer is compressed after its forward; with `everything`, by nothing."""
+        if self.method is None:
+            return read()
+        kvpress = importlib.import_module("kvpress")
 
-    def settle(self, cache: Any) -> None:
-        """Nothing is pending."""
+        ratio = 0.0 if everything else 1 - self.method["share"]
+        press = getattr(kvpress, self.method["press"])(compression_ratio=ratio, **self.method["options"])
+        if self.method["block_size"] is not None:
+            press = kvpress.BlockPress(press=press, block_size=self.method["block_size"])
+        with press(self.model):
+            return read()
 
     def bytes(self, cache: Any) -> tuple[int, int]:
         """Bytes allocated, and those of keys and values alone."""
-        held, storages = 0, {}
-        for layer in cache.layers:
-            for tensor in (layer.keys, layer.values):
-                if isinstance(tensor, torch.Tensor):
-                    held += tensor.numel() * tensor.element_size()
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(storages.values()), held
-
-
-SIDES: dict[str, type[AttnZoo] | type[KVPress]] = {"attnzoo": AttnZoo, "kvpress": KVPress}
+        held = [x for layer in cache.layers for x in (layer.keys, layer.values) if isinstance(x, torch.Tensor)]
+        return sum(x.untyped_storage().nbytes() for x in held), sum(x.numel() * x.element_size() for x in held)
 
 
 class Worker:
-    """A model with one method on it, which answers jobs."""
+    """A model with one method on it and, where costs are asked for, the same model without."""
 
-    def __init__(self, setup: dict[str, Any]) -> None:
-        torch.set_num_threads(setup["threads"])
-        options = {"dtype": getattr(torch, setup["dtype"]), "attn_implementation": setup["attention"]}
-        self.model = AutoModelForCausalLM.from_pretrained(setup["model"], **options).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(setup["model"])
-        ends = self.model.generation_config.eos_token_id
+    def __init__(self, job: dict[str, Any]) -> None:
+        torch.set_num_threads(job["threads"])
+        side: Any = {"attnzoo": AttnZoo, "kvpress": KVPress}[job["side"]]
+        self.row: Any = side(_load(job, job["attention"]), job["spec"])
+        self.dense: Any = side(_load(job, "sdpa"), None) if job["kind"] == "cost" else None
+        self.tokenizer = AutoTokenizer.from_pretrained(job["model"])
+        ends = self.row.model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
-        with torch.inference_mode():  # the weights are in memory from here on
-            self.model(torch.arange(WARM_UP_TOKENS)[None] % self.model.config.vocab_size, use_cache=False)
-        self.side = SIDES[setup["side"]](self.model, setup["method"])
-        _trim()
-        self.resident = _status("VmRSS")
 
-    @torch.inference_mode()
-    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+    def answer(self, prompt: Prompt) -> dict[str, Any]:
         """Read the context, then the question if it comes after, and answer greedily."""
-        ids = torch.tensor([job["ids"]])
-        end = job["context"]
-        torch.manual_seed(job["seed"])
-        _trim()
-        can_reset = _reset_peak()
-        cache = DynamicCache()
-        peak = [0, 0]
-        with self.side.whole_answer(job["keep"]), self._watched(cache, peak):
-            start = time.perf_counter()
-            with self.side.context_only():
-                if end < ids.shape[1]:
-                    self.model.base_model(input_ids=ids[:, :end], past_key_values=cache, use_cache=True)
-                else:
-                    logits = self._step(ids, cache, 0)
-            self.side.settle(cache)
-            kept = [layer.keys.shape[2] for layer in cache.layers]
-            if end < ids.shape[1]:
-                logits = self._step(ids[:, end:], cache, end)
-            token = int(logits.argmax())
-            first = time.perf_counter() - start
-            said = self._go_on(token, cache, ids.shape[1], job)
-        top = _status("VmHWM") if can_reset else None
-        return {
-            "said": said,
-            "text": self.tokenizer.decode(said),
-            "first_token_seconds": first,
-            "kept": [min(kept), max(kept)],
-            "cache_peak_bytes": peak[0],
-            "entries_peak_bytes": peak[1],
-            "memory_peak_bytes": None if top is None or self.resident is None else max(top - self.resident, 0),
-        }
-
-    def _step(self, ids: torch.Tensor, cache: Any, position: int) -> torch.Tensor:
-        """Logits after the last of `ids`. Positions are those in the text, whatever the cache has dropped."""
-        positions = torch.arange(position, position + ids.shape[1])[None]
-        out = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1]
-
-    def _go_on(self, token: int, cache: Any, position: int, job: dict[str, Any]) -> list[int]:
-        """Decode until an end token, the end of a line, all numbers asked for, or the limit."""
-        said: list[int] = []
-        while token not in self.ends:
-            said.append(token)
-            text = self.tokenizer.decode(said)
-            numbers = set(re.findall(r"\d+", text))
-            complete = not text[-1:].isdigit() and numbers.issuperset(job["answers"])  # a digit could follow a digit
-            if complete or len(said) >= job["limit"] or "\n" in text.lstrip():
-                break
-            token = int(self._step(torch.tensor([[token]]), cache, position).argmax())
-            position += 1
-        return said
-
-    @contextlib.contextmanager
-    def _watched(self, cache: Any, peak: list[int]) -> Iterator[None]:
-        """Look at the whole cache after every layer's attention, before any hook of kvpress has made it smaller."""
+        cache, peak, said = DynamicCache(), [0, 0], []
 
         def look(*_: Any) -> None:
-            peak[:] = map(max, peak, self.side.bytes(cache))
+            peak[:] = map(max, peak, self.row.bytes(cache))
 
-        hooks = [layer.self_attn.register_forward_hook(look) for layer in self.model.base_model.layers]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self.row.whole_answer(prompt["keep"]), _hooked(self.row.model, look):
+            kept, logits = self.read(self.row, prompt, cache)
+            while (token := int(logits.argmax())) not in self.ends:
+                said.append(token)
+                text = self.tokenizer.decode(said)
+                numbers = set(re.findall(r"\d+", text))
+                complete = not text[-1:].isdigit() and numbers.issuperset(prompt["answers"])  # a digit could follow
+                if complete or len(said) >= prompt["limit"] or "\n" in text.lstrip():
+                    break
+                logits = _step(self.row.model, [token], cache, len(prompt["ids"]) + len(said) - 1)
+        text = self.tokenizer.decode(said)
+        return {"answer": text, "kept": kept, "cache_peak_bytes": peak[0], "entries_peak_bytes": peak[1]}
+
+    def first_token(self, side: Any, prompt: Prompt) -> dict[str, Any]:
+        """Time a first token; memory is the peak of the resident set above what it was before."""
+        cache = DynamicCache()
+        _trim()
+        before = _status("VmRSS", reset=True)
+        with side.whole_answer(prompt["keep"]):
+            start = time.perf_counter()
+            kept, _ = self.read(side, prompt, cache)
+            seconds, top = time.perf_counter() - start, _status("VmHWM")
+        memory = None if top is None or before is None else max(top - before, 0)
+        return {"seconds": seconds, "memory": memory, "kept": kept, "cache": side.bytes(cache)}
+
+    def gate(self, prompt: Prompt, tolerance: float) -> dict[str, Any]:
+        """Compare every layer's attention, and the last logits, with the dense model's, where nothing is evicted."""
+        ids = prompt["ids"][: GATE_CONTEXT + GATE_QUESTION]
+        prompt = {**prompt, "ids": ids, "context": GATE_CONTEXT, "keep": prompt["keep"] + len(ids)}
+        with _noted(self.dense.model) as oracle:
+            last = self.dense.model(torch.tensor([ids]), use_cache=False).logits[:, -1]
+        with self.row.whole_answer(prompt["keep"]), _noted(self.row.model) as got:
+            _, logits = self.read(self.row, prompt, DynamicCache(), everything=True)
+        found = [
+            _compared(f"layers.{index}.self_attn", torch.cat(a, dim=1), torch.cat(b, dim=1))
+            for index, (a, b) in enumerate(zip(got.values(), oracle.values(), strict=True))
+        ]
+        part, gate = max([*found, _compared("model output", logits[None], last)], key=lambda one: one[0])
+        return {**gate, "oracle": ORACLE, "passed": part <= tolerance, "tolerance": tolerance}
+
+    def read(self, side: Any, prompt: Prompt, cache: Any, everything: bool = False) -> tuple[list[int], torch.Tensor]:
+        """Entries per head that layers hold after the context, the least and the most, and the first token's logits."""
+        ids, end = prompt["ids"], prompt["context"]
+        torch.manual_seed(prompt["seed"])
+        logits = side.context(lambda: _step(side.model, ids[:end], cache, 0), cache, everything)
+        kept = [layer.keys.shape[2] for layer in cache.layers]
+        if end < len(ids):
+            logits = _step(side.model, ids[end:], cache, end)
+        return [min(kept), max(kept)], logits
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+def _load(job: dict[str, Any], attention: str) -> Any:
+    """Load a model, and run it once, so that its weights are in memory."""
+    options = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": attention}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], **options).eval()
+    model(torch.tensor([job["prompts"][0]["ids"][:GATE_CONTEXT]]), use_cache=False)
+    return model
+
+
+def _step(model: Any, ids: list[int], cache: Any, position: int) -> torch.Tensor:
+    """Logits after the last of `ids`. Positions are those in the text, whatever the cache has dropped."""
+    places = {"position_ids": torch.arange(position, position + len(ids))[None], "past_key_values": cache}
+    return model(input_ids=torch.tensor([ids]), **places, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+
+@contextlib.contextmanager
+def _hooked(model: Any, hook: Any) -> Iterator[None]:
+    """Call a hook after every layer's attention, before any hook of kvpress has made its cache smaller."""
+    hooks = [layer.self_attn.register_forward_hook(hook) for layer in model.base_model.layers]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextlib.contextmanager
+def _noted(model: Any) -> Iterator[dict[Any, list[torch.Tensor]]]:
+    """What every layer's attention gave, call by call."""
+    found: dict[Any, list[torch.Tensor]] = {}
+    with _hooked(model, lambda layer, _, output: found.setdefault(layer, []).append(output[0])):
+        yield found
+
+
+def _compared(at: str, got: torch.Tensor, oracle: torch.Tensor) -> tuple[float, dict[str, Any]]:
+    """The largest error as a part of the oracle's largest magnitude, infinite if it is not finite; and both."""
+    error, scale = ((x.double()).abs().max().item() for x in (got.double() - oracle.double(), oracle))
+    whole = scale > 0 and math.isfinite(error) and math.isfinite(scale)
+    figures = {"max_abs_error": error if whole else None, "scale": scale if whole else None}
+    return error / scale if whole else math.inf, {"at": at, **figures}
+
+
+def cost(worker: Worker, job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Gate; then, only if it passed, first tokens of the row and of the dense model in turn, after one of each."""
+    prompts = job["prompts"]
+    say("gate")
+    gate = worker.gate(prompts[0], job["tolerance"])
+    found: dict[str, list[Any]] = {"row": [], "dense": []}
+    for number, prompt in enumerate([prompts[0], *prompts] if gate["passed"] else ()):
+        say(f"time {number} of {len(prompts)}")
+        for side in ("row", "dense") if number % 2 else ("dense", "row"):
+            found[side].append(worker.first_token(getattr(worker, side), prompt))
+    model = worker.dense.model
+    return {
+        "gate": gate,
+        "row": found["row"][1:],
+        "dense": found["dense"][1:],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "attention_parameters": sum(p.numel() for x in model.base_model.layers for p in x.self_attn.parameters()),
+        "shapes": [model.config.hidden_size, model.config.num_attention_heads, len(model.base_model.layers)],
+    }
 
 
 def _trim() -> None:
@@ -204,31 +235,47 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _reset_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): the peak becomes the present value
-    except OSError:
-        return False
-    return True
-
-
-def _status(field: str) -> int | None:
-    try:
+def _status(field: str, reset: bool = False) -> int | None:
+    """Bytes that the system counts, if it does; with `reset` the peak becomes the present value first: proc(5)."""
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         text = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
-    return None if found is None else int(found.group(1)) * 1024
+        return int(re.findall(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)[0]) * 1024
+    return None
+
+
+def _follow(parent: int) -> None:
+    """End when whoever asked has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@torch.inference_mode()
+def do(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """Answer all prompts, or time a row beside the dense model; and say with which versions."""
+    say("load")
+    worker = Worker(job)
+    found = {package.name: package.version for package in importlib.metadata.distributions()}
+    answer: dict[str, Any] = {"versions": {"python": platform.python_version()}}
+    answer["versions"] |= {name: found[name] for name in PACKAGES if name in found}
+    if job["kind"] == "cost":
+        return answer | cost(worker, job, say)
+    answer["prompts"] = []
+    for number, prompt in enumerate(job["prompts"], start=1):
+        say(f"prompt {number} of {len(job['prompts'])}")
+        answer["prompts"].append(worker.answer(prompt))
+    return answer
 
 
 def main() -> None:
-    """Answer until the jobs end. Whatever a library prints goes to stderr."""
+    """Do a job. Whatever a library prints goes to stderr."""
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as out:
         os.dup2(2, 1)
-        worker = Worker(json.loads(sys.stdin.readline()))
-        print(json.dumps({"versions": versions()}), file=out)
-        for line in sys.stdin:
-            print(json.dumps(worker.answer(json.loads(line))), file=out)
+        answer = do(json.load(sys.stdin), lambda word: print(json.dumps({"word": word}), file=out))
+        print(json.dumps(answer), file=out)
 
 
 if __name__ == "__main__":

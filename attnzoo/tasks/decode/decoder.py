@@ -1,47 +1,34 @@
-"""What decoding costs, dense beside it: time to first token (TTFT), time per output token (TPOT), cache and memory."""
+"""A language model at work with its cache, and a second one on the same weights, swapped, beside it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import attnzoo
 from attnzoo.bench import gate as gates
-from attnzoo.bench.measure import Clock, Interleaved, clock_for, interleave
-from attnzoo.bench.memory import Peak, peak_memory
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.measure import Clock, Interleaved, interleave
 from attnzoo.bench.record import Gate
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes, kv_bytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
-from attnzoo.tasks.decode.lm import largest
+from attnzoo.registry import build_policy
+from attnzoo.tasks.decode.config import DecodeConfig
+from attnzoo.tasks.decode.lm import largest, load_model
 
 
-@dataclass(frozen=True)
-class BatchTimes:
-    """Seconds of candidate (a) and dense (b) in turn: of prefills, the first token included, and of single steps.
+def load_dense(config: DecodeConfig) -> Any:
+    """Load the dense model without transformers' progress bar, whose lock would outlive a child that is killed."""
+    from transformers.utils import logging
 
-    Only the first batch size has prefills: larger ones decode on from its caches, each row repeated.
-    """
-
-    batch: int
-    prefill: Interleaved | None
-    step: Interleaved
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Times by batch size; bytes of the caches (largest of all steps) and peak memory, both of the first batch size."""
-
-    times: tuple[BatchTimes, ...]
-    cache: CacheBytes
-    cache_dense: CacheBytes
-    peak: Peak
-    peak_dense: Peak
+    logging.disable_progress_bar()
+    dtype = getattr(torch, config.dtype)
+    return load_model(config.model, dtype=dtype, attention=config.attention, device=torch.device(config.device))
 
 
 def twin(model: Any) -> Any:
@@ -50,68 +37,17 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-@torch.inference_mode()
-def timings(
-    candidate: Any,
-    dense: Any,
-    prompts: Tensor,
-    *,
-    new_tokens: int,
-    batches: Sequence[int],
-    repeats: int,
-    before_clock: Callable[[], None] = lambda: None,
-) -> Timings:
-    """Time two models in turn: a prefill of one, of the other, then a token of one, of the other.
+def swapped_twin(dense: Any, spec: AttentionConfig | None) -> Any:
+    """Give a second model on the same weights, with the attention of `spec`; with None, the same attention."""
+    model = twin(dense)
+    return model if spec is None else attnzoo.replace_attention(model, spec.name, **spec.swap)
 
-    A larger batch goes on from the caches of the first, its rows repeated, so that a long prompt need not be read as
-    many times over.
 
-    Parameters
-    ----------
-    candidate, dense
-        Causal language models on the same device.
-    prompts
-        ``(B, N)`` token ids of at least as many rows as the first batch size.
-    new_tokens
-        Single steps after each prefill.
-    batches
-        Batch sizes, each a multiple of the first.
-    repeats
-        Prefills of each that are timed; one more of each comes first and is not.
-    before_clock
-        Called between the measurement of memory, which comes first, and that of time.
-
-    Raises
-    ------
-    ValueError
-        If there are too few prompts, or a batch size is not a multiple of the first.
-    """
-    if batches[0] > len(prompts):
-        raise ValueError(f"a batch of {batches[0]} needs as many prompts, got {len(prompts)}")
-    if any(batch % batches[0] for batch in batches):
-        raise ValueError(f"batch sizes {list(batches)} must be multiples of the first")
-    first = prompts[: batches[0]]
-    device = prompts.device
-    peak, peak_dense = peak_memory([lambda: read(candidate, first), lambda: read(dense, first)], device)
-    before_clock()
-    clock = clock_for(device)
-    sizes = (CacheBytes(0, 0, 0), CacheBytes(0, 0, 0))
-    times = []
-    for batch in batches:
-        rows = batch // batches[0]
-        prefills: tuple[list[float], list[float]] = ([], [])
-        steps: tuple[list[float], list[float]] = ([], [])
-        for repeat in range(repeats + 1) if rows == 1 else (1,):  # the first of the first batch size is not counted
-            runs = Decoder(candidate, first), Decoder(dense, first)
-            once, then = decode_in_turn(*runs, new_tokens if repeat else min(new_tokens, 2), clock, rows)
-            if rows == 1:
-                sizes = (largest(sizes[0], runs[0].step_bytes), largest(sizes[1], runs[1].step_bytes))
-            if repeat:
-                for kept, seconds in zip((*prefills, *steps), (once.a, once.b, then.a, then.b), strict=True):
-                    kept += seconds
-        read_times = Interleaved(*map(tuple, prefills)) if rows == 1 else None
-        times.append(BatchTimes(batch, read_times, Interleaved(*map(tuple, steps))))
-    return Timings(tuple(times), *sizes, peak, peak_dense)
+def policy_of(spec: AttentionConfig | None) -> Policy | None:
+    """Give the policy that `spec` names; None for cores and the dense baseline."""
+    if spec is None or attnzoo.describe(spec.name).kind != "eviction":
+        return None
+    return build_policy(attnzoo.describe(spec.name), spec.options)
 
 
 def decode_in_turn(
@@ -121,11 +57,9 @@ def decode_in_turn(
     run.forget()
     dense.forget()
     once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
-    run.look()
-    dense.look()
-    if rows > 1:
-        run.repeat_rows(rows)
-        dense.repeat_rows(rows)
+    for each in (run, dense):
+        each.look()
+        each.repeat_rows(rows)
 
     def looked(call: Any) -> float:
         seconds = clock(call)
@@ -170,7 +104,9 @@ class Decoder:
         self._out = self.model(token, **cache_arguments(self.model, output_cache(self._out)), use_cache=True)
 
     def repeat_rows(self, times: int) -> None:
-        """Go on with every row so many times, and take two steps: the first at a new size are slower."""
+        """Go on with every row so many times; if they are more, take two steps: the first at a new size are slower."""
+        if times == 1:
+            return
         output_cache(self._out).batch_repeat_interleave(times)
         self._out.logits = self._out.logits.repeat_interleave(times, 0)
         for _ in range(2):

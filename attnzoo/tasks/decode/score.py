@@ -1,0 +1,103 @@
+"""What a language model reads through one attention's cache: windows of prose, and prompts that hide numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attnzoo
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.task import Result, Say
+from attnzoo.errors import AttnZooError
+from attnzoo.tasks.decode import lm
+from attnzoo.tasks.decode.config import DecodeConfig
+from attnzoo.tasks.decode.decoder import load_dense, swapped_twin
+from attnzoo.tasks.decode.needles import Sample
+from attnzoo.tasks.decode.quality import Canary, DenseLimit, perplexity_of, retrieval_of
+
+# Largest difference of one token's NLL from dense, in nats, that rounding explains.
+ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+Windows = Sequence[Sequence[int]]
+
+
+class NotFiniteError(AttnZooError):
+    """An NLL that is not finite, of which nothing can be said."""
+
+
+def measure_nll(config: DecodeConfig, spec: AttentionConfig | None, given: Mapping[str, Any], say: Say) -> Result:
+    """Score every window, and the first few as the canaries ask; where one fails there is no quality."""
+    windows: Windows = given["windows"]
+    say("load")
+    dense = load_dense(config)
+    try:
+        scores = _scores(swapped_twin(dense, spec), windows, config.baseline if spec is None else spec.label, say)
+        note = _note(config, f"{len(windows)} windows of {len(windows[0]):,} tokens")
+        quality = perplexity_of(scores, note).model_copy(update={"text_sha256": given["text_sha256"]})
+        first = slice(config.canary.windows)
+        if spec is None:
+            checked = quality.model_copy(update={"canary": _canary(config, dense, windows[first], scores[first], say)})
+        else:
+            checked = quality.model_copy(update={"dense_limit": _limit(config, dense, spec, windows[first], say)})
+    except NotFiniteError as error:
+        return Result(status="failed", message=str(error))
+    wrong = checked.refused
+    return Result(status="failed", message=wrong) if wrong else Result(status="ok", quality=checked)
+
+
+def measure_retrieval(
+    config: DecodeConfig, spec: AttentionConfig | None, samples: Sequence[Sample], say: Say
+) -> Result:
+    """Let the model answer every prompt of one kind."""
+    say("load")
+    model, tokenizer = swapped_twin(load_dense(config), spec), lm.load_tokenizer(config.model)
+    answers = []
+    for sample in samples:
+        say(f"prompt {sample.index + 1}/{len(samples)}")
+        answers.append(lm.retrieve(model, tokenizer, sample))
+    what = f"{len(samples)} prompts of {len(samples[0].ids):,} tokens"
+    return Result(status="ok", quality=retrieval_of(samples, answers, _note(config, what)))
+
+
+def unbounded(spec: AttentionConfig, tokens: int) -> AttentionConfig:
+    """Give the same method with a budget that a text of `tokens` tokens does not fill; a core stays as it is."""
+    more = {"budget": tokens} if attnzoo.describe(spec.name).kind == "eviction" else {}
+    options = dict(sorted({**spec.options, **more}.items()))
+    return AttentionConfig(name=spec.name, options=options, where=spec.where)
+
+
+def _note(config: DecodeConfig, what: str) -> str:
+    return f"{config.model} on {what} of {config.text}, {config.dtype}"
+
+
+def _canary(config: DecodeConfig, dense: Any, windows: Windows, scores: Sequence[lm.Scored], say: Say) -> Canary:
+    """Score windows with too small a cache, beside what dense scored."""
+    tiny = config.canary.tiny
+    own, small = _tokens(scores), _tokens(_scores(swapped_twin(dense, tiny), windows, tiny.label, say))
+    label = " ".join([tiny.name, *(f"{key}={value}" for key, value in sorted(tiny.options.items()))])
+    above = (math.fsum(small) - math.fsum(own)) / len(own)
+    return Canary(label=label, above_dense=above, at_least=config.canary.worse_by)
+
+
+def _limit(config: DecodeConfig, dense: Any, spec: AttentionConfig, windows: Windows, say: Say) -> DenseLimit:
+    """Score windows with a cache that holds everything, and as dense does."""
+    whole = unbounded(spec, len(windows[0]))
+    own = _tokens(_scores(swapped_twin(dense, whole), windows, whole.label, say))
+    most = max(abs(a - b) for a, b in zip(own, _tokens(_scores(dense, windows, config.baseline, say)), strict=True))
+    return DenseLimit(label=whole.label, difference=most, at_most=ROUNDING[config.dtype])
+
+
+def _tokens(scores: Sequence[lm.Scored]) -> list[float]:
+    """NLL of every token of all windows."""
+    return [value for score in scores for value in score.nll]
+
+
+def _scores(model: Any, windows: Windows, label: str, say: Say) -> list[lm.Scored]:
+    scores = []
+    for number, ids in enumerate(windows, 1):
+        say(f"{label}: window {number}/{len(windows)}")
+        scores.append(lm.nll(model, ids))
+        where = next((at for at, value in enumerate(scores[-1].nll, 1) if not math.isfinite(value)), None)
+        if where is not None:
+            raise NotFiniteError(f"{label} gives an NLL that is not finite at token {where} of window {number}")
+    return scores
