@@ -108,6 +108,27 @@ def test_records_of_another_config_are_refused_and_fresh_sets_them_aside(tmp_pat
     assert (tmp_path / "records.old.jsonl").exists()
 
 
+@pytest.mark.parametrize("config", [HASH, "f" * 16], ids=["same config", "another"])
+def test_rows_that_are_renewed_are_measured_again_where_what_they_depend_on_has_changed(tmp_path, make_record, config):
+    """Such as the quality of what was trained on in the meantime: the config need not have changed for that."""
+    before, other = make_record(measured="a" * 16), make_record(label="other", measured="b" * 16)
+    with RecordStore(tmp_path, Record, HASH) as store:
+        store.append(before)
+        store.append(other)
+    asked = {before.key: "c" * 16, other.key: "b" * 16}
+    with RecordStore(tmp_path, Record, config, asked, renewed=set(asked)) as store:
+        assert [store.done(key) for key in asked] == [False, True]
+        store.append(before.model_copy(update={"measured": "c" * 16}))
+    with RecordStore(tmp_path, Record, config, asked, renewed=set(asked)) as store:
+        assert all(map(store.done, asked))
+    if config != HASH:
+        with (
+            pytest.raises(ConfigError, match="records of another config"),
+            RecordStore(tmp_path, Record, config, {before.key: "d" * 16}),
+        ):
+            pass
+
+
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     code = (
         "import sys, pathlib; from attnzoo.bench.record import Record, RecordStore\n"

@@ -80,7 +80,6 @@ class BitsPerByte(Perplexity):
 
     parameters: Count
     losses: tuple[tuple[int, float], ...]
-    text_sha256: str
 
     @property
     def figure(self) -> str:

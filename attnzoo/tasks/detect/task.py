@@ -5,6 +5,7 @@ mmengine's Runner owns the loops of training and testing, over any number of pro
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -62,7 +63,8 @@ class DetectConfig(RunConfig):
         more = [word for word in overrides if "=" not in word and word.endswith(".py")]
         content = {key: value for (key,), value in map(parse_override, own)}
         rest = [word for word in overrides if word not in (*own, *more)]
-        head = {"name": f"detect-{Path(path).stem}", "configs": [str(path), *more], "overrides": rest}
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", f"detect-{Path(path).stem}")
+        head = {"name": name, "configs": [str(path), *more], "overrides": rest}
         config = cls.check({**head, **content}, str(path))
         assert config.detectors  # what is wrong with them is said at once
         return config
@@ -187,7 +189,7 @@ def _tested(detector: Any) -> dict[str, Any]:
     return {**found, "annotations": assets.sha256_of(annotations)} if annotations.is_file() else found
 
 
-def task_prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+def prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Tell the other processes what is to be tested, and give the first config's text to those that measure cost."""
     tests = run.told([cell.asks["detector"] for cell in cells if cell.kind == "quality"])
     if not tests:
@@ -260,7 +262,7 @@ TASK = Task(
     config=DetectConfig,
     plan=plan,
     measure=measure,
-    prepare=task_prepare,
+    prepare=prepare,
     check=check,
     record=Record,
     preload=lambda config: cost.PRELOAD,

@@ -172,8 +172,6 @@ def test_bad_configs(settings, capsys):
         Comparison.load(settings.path, ["share=1.5"])
     with pytest.raises(ConfigError, match="stand for more than one"):
         Comparison.load(settings.path, ["policies.0.policy=dense"])
-    with pytest.raises(ConfigError, match="timed: there are 2 samples, not 3"):
-        Comparison.load(settings.path, ["timed=3"])
     assert compare_kvpress.main([str(settings.path), "--only", "nothing", "nobody"]) == 2
     assert "there is no policy nothing, nobody; policies: dense, keydiff" in capsys.readouterr().err
     assert compare_kvpress.main([str(settings.path), "--python", sys.executable]) == 2
@@ -328,7 +326,7 @@ def test_nothing_is_timed_where_the_gate_did_not_pass(settings, saved, samples, 
 
 
 def test_a_cost_has_both_sides_and_its_gate(settings):
-    config = Comparison.load(settings.path, ["timed=2"])
+    config = Comparison.load(settings.path, ["timed=9"])  # of two
     given = task.prepare(config, task.plan(config))
     cell = next(cell for cell in task.plan(config) if cell.kind == "cost" and cell.attention == "keydiff")
     result = task.measure(config, cell, given, print)

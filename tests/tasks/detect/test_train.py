@@ -443,6 +443,24 @@ def test_what_is_not_trained_to_its_end_is_not_evaluated(trained, tmp_path, caps
     assert "trained for 1 of 4 epochs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [DataError("no such box"), RuntimeError("a mistake")])
+def test_a_test_that_fails_is_a_row_and_ends_all_processes_where_there_are_several(
+    trained, tmp_path, capsys, monkeypatch, error
+):
+    def fails(config, folder):
+        raise error
+
+    words = [str(trained[0]), f"work_dir={trained[1]}", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(score, "predict", fails)
+    assert evaluate(words) == 1
+    (line,) = (tmp_path / "out/records.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["status"] == "failed"
+    assert str(error) in capsys.readouterr().err
+    monkeypatch.setattr(run, "is_shared", lambda: True)
+    with pytest.raises(SystemExit, match=f"error: {error}"):
+        evaluate(words)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no error")
 def test_mixed_precision_needs_a_gpu(trained, capsys):
     assert train([str(trained[0]), "--amp"]) == 2
