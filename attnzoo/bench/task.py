@@ -149,6 +149,9 @@ class Task:
         Does a cell, given the config, the cell, what `prepare` gave and a function to say how far it is.
     prepare
         Given the config and the cells to do, gives plain data that all of them share; before any work.
+    assist
+        Does the part of a process that a launcher started beside the main one, and gives True; gives False in the main
+        process, whose `measure` shares its work with the others. It is asked before anything else.
     check
         Finds what the schema cannot; raises `ConfigError`.
     record
@@ -182,6 +185,7 @@ class Task:
     run: Callable[[Any, str], int] | None = None
     so_far: Callable[[Any], None] | None = None
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
+    assist: Callable[[Any], bool] = lambda config: False
     check: Callable[[Any], None] = lambda config: None
     record: type[Envelope] = Record
     preload: Callable[[Any], Sequence[str]] = lambda config: ()
