@@ -238,7 +238,7 @@ class _Engine:
         """The records of a cell; failed where the task gave what its records cannot hold."""
         try:
             return [self._record(cell, phase, _whole(cell, result), seconds) for phase in cell.phases]
-        except (ValueError, ArithmeticError) as error:
+        except Exception as error:  # a mistake of the task's, in what it gave or in how it sets it against dense
             wrong = Result(status="failed", message=f"{type(error).__name__}: {error}")
             return [self._record(cell, phase, wrong, seconds) for phase in cell.phases]
 

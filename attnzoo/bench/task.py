@@ -122,10 +122,6 @@ class Result(Entry):
         return self
 
 
-def _nothing(config: Any, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    raise NotImplementedError("this task measures no cells")
-
-
 @dataclass(frozen=True)
 class Task:
     """A task.
@@ -138,11 +134,6 @@ class Task:
         Where it is, as ``module:NAME``, for the processes that do its work.
     config
         The class of its configs.
-    run
-        Given the config and the command, runs it all, reports, and gives the exit status: for a task whose loop a
-        library owns, or several processes share. `plan` and what follows are then not asked.
-    so_far
-        Shows what a run of the config has done, for a task with `run`.
     plan
         Gives a config's cells in the order of measurement. A part's dense baseline comes first.
     measure
@@ -180,10 +171,8 @@ class Task:
     name: str
     ref: str
     config: type[RunConfig]
-    plan: Callable[[Any], Sequence[Cell]] = lambda config: ()
-    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result] = _nothing
-    run: Callable[[Any, str], int] | None = None
-    so_far: Callable[[Any], None] | None = None
+    plan: Callable[[Any], Sequence[Cell]]
+    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result]
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
     assist: Callable[[Any], bool] = lambda config: False
     check: Callable[[Any], None] = lambda config: None
