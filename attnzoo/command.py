@@ -116,9 +116,11 @@ def check_rows(rows: Iterable[Row], unsupported: Callable[[Row], bool] = lambda 
 
 
 def _reason(message: str) -> str:
-    """The first line of a message; of a traceback the last, which says what was raised."""
+    """The first line of a message, and what it announces; of a traceback the last, which says what was raised."""
     lines = message.strip().splitlines()
-    return lines[-1] if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", lines[-1]) else lines[0]
+    if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", lines[-1]):
+        return lines[-1]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _name(row: Ended) -> str:

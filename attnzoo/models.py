@@ -243,7 +243,7 @@ def _timm(name: str) -> nn.Module:
     require("timm")
     import timm
 
-    from attnzoo.tasks.classify.small import check_model_name
+    from attnzoo.tasks.classify.build import check_model_name
 
     check_model_name(name)
     model: nn.Module = timm.create_model(name)

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import gc
+from typing import TypeVar
 
 import torch
 
 if torch.distributed.is_available():
     import torch.distributed.nn  # imported later, its functions' defaults would hold the group for ever
+
+T = TypeVar("T")
+
+
+def from_main(value: T) -> T:
+    """What the main process gives, in all processes of Accelerate."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    if PartialState().num_processes == 1:
+        return value
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
 
 
 def leave() -> None:

@@ -2,38 +2,28 @@
 
 python eval/classify.py configs/classify/digits.yaml [key=value ...]             what was evaluated before is kept
 accelerate launch eval/classify.py configs/classify/digits.yaml [key=value ...]  processes share the test images
+python eval/classify.py CONFIG --batch 64                                        so many test images at a time (256)
+python eval/classify.py --report RECORDS.jsonl                                   report again, without measuring
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from attnzoo.command import run_script
+from attnzoo.tasks.script import run_task
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a YAML config, such as configs/classify/digits.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted keys, values in YAML")
-    parser.add_argument("--batch", type=int, default=256, help="test images at a time (256)")
-    parsed = parser.parse_intermixed_args(arguments)
-    if parsed.batch < 1:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--batch", type=int)
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.batch is not None and parsed.batch < 1:
         parser.error("--batch must be at least 1")
-
-    def body() -> int:
-        from attnzoo.tasks.classify.config import load_config
-        from attnzoo.tasks.classify.task import evaluate
-
-        config = load_config(parsed.config, parsed.overrides)
-        return evaluate(config, shlex.join(["python", "eval/classify.py", *arguments]), parsed.batch)
-
-    return run_script(body)
+    batch = [] if parsed.batch is None else [f"test_batch={parsed.batch}"]
+    return run_task("eval/classify.py", __doc__, [*rest, *batch], task="classify")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from attnzoo.bench.summary import summarize
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
-from attnzoo.tasks.classify import report as training_report
+from attnzoo.tasks.classify import page as training_page
 from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
@@ -207,7 +207,7 @@ def test_the_first_commands_of_the_page_on_training_run(tmp_path):
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr
         assert "padre degree=2" in done.stdout
-    assert (tmp_path / "eval/report.html").exists()
+    assert (tmp_path / "report.html").exists()
     assert {path.name for path in (tmp_path / "padre-degree-2-seed0/final").iterdir()} == {
         *("manifest.json", "model.json", "model.safetensors", "result.json"),
     }
@@ -230,28 +230,27 @@ def test_the_page_on_training_lists_every_key_with_its_default():
 
 
 @pytest.mark.parametrize(
-    ("name", "costs"),
+    ("name", "workloads"),
     [
-        ("fashion_mnist", ["forward-batch1", "forward-batch64", "training-batch64"]),
-        ("cifar10_cpu", ["training-batch64"]),
+        ("fashion_mnist", {("forward", "batch 1"), ("forward", "batch 64"), ("training", "batch 64")}),
+        ("cifar10_cpu", {("training", "batch 64")}),
     ],
 )
-def test_the_tables_of_trainings_are_those_of_the_committed_records(name, costs):
-    folders = sorted((ROOT / "docs/records" / name).glob("*-batch*"))
-    assert [folder.name for folder in folders] == costs
-    for folder in folders:
-        records = read_records(folder / "records.jsonl")
-        rows = [record for record in records if record.kind == "cost"]
-        assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
-        assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
-    assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == training_report.markdown_table(records)
+def test_the_tables_of_trainings_are_those_of_the_committed_records(name, workloads):
+    records = read_records(ROOT / "docs/records" / f"{name}.jsonl")
+    rows = [record for record in records if record.kind == "cost"]
+    assert {(record.phase, record.workload) for record in rows} == workloads
+    assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
+    assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
+    table = training_page.results_table(records).markdown()
+    assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == table
 
 
 def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
     page = " ".join((ROOT / "docs/classify.md").read_text(encoding="utf-8").split())
 
     def trained(name):
-        records = read_records(ROOT / "docs/records" / name / "training-batch64/records.jsonl")
+        records = read_records(ROOT / "docs/records" / f"{name}.jsonl")
         return {record.label: record.quality.trainings for record in records if record.kind == "quality"}
 
     fashion = trained("fashion_mnist")
@@ -450,7 +449,10 @@ def test_modules_run_as_commands():
     subprocess.run([sys.executable, "-m", "attnzoo"], check=True, capture_output=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes"])
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes", "fashion_mnist", "cifar10_cpu"],
+)
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.publish import page_of
 
@@ -469,5 +471,5 @@ def test_the_page_of_keys_is_that_of_the_schemas():
         "| `language.attentions` | list of section | must be given |",
     ):
         assert row in text
-    assert "As `host`." in text, "a section that comes again is not told again"
+    assert "As `model`." in text, "a section that comes again is not told again"
     assert {f"## {name}" for name in tasks.TASKS} <= set(keys().splitlines())

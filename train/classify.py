@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = train_all(config)
         left = left_to_others(config, results)
         if PartialState().is_main_process:
-            output_console().print(table(results))
+            output_console().print(table(results).rich())
             if left:
                 print(
                     f"error: not done here, for other processes are training them: {', '.join(left)}. When they have "

@@ -52,6 +52,11 @@ class RunConfig(Section):
     fresh: bool = Field(default=False, description="set earlier records of the folder aside")
 
     @property
+    def used_device(self) -> str:
+        """The device that is measured on."""
+        return self.device
+
+    @property
     def folder(self) -> Path:
         """Where records and the page go."""
         return self.output if self.output is not None else Path("runs") / self.name
@@ -226,6 +231,16 @@ def refuse_twins(labels: list[str]) -> None:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"labels must differ, but {twice} stand for more than one row; set `label`")
+
+
+def renamed(data: Any, **names: str) -> Any:
+    """Take keys by their names of before, each given as ``old="new"``; `ValueError` where a section has both."""
+    for old, new in names.items():
+        if isinstance(data, Mapping) and old in data:
+            if new in data:
+                raise ValueError(f"{old} is called {new} now: give {new} alone")
+            data = {new if key == old else key: value for key, value in data.items()}
+    return data
 
 
 def drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:

@@ -212,6 +212,11 @@ class Quality(Entry):
         return None
 
     @property
+    def brief(self) -> Self:
+        """What rows of cost carry of it: all, but for what only the row of quality itself should hold."""
+        return self
+
+    @property
     def figure(self) -> str:
         """The figure with its interval, as tables show it."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it is shown")

@@ -118,21 +118,12 @@ def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
                 table.add(*(line.get(head, "") for head in CSV_HEADS))
             for one, source in these:
                 options = json.dumps(dict(one.options), sort_keys=True)
-                about = (
-                    name,
-                    kind,
-                    task,
-                    one.label,
-                    options,
-                    one.host,
-                    one.workload,
-                    str(one.tokens or ""),
-                    str(one.budget or ""),
-                )
+                about = (name, kind, task, one.label, options, one.host, one.workload)
+                sizes = (str(one.tokens or ""), str(one.budget or ""))
                 figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
                 links = (_link(source.path, folder), _link(source.page, folder))
                 figures.append(_points(one.figures.get(QUALITY)))
-                table.add(*about, one.machine, one.utc, one.status, *figures, *links)
+                table.add(*about, *sizes, one.machine, one.utc, one.status, *figures, *links)
     return table.csv()
 
 

@@ -53,7 +53,7 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     """
     console = console or Console(stderr=True)
     config.check_folder()
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    if config.used_device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     task.check(config)
     cells = task.plan(config)
@@ -135,7 +135,7 @@ class _Engine:
         self.hanging = {cell.part for cell in cells if cell.needs_baseline}  # on the quality of their baseline
         self.barred: dict[str, str] = {}
         self.whole: TaskID | None = None  # the bar of all stages, where there are several
-        self.isolation = Isolation(task.preload(config), cuda=config.device.startswith("cuda"))
+        self.isolation = Isolation(task.preload(config), cuda=config.used_device.startswith("cuda"))
         self.places: dict[int | None, Environment] = {}
         self.gpus: Queue[str] = Queue()  # for the next cells, where several are measured at a time
 
@@ -155,7 +155,7 @@ class _Engine:
             for cell in cells:
                 yield cell, *self._result(cell, _teller(bars, bar, cell.title))
             return
-        gpus = visible_gpus(self.config.device)
+        gpus = visible_gpus(self.config.used_device)
         self.gpus = Queue()
         for worker in range(cells[0].workers if gpus else 0):
             self.gpus.put(gpus[worker % len(gpus)])
@@ -238,7 +238,7 @@ class _Engine:
         """The records of a cell; failed where the task gave what its records cannot hold."""
         try:
             return [self._record(cell, phase, _whole(cell, result), seconds) for phase in cell.phases]
-        except (ValueError, ArithmeticError) as error:
+        except Exception as error:  # a mistake of the task's, in what it gave or in how it sets it against dense
             wrong = Result(status="failed", message=f"{type(error).__name__}: {error}")
             return [self._record(cell, phase, wrong, seconds) for phase in cell.phases]
 
@@ -249,6 +249,7 @@ class _Engine:
                 continue  # whoever measured it elsewhere may have written it
             workload = record.workload if record.kind == "quality" else ""
             found, note = self._quality_of(record.part, record.label, workload)
+            found = found.brief if found is not None and record.kind == "cost" else found
             if (found, note) != (record.quality, record.quality_note):
                 self.store.append(record.model_copy(update={"quality": found, "quality_note": note}))
 
@@ -258,6 +259,7 @@ class _Engine:
             quality = result.quality
         else:
             quality, note = self._quality_of(cell.part, cell.label)
+            quality = None if quality is None else quality.brief
         record = self.task.record(
             task=self.task.name,
             measured=cell.measured,
@@ -323,7 +325,7 @@ class _Engine:
 
     def _place(self, threads: int | None) -> Environment:
         if threads not in self.places:
-            self.places[threads] = environment(self.config.device, threads)
+            self.places[threads] = environment(self.config.used_device, threads)
         return self.places[threads]
 
 

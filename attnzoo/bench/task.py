@@ -122,10 +122,6 @@ class Result(Entry):
         return self
 
 
-def _nothing(config: Any, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    raise NotImplementedError("this task measures no cells")
-
-
 @dataclass(frozen=True)
 class Task:
     """A task.
@@ -138,17 +134,15 @@ class Task:
         Where it is, as ``module:NAME``, for the processes that do its work.
     config
         The class of its configs.
-    run
-        Given the config and the command, runs it all, reports, and gives the exit status: for a task whose loop a
-        library owns, or several processes share. `plan` and what follows are then not asked.
-    so_far
-        Shows what a run of the config has done, for a task with `run`.
     plan
         Gives a config's cells in the order of measurement. A part's dense baseline comes first.
     measure
         Does a cell, given the config, the cell, what `prepare` gave and a function to say how far it is.
     prepare
         Given the config and the cells to do, gives plain data that all of them share; before any work.
+    assist
+        Does the part of a process that a launcher started beside the main one, and gives True; gives False in the main
+        process, whose `measure` shares its work with the others. It is asked before anything else.
     check
         Finds what the schema cannot; raises `ConfigError`.
     record
@@ -177,11 +171,10 @@ class Task:
     name: str
     ref: str
     config: type[RunConfig]
-    plan: Callable[[Any], Sequence[Cell]] = lambda config: ()
-    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result] = _nothing
-    run: Callable[[Any, str], int] | None = None
-    so_far: Callable[[Any], None] | None = None
+    plan: Callable[[Any], Sequence[Cell]]
+    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result]
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
+    assist: Callable[[Any], bool] = lambda config: False
     check: Callable[[Any], None] = lambda config: None
     record: type[Envelope] = Record
     preload: Callable[[Any], Sequence[str]] = lambda config: ()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnzoo.command import check_rows, output_console, run_script
+from attnzoo.command import OK, check_rows, output_console, run_script
 from attnzoo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,18 +62,21 @@ def run_task(script: str, about: str | None, arguments: Sequence[str] | None = N
 
 def measure(task: Task, config: Any, command: str, readme: Path | None) -> int:
     """Measure what a config asks for, report, and give the exit status: 1 where a row did not end as expected."""
+    from attnzoo import processes
     from attnzoo.bench.readme import read_marked
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
 
-    if readme is not None and (task.run is not None or task.columns is not None):
+    if readme is not None and task.columns is not None:
         raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
-    if task.run is not None:
-        return task.run(config, command)
+    if task.assist(config):
+        processes.leave()
+        return OK
     if readme is not None:
         read_marked(readme)  # rather now than after an hour
     records = run(task, config, command)
     report(task, config.folder / RECORDS_FILE, readme, records)
+    processes.leave()
     unsupported = task.expected(config)
     return check_rows(records, lambda row: (row.part, row.label) in unsupported)
 
@@ -83,15 +86,10 @@ def so_far(task: Task, config: Any) -> None:
     from attnzoo.bench.record import RECORDS_FILE, read_records
     from attnzoo.bench.run import asked
 
-    if task.so_far is not None:
-        task.so_far(config)
-    elif task.run is not None:
-        raise ConfigError(f"--so-far: {task.name} shows how far it is while it runs, and has no table before its end")
-    elif not (config.folder / RECORDS_FILE).is_file():
+    path = config.folder / RECORDS_FILE
+    if not path.is_file():
         raise ConfigError(f"--so-far: there are no records in {config.folder} yet")
-    else:
-        path = config.folder / RECORDS_FILE
-        report(task, path, None, asked(task, config, read_records(path, task.record)))
+    report(task, path, None, asked(task, config, read_records(path, task.record)))
 
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:

@@ -10,19 +10,22 @@ from pydantic import Field, PositiveInt, model_validator
 
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
-from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins
+from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.errors import AssetError, ConfigError, MissingExtraError
 from attnzoo.tasks.classify import cells as vision
+from attnzoo.tasks.classify import page as trained
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig, vision_problems
-from attnzoo.tasks.classify.quality import training_plot
 from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig, LanguageConfig, language_problems
 from attnzoo.tasks.decode.plots import plots as language_plots
 from attnzoo.tasks.records import Record
 
 PARTS = {"vision": "classify", "language": "decode"}  # older records name no task
+
+
+TOKENS = (196, 784, 3136)
 
 
 class SuiteLanguageConfig(LanguageConfig):
@@ -40,15 +43,30 @@ class SuiteConfig(RunConfig):
     """A whole benchmark: cost and quality of a vision model's attentions, and of a language model's, in one table."""
 
     task: Literal["suite"] = "suite"
-    host: HostConfig = HostConfig()
+    model: HostConfig = HostConfig()
     baseline: BaselineConfig = BaselineConfig()
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
-    cost: CostConfig = Field(default_factory=lambda: CostConfig.model_validate({}))
+    cost: CostConfig = CostConfig(tokens=TOKENS)
+    costs: tuple[CostConfig, ...] = Field(default=(), description="in place of `cost`, where there are several")
     quality: QualityConfig | None = None
     language: SuiteLanguageConfig | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: Any) -> Any:
+        """Fill in the token counts of costs that give no sizes."""
+        data = renamed(data, host="model")
+        if not isinstance(data, Mapping):
+            return data
+        costs = data.get("costs", ())
+        sized = {"costs": [_with_sizes(cost) for cost in costs]} if isinstance(costs, (list, tuple)) else {}
+        cost = {} if data.get("cost") is None else {"cost": _with_sizes(data["cost"])}
+        return {**{key: value for key, value in data.items() if key != "cost"}, **sized, **cost}
+
     @model_validator(mode="after")
     def _labels_differ(self) -> SuiteConfig:
+        if self.costs and self.cost != CostConfig(tokens=TOKENS):
+            raise ValueError("give either cost, or costs with a list of them")
         refuse_twins([self.baseline.label, *(attention.label for attention in self.attentions)])
         return self
 
@@ -69,11 +87,12 @@ class SuiteConfig(RunConfig):
         if self.language is None:
             del content["language"]
         later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
-        drop_defaults(content["cost"], later)
-        drop_defaults(content["host"], {"channels": 3, "classes": 1000})
+        drop_defaults(content["cost"], {**later, "image_sizes": []})
+        drop_defaults(content, {"costs": []})
+        _as_before(content)
         if content["quality"] is not None:
             drop_defaults(content["quality"], {"equal_parameters": False})
-            drop_defaults(content["quality"]["host"], {"channels": 3, "classes": 1000})
+            _as_before(content["quality"])
         for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
             attention.pop("expect", None)  # it changes nothing that is measured
         for attention in content["attentions"]:
@@ -88,6 +107,18 @@ class SuiteConfig(RunConfig):
         if isinstance(language, Mapping):
             problems += language_problems(language, "language.")
         return problems
+
+
+def _as_before(content: dict[str, Any]) -> None:
+    """Give a model its name of before, and leave out what came later and says what was so then."""
+    model = content.pop("model")
+    drop_defaults(model, {"channels": 3, "classes": 1000})
+    content["host"] = renamed(model, name="model")
+
+
+def _with_sizes(cost: Any) -> Any:
+    sized = not isinstance(cost, Mapping) or "tokens" in cost or "image_sizes" in cost
+    return cost if sized else {**cost, "tokens": TOKENS}
 
 
 load_config, validate_config = SuiteConfig.load, SuiteConfig.check
@@ -166,8 +197,7 @@ def preload(config: SuiteConfig) -> tuple[str, ...]:
 
 def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The curves of training, and the plots of language models."""
-    training = ("Training loss, first seed", training_plot([r for r in records if r.kind == "quality"]))
-    return [training, *language_plots(records)]
+    return [("Training loss", trained.loss_plot(trained.qualities_of(records))), *language_plots(records)]
 
 
 def highlights(records: Sequence[Record]) -> list[Highlight]:

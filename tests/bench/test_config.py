@@ -91,13 +91,33 @@ def test_one_batch_stands_for_all_token_counts_and_a_mapping_must_name_each():
     assert "[9] are not among" in said
 
 
+def test_sizes_of_images_are_given_once():
+    both = {"tokens": [16], "image_sizes": [64]}
+    assert "give either tokens, or image_sizes" in problems_of({**SMALL, "cost": both})
+    assert "has a size twice" in problems_of({**SMALL, "cost": {"image_sizes": [64, 64]}})
+    assert "give either cost, or costs" in problems_of({**SMALL, "cost": {"tokens": [16]}, "costs": [{"batch": 2}]})
+    assert "costs.1.dtype" in problems_of({**SMALL, "costs": [{"batch": 2}, {"dtype": "float8"}]})
+
+
 def test_labels_must_differ():
     assert "['softmax']" in problems_of({**SMALL, "attentions": ["softmax", "softmax"]})
     assert "['dense']" in problems_of({**SMALL, "attentions": [{"name": "softmax", "label": "dense"}]})
 
 
 def test_the_image_size_is_not_the_hosts_to_set():
-    assert "the token counts decide it" in problems_of({**SMALL, "host": {"options": {"img_size": 32}}})
+    assert "the token counts decide it" in problems_of({**SMALL, "model": {"options": {"img_size": 32}}})
+
+
+def test_names_of_before_are_taken_but_not_beside_the_new_ones():
+    before, now = (
+        {"model": "vit_small_patch16_224", "patch_size": 8},
+        {"name": "vit_small_patch16_224", "patch_size": 8},
+    )
+    old = validate_config({**SMALL, "host": before, "quality": {"host": before}})
+    new = validate_config({**SMALL, "model": now, "quality": {"model": now}})
+    assert (old, old.hash) == (new, new.hash)
+    assert new.model.name == "vit_small_patch16_224"
+    assert "host is called model now: give model alone" in problems_of({**SMALL, "host": before, "model": now})
 
 
 def test_the_hash_is_over_content_and_not_over_where_it_is_written():

@@ -115,6 +115,19 @@ def test_what_is_expected_to_be_unsupported_and_works_is_told(capsys):
     assert "2 of 2 rows did not end well" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("it cannot stand in 2 layers:\n  a: no grid\n  b: no grid", "it cannot stand in 2 layers: a: no grid"),
+        ("first\nsecond", "first"),
+        ("Traceback:\n  File x\nValueError: no", "ValueError: no"),
+    ],
+)
+def test_a_reason_that_is_announced_is_told_too(message, told, capsys):
+    assert check_rows([Row("a", "failed", message)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"a: failed: {told}")
+
+
 @pytest.mark.parametrize(("expecting", "status"), [("vision", 1), ("language", 0)])
 def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monkeypatch, capsys, expecting, status):
     """The same label stands in both parts, and only the language model's row of it is unsupported."""
@@ -261,13 +274,20 @@ def test_expecting_means_nothing_where_all_is_refused_at_once():
         tasks.find("train_bytes").config.check(data)
 
 
-@pytest.mark.parametrize("script", ["train/classify", "train/detect", "eval/classify"])
-def test_what_a_command_line_lacks_is_what_it_needs(capsys, script):
+@pytest.mark.parametrize(
+    ("script", "lacks"),
+    [
+        ("train/classify", "the following arguments are required: config"),
+        ("train/detect", "the following arguments are required: config"),
+        ("eval/classify", "give either a config or --report RECORDS"),
+    ],
+)
+def test_what_a_command_line_lacks_is_what_it_needs(capsys, script, lacks):
     main = importlib.import_module(script.replace("/", ".")).main
     with pytest.raises(SystemExit) as ended:
         main([])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("the following arguments are required: config")
+    assert capsys.readouterr().err.strip().endswith(lacks)
 
 
 @pytest.mark.parametrize("content", [None, "no markers", b"\xff\xfe"])

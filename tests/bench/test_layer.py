@@ -1,13 +1,13 @@
 """Costs of the attention layer alone, with gradients, against another baseline; trainings at equal parameters."""
 
 import pytest
+import yaml
 
 from attnzoo import list_attentions
 from attnzoo.errors import UnsupportedError
 from attnzoo.kernels import depthwise
-from attnzoo.tasks.classify import small as classify
-from attnzoo.tasks.classify.cost import _swapped, measure_cost
-from attnzoo.tasks.suite import plan, validate_config
+from attnzoo.tasks.classify.build import build_model, count_parameters, equal_parameters, swapped
+from attnzoo.tasks.suite import measure, plan, validate_config
 from tests.bench.data import cost_in
 from tests.bench.test_run import HOST, PADRE, tiny
 
@@ -16,7 +16,7 @@ LAYER = {"of": "layer", "tokens": [16], "repeats": 3, "min_seconds": 0}
 
 def outcome(attention, **cost):
     config = validate_config(tiny("unused", attentions=[attention], cost={**LAYER, **cost}))
-    return measure_cost(config, config.attentions[0], 16, lambda stage: None)
+    return measure(config, plan(config)[1], {}, lambda stage: None)
 
 
 @pytest.mark.parametrize("name", [*list_attentions("mixer"), *list_attentions("core")])
@@ -73,29 +73,55 @@ def test_a_row_may_be_measured_at_some_token_counts_only():
             cost={"tokens": [16, 64, 256]},
         )
     )
-    assert [(row.asks["attention"], row.tokens) for row in plan(config)] == [
-        (None, 16),
-        (0, 16),
-        (1, 16),
-        (None, 64),
-        (1, 64),
+    padre = config.attentions[1].label
+    assert [(row.label, row.tokens) for row in plan(config)] == [
+        ("dense", 16),
+        ("flash", 16),
+        (padre, 16),
+        ("dense", 64),
+        (padre, 64),
     ]
+
+
+def test_several_workloads_stand_in_one_run():
+    costs = [{"tokens": [16]}, {"image_sizes": [16, [16, 32]], "batch": 2}, {"tokens": [16], "dtype": "bfloat16"}]
+    data = tiny("unused", attentions=[PADRE], costs=costs)
+    del data["cost"]
+    config = validate_config(data)
+    dense = [cell for cell in plan(config) if cell.is_baseline]
+    assert [(cell.tokens, cell.workload) for cell in dense] == [
+        (16, "batch 1"),
+        (16, "batch 2"),
+        (32, "batch 2, 16 x 32 pixels"),
+        (16, "batch 1, bfloat16"),
+    ]
+    again = validate_config(yaml.safe_load(config.to_yaml()))
+    assert (again.hash, plan(again)) == (config.hash, plan(config))
+
+
+def test_images_need_not_be_square():
+    cost = {"image_sizes": [[8, 16]], "batch": 3, "repeats": 3, "min_seconds": 0}
+    config = validate_config(tiny("unused", attentions=["flash", PADRE], cost=cost))
+    for cell in plan(config)[1:]:
+        found = measure(config, cell, {}, lambda stage: None)
+        assert (found.status, found.shapes.tokens, found.shapes.batch) == ("ok", 8, 3), found.message
+        assert found.gate.passed
 
 
 def test_a_part_of_the_model_is_swapped():
     host = {**HOST, "options": {**HOST["options"], "depth": 3}}
     found = {}
     for where in (None, "blocks.[01]", ["blocks.1"]):
-        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}]))
-        result = measure_cost(config, config.attentions[0], 16, lambda stage: None)
+        config = validate_config(tiny("unused", model=host, attentions=[{**PADRE, "where": where}]))
+        result = measure(config, plan(config)[1], {}, lambda stage: None)
         assert result.gate.passed
         cost = cost_in(result)
         found[str(where)] = cost.candidate.attention_parameters - cost.baseline.attention_parameters
         cell = plan(config)[1]
         assert cell.options.get("where") == (tuple(where) if isinstance(where, list) else where)
         alone = {**LAYER, "tokens": [16]}
-        config = validate_config(tiny("unused", host=host, attentions=[{**PADRE, "where": where}], cost=alone))
-        layer = cost_in(measure_cost(config, config.attentions[0], 16, lambda stage: None))
+        config = validate_config(tiny("unused", model=host, attentions=[{**PADRE, "where": where}], cost=alone))
+        layer = cost_in(measure(config, plan(config)[1], {}, lambda stage: None))
         assert layer.candidate.flops != layer.baseline.flops, "the layer that is timed alone is a swapped one"
     assert found["None"] == pytest.approx(3 * found["['blocks.1']"])
     assert found["blocks.[01]"] == pytest.approx(2 * found["['blocks.1']"])
@@ -123,26 +149,22 @@ def test_equal_parameters(name):
     spec = {"name": name, **({"options": {"tokens": 17}} if name == "mlp_mixer" else {})}
     config = validate_config(tiny("unused", attentions=[spec]))
 
-    def build(attention, options):
+    def build(options):
         own = {**HOST["options"], "embed_dim": 96, "num_heads": 3, **options}
-        model = classify.build_model(
+        return build_model(
             "vit_tiny_patch16_224", image_size=16, patch_size=4, channels=1, classes=10, options=own, seed=0
         )
-        return _swapped(model, attention, 0)
-
-    def count(model):
-        return sum(p.numel() for p in model.parameters())
 
     spec = config.attentions[0]
-    options = classify.equal_parameters(lambda o: build(None, o), lambda o: build(spec, o), name)
-    assert abs(count(build(config.attentions[0], options)) / count(build(None, {})) - 1) < 0.03
+    model = swapped(build(equal_parameters(build, spec, 0)), spec, 0)
+    assert abs(count_parameters(model) / count_parameters(build({})) - 1) < 0.03
 
 
 def test_parameters_that_cannot_be_equal_are_refused():
     config = validate_config(tiny("unused", attentions=[{"name": "padre", "options": {"degree": 12}}]))
 
-    def build(attention, options):
-        model = classify.build_model(
+    def build(options):
+        return build_model(
             "vit_tiny_patch16_224",
             image_size=16,
             patch_size=4,
@@ -151,7 +173,6 @@ def test_parameters_that_cannot_be_equal_are_refused():
             options={**HOST["options"], **options},
             seed=0,
         )
-        return _swapped(model, attention, 0)
 
     with pytest.raises(UnsupportedError, match="the attention alone has too many"):
-        classify.equal_parameters(lambda o: build(None, o), lambda o: build(config.attentions[0], o), "padre")
+        equal_parameters(build, config.attentions[0], 0)

@@ -18,8 +18,7 @@ from attnzoo.bench.work import Job, work
 from attnzoo.errors import ConfigError
 from attnzoo.registry import unregister_attention
 from attnzoo.tasks import read_records
-from attnzoo.tasks.classify.cost import measure_cost
-from attnzoo.tasks.suite import TASK, plan, validate_config
+from attnzoo.tasks.suite import TASK, measure, plan, validate_config
 from tests.bench.data import cost_in
 
 SCRIPT = Path(__file__).parents[2] / "eval" / "bench.py"
@@ -32,7 +31,7 @@ def tiny(folder, **changes):
     data = {
         "name": "tiny",
         "threads": 1,
-        "host": HOST,
+        "model": HOST,
         "attentions": ["flash", PADRE],
         "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0},
         "output": str(folder),
@@ -42,7 +41,7 @@ def tiny(folder, **changes):
 
 def outcome_of(name, **changes):
     config = validate_config(tiny("unused", attentions=[name] if isinstance(name, (str, dict)) else name, **changes))
-    return measure_cost(config, config.attentions[0], 16, lambda stage: None)
+    return measure(config, plan(config)[1], {}, lambda stage: None)
 
 
 @pytest.fixture
@@ -219,7 +218,7 @@ def test_every_kind_of_gate_passes_in_every_dtype(name, dtype):
 
 
 def test_an_attention_that_the_host_refuses_is_unsupported():
-    config = validate_config(tiny("unused", host={"model": "resnet18", "patch_size": 4}))
+    config = validate_config(tiny("unused", model={"model": "resnet18", "patch_size": 4}))
     cell = plan(config)[1]
     job = Job(task=TASK.ref, config=config.model_dump_json(), cell=cell, given={})
     answer = json.loads(work(job.model_dump_json(), lambda stage: None))
@@ -230,10 +229,10 @@ def test_an_attention_that_the_host_refuses_is_unsupported():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"host": {"model": "vit_tinny_patch16_224"}}, r"host\.model: .*did you mean .*vit_tiny_patch16_224"),
-        ({"host": {"model": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"host: .*depht"),
-        ({"host": {"model": "resnet18", "patch_size": 4}}, r"host: .*resnet18"),
-        ({"quality": {"host": {"patch_size": 3}}}, r"quality\.host\.patch_size: 3 does not divide the 8 pixels"),
+        ({"model": {"name": "vit_tinny_patch16_224"}}, r"model\.name: .*did you mean .*vit_tiny_patch16_224"),
+        ({"model": {"name": "vit_tiny_patch16_224", "options": {"depht": 2}}}, r"model: .*depht"),
+        ({"model": {"name": "resnet18", "patch_size": 4}}, r"model: .*resnet18"),
+        ({"quality": {"model": {"patch_size": 3}}}, r"quality\.model\.patch_size: 3 does not divide the 8 pixels"),
         *([] if torch.cuda.is_available() else [({"device": "cuda"}, "device: 'cuda' asked for")]),
     ],
 )
@@ -250,10 +249,9 @@ def test_a_host_without_attention_is_told_before_any_work(tmp_path, monkeypatch)
 
 def test_the_plan_measures_quality_first_and_the_baseline_first_of_all(tmp_path):
     rows = plan(validate_config(tiny(tmp_path, quality={})))
-    assert [(row.kind, row.asks["attention"]) for row in rows] == [
-        *(("quality", index) for index in (None, 0, 1)),
-        *(("cost", index) for index in (None, 0, 1)),
-    ]
+    labels = ("dense", "flash", "padre degree=2 kernel_size=3")
+    assert [row.label for row in rows] == 2 * [*labels]
+    assert [row.kind for row in rows] == 3 * ["quality"] + 3 * ["cost"]
 
 
 def test_the_command_line_refuses_with_the_reason_and_no_traceback(tmp_path, forked):

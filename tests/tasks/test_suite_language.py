@@ -71,7 +71,7 @@ def tiny(folder, **changes):
         "canary": {"worse_by": -10.0},
         **changes,
     }
-    vision = {"host": HOST, "attentions": ["sdpa"], "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0}}
+    vision = {"model": HOST, "attentions": ["sdpa"], "cost": {"tokens": [16], "repeats": 3, "min_seconds": 0}}
     return {"name": "tiny", "threads": 1, **vision, "language": language}
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.bench.cost import attention_paths
 from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.classify import small as classify
-from attnzoo.tasks.classify.cost import build_host, measure_cost, measure_quality
+from attnzoo.tasks.classify.build import check_model_name
+from attnzoo.tasks.classify.cost import measure_cost
+from attnzoo.tasks.classify.small import IMAGE_SIDE, measure_quality
+from attnzoo.tasks.classify.workload import Workload, cost_cells, row
 
 if TYPE_CHECKING:
     from attnzoo.tasks.suite import SuiteConfig
 
-PART = "vision"
 PRELOAD = ("attnzoo.tasks.suite", "timm")
 
 
@@ -23,46 +25,22 @@ def plan(config: SuiteConfig) -> list[Cell]:
     """Quality of every attention, then cost by token count; the dense baseline first in each."""
     who: list[int | None] = [None, *range(len(config.attentions))]
     cells = [_quality_cell(config, index) for index in who] if config.quality is not None else []
-    return cells + [
-        _cost_cell(config, index, tokens)
-        for tokens in config.cost.tokens
-        for index in who
-        if _is_measured(config, index, tokens)
-    ]
-
-
-def _is_measured(config: SuiteConfig, index: int | None, tokens: int) -> bool:
-    """Whether a row has a cost at a token count; the dense baseline has at all that all attentions share."""
-    own = [attention.tokens for attention in config.attentions]
-    if index is None:
-        return any(counts is None or tokens in counts for counts in own)
-    counts = own[index]
-    return counts is None or tokens in counts
-
-
-def _row(config: SuiteConfig, index: int | None) -> dict[str, Any]:
-    """The part of a cell that says whose it is."""
-    spec = None if index is None else config.attentions[index]
-    return {
-        "part": PART,
-        "label": config.baseline.label if spec is None else spec.label,
-        "attention": None if spec is None else spec.name,
-        "options": {} if spec is None else spec.swap,
-        "is_baseline": spec is None,
-        "asks": {"attention": index},
-    }
+    shared = (config.model, config.baseline, config.attentions)
+    return cells + cost_cells(config, config.costs or (config.cost,), *shared, named=bool(config.costs))
 
 
 def _quality_cell(config: SuiteConfig, index: int | None) -> Cell:
-    quality, row = config.quality, _row(config, index)
+    quality, whose = config.quality, row(None if index is None else config.attentions[index], config.baseline.label)
     assert quality is not None
     how = quality.model_dump(mode="json", exclude={"workers", "timeout_seconds"})
+    about = {"attention": whose["attention"], "options": whose["options"]}
     return Cell(
-        **row,
+        **whose,
         kind="quality",
-        host=f"{quality.host.library}:{quality.host.model}",
+        host=f"{quality.model.library}:{quality.model.name}",
         dtype="float32",
-        depends_on={"quality": how, "fused": config.baseline.fused, "device": config.device, **_attention(row)},
+        depends_on={"quality": how, "fused": config.baseline.fused, "device": config.device, **about},
+        asks={"attention": index},
         stage="train",
         timeout=quality.timeout_seconds,
         threads=quality.threads,
@@ -70,58 +48,22 @@ def _quality_cell(config: SuiteConfig, index: int | None) -> Cell:
     )
 
 
-def _cost_cell(config: SuiteConfig, index: int | None, tokens: int) -> Cell:
-    row, cost = _row(config, index), config.cost
-    spec = None if index is None else config.attentions[index]
-    how = cost.model_dump(mode="json", exclude={"tokens", "batch", "timeout_seconds"})
-    alone = ", its first attention layer alone" if cost.of == "layer" else ""
-    fused = config.baseline.fused if spec is None or spec.fused is None else spec.fused
-    return Cell(
-        **row,
-        kind="cost",
-        tokens=tokens,
-        phases=("training",) if cost.gradient else ("forward",),
-        host=f"{config.host.library}:{config.host.model}{alone}",
-        dtype=cost.dtype,
-        scope=cost.of,
-        depends_on={
-            "cost": how,
-            "host": config.host.model_dump(mode="json"),
-            "tokens": tokens,
-            "batch": cost.batch[tokens],
-            "fused": [config.baseline.fused, fused],
-            "seed": config.seed,
-            "device": config.device,
-            "threads": config.threads,
-            **_attention(row),
-        },
-        stage="time",
-        timeout=cost.timeout_seconds,
-        threads=config.threads,
-        weight=3 + tokens / 500 + (tokens / 1000) ** 2,
-    )
-
-
-def _attention(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"attention": row["attention"], "options": row["options"]}
-
-
 def problems(config: SuiteConfig) -> list[str]:
     """What the schema cannot find: the host's name and the shapes of the quality model."""
     require("timm", "matplotlib")
     found: list[str] = []
-    hosts = {"host.model": config.host.model}
+    models = {"model.name": config.model.name}
     if config.quality is not None:
-        hosts["quality.host.model"] = config.quality.host.model
-        side = classify.IMAGE_SIDE[config.quality.dataset]
-        if side % config.quality.host.patch_size:
+        models["quality.model.name"] = config.quality.model.name
+        side = IMAGE_SIDE[config.quality.dataset]
+        if side % config.quality.model.patch_size:
             found.append(
-                f"quality.host.patch_size: {config.quality.host.patch_size} does not divide the {side} pixels of "
+                f"quality.model.patch_size: {config.quality.model.patch_size} does not divide the {side} pixels of "
                 f"{config.quality.dataset}"
             )
-    for key, model in hosts.items():
+    for key, model in models.items():
         try:
-            classify.check_model_name(model)
+            check_model_name(model)
         except ConfigError as error:
             found.append(f"{key}: {error}")
     return found or _host_problems(config)
@@ -130,18 +72,24 @@ def problems(config: SuiteConfig) -> list[str]:
 def _host_problems(config: SuiteConfig) -> list[str]:
     """What shows only when the host is built, at its smallest."""
     try:
-        model = build_host(config, min(config.cost.tokens))
+        costs = [cell for cell in plan(config) if cell.kind == "cost"]
+        model = _workload(min(costs, key=lambda cell: cell.tokens)).build() if costs else None
     except Exception as error:  # a factory of timm's may raise anything
-        return [f"host: {error if isinstance(error, AttnZooError) else f'{type(error).__name__}: {error}'}"]
-    if not attention_paths(model):
-        return [f"host.model: {config.host.model!r} has no attention layer that attnzoo can swap"]
+        return [f"model: {error if isinstance(error, AttnZooError) else f'{type(error).__name__}: {error}'}"]
+    if model is not None and not attention_paths(model):
+        return [f"model.name: {config.model.name!r} has no attention layer that attnzoo can swap"]
     return []
 
 
+def _workload(cell: Cell) -> Workload:
+    return Workload.model_validate(cell.asks["workload"])
+
+
 def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    """Measure the cost of one attention at one token count, or train and test it."""
+    """Measure the cost of one attention in one workload, or train and test it."""
+    if cell.kind == "cost":
+        return measure_cost(_workload(cell), say)
     index = cell.asks["attention"]
-    spec = None if index is None else config.attentions[index]
-    if cell.kind == "quality":
-        return measure_quality(config, spec, given["data"], say)
-    return measure_cost(config, spec, cell.tokens, say)
+    spec, quality = None if index is None else config.attentions[index], config.quality
+    assert quality is not None
+    return measure_quality(quality, spec, config.baseline.fused, Path(given["data"]), config.device, say)

@@ -18,9 +18,9 @@ from pathlib import Path
 from attnzoo import files
 from attnzoo.assets import sha256_of
 from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.tasks.classify.config import MANIFEST
 from attnzoo.units import megabytes
 
-MANIFEST = "manifest.json"
 PART = ".part-"
 PREFIX = "step-"
 

@@ -8,19 +8,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import yaml
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
-from attnzoo.bench.config import CONFIG_VERSION, Dtype, RunConfig, Section, refuse_twins
-from attnzoo.errors import ConfigError
-from attnzoo.tasks.classify.cost_config import vision_problems
+from attnzoo.bench.config import CONFIG_VERSION, RunConfig, Section, refuse_twins
+from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")
+IMAGE_SIZE = 224
+FINAL, MANIFEST, RESULT, WEIGHTS = "final", "manifest.json", "result.json", "model.safetensors"  # of a trained run
+HOW = frozenset({"only", "checkpoint_steps", "keep_checkpoints", "trackers", "resume", "test_batch"})  # no result's
 MOST_STD = 10  # more than that is a deviation of pixels from 0 to 255
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -53,6 +55,9 @@ class ModelConfig(Section):
         for key in ("img_size", "image_size", "in_chans", "num_channels", "num_classes", "num_labels", "pretrained"):
             if key in self.options:
                 raise ValueError(f"options.{key} cannot be set here: the data, or a key of the model, decide it")
+        if self.weights is not None and not self.weights.is_file():
+            inside = " (a folder; give the file of weights in it)" if self.weights.is_dir() else ""
+            raise ValueError(f"weights: there is no file {str(self.weights)!r}{inside}")
         return self
 
 
@@ -75,7 +80,7 @@ class DataConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     test_options: dict[str, Any] | None = None
     classes: Annotated[int, Field(ge=2)] | None = None
-    image_size: PositiveInt = 224
+    image_size: PositiveInt = IMAGE_SIZE
     channels: Literal[1, 3] = 3
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
@@ -100,6 +105,11 @@ class DataConfig(Section):
                 "a folder of images (root)"
             )
         return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return self.channels, self.image_size, self.image_size
 
     @model_validator(mode="after")
     def _scaled(self) -> DataConfig:
@@ -205,29 +215,13 @@ class TrainedAttention(AttentionConfig):
     seeds: Seeds | None = None
 
 
-class CostConfig(Section):
-    """What is timed of the models, against the dense one: batches of `batch` images of each size.
-
-    With `gradient` a call is a forward and a backward. The rest is as in a benchmark's `cost`.
-    """
-
-    batch: PositiveInt = 1
-    image_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    gradient: bool = False
-    dtype: Dtype = "float32"
-    repeats: Annotated[int, Field(ge=3)] = 7
-    min_seconds: Annotated[float, Field(ge=0)] = 2.0
-    warmup: Annotated[int, Field(ge=1)] = 2
-    timeout_seconds: PositiveFloat = 300.0
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{'training' if self.gradient else 'forward'}-batch{self.batch}"
-
-
 class ClassifyConfig(RunConfig):
-    """A whole comparison. Where and how it is run is not part of its identity: see `Run.hash`."""
+    """A whole comparison. Where and how it is run is not part of its identity: see `Run.hash`.
+
+    `costs` are timed of the models that are trained, with random weights; without sizes of their own, at the data's
+    `image_size`, and with `equal_parameters` where the trained models have them. `test_batch` test images are evaluated
+    at a time.
+    """
 
     task: Literal["classify"] = "classify"
     model: ModelConfig = ModelConfig()
@@ -240,6 +234,7 @@ class ClassifyConfig(RunConfig):
     attentions: tuple[TrainedAttention, ...] = ()
     seeds: Seeds = (0,)
     costs: tuple[CostConfig, ...] = ()
+    test_batch: PositiveInt = 256
 
     only: tuple[str, ...] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -247,6 +242,19 @@ class ClassifyConfig(RunConfig):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     resume: Literal["auto", "never"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_costs(cls, data: Any) -> Any:
+        """Fill in what costs take from the rest."""
+        costs = data.get("costs") if isinstance(data, Mapping) else None
+        if not isinstance(costs, (list, tuple)) or not all(isinstance(cost, Mapping) for cost in costs):
+            return data
+        images = data.get("data") if isinstance(data.get("data"), Mapping) else {}
+        shared = {"equal_parameters": data.get("equal_parameters", False)}
+        size = {"image_sizes": [images.get("image_size", IMAGE_SIZE)]}
+        sized = [{**({} if "tokens" in cost or "image_sizes" in cost else size), **shared, **cost} for cost in costs]
+        return {**data, "costs": sized}
 
     @model_validator(mode="after")
     def _fits(self) -> ClassifyConfig:
@@ -264,9 +272,6 @@ class ClassifyConfig(RunConfig):
             raise ValueError(
                 "equal_parameters changes the width of the MLPs: for timm models from random weights alone"
             )
-        names = [cost.name for cost in self.costs]
-        if len(set(names)) < len(names):
-            raise ValueError(f"costs: {names} names one twice; give all sizes of a batch in one")
         if self.costs and self.model.library != "timm":
             raise ValueError("costs are measured of timm models alone; leave them out")
         augment = self.augment
@@ -283,30 +288,19 @@ class ClassifyConfig(RunConfig):
             runs += [Run(self, attention, attention.label, seed) for seed in attention.seeds or self.seeds]
         return [run for run in runs if self.only is None or run.label in self.only]
 
-    def to_yaml(self) -> str:
-        """The whole config, defaults and overrides included."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    def identity(self) -> dict[str, Any]:
+        """Everything that the results of an evaluation depend on, but for the weights that were trained."""
+        return {key: value for key, value in super().identity().items() if key not in HOW}
+
+    @property
+    def used_device(self) -> str:
+        """A CUDA device where there is one, unless `device` says something else."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
         """What the registry says of the attentions."""
         return attention_problems(data.get("attentions"), "attentions", vision_problems)
-
-    @classmethod
-    def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
-        """Check plain data against the schema, the registry and the disk.
-
-        Raises
-        ------
-        ConfigError
-            With every problem, one per line.
-        """
-        config = super().check(data, source)
-        weights = config.model.weights
-        if weights is not None and not weights.is_file():
-            inside = " (a folder; give the file of weights in it)" if weights.is_dir() else ""
-            raise ConfigError(f"{source}: model.weights: there is no file {str(weights)!r}{inside}")
-        return config
 
 
 load_config, validate_config = ClassifyConfig.load, ClassifyConfig.check
@@ -330,6 +324,26 @@ class Run:
     def folder(self) -> Path:
         """Where its checkpoints and result go."""
         return self.config.folder / self.name
+
+    @property
+    def final(self) -> Path:
+        """Where its weights and result are, once it is trained."""
+        return self.folder / FINAL
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What training wrote at its end."""
+        found: dict[str, Any] = json.loads((self.final / RESULT).read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 of the trained weights, as written beside them; None where it is not trained yet."""
+        manifest = self.final / MANIFEST
+        try:
+            return str(json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS][1])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def hash(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from itertools import permutations
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import Dtype, Section
-from attnzoo.errors import AttnZooError, OptionError
+from attnzoo.bench.config import Dtype, Section, renamed
+from attnzoo.errors import AttnZooError, ConfigError, OptionError
 
 DatasetName = Literal["digits", "fashion_mnist"]
 
@@ -21,17 +22,22 @@ class HostConfig(Section):
     """
 
     library: Literal["timm"] = "timm"
-    model: str = "vit_tiny_patch16_224"
+    name: str = "vit_tiny_patch16_224"
     patch_size: PositiveInt = 16
     channels: PositiveInt = 3
     classes: PositiveInt = 1000
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _before(cls, data: Any) -> Any:
+        return renamed(data, model="name")
+
     @model_validator(mode="after")
     def _no_double_meaning(self) -> HostConfig:
         for key in ("img_size", "patch_size"):
             if key in self.options:
-                where = "the token counts decide it" if key == "img_size" else "it is a key of the host itself"
+                where = "the token counts decide it" if key == "img_size" else "it is a key of the model itself"
                 raise ValueError(f"options.{key} cannot be set here: {where}")
         return self
 
@@ -43,13 +49,23 @@ class BaselineConfig(Section):
     label: Annotated[str, Field(min_length=1)] = "dense"
 
 
+class Size(NamedTuple):
+    """Images of a size: how many tokens each gives, its height and width in pixels, and how many are in a batch."""
+
+    tokens: int
+    pixels: tuple[int, int]
+    batch: int
+
+
 class CostConfig(Section):
     """What is timed, on what inputs, for how long.
 
     `of` is the whole model, or its first attention layer alone, on the tokens that it gets in the model. With
     `gradient` a call is a forward and a backward. With `keep_freed_memory` the process keeps what is freed while it is
     timed, as with a caching allocator; otherwise CPUs have glibc's own ways. With `equal_parameters` the MLPs
-    of each row's model are made wider or narrower until it has as many parameters as the dense one.
+    of each row's model are made wider or narrower until it has as many parameters as the dense one. Give the sizes of
+    images either as `tokens`, for square ones, or as `image_sizes` in pixels: 224, or [height, width]. Without either,
+    a suite takes 196, 784 and 3,136 tokens, and trained classifiers are timed at the size of their data.
     """
 
     of: Literal["model", "layer"] = "model"
@@ -57,8 +73,11 @@ class CostConfig(Section):
     keep_freed_memory: bool = False
     equal_parameters: bool = False
 
-    tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (196, 784, 3136)
-    batch: dict[int, PositiveInt] = Field(default_factory=dict, description="images per forward, for each token count")
+    tokens: tuple[PositiveInt, ...] = ()
+    image_sizes: tuple[PositiveInt | tuple[PositiveInt, PositiveInt], ...] = ()
+    batch: PositiveInt | dict[int, PositiveInt] = Field(
+        default=1, description="images per call; with `tokens`, perhaps a number for each token count"
+    )
     dtype: Dtype = "float32"
     repeats: Annotated[int, Field(ge=3)] = 7
     min_seconds: Annotated[float, Field(ge=0)] = 2.0
@@ -68,31 +87,50 @@ class CostConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_batch_for_all(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
+        if not isinstance(data, Mapping) or not data.get("tokens"):
             return data
-        tokens = data.get("tokens", cls.model_fields["tokens"].default)
-        batch = data.get("batch", 1)
+        tokens, batch = data["tokens"], data.get("batch", 1)
         if isinstance(batch, int) and not isinstance(batch, bool):
             counts = tokens if isinstance(tokens, (list, tuple)) else [tokens]  # the schema says what is wrong with it
             data = {**data, "batch": {n: batch for n in counts if isinstance(n, int)}}
         return data
 
     @model_validator(mode="after")
-    def _tokens_and_batches_fit(self) -> CostConfig:
+    def _sizes_and_batches_fit(self) -> CostConfig:
+        sizes: tuple[Any, ...] = self.tokens or self.image_sizes
         problems = [
             f"tokens: {n} is not a square, and images are square" for n in self.tokens if math.isqrt(n) ** 2 != n
         ]
-        if len(set(self.tokens)) != len(self.tokens):
-            problems.append(f"tokens: {list(self.tokens)} has a count twice")
-        missing = sorted(set(self.tokens) - set(self.batch))
-        extra = sorted(set(self.batch) - set(self.tokens))
-        if missing:
-            problems.append(f"batch: no batch for token counts {missing}; give one number for all, or one for each")
-        if extra:
-            problems.append(f"batch: {extra} are not among the token counts {list(self.tokens)}")
+        if bool(self.tokens) == bool(self.image_sizes):
+            problems.append("give either tokens, or image_sizes in pixels")
+        if len(set(sizes)) != len(sizes):
+            problems.append(f"{'tokens' if self.tokens else 'image_sizes'}: {list(sizes)} has a size twice")
+        if isinstance(self.batch, dict):
+            missing, extra = (sorted(a - b) for a, b in permutations((set(self.tokens), set(self.batch))))
+            if missing:
+                problems.append(f"batch: no batch for token counts {missing}; give one number for all, or one for each")
+            if extra:
+                problems.append(f"batch: {extra} are not among the token counts {list(self.tokens)}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def sizes(self, patch: int) -> list[Size]:
+        """All sizes, for a model with patches of `patch` pixels.
+
+        Raises
+        ------
+        ConfigError
+            If the patches do not divide an image.
+        """
+        sides = [(math.isqrt(n) * patch,) * 2 for n in self.tokens]
+        sides += [size if isinstance(size, tuple) else (size, size) for size in self.image_sizes]
+        odd = [size for size in self.image_sizes if any(side % patch for side in sides[self.image_sizes.index(size)])]
+        if odd:
+            raise ConfigError(f"images of {odd} pixels are not divided by patches of {patch}")
+        counts = [(height // patch) * (width // patch) for height, width in sides]
+        each = self.batch if isinstance(self.batch, dict) else dict.fromkeys(counts, self.batch)
+        return [Size(tokens, pixels, each[tokens]) for tokens, pixels in zip(counts, sides, strict=True)]
 
 
 class RecipeConfig(Section):
@@ -124,8 +162,8 @@ class QualityConfig(Section):
     """
 
     dataset: DatasetName = "digits"
-    host: HostConfig = HostConfig(
-        model="vit_tiny_patch16_224",
+    model: HostConfig = HostConfig(
+        name="vit_tiny_patch16_224",
         patch_size=1,
         options={"embed_dim": 48, "depth": 2, "num_heads": 3, "weight_init": "jax"},
     )
@@ -137,6 +175,11 @@ class QualityConfig(Section):
     threads: PositiveInt = 1
     workers: PositiveInt = 2
     timeout_seconds: PositiveFloat = 600.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _before(cls, data: Any) -> Any:
+        return renamed(data, host="model")
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> QualityConfig:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.tasks.classify.images import NO_CLASS, TestImages, TestStream, Unreadable, check_classes, share_of
-from attnzoo.tasks.classify.model import logits
+from attnzoo.tasks.classify.build import logits
+from attnzoo.tasks.classify.loading import TestImages, TestStream, Unreadable, check_classes, share_of
+from attnzoo.tasks.classify.sources import NO_CLASS
 
 BINS = 15  # of the calibration error
-
-
-def has_top5(classes: int | None) -> bool:
-    """Whether there is a top-5 accuracy: with five classes or fewer every class is among five answers.
-
-    `None`, where an earlier version wrote no number of classes, is taken for many.
-    """
-    return classes is None or classes > 5
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,8 @@ class Answers:
         ``(N,)``: whether the class is among the first five answers.
     unreadable
         Places of the further images that could not be read, and are not in these.
+    reasons
+        Why images could not be read, by their places, where it was told.
     """
 
     index: np.ndarray
@@ -49,6 +45,7 @@ class Answers:
     loss: np.ndarray
     among_five: np.ndarray
     unreadable: np.ndarray
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
     def counted(self) -> dict[str, Any]:
         """Sum up: how many images, how many right at first and among five, mean loss, calibration error."""
@@ -79,15 +76,57 @@ class Answers:
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count]
 
 
-def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Answers:
-    """Test `model` on `images`; its mode is as before afterwards.
+def answers_of(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, ...]],
+    device: torch.device | str,
+    gather: Callable[[Tensor], Tensor] = lambda found: found,
+) -> Answers:
+    """Ask `model` for the classes of images; its mode is as before afterwards.
 
     Parameters
     ----------
     model
-        As Accelerate prepared it; its output is ``(B, classes)`` or has ``.logits``.
+        Its output is ``(B, classes)`` or has ``.logits``.
+    batches
+        Each images ``(B, C, H, W)``, classes ``(B,)`` and places ``(B,)``, as `TestImages` gives them, and perhaps the
+        reasons why images cannot be used.
+    device
+        Where the model is.
+    gather
+        Puts the rows ``(B, 6)`` of all processes together.
+    """
+    training = model.training
+    model.eval()
+    rows, reasons = [], dict[int, str]()
+    with torch.inference_mode():
+        for x, y, index, *told in batches:
+            scores = logits(model, x.to(device, non_blocking=True)).float()
+            check_classes(y[y != NO_CLASS], scores.shape[1])
+            reasons.update(zip(index.tolist(), *told, strict=True) if told else ())
+            y, index = y.to(device), index.to(device)
+            confidence, answer = scores.softmax(-1).max(-1)
+            among = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).any(-1)
+            loss = F.cross_entropy(scores, y.clamp(min=0), reduction="none")
+            rows.append(gather(torch.stack([t.float() for t in (index, y, answer, confidence, loss, among)], 1)).cpu())
+    model.train(training)
+    table = torch.cat(rows).double().numpy() if rows else np.zeros((0, 6))
+    table = table[table[:, 0] >= 0]  # without those that only fill a share up
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    read, lost = table[table[:, 1] != NO_CLASS], table[table[:, 1] == NO_CLASS][:, 0].astype(np.int64)
+    index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
+    return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, lost, reasons)
+
+
+def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Answers:
+    """Test `model` on `images`, of which each of Accelerate's processes takes its share.
+
+    Parameters
+    ----------
+    model
+        As Accelerate prepared it.
     images
-        Of all processes: each takes its share.
+        Of all processes.
     batch, workers
         Images at a time in one process, and its processes that read them.
     accelerator
@@ -99,27 +138,9 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
         If more than 1% of the images cannot be read, or one is of a class that the model does not have.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
-    training = model.training
-    model.eval()
-    rows, reasons = [], dict[int, str]()
-    with torch.inference_mode():
-        for x, y, index, *told in loader:
-            scores = logits(model, x.to(accelerator.device, non_blocking=True)).float()
-            check_classes(y[y != NO_CLASS], scores.shape[1])
-            reasons.update(zip(index.tolist(), *told, strict=True) if told else ())
-            y, index = y.to(scores.device), index.to(scores.device)
-            confidence, answer = scores.softmax(-1).max(-1)
-            among = (scores.topk(min(5, scores.shape[1])).indices == y[:, None]).any(-1)
-            loss = F.cross_entropy(scores, y.clamp(min=0), reduction="none")
-            found = torch.stack([t.float() for t in (index, y, answer, confidence, loss, among)], dim=1)
-            rows.append(accelerator.gather(found).cpu())
-    model.train(training)
-    table = torch.cat(rows).double().numpy() if rows else np.zeros((0, 6))
-    table = table[table[:, 0] >= 0]  # without those that only fill a share up
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    read, lost = table[table[:, 1] != NO_CLASS], table[table[:, 1] == NO_CLASS][:, 0].astype(np.int64)
-    Unreadable(getattr(images, "source", None), len(table), "test image").note(
-        lost.tolist(), [reasons.get(at, "") for at in lost.tolist()] if reasons else []
+    found = answers_of(model, loader, accelerator.device, accelerator.gather)
+    lost = found.unreadable.tolist()
+    Unreadable(getattr(images, "source", None), len(found.index) + len(lost), "test image").note(
+        lost, [found.reasons.get(at, "") for at in lost] if found.reasons else []
     )
-    index, target, answer = (read[:, column].astype(np.int64) for column in range(3))
-    return Answers(index, target, answer, read[:, 3], read[:, 4], read[:, 5] > 0, lost)
+    return found

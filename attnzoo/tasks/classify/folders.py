@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -26,26 +25,21 @@ LINK = "linked to a folder that is read anyway"
 UNMAPPED = "of classes that class_map does not name"
 
 
-@dataclass
 class LeftOut:
     """What a folder holds that is not read: how many by reason, and the first few names."""
 
-    counts: Counter[str] = field(default_factory=Counter)
-    names: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.counts = Counter[str]()
+        self.names: dict[str, list[str]] = {}
 
     def note(self, reason: str, name: str, count: int = 1) -> None:
         """Count something that is not read."""
         self.counts[reason] += count
-        named = self.names.setdefault(reason, [])
-        if len(named) < MOST_NAMED:
-            named.append(name)
+        self.names[reason] = [*self.names.get(reason, ()), name][:MOST_NAMED]
 
     def __str__(self) -> str:
-        told = []
-        for reason, count in self.counts.items():
-            more = ", ..." if count > len(self.names[reason]) else ""
-            told.append(f"{count:,} {reason} ({', '.join(self.names[reason])}{more})")
-        return "; ".join(told)
+        more = {reason: ", ..." if count > len(self.names[reason]) else "" for reason, count in self.counts.items()}
+        return "; ".join(f"{n:,} {why} ({', '.join(self.names[why])}{more[why]})" for why, n in self.counts.items())
 
 
 class ImageFolder:
@@ -84,8 +78,28 @@ class ImageFolder:
         self._suffixes = image_suffixes() if suffixes is None else suffixes
         self._own = os.path.realpath(folder)
         self._followed: dict[str, str] = {}  # folders beyond links, and the class that each is read for
-        found = dict(self._class_folders(class_map))
-        if not any(found.values()):
+        found: dict[str, list[str]] = {}
+        for entry, beyond in self._entries(str(folder)):
+            if beyond is None:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise ConfigError(f"data: {entry.path!r} is a broken link; fix or remove it")
+                self.left_out.note(STRAY, entry.name)
+                continue
+            before = self.left_out.counts.total()
+            images = list(self._images(entry.path, entry.name, beyond))
+            known = class_map is None or entry.name in class_map
+            if known and not images:
+                others = self.left_out.counts.total() - before
+                raise ConfigError(
+                    f"data: {entry.path!r} holds no image that can be read ({others:,} other files in it), and each "
+                    f"folder in {str(folder)!r} is a class. Remove or move it, or begin its name with a dot; images "
+                    "that PIL does not read must be converted"
+                )
+            if known:
+                found[entry.name] = images
+            elif images:
+                self.left_out.note(UNMAPPED, entry.name, len(images))
+        if not found:
             told = f"; left out: {self.left_out}" if self.left_out.counts else ""
             raise ConfigError(f"data: Found 0 images in {str(folder)!r}: it should have a folder for each class{told}")
         ordered = tuple(sorted(found, key=_natural)) if class_map is None else _in_order(class_map)
@@ -109,60 +123,39 @@ class ImageFolder:
         """The path of an image below the split's folder."""
         return os.path.relpath(self.files[index][0], self.folder)
 
-    def _class_folders(self, class_map: Mapping[str, int] | None) -> Iterator[tuple[str, list[str]]]:
-        for entry in _entries(self.folder):
-            if self._hidden(entry):
-                continue
-            if not _is_folder(entry):
-                if entry.is_symlink() and not os.path.exists(entry.path):
-                    raise ConfigError(f"data: {entry.path!r} is a broken link; fix or remove it")
-                self.left_out.note(STRAY, entry.name)
-                continue
-            linked = entry.is_symlink()
-            if linked and self._read_anyway(entry.path, entry.name):
-                self.left_out.note(LINK, entry.name)
-                continue
-            before = self.left_out.counts.copy()
-            files = list(self._images(entry.path, entry.name, linked))
-            if class_map is not None and entry.name not in class_map:
-                if files:
-                    self.left_out.note(UNMAPPED, entry.name, len(files))
-            elif files:
-                yield entry.name, files
-            else:
-                found = sum((self.left_out.counts - before).values())
-                raise ConfigError(
-                    f"data: {entry.path!r} holds no image that can be read ({found:,} other files in it), and each "
-                    f"folder in {str(self.folder)!r} is a class. Remove or move it, or begin its name with a dot; "
-                    "images that PIL does not read must be converted"
-                )
-
-    def _images(self, folder: str, name: str, linked: bool) -> Iterator[str]:
-        """Images of the class `name` in a folder at any depth; `linked` where that lies beyond a link."""
-        if linked:
-            self._followed[os.path.realpath(folder)] = name
-        for entry in _entries(folder):
-            if self._hidden(entry):
-                continue
-            if _is_folder(entry):
-                beyond = linked or entry.is_symlink()
-                if beyond and self._read_anyway(entry.path, name):
-                    self.left_out.note(LINK, self._below(entry))
-                else:
-                    yield from self._images(entry.path, name, beyond)
+    def _images(self, folder: str, name: str, beyond: bool) -> Iterator[str]:
+        """Images of the class `name` in a folder at any depth; `beyond` where that lies beyond a link."""
+        for entry, inner in self._entries(folder, name, beyond):
+            if inner is not None:
+                yield from self._images(entry.path, name, inner)
             elif os.path.splitext(entry.name)[1].lower() in self._suffixes:
                 yield entry.path
             else:
                 self.left_out.note(FORMAT, self._below(entry))
 
-    def _hidden(self, entry: os.DirEntry[str]) -> bool:
-        if not entry.name.startswith(".") and entry.name not in LEFT_BEHIND:
-            return False
-        folder = entry.is_dir(follow_symlinks=False)
-        count = sum(len(files) for _, _, files in os.walk(entry.path)) if folder else 1
-        if count:
-            self.left_out.note(HIDDEN, self._below(entry), count)
-        return True
+    def _entries(
+        self, folder: str, name: str = "", beyond: bool = False
+    ) -> Iterator[tuple[os.DirEntry[str], bool | None]]:
+        """What is not left out in a folder of the class `name`, with whether it lies beyond a link; None for files."""
+        if beyond:
+            self._followed[os.path.realpath(folder)] = name
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ConfigError(f"data: {folder!r} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            # a link to itself is an error for DirEntry.is_dir
+            is_folder = entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+            inner = beyond or entry.is_symlink() if is_folder else None
+            if entry.name.startswith(".") or entry.name in LEFT_BEHIND:
+                inside = os.walk(entry.path) if entry.is_dir(follow_symlinks=False) else [("", [], [entry.name])]
+                if count := sum(len(files) for _, _, files in inside):
+                    self.left_out.note(HIDDEN, self._below(entry), count)
+            elif inner and self._read_anyway(entry.path, name or entry.name):
+                self.left_out.note(LINK, self._below(entry))
+            else:
+                yield entry, inner
 
     def _read_anyway(self, path: str, name: str) -> bool:
         """Whether a folder beyond a link is in the split, around it, or read by another link of the class `name`.
@@ -173,7 +166,7 @@ class ImageFolder:
             If it is read by a link of another class.
         """
         real = os.path.realpath(path)
-        if _within(real, self._own) or _within(self._own, real):
+        if os.path.commonpath([real, self._own]) in (real, self._own):
             return True
         owner = self._followed.get(real, name)
         if owner != name:
@@ -190,28 +183,8 @@ class ImageFolder:
 def image_suffixes() -> frozenset[str]:
     """Endings of the files that PIL decodes, in lower case with the dot; plugins that are registered count."""
     Image.init()
-    return frozenset(
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN and kind not in NOT_DECODED
-    )
-
-
-def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise ConfigError(f"data: {str(folder)!r} cannot be read: {error.strerror}") from error
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether this is a folder or leads to one; a link to itself is an error for ``DirEntry.is_dir``."""
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
-
-
-def _within(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_DECODED)
 
 
 def _natural(text: str) -> tuple[list[str | int], str]:

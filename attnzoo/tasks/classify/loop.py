@@ -13,33 +13,32 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from attnzoo import files
+from attnzoo import files, processes
 from attnzoo.bench.environment import environment
 from attnzoo.bench.measure import quantiles
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.tasks.classify import checkpoint, nonfinite
-from attnzoo.tasks.classify.config import ClassifyConfig, Run
+from attnzoo.tasks.classify.build import count_parameters, logits
+from attnzoo.tasks.classify.config import RESULT, WEIGHTS, ClassifyConfig, Run
 from attnzoo.tasks.classify.evaluate import evaluate
-from attnzoo.tasks.classify.images import (
+from attnzoo.tasks.classify.loading import (
     Batches,
-    Splits,
     StreamImages,
-    TestImages,
-    TestStream,
     TrainImages,
     Unreadable,
     check_classes,
+    test_images,
     test_options,
     transforms,
 )
-from attnzoo.tasks.classify.model import ABOUT, AVERAGED, WEIGHTS, build, logits
-from attnzoo.tasks.classify.randomness import reseed
+from attnzoo.tasks.classify.model import ABOUT, AVERAGED, build
+from attnzoo.tasks.classify.randomness import STEP, reseed
+from attnzoo.tasks.classify.sources import Splits
 
-FINAL, LOG, RESULT, CHECKPOINTS, PROGRESS = "final", "log.jsonl", "result.json", "checkpoints", "progress.json"
+LOG, CHECKPOINTS, PROGRESS = "log.jsonl", "checkpoints", "progress.json"
 MOST_SKIPPED = 50  # steps that a gradient scaler may leave out one after the other
-STEP = 4  # the key of a step's random numbers, beside those of `images`
 Tell = Callable[[int, int, str], None]  # steps done, steps in all, what to say
 
 
@@ -79,7 +78,7 @@ class Training:
         self.total = self.steps * recipe.epochs
         model, about = build(run, splits.classes)
         self.about = {**about, "images": test_options(config.data, augment), "class_names": splits.names}
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = count_parameters(model)
         optimizer = create_optimizer_v2(
             model, opt=recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.optimizer_options
         )
@@ -107,12 +106,8 @@ class Training:
                 num_classes=splits.classes,
             )
             self.loss_of = SoftTargetCrossEntropy()
-        self.train_transform, test_transform = transforms(config.data, augment)
-        shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        if isinstance(splits.test, IterableDataset):
-            self.test: TestImages | TestStream = TestStream(splits.test, test_transform, shape)
-        else:
-            self.test = TestImages(splits.test, test_transform, shape)
+        self.train_transform, _ = transforms(config.data, augment)
+        self.test = test_images(config.data, augment, splits.test)
         if accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(accelerator.device)
         self.progress = Progress()
@@ -317,21 +312,18 @@ class Training:
 
     def _resume(self) -> None:
         parent, accelerator = self.run.folder / CHECKPOINTS, self.accelerator
-        newest: list[Any] = [None]
+        newest = None
         if accelerator.is_main_process:
-            newest[0] = checkpoint.newest_good(parent)
-            checkpoint.tidy(parent, 0 if newest[0] is None else checkpoint.step_of(newest[0]))
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(newest)
-        if newest[0] is None:
+            newest = checkpoint.newest_good(parent)
+            checkpoint.tidy(parent, 0 if newest is None else checkpoint.step_of(newest))
+        newest = processes.from_main(newest)
+        if newest is None:
             return
-        accelerator.load_state(str(newest[0]))
-        self.progress = Progress(**json.loads((newest[0] / PROGRESS).read_text(encoding="utf-8")))
+        accelerator.load_state(str(newest))
+        self.progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
         self.unreadable.found = set(self.progress.unreadable)
         if self.average is not None:
-            self.average.module.load_state_dict(load_file(newest[0] / AVERAGED))
+            self.average.module.load_state_dict(load_file(newest / AVERAGED))
 
     def _finish(self, found: dict[str, Any], epochs: int) -> dict[str, Any]:
         accelerator, progress = self.accelerator, self.progress
@@ -358,7 +350,7 @@ class Training:
         if self.average is not None:
             result["test_averaged"] = progress.epochs[-1]["test_averaged"]
         main, wait = accelerator.is_main_process, accelerator.wait_for_everyone
-        with checkpoint.writing(self.run.folder / FINAL, "The checkpoints are as they were.", main, wait) as part:
+        with checkpoint.writing(self.run.final, "The checkpoints are as they were.", main, wait) as part:
             if main:
                 save_file(state, part / WEIGHTS, metadata={"format": "pt"})
                 if self.average is not None:

@@ -13,28 +13,17 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.errors import AttnZooError, ConfigError, TrainingError, WeightsError
 from attnzoo.extras import require
-from attnzoo.tasks.classify import small as classify
-from attnzoo.tasks.classify.config import ClassifyConfig, ModelConfig, Run, TrainedAttention
-from attnzoo.tasks.classify.images import transforms
+from attnzoo.tasks.classify.build import build_model, equal_parameters, logits, swapped
+from attnzoo.tasks.classify.config import WEIGHTS, ClassifyConfig, ModelConfig, Run
+from attnzoo.tasks.classify.loading import transforms
 from attnzoo.weights import load_weights
 
 # of a config of transformers: what the data decide, and what building a model does not need
 _OF_THE_DATA = frozenset(
-    [
-        "image_size",
-        "num_channels",
-        "num_labels",
-        "id2label",
-        "label2id",
-        "model_type",
-        "architectures",
-        "dtype",
-        "transformers_version",
-        "problem_type",
-        "_name_or_path",
-    ]
-)
-WEIGHTS, AVERAGED, ABOUT = "model.safetensors", "averaged.safetensors", "model.json"
+    ["image_size", "num_channels", "num_labels", "id2label", "label2id", "model_type", "architectures", "dtype",
+     "transformers_version", "problem_type", "_name_or_path"]
+)  # fmt: skip
+AVERAGED, ABOUT = "averaged.safetensors", "model.json"
 
 
 def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -55,16 +44,12 @@ def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     config = run.config
     more: dict[str, Any] = {}
     if config.equal_parameters and run.attention is not None:
-        more = classify.equal_parameters(
-            lambda more: _dense(run, classes, more),
-            lambda more: _swapped(_dense(run, classes, more), run.attention, run.seed),
-            run.label,
-        )
+        more = equal_parameters(lambda more: _dense(run, classes, more), run.attention, run.seed)
     model = _dense(run, classes, more)
     about = _about(run, classes, model, more)
     weights = config.model.weights
     if weights is None:
-        return _swapped(model, run.attention, run.seed), about
+        return swapped(model, run.attention, run.seed), about
     state = _read_weights(weights)
     if config.model.new_head:
         head = _head(model)
@@ -72,16 +57,10 @@ def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     before = set(state) <= set(model.state_dict())  # weights of the model as it is without a swap
     if before:
         _load(model, state, config.model, classes)
-    model = _swapped(model, run.attention, run.seed)
+    model = swapped(model, run.attention, run.seed)
     if not before:
         _load(model, state, config.model, classes)
     return model, about
-
-
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Class scores ``(B, classes)`` of images ``(B, C, H, W)``, from a model of either library."""
-    out = model(images)
-    return out if isinstance(out, Tensor) else out.logits
 
 
 def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
@@ -164,16 +143,8 @@ def _dense(run: Run, classes: int, more: Mapping[str, Any]) -> nn.Module:
 
 
 def _create(config: ModelConfig, image_size: int, channels: int, classes: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
     make = _create_timm if config.library == "timm" else _create_transformers
-    try:
-        model, patch = make(config, image_size, channels, classes)
-    except ConfigError:
-        raise
-    except Exception as error:  # factories and hubs of two libraries
-        raise ConfigError(
-            f"model: {config.library} cannot build {config.name!r}: {type(error).__name__}: {error}"
-        ) from error
+    model, patch = make(config, image_size, channels, classes, seed)
     for side, size in zip(("high", "wide"), patch, strict=True):
         if image_size % size:
             raise ConfigError(
@@ -183,41 +154,31 @@ def _create(config: ModelConfig, image_size: int, channels: int, classes: int, s
     return model
 
 
-def _create_timm(config: ModelConfig, size: int, channels: int, classes: int) -> tuple[nn.Module, tuple[int, int]]:
-    classify.check_model_name(config.name)
-    import timm
+Created = tuple[nn.Module, tuple[int, int]]  # a model, and the height and width of its patches
 
-    model: Any = timm.create_model(
-        config.name,
-        pretrained=config.pretrained,
-        img_size=size,
-        in_chans=channels,
-        num_classes=classes,
-        **config.options,
-    )
+
+def _create_timm(config: ModelConfig, size: int, channels: int, classes: int, seed: int) -> Created:
+    sizes = {"image_size": size, "channels": channels, "classes": classes}
+    model: Any = build_model(config.name, **sizes, options=config.options, seed=seed, pretrained=config.pretrained)
     return model, getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
 
 
-def _create_transformers(
-    config: ModelConfig, size: int, channels: int, classes: int
-) -> tuple[nn.Module, tuple[int, int]]:
+def _create_transformers(config: ModelConfig, size: int, channels: int, classes: int, seed: int) -> Created:
     require("transformers", extra="llm")
     from transformers import AutoConfig, AutoModelForImageClassification
 
     sizes = {"image_size": size, "num_channels": channels, "num_labels": classes, **config.options}
-    if config.pretrained:
-        model = AutoModelForImageClassification.from_pretrained(config.name, ignore_mismatched_sizes=True, **sizes)
-    else:
-        model = AutoModelForImageClassification.from_config(AutoConfig.for_model(config.name, **sizes))
+    make = AutoModelForImageClassification
+    torch.manual_seed(seed)
+    try:
+        if config.pretrained:
+            model = make.from_pretrained(config.name, ignore_mismatched_sizes=True, **sizes)
+        else:
+            model = make.from_config(AutoConfig.for_model(config.name, **sizes))
+    except Exception as error:  # of the hub, too
+        raise ConfigError(f"transformers cannot build {config.name!r}: {type(error).__name__}: {error}") from error
     patch = getattr(model.config, "patch_size", 1)
     return model, (patch, patch) if isinstance(patch, int) else tuple(patch)
-
-
-def _swapped(model: nn.Module, spec: TrainedAttention | None, seed: int) -> nn.Module:
-    if spec is None:
-        return model
-    torch.manual_seed(seed)
-    return attnzoo.replace_attention(model, spec.name, keep_original=False, **spec.swap)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -272,9 +233,7 @@ def check_all(config: ClassifyConfig, classes: int) -> None:
         try:
             model, _ = build(run, classes)
             with torch.inference_mode():
-                logits(
-                    model.eval(), torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
-                )
+                logits(model.eval(), torch.zeros(1, *config.data.shape))
         except AttnZooError as error:
             problems.append(f"{run.label}: {error}")
     if problems:

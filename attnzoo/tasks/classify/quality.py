@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Self
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self
 
-from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Record, Share
+from attnzoo.bench import words
+from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Share
 from attnzoo.bench.stats import ratio_of_shares, wilson_interval
-from attnzoo.bench.words import quality_kept
-from attnzoo.tasks.classify.cost_config import QualityConfig
-from attnzoo.tasks.classify.small import IMAGE_SIDE
+
+FEW = 5  # classes; with so many or fewer, every class is among five answers
+
+
+class Mistake(Entry):
+    """A test image, its class, the class it was taken for, and the probability of that; its picture in base64."""
+
+    name: str
+    target: str
+    answer: str
+    confidence: Share
+    picture: str = ""
 
 
 class Training(Entry):
-    """One training: seed, result, and after each epoch the mean loss in it and, where counted, the correct answers."""
+    """One training: seed, result, and after each epoch the mean loss in it and, where counted, the correct answers.
+
+    `mistakes` are the test images most confidently got wrong, of an attention's first seed; only the row of quality
+    has them.
+    """
 
     seed: Count
     correct: Count
@@ -23,6 +38,11 @@ class Training(Entry):
     epoch_losses: tuple[float, ...]
     parameters: Count | None = None
     epoch_correct: tuple[Count, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+
+    def percent(self, correct: int) -> float:
+        """So many correct answers as a part of all."""
+        return 100 * correct / self.images
 
 
 class Accuracy(Quality):
@@ -50,6 +70,33 @@ class Accuracy(Quality):
         return self.model_copy(update={"ratio": ratio, "ratio_low": low, "ratio_high": high})
 
     @property
+    def brief(self) -> Self:
+        """The same without mistakes and their pictures."""
+        trainings = tuple(training.model_copy(update={"mistakes": ()}) for training in self.trainings)
+        return self.model_copy(update={"trainings": trainings})
+
+    @property
+    def seeds(self) -> list[float]:
+        """Top-1 of each seed, in percent."""
+        return [training.percent(training.correct) for training in self.trainings]
+
+    @property
+    def mean_of_seeds(self) -> str:
+        """Mean and standard deviation of several seeds; empty for one."""
+        several = len(self.trainings) > 1
+        return f"{statistics.fmean(self.seeds):.2f} ± {statistics.stdev(self.seeds):.2f}" if several else ""
+
+    @property
+    def each_seed(self) -> str:
+        """Top-1 of each seed."""
+        return ", ".join(f"{value:.2f}" for value in self.seeds)
+
+    @property
+    def calibration(self) -> str:
+        """The calibration error, or a dash where it was not looked at."""
+        return "-" if self.calibration_error is None else f"{self.calibration_error:.3f}"
+
+    @property
     def figure(self) -> str:
         """Top-1 with its interval, in percent: ``95.1 (93.1-96.6)``."""
         return f"{self.accuracy * 100:.1f} ({self.low * 100:.1f}-{self.high * 100:.1f})"
@@ -64,26 +111,33 @@ class Accuracy(Quality):
         """Columns of the table of quality."""
         return {
             "top-1 % (95% Wilson)": self.figure,
-            "kept (95%)": quality_kept(self),
+            "kept (95%)": words.quality_kept(self),
+            "mean ± deviation of seeds": self.mean_of_seeds,
+            "each seed": self.each_seed if self.mean_of_seeds else "",
             "right": f"{sum(t.correct for t in self.trainings)} of {self.images}",
-            "top-5 %": "-" if self.top5 is None else f"{self.top5:.1%}"[:-1],
-            "calibration error": "-" if self.calibration_error is None else f"{self.calibration_error:.3f}",
+            "top-5 %": "-" if self.top5 is None else f"{100 * self.top5:.1f}",
+            "calibration error": self.calibration,
             "last epoch's loss": ", ".join(f"{t.final_loss:.3f}" for t in self.trainings),
             "training, s": ", ".join(f"{t.seconds:.0f}" for t in self.trainings),
         }
 
 
-def accuracy_of(config: QualityConfig, trainings: Sequence[Training]) -> Accuracy:
-    """Put the trainings of one attention together; the ratio to dense is left open."""
+def accuracy_of(
+    trainings: Sequence[Training], counted: Sequence[Mapping[str, Any]], classes: int | None, note: str
+) -> Accuracy:
+    """Put the trainings of one attention together; the ratio to dense is left open.
+
+    Parameters
+    ----------
+    trainings, counted
+        Of each seed, and what `Answers.counted` gives of it.
+    classes
+        How many there are; with five or fewer there is no top-5.
+    note
+        What was done on what data.
+    """
     correct, images = sum(t.correct for t in trainings), sum(t.images for t in trainings)
     low, high = wilson_interval(correct, images)
-    tokens = (IMAGE_SIDE[config.dataset] // config.host.patch_size) ** 2
-    options = ", ".join(f"{key}={value}" for key, value in config.host.options.items())
-    seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
-    note = (
-        f"{config.host.model} ({options}) from scratch on {config.dataset}, {tokens} tokens, "
-        f"{config.recipe.epochs} epochs, {seeds}, {trainings[0].images:,} test images"
-    )
     return Accuracy(
         accuracy=correct / images,
         low=low,
@@ -91,23 +145,19 @@ def accuracy_of(config: QualityConfig, trainings: Sequence[Training]) -> Accurac
         images=images,
         trainings=tuple(trainings),
         note=note,
+        top5=sum(one["top5"] for one in counted) / images if has_top5(classes) else None,
+        calibration_error=sum(one["calibration_error"] for one in counted) / len(counted),
     )
 
 
-def training_plot(records: Sequence[Record]) -> str:
-    """Mean training loss after each epoch, of the first seed, as SVG; empty where nothing was trained."""
-    from attnzoo.bench.colors import look
-    from attnzoo.bench.plots import KEYED, add_key, new_figure, to_svg
+def has_top5(classes: int | None) -> bool:
+    """Whether there is a top-5 accuracy: with five classes or fewer every class is among five answers.
 
-    trained = {row.label: row.quality for row in records if isinstance(row.quality, Accuracy)}
-    if not trained:
-        return ""
-    figure, axes = new_figure(right=KEYED)
-    labels = tuple(trained)
-    for label, quality in trained.items():
-        losses = quality.trainings[0].epoch_losses
-        axes.plot(range(1, len(losses) + 1), losses, color=look(labels, label)[0], label=label, lw=1.8)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss")
-    add_key(axes)
-    return to_svg(figure, "training")
+    `None`, where an earlier version wrote no number of classes, is taken for many.
+    """
+    return classes is None or classes > FEW
+
+
+def listed(options: Mapping[str, Any]) -> str:
+    """Options in words: ``depth=2, num_heads=3``."""
+    return ", ".join(f"{key}={value}" for key, value in options.items())

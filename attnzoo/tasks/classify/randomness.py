@@ -10,6 +10,8 @@ import random
 import numpy as np
 import torch
 
+ORDER, AUGMENT, SUBSET, STEP = 1, 2, 3, 4  # keys that keep the random numbers of different purposes apart
+
 
 def seed_of(*key: int) -> int:
     """A seed of 63 bits for a tuple of non-negative integers."""

@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from attnzoo import files
+from attnzoo import files, processes
 from attnzoo.assets import sha256_of
 from attnzoo.bench.config import flat
+from attnzoo.bench.progress import bars
 from attnzoo.bench.stats import wilson_interval
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
+from attnzoo.tables import Table
 from attnzoo.tasks.classify import checkpoint
 from attnzoo.tasks.classify.config import ClassifyConfig, Run, load_config
-from attnzoo.tasks.classify.evaluate import has_top5
-from attnzoo.tasks.classify.images import Splits, open_splits
-from attnzoo.tasks.classify.loop import CHECKPOINTS, FINAL, RESULT, Tell, Training, local_batch, steps_an_epoch
+from attnzoo.tasks.classify.loop import CHECKPOINTS, Tell, Training, local_batch, steps_an_epoch
 from attnzoo.tasks.classify.model import check_all
+from attnzoo.tasks.classify.quality import has_top5
+from attnzoo.tasks.classify.sources import Splits, open_splits
 from attnzoo.units import megabytes
 
 RUN, CONFIG = "run.json", "config.yaml"
@@ -90,7 +90,7 @@ def left_to_others(config: ClassifyConfig, results: Sequence[dict[str, Any]]) ->
 def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[str, dict[str, Any]]) -> bool:
     """Train a run, if that is still to be done, and add its result; False where another process is training it."""
     with _claimed(run, splits, state.is_main_process) as claim:
-        decision = _agreed(claim, state.num_processes)
+        decision = _agreed(claim)
         if decision == "busy":
             console.print(f"{run.name}: another process is training it", highlight=False)
             return False
@@ -98,8 +98,8 @@ def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[
             with _bar(console, run.name) as tell:
                 _train(run, splits, tell, console)
             if state.is_main_process:
-                console.print(f"{run.name}: {said(_result(run))}", highlight=False)
-        results[run.name] = _result(run)
+                console.print(f"{run.name}: {said(run.result)}", highlight=False)
+        results[run.name] = run.result
     return True
 
 
@@ -121,23 +121,12 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
     Top-5 is left out where there are five classes or fewer.
     """
-    shown = Table()
-    for heading in (
-        "attention",
-        "seed",
-        "top-1 (95%)",
-        "top-5",
-        "test loss",
-        "parameters",
-        "ms per step, p50",
-        "peak memory",
-    ):
-        shown.add_column(heading, justify="left" if heading == "attention" else "right")
+    heads = ("seed", "top-1 (95%)", "top-5", "test loss", "parameters", "ms per step, p50", "peak memory")
+    shown = Table(("attention", *heads))
     for result in results:
-        test = result["test"]
+        test, step = result["test"], result.get("step_ms")
         low, high = wilson_interval(test["top1"], test["images"])
-        step = result.get("step_ms")
-        shown.add_row(
+        shown.add(
             result["label"],
             str(result["seed"]),
             f"{test['top1'] / test['images']:.2%} ({low:.2%} to {high:.2%})",
@@ -193,25 +182,17 @@ def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | Config
 def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if run.config.resume == "never":
         _set_aside(run.folder)
-    about = run.folder / RUN
-    identity = {"run_hash": run.hash, "label": run.label, "seed": run.seed, **facts(run.config, splits)}
-    if about.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))
-        odd = [key for key in identity if found.get(key) != identity[key]]
-        begun = (run.folder / FINAL).is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
-        if odd and begun:
-            if "run_hash" in odd:
-                what = f"another config ({changes(run)})"
-            else:
-                told = "; ".join(differences(found, identity))
-                what = f"other data or weights ({', '.join(odd)})" + (f": {told}" if told else "")
-            return ConfigError(
-                f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
-                "resume=never."
-            )
-    files.write_json(about, identity)
+    about, known = run.folder / RUN, facts(run.config, splits)
+    begun = run.final.is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
+    what = odd(run, json.loads(about.read_text(encoding="utf-8")), known) if begun and about.exists() else ""
+    if what:
+        return ConfigError(
+            f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
+            "resume=never."
+        )
+    files.write_json(about, {"run_hash": run.hash, "label": run.label, "seed": run.seed, **known})
     files.write(run.folder / CONFIG, run.config.to_yaml())
-    final = run.folder / FINAL
+    final = run.final
     wrong = checkpoint.problem(final) if final.is_dir() else "it is not there"
     if wrong is None:
         return "done"
@@ -226,6 +207,17 @@ def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if final.is_dir():
         warnings.warn(f"{final} is refused: {wrong}; the end is trained again from {newest}", stacklevel=2)
     return "train"
+
+
+def odd(run: Run, begun: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    """Say of what else a run was, by what was written when it began and the `facts` of today; empty where of nothing.
+
+    The label and the seed are part of the run's hash.
+    """
+    if begun.get("run_hash") != run.hash:
+        return f"another config ({changes(run)})"
+    told = "; ".join(differences(begun, known))
+    return f"other data or weights ({told})" if told else ""
 
 
 def changes(run: Run) -> str:
@@ -296,39 +288,24 @@ def _set_aside(folder: Path) -> None:
         os.replace(path, old / path.name)
 
 
-def _agreed(claim: Decision | ConfigError | None, processes: int) -> Decision:
+def _agreed(claim: Decision | ConfigError | None) -> Decision:
     """The main process's decision, in all processes."""
-    shared: list[Any] = [claim]
-    if processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(shared)
-    if isinstance(shared[0], ConfigError):
-        raise shared[0]
-    decision: Decision = shared[0]
-    return decision
-
-
-def _result(run: Run) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.folder / FINAL / RESULT).read_text(encoding="utf-8"))
+    found = processes.from_main(claim)
+    if isinstance(found, ConfigError):
+        raise found
+    assert found is not None
     return found
 
 
 @contextmanager
 def _bar(console: Console, name: str) -> Iterator[Tell]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[stage]}", markup=False),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=120, disable=not console.is_terminal) as bars:
-        task = bars.add_task(name, total=None, stage="")
+    if not console.is_terminal:
+        yield lambda done, total, stage: None
+        return
+    with bars(console) as shown:
+        task = shown.add_task(name, total=None, stage="")
 
         def tell(done: int, total: int, stage: str) -> None:
-            bars.update(task, completed=done, total=total, stage=stage)
+            shown.update(task, completed=done, total=total, stage=f"step {done} of {total}, {stage}")
 
         yield tell

@@ -1,4 +1,4 @@
-"""Image classification: small real data sets, timm models, one recipe and top-1 accuracy."""
+"""The small trainer of a suite: little real data sets in memory, one recipe, top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import ConfigError, UnsupportedError
+from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.task import Result, Say
+from attnzoo.errors import ConfigError
 from attnzoo.extras import require
+from attnzoo.tasks.classify.build import build_model, count_parameters, equal_parameters, swapped, with_baseline
+from attnzoo.tasks.classify.cost_config import QualityConfig, RecipeConfig
+from attnzoo.tasks.classify.evaluate import Answers, answers_of
+from attnzoo.tasks.classify.quality import Training, accuracy_of, listed
+from attnzoo.tasks.classify.sources import SPLIT_SEED, read_digits
 
 IMAGE_SIDE = {"digits": 8, "fashion_mnist": 28}
-SPLIT_SEED = 0
-NEARLY_EQUAL = 0.03  # parameters of two models
-DIGITS_TEST_IMAGES = 597
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,6 @@ class Images:
     def side(self) -> int:
         """Height and width of an image, in pixels."""
         return self.train_x.shape[-1]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a classifier is trained: AdamW, a cosine schedule with linear warm-up, label smoothing, clipped gradients."""
-
-    epochs: int
-    batch: int
-    lr: float
-    weight_decay: float
-    warmup_epochs: int
-    label_smoothing: float
-    clip_grad_norm: float
 
 
 @dataclass(frozen=True)
@@ -110,94 +100,10 @@ def load_images(dataset: str, folder: Path, *, train_images: int | None = None, 
     return Images((train_x - mean) / unit, train_y, (test_x - mean) / unit, test_y, classes)
 
 
-def build_model(
-    model: str,
-    *,
-    image_size: int,
-    patch_size: int,
-    channels: int,
-    classes: int,
-    options: Mapping[str, Any],
-    seed: int,
-) -> nn.Module:
-    """Build a timm model, freshly initialized from `seed`.
-
-    Raises
-    ------
-    MissingExtraError
-        If timm is not installed.
-    ConfigError
-        If timm has no such model, or refuses an option.
-    """
-    check_model_name(model)
-    import timm
-
-    torch.manual_seed(seed)
-    try:
-        return timm.create_model(
-            model,
-            img_size=image_size,
-            patch_size=patch_size,
-            in_chans=channels,
-            num_classes=classes,
-            **options,
-        )
-    except (TypeError, AssertionError) as error:
-        raise ConfigError(f"timm cannot build {model!r} with {dict(options)}: {error}") from error
-
-
-def check_model_name(model: str) -> None:
-    """Raise `ConfigError`, with the nearest names, unless timm has a model of this name."""
-    require("timm")
-    import difflib
-
-    import timm
-
-    if not timm.is_model(model):
-        close = difflib.get_close_matches(model, timm.list_models(), n=3)
-        raise ConfigError(f"timm has no model {model!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
-
-
-def equal_parameters(
-    dense: Callable[[Mapping[str, Any]], nn.Module], swapped: Callable[[Mapping[str, Any]], nn.Module], label: str
-) -> dict[str, Any]:
-    """Find the width of the MLPs with which a swapped timm model has the parameters of the dense one, to 3%.
-
-    Parameters
-    ----------
-    dense, swapped
-        Build either model with further options.
-    label
-        What to call the swapped one in a message.
-
-    Returns
-    -------
-    dict
-        The option, ``mlp_ratio``: the width as a multiple of the model's.
-
-    Raises
-    ------
-    UnsupportedError
-        If the attention alone has too many parameters.
-    """
-    model: Any = dense({})
-    wanted, width = sum(p.numel() for p in model.parameters()), model.embed_dim
-    counts = [sum(p.numel() for p in swapped({"mlp_ratio": n / width}).parameters()) for n in (width, 2 * width)]
-    hidden = round(width * (1 + (wanted - counts[0]) / (counts[1] - counts[0])))
-    ratio = (hidden + 0.5) / width  # timm cuts the product to a whole number
-    found = sum(p.numel() for p in swapped({"mlp_ratio": ratio}).parameters()) if hidden > 0 else 0
-    if abs(found / wanted - 1) > NEARLY_EQUAL:
-        raise UnsupportedError(
-            f"no width of the MLPs gives {label} {wanted:,} parameters, those of the dense model: the attention "
-            f"alone has too many (nearest: {found:,})"
-        )
-    return {"mlp_ratio": ratio}
-
-
 def train(
     model: nn.Module,
     images: Images,
-    recipe: Recipe,
+    recipe: RecipeConfig,
     *,
     seed: int,
     device: torch.device | str = "cpu",
@@ -258,27 +164,77 @@ def train(
     return Trained(tuple(losses), time.perf_counter() - start)
 
 
-def count_correct(model: nn.Module, images: Images, batch: int = 256, device: torch.device | str = "cpu") -> int:
-    """Number of test images whose highest logit is their class's."""
-    model.to(device).eval()
-    correct = 0
-    with torch.inference_mode():
-        for x, y in zip(images.test_x.split(batch), images.test_y.split(batch), strict=True):
-            correct += int((model(x.to(device)).argmax(-1) == y.to(device)).sum())
-    return correct
+def answers(model: nn.Module, images: Images, batch: int = 256, device: torch.device | str = "cpu") -> Answers:
+    """What the model answers on the test images."""
+    parts = images.test_x.split(batch), images.test_y.split(batch), torch.arange(len(images.test_y)).split(batch)
+    return answers_of(model.to(device), zip(*parts, strict=True), device)
+
+
+def measure_quality(
+    quality: QualityConfig, spec: AttentionConfig | None, fused: bool, data: Path, device: str, say: Say
+) -> Result:
+    """Train once per seed and test on the held-out images.
+
+    Parameters
+    ----------
+    quality, spec
+        What to train, with which attention; None is the model's own.
+    fused
+        Whether the model's own attention is its fused kernel.
+    data
+        The folder of the data set.
+    device, say
+        Where to train, and how to tell how far it is.
+    """
+    images = load_images(quality.dataset, data, train_images=quality.train_images, std=quality.input_std)
+    host, recipe = quality.model, quality.recipe
+    trainings, counted = [], []
+    for seed in quality.seeds:
+
+        def build(more: Mapping[str, Any], seed: int = seed) -> nn.Module:
+            model = build_model(
+                host.name,
+                image_size=images.side,
+                patch_size=host.patch_size,
+                channels=images.channels,
+                classes=images.classes,
+                options={**host.options, **more},
+                seed=seed,
+            )
+            return with_baseline(model, fused)
+
+        def tell(epoch: int, loss: float, seed: int = seed) -> None:
+            say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")
+
+        more = equal_parameters(build, spec, seed) if quality.equal_parameters and spec is not None else {}
+        model = swapped(build(more), spec, seed)
+        trained = train(model, images, recipe, seed=seed, device=device, on_epoch=tell)
+        if not all(map(math.isfinite, trained.epoch_losses)):
+            return Result(status="failed", message=f"seed {seed}: the training loss became {trained.epoch_losses[-1]}")
+        counted.append(answers(model, images, device=device).counted())
+        trainings.append(
+            Training(
+                seed=seed,
+                correct=counted[-1]["top1"],
+                images=counted[-1]["images"],
+                final_loss=trained.epoch_losses[-1],
+                seconds=trained.seconds,
+                epoch_losses=trained.epoch_losses,
+                parameters=count_parameters(model),
+            )
+        )
+    tokens = (images.side // host.patch_size) ** 2
+    seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
+    note = (
+        f"{host.name} ({listed(host.options)}) from scratch on {quality.dataset}, {tokens} tokens, {recipe.epochs} "
+        f"epochs, {seeds}, {trainings[0].images:,} test images"
+    )
+    return Result(status="ok", quality=accuracy_of(trainings, counted, images.classes, note))
 
 
 def _read_digits(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require("sklearn")
-    from sklearn.model_selection import train_test_split
-
-    table = np.loadtxt(folder / "digits.csv.gz", delimiter=",", dtype=np.float32)
-    x = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 8, 8) / 16
-    y = torch.from_numpy(table[:, -1]).long()
-    train, test = train_test_split(
-        np.arange(len(y)), test_size=DIGITS_TEST_IMAGES, random_state=SPLIT_SEED, stratify=y.numpy()
-    )
-    return x[train], y[train], x[test], y[test]
+    (train_x, train_y), (test_x, test_y) = (map(torch.from_numpy, part) for part in read_digits(folder))
+    return train_x[:, None] / 16, train_y, test_x[:, None] / 16, test_y
 
 
 def _read_fashion_mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from attnzoo.kernels.depthwise_pair import reference as pair_reference
 from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.kernels.hadamard import reference as chain_reference
 from attnzoo.kernels.scored import scored_attention
-from attnzoo.tasks.classify.small import build_model
+from attnzoo.tasks.classify.build import build_model
 from attnzoo.tasks.operations.config import ChainCase, ModuleCase, OperationsConfig, PairCase, ScoredCase
 
 Function = Callable[..., Any]

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
+
+from attnzoo.bench.run import run
+from attnzoo.tasks.classify.task import TASK
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "train/classify.py"
@@ -66,6 +70,12 @@ def written(config, folder):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def evaluated(config):
+    """Evaluate what was trained; give the records of quality by their labels."""
+    records = run(TASK, config, "python eval/classify.py config.yaml", Console(quiet=True))
+    return {record.label: record for record in records if record.kind == "quality"}
 
 
 def fork(forked, config, folder, *, processes=1, **how):

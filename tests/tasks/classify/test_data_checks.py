@@ -3,15 +3,13 @@
 import shutil
 
 import pytest
-from rich.console import Console
 
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify import small as classify
 from attnzoo.tasks.classify.config import validate_config
 from attnzoo.tasks.classify.run import differences, train_all
-from attnzoo.tasks.classify.score import score_all
 
-from .conftest import tiny, write_images
+from .conftest import evaluated, tiny, write_images
 
 
 def rename(images, old, new):
@@ -40,14 +38,14 @@ CHANGES = {
 def test_evaluation_holds_the_datas_classes_against_the_runs(images, tmp_path):
     config = validate_config(tiny(images, tmp_path / "runs", recipe__epochs=2, only=["dense"]))
     train_all(config)
-    assert score_all(config, 8, Console(quiet=True))[0]
+    assert evaluated(config)["dense"].status == "ok"
     kept = tmp_path / "kept"
     shutil.copytree(images, kept)
     for change, told in CHANGES.values():
         change(images)
-        for check in (lambda: score_all(config, 8, Console(quiet=True)), lambda: train_all(config)):
+        for check in (evaluated, train_all):
             with pytest.raises(ConfigError, match=told):
-                check()
+                check(config)
         shutil.rmtree(images)
         shutil.copytree(kept, images)
 

@@ -10,11 +10,10 @@ from rich.console import Console
 
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify.config import DataConfig, validate_config
-from attnzoo.tasks.classify.images import open_splits
 from attnzoo.tasks.classify.run import train_all
-from attnzoo.tasks.classify.score import score_all
+from attnzoo.tasks.classify.sources import open_splits
 
-from .conftest import tiny
+from .conftest import evaluated, tiny
 
 SPLITS = ("train", "val")
 
@@ -88,15 +87,15 @@ def test_what_is_left_out_is_counted_and_told(tmp_path):
     assert "json" not in test
 
 
-def test_training_and_evaluation_both_tell_what_is_left_out(tmp_path):
+def test_training_and_evaluation_both_tell_what_is_left_out(tmp_path, capsys):
     for number in range(24):
         put(tmp_path / "images", f"cat/{number}.png", f"dog/inner/{number}.bmp")
     put(tmp_path / "images", "stray.png")
     config = validate_config(tiny(tmp_path / "images", tmp_path / "runs", only=["dense"]))
-    trained, scored = Console(record=True, width=300), Console(record=True, width=300)
+    trained = Console(record=True, width=300)
     (result,) = train_all(config, trained)
-    score_all(config, 16, scored)
-    for told in (trained.export_text(), scored.export_text()):
+    evaluated(config)
+    for told in (trained.export_text(), capsys.readouterr().err.replace("\n", " ")):
         assert "train: left out 1 beside the class folders" in told
         assert "validation: left out 1 beside the class folders" in told
     assert [line.split(":")[0] for line in result["left_out"]] == ["train", "validation"]

@@ -15,23 +15,21 @@ from safetensors.torch import load_file
 
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.tasks.classify.config import DataConfig, validate_config
-from attnzoo.tasks.classify.images import (
-    NO_CLASS,
+from attnzoo.tasks.classify.loading import (
     Batches,
     Draw,
     Epoch,
-    Stream,
     StreamImages,
     TestImages,
     TestStream,
     TrainImages,
     Unreadable,
     check_classes,
-    open_splits,
     share_of,
     transforms,
 )
 from attnzoo.tasks.classify.run import train_all
+from attnzoo.tasks.classify.sources import NO_CLASS, Stream, open_splits
 
 from .conftest import tiny, write_images
 
@@ -56,13 +54,15 @@ def test_a_batch_is_the_same_whatever_the_processes_and_the_first_step(images, b
     assert all(len(part) == batch // world for share in shares for part in share)
     assert len(whole) == images // batch * epochs
     for epoch in range(epochs):
-        draws = list(Epoch(images, epoch, seed, repeats))
+        draws = Epoch(images, epoch, seed, repeats).draws(range(images))
         assert len(draws) == len(set(draws)) == images
         assert len({draw.image for draw in draws}) == -(-images // repeats)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [tuple(d.image for d in Epoch(50, epoch, seed)) for epoch in range(3) for seed in range(3)]
+    orders = [
+        tuple(d.image for d in Epoch(50, epoch, seed).draws(range(50))) for epoch in range(3) for seed in range(3)
+    ]
     assert len(set(orders)) == 9
 
 

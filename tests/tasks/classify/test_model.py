@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 import attnzoo
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.swap import swapped_layers
+from attnzoo.tasks.classify.build import logits
 from attnzoo.tasks.classify.config import validate_config
-from attnzoo.tasks.classify.model import build, check_all, load_trained, logits
+from attnzoo.tasks.classify.model import build, check_all, load_trained
 from attnzoo.tasks.classify.run import train_all
 
 from .conftest import tiny
@@ -229,15 +230,13 @@ def test_other_data_under_the_same_config_are_refused(images, tmp_path):
     config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2)
     train_all(validate_config(config))
     next((images / "train/dark").iterdir()).unlink()
-    with pytest.raises(
-        ConfigError, match=r"holds a run of other data or weights \(images\): 96 training images, now 95"
-    ):
+    with pytest.raises(ConfigError, match=r"holds a run of other data or weights \(96 training images, now 95\)"):
         train_all(validate_config(config))
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_is_none(images, tmp_path, monkeypatch):
     """Such as one that was told to mend an image."""
-    monkeypatch.setattr("attnzoo.tasks.classify.images.LOOKED_AT", 1)  # or it would be told before
+    monkeypatch.setattr("attnzoo.tasks.classify.sources.LOOKED_AT", 1)  # or it would be told before
     for number in (0, 1):
         (images / f"train/dark/00{number}.png").write_bytes(b"no image")
     config = validate_config(tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2))

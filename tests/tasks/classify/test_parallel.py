@@ -5,7 +5,11 @@ from functools import partial
 
 import pytest
 
-from .conftest import finish, fork, launch, tiny, write_images
+from attnzoo.tasks import read_records
+from attnzoo.tasks.classify.config import validate_config
+from attnzoo.tasks.classify.run import train_all
+
+from .conftest import evaluated, finish, fork, launch, tiny, write_images, written
 
 
 def run(config, folder, processes, start):
@@ -59,3 +63,23 @@ def test_processes_share_what_they_could_not_read_and_take_models_with_parameter
     assert status == 0, said
     result = json.loads((tmp_path / "runs/sdpa-seed0/final/result.json").read_text())
     assert result["unreadable"] == ["dark/002.png", "dark/003.png"]
+
+
+def test_two_processes_evaluate_as_one_does_and_one_of_them_reports(tmp_path, forked):
+    write_images(tmp_path / "images/train", 32)
+    write_images(tmp_path / "images/val", 7, seed=1)  # 21 images, which two do not divide
+    config = tiny(tmp_path / "images", tmp_path / "runs", recipe__epochs=2, attentions=["sdpa"])
+    train_all(validate_config(config))
+    path = written(config, tmp_path)
+    both = forked.scripts(2, "eval/classify.py", path, "--batch", "4", cwd=tmp_path)
+    ended = [process.finish() for process in both]
+    assert [one.returncode for one in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    assert [one.stdout.count("page: ") for one in ended] == [1, 0]
+    records = read_records(tmp_path / "runs/records.jsonl")
+    assert [(r.kind, r.label, r.status) for r in records] == [("quality", "dense", "ok"), ("quality", "sdpa", "ok")]
+    alone = evaluated(validate_config({**config, "fresh": True}))
+    for record in records:
+        found, wanted = record.quality, alone[record.label].quality
+        assert (found.images, found.trainings[0].correct) == (21, wanted.trainings[0].correct)
+        assert found.calibration_error == pytest.approx(wanted.calibration_error, abs=1e-5)
+        assert [m.name for m in found.trainings[0].mistakes] == [m.name for m in wanted.trainings[0].mistakes]

@@ -5,15 +5,13 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.tasks.classify.config import DataConfig, validate_config
-from attnzoo.tasks.classify.images import open_splits
 from attnzoo.tasks.classify.run import train_all
-from attnzoo.tasks.classify.score import score_all
+from attnzoo.tasks.classify.sources import open_splits
 
-from .conftest import tiny, write_images
+from .conftest import evaluated, tiny, write_images
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)  # black to white
 SIXTEEN = np.rint(RAMP * 65535).astype("uint16")
@@ -148,8 +146,7 @@ def test_a_model_learns_from_16_bit_images_and_is_tested_with_the_same_pixels(tm
     config = validate_config(tiny(tmp_path / "images", tmp_path / "runs", only=["dense"], augment=None))
     (result,) = train_all(config)
     assert result["test"]["top1"] == result["test"]["images"] == 20
-    (scored,), _ = score_all(config, 7, Console(quiet=True))
-    assert scored.counted["top1"] == 20
+    assert evaluated(config)["dense"].quality.accuracy == 1
 
 
 def test_one_refused_image_among_many_is_counted_as_unreadable_with_its_reason(tmp_path):

@@ -1,6 +1,5 @@
 """Evaluation: calibration, mistakes, and records that the benchmark's own reports take."""
 
-import importlib.util
 import shutil
 
 import numpy as np
@@ -13,24 +12,20 @@ from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify.config import validate_config
 from attnzoo.tasks.classify.evaluate import BINS, Answers
+from attnzoo.tasks.classify.page import results_table
 from attnzoo.tasks.classify.quality import Training
-from attnzoo.tasks.classify.report import markdown_table, step_costs
 from attnzoo.tasks.classify.run import table, train_all
-from attnzoo.tasks.classify.score import benchmark_of, quality_of, score_all
+from attnzoo.tasks.classify.task import plan
+from attnzoo.tasks.classify.workload import Workload
 from attnzoo.tasks.records import Record
+from eval import bench
+from eval.classify import main
 from tests.bench.data import cost, record_data
 from train.classify import main as train
 
-from .conftest import ROOT, tiny, write_images
+from .conftest import evaluated, tiny, write_images, written
 
 COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("eval_classify", ROOT / "eval/classify.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def answers(confidence, right):
@@ -63,55 +58,70 @@ def test_the_worst_mistakes_come_first():
 def test_trained_models_are_evaluated_recorded_and_shown(images, tmp_path, capsys):
     config = tiny(images, tmp_path / "runs", seeds=[0, 1], recipe__epochs=2, costs=[COST, {**COST, "gradient": True}])
     config["attentions"][0]["seeds"] = [0]
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    main = script().main
+    path = written({"task": "classify", **config}, tmp_path)
     assert main([str(path)]) == 2
     assert "not trained yet: dense-seed0, dense-seed1, padre-seed0. Train first" in capsys.readouterr().err
     results = train_all(validate_config(config))
     assert main([str(path)]) == 0
-    folder = tmp_path / "runs/eval"
-    for name, phase in (("forward-batch2", "forward"), ("training-batch2", "training")):
-        records = read_records(folder / name / "records.jsonl")
-        assert [(r.kind, r.label, r.status) for r in records] == [
-            *[("cost", "dense", "ok"), ("cost", "padre", "ok"), ("quality", "dense", "ok"), ("quality", "padre", "ok")],
-        ]
-        assert {r.phase for r in records if r.kind == "cost"} == {phase}
-        dense, padre = (r.quality for r in records if r.kind == "cost")
-        assert [t.correct for t in dense.trainings] == [r["test"]["top1"] for r in results[:2]]
-        assert (dense.images, padre.images, dense.ratio) == (60, 30, 1.0)
-        assert padre.ratio == pytest.approx(padre.accuracy / dense.accuracy)
-        assert padre.calibration_error == pytest.approx(results[2]["test"]["calibration_error"], abs=1e-6)
-        assert "calibration error" in (folder / name / "report.html").read_text()
-    page = (folder / "report.html").read_text()
-    wrong = sum(r["test"]["images"] - r["test"]["top1"] for r in (results[0], results[2]))
-    assert page.count("data:image/png;base64") == min(wrong, 48)
-    assert page.count("<svg") == 3
+    assert "padre" in capsys.readouterr().out
+    folder = tmp_path / "runs"
+    records = read_records(folder / "records.jsonl")
+    assert [(r.kind, r.label, r.phase, r.workload, r.status) for r in records] == [
+        *(("quality", label, "forward", "", "ok") for label in ("dense", "padre")),
+        *(("cost", label, phase, "batch 2", "ok") for phase in ("forward", "training") for label in ("dense", "padre")),
+    ]
+    assert {record.task for record in records} == {"classify"}
+    assert records[0].command == f"python eval/classify.py {path}"
+    dense, padre = (record.quality for record in records[:2])
+    assert [record.quality for record in records[2:]] == 2 * [dense.brief, padre.brief]
+    assert [t.correct for t in dense.trainings] == [r["test"]["top1"] for r in results[:2]]
+    assert (dense.images, padre.images, dense.ratio) == (60, 30, 1.0)
+    assert padre.ratio == pytest.approx(padre.accuracy / dense.accuracy)
+    assert padre.calibration_error == pytest.approx(results[2]["test"]["calibration_error"], abs=1e-6)
     assert [t.epoch_correct[-1] for t in dense.trainings] == [t.correct for t in dense.trainings]
-    assert "±" in page
-    assert all(f'href="{name}/report.html"' in page for name in ("forward-batch2", "training-batch2"))
-    before = (folder / "forward-batch2/records.jsonl").read_bytes()
-    capsys.readouterr()
+    wrong = [r["test"]["images"] - r["test"]["top1"] for r in (results[0], results[2])]
+    assert [len(quality.trainings[0].mistakes) for quality in (dense, padre)] == [min(24, count) for count in wrong]
+    assert not dense.trainings[1].mistakes
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64") == sum(min(24, count) for count in wrong)
+    assert page.count("Most confidently got wrong") == 1
+    for said in ("calibration error", "±", "Test accuracy after each epoch", "Training loss", "forward and backward"):
+        assert said in page
+    before = (folder / "records.jsonl").read_bytes()
     assert main([str(path)]) == 0, "what was evaluated is kept"
-    assert (folder / "forward-batch2/records.jsonl").read_bytes() == before
-    assert "padre-seed0: top-1" not in capsys.readouterr().err
+    assert "6 rows of an earlier run are kept, 0 to measure" in capsys.readouterr().err
+    assert bench.main([str(path)]) == bench.main([str(path), "--so-far"]) == 0
+    assert (folder / "records.jsonl").read_bytes() == before
 
 
 def test_an_evaluation_is_that_of_the_training_and_of_these_weights(images, tmp_path):
     config = tiny(images, tmp_path / "runs", only=["dense"], recipe__epochs=2, augment__interpolation="bilinear")
     config["data"] = {**config["data"], "crop_pct": 0.8}  # so that images are resized
+    config["test_batch"] = 7
     (result,) = train_all(validate_config(config))
-    (scored,), _ = score_all(validate_config(config), 7, Console(quiet=True))
-    for key in ("images", "top1", "top5", "unreadable"):
-        assert scored.counted[key] == result["test"][key]
-    assert scored.counted["loss"] == pytest.approx(result["test"]["loss"], abs=1e-5)
-    assert quality_of([scored], None).accuracy == result["test"]["top1"] / 30
+    found = evaluated(validate_config(config))["dense"].quality
+    assert (found.images, found.trainings[0].correct) == (result["test"]["images"], result["test"]["top1"])
+    assert found.calibration_error == pytest.approx(result["test"]["calibration_error"], abs=1e-6)
     with pytest.raises(ConfigError, match=r"is of another config \(recipe\.lr 0\.003, now 1\.0\)"):
-        score_all(validate_config({**config, "recipe": {**config["recipe"], "lr": 1.0}}), 7, Console(quiet=True))
+        evaluated(validate_config({**config, "recipe": {**config["recipe"], "lr": 1.0}}))
     weights = tmp_path / "runs/dense-seed0/final/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"cannot be used: model\.safetensors has .* resume=never"):
-        score_all(validate_config(config), 7, Console(quiet=True))
+        evaluated(validate_config(config))
+
+
+def test_what_was_trained_anew_is_not_taken_for_what_was_evaluated(images, tmp_path, capsys):
+    config = tiny(images, tmp_path / "runs", recipe__epochs=2)
+    train_all(validate_config(config))
+    before = evaluated(validate_config(config))
+    again = {**config, "only": ["padre"], "recipe": {**config["recipe"], "lr": 0.1}, "resume": "never"}
+    train_all(validate_config(again))
+    path = written({**again, "resume": "auto"}, tmp_path)
+    assert main([str(path)]) == 0
+    assert "quality of padre: ok" in capsys.readouterr().err
+    after = {record.label: record for record in read_records(tmp_path / "runs/records.jsonl")}
+    assert after["dense"] == before["dense"]
+    assert after["padre"].quality.trainings[0].final_loss != before["padre"].quality.trainings[0].final_loss
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +144,19 @@ def test_the_command_refuses_other_classes_with_a_sentence(once, tmp_path, capsy
         (tmp_path / "copy/images" / split / "left").rename(tmp_path / "copy/images" / split / "right")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(once_config(tmp_path / "copy")))
-    assert script().main([str(path)]) == 2
-    assert "trained with other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
+    assert main([str(path)]) == 2
+    assert "is of other data or weights (missing classes left, new classes right)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["train", "eval"])
 def test_an_output_that_is_a_file_is_a_sentence(once, tmp_path, capsys, task):
     shutil.copytree(once, tmp_path / "copy")
     config = once_config(tmp_path / "copy")
-    blocked = tmp_path / "copy/runs/eval" if task == "eval" else tmp_path / "copy/file"
+    blocked = tmp_path / "copy/file"
     blocked.write_text("")
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config if task == "eval" else {**config, "output": str(blocked)}))
-    assert (script().main if task == "eval" else train)([str(path)]) == 2
+    path.write_text(yaml.safe_dump({**config, "output": str(blocked)}))
+    assert (main if task == "eval" else train)([str(path)]) == 2
     told = capsys.readouterr().err
     assert f"{blocked} is a file; give" in told
     assert "Traceback" not in told
@@ -160,10 +170,10 @@ def test_classes_in_another_order_are_refused(once, tmp_path):
     class_map.write_text("bright\ndark\nleft\n")
     config = validate_config(once_config(tmp_path, data__options={"class_map": str(class_map)}))
     train_all(config, Console(quiet=True))
-    score_all(config, 7, Console(quiet=True))
+    evaluated(config)
     class_map.write_text("dark\nbright\nleft\n")
     with pytest.raises(ConfigError, match="the same classes in another order: class 0 was bright, now dark"):
-        score_all(config, 7, Console(quiet=True))
+        evaluated(config)
 
 
 def test_all_runs_are_checked_before_one_is_evaluated(once, tmp_path):
@@ -171,38 +181,50 @@ def test_all_runs_are_checked_before_one_is_evaluated(once, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(folder / "runs/dense-seed0", folder / "runs/dense-seed1")
     with pytest.raises(ConfigError, match="dense-seed1/final is of another config"):
-        score_all(validate_config(once_config(folder, seeds=[0, 1])), 7, Console(quiet=True))
-    assert not (folder / "runs/eval").exists()
+        evaluated(validate_config(once_config(folder, seeds=[0, 1])))
+    assert not (folder / "runs/records.jsonl").exists()
     (folder / "runs/dense-seed0/run.json").unlink()
     with pytest.raises(ConfigError, match=r"run\.json, which says what data the run was trained with, cannot be read"):
-        score_all(validate_config(once_config(folder)), 7, Console(quiet=True))
+        evaluated(validate_config(once_config(folder)))
 
 
 def test_a_device_that_is_not_there_is_refused_in_evaluation_too(once, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="sees no CUDA device here"):
-        score_all(validate_config(once_config(once, device="cuda")), 7, Console(quiet=True))
+        evaluated(validate_config(once_config(once, device="cuda")))
 
 
 def test_the_cost_is_of_the_models_that_were_trained(images):
-    config = tiny(images, "runs", equal_parameters=True, costs=[{**COST, "image_sizes": [8, 16]}])
+    config = tiny(images, "runs", equal_parameters=True, costs=[{**COST, "image_sizes": [8, 16, [8, 16]]}])
     config["attentions"].append({"name": "mlp_mixer", "options": {"tokens": 17}, "label": "mlp_mixer"})
-    config = validate_config(config)
-    measured = benchmark_of(config, config.costs[0], 3)
-    assert (measured.cost.tokens, measured.cost.batch) == ((16, 64), {16: 2, 64: 2})
-    assert (measured.host.patch_size, measured.host.channels, measured.host.classes) == (2, 3, 3)
-    assert measured.cost.equal_parameters
-    assert [a.tokens for a in measured.attentions] == [None, (16,)]
+    cells = [cell for cell in plan(validate_config(config)) if cell.kind == "cost"]
+    assert [(cell.label, cell.tokens, cell.workload) for cell in cells] == [
+        *((label, 16, "batch 2") for label in ("dense", "padre", "mlp_mixer")),
+        *((label, 64, "batch 2") for label in ("dense", "padre")),
+        *((label, 32, "batch 2, 8 x 16 pixels") for label in ("dense", "padre")),
+    ]
+    work = Workload.model_validate(cells[0].asks["workload"])
+    assert (work.host.patch_size, work.host.channels, work.batch, work.pixels) == (2, 3, 2, (8, 8))
+    assert work.cost.equal_parameters
     odd = validate_config(tiny(images, "runs", costs=[{**COST, "image_sizes": [9]}]))
-    with pytest.raises(ConfigError, match=r"images of \[9\] pixels are not divided by patches of 2"):
-        benchmark_of(odd, odd.costs[0], 3)
+    with pytest.raises(ConfigError, match=r"costs: images of \[9\] pixels are not divided by patches of 2"):
+        plan(odd)
+
+
+def test_costs_are_of_the_datas_image_size_unless_they_say_another(images):
+    config = tiny(images, "runs", costs=[{"batch": 2}, {"batch": 3, "tokens": [4], "dtype": "bfloat16"}])
+    cells = [cell for cell in plan(validate_config(config)) if cell.kind == "cost"]
+    assert [(cell.tokens, cell.workload) for cell in cells] == [
+        *2 * [(16, "batch 2")],
+        *2 * [(4, "batch 3, bfloat16")],
+    ]
 
 
 def test_the_command_line_says_what_it_takes(capsys):
     with pytest.raises(SystemExit):
-        script().main(["config.yaml", "--batch", "0"])
+        main(["config.yaml", "--batch", "0"])
     assert "--batch must be at least 1" in capsys.readouterr().err
-    assert script().main(["nowhere.yaml"]) == 2
+    assert main(["nowhere.yaml"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -233,7 +255,7 @@ def test_the_table_is_that_of_the_records():
         Record.model_validate(record_data(**shared, quality=several)),
         Record.model_validate(record_data(**shared, label="padre", is_baseline=False, quality=one)),
     ]
-    assert markdown_table(records).splitlines() == [
+    assert results_table(records).markdown().splitlines() == [
         "| attention | top-1 % | each seed | top-5 % | calibration error | parameters |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| `dense` | 55.00 ± 5.00 | 50.00, 55.00, 60.00 | 98.76 | 0.013 | 1,000 |",
@@ -242,8 +264,7 @@ def test_the_table_is_that_of_the_records():
     for tokens, speedup in ((64, 2.0), (16, 0.5)):
         changes = {"phase": "training", "tokens": tokens, "cost": cost(speedup)}
         records.append(Record.model_validate(record_data(**changes, label="padre", is_baseline=False)))
-    assert set(step_costs(records)) == {"padre"}
-    dense, padre = markdown_table(records).splitlines()[2:]
+    dense, padre = results_table(records).markdown().splitlines()[2:]
     assert dense.endswith("| 1,000 | - | - | - |")
     assert padre.endswith("| 1,001 | 20.0 ms | 0.50x (0.49-0.51) | 1.00x |")
 
@@ -258,6 +279,5 @@ def test_top_5_of_five_classes_or_fewer_says_nothing(classes, told):
         "parameters": 7,
         "peak_memory_bytes": 8,
     }
-    shown = table([{**result, "classes": classes}])
-    (cell,) = shown.columns[[column.header for column in shown.columns].index("top-5")].cells
-    assert cell == told
+    (row,) = table([{**result, "classes": classes}]).rows
+    assert row.cells[3].text == told

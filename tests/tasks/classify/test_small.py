@@ -6,11 +6,14 @@ import attnzoo
 from attnzoo import assets
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify import small as classify
-from attnzoo.tasks.classify.small import Recipe, build_model, count_correct, load_images, train
+from attnzoo.tasks.classify.build import build_model
+from attnzoo.tasks.classify.cost_config import RecipeConfig
+from attnzoo.tasks.classify.small import answers, load_images, train
 
 VIT = {"image_size": 8, "patch_size": 2, "channels": 1, "classes": 10}
 OPTIONS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "weight_init": "jax"}
-RECIPE = Recipe(3, 32, 5e-3, 0.05, 1, 0.05, 1.0)
+PLAIN = RecipeConfig(epochs=2, batch=256, lr=1e-3, warmup_epochs=1, weight_decay=0, label_smoothing=0)
+RECIPE = RecipeConfig(epochs=3, batch=32, lr=5e-3, warmup_epochs=1)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +74,7 @@ def test_training_learns_and_repeats_itself(digits):
     for _ in range(2):
         model = vit()
         trained = train(model, digits, RECIPE, seed=0)
-        results.append((trained.epoch_losses, count_correct(model, digits)))
+        results.append((trained.epoch_losses, answers(model, digits).counted()["top1"]))
     assert results[0] == results[1]
     losses, correct = results[0]
     assert losses[-1] < losses[0]
@@ -94,7 +97,7 @@ def test_the_order_of_the_images_is_the_seeds_alone(digits, monkeypatch):
 
     for disturbance in (1, 2):
         torch.manual_seed(disturbance)
-        train(Spy(64, 10), digits, Recipe(2, 256, 1e-3, 0.0, 1, 0.0, 1.0), seed=3)
+        train(Spy(64, 10), digits, PLAIN, seed=3)
     half = len(seen) // 2
     assert seen[:half] == seen[half:]
 

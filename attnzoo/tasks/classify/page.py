@@ -1,0 +1,159 @@
+"""What pages of trained classifiers show: how they learned, the table of the docs, and the worst mistakes."""
+
+from __future__ import annotations
+
+import base64
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from attnzoo.bench import words
+from attnzoo.bench.colors import DENSE, look
+from attnzoo.bench.html import Section, pictures
+from attnzoo.bench.plots import INK, add_legend, new_figure, to_svg
+from attnzoo.bench.record import Record
+from attnzoo.tables import Column, Table
+from attnzoo.tasks.classify.quality import Accuracy
+
+SHOWN_PIXELS = 96
+OTHER = "#0088CC"
+MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
+TOP1 = "top-1, % of the test images"
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """A row per attention: its accuracy and, where that was measured, what a training step costs.
+
+    Where there are several seeds, the mean and the standard deviation of their accuracies are given, else the 95%
+    interval over the images. A step is a forward and a backward at the fewest tokens measured.
+    """
+    steps = [record for record in records if record.cost is not None and record.phase == "training"]
+    fewest = min((record.tokens for record in steps), default=0)
+    costs = {record.label: record for record in steps if record.tokens == fewest}
+    head = (Column("attention", code=True), "top-1 %", "each seed", "top-5 %", "calibration error", "parameters")
+    table = Table(head + (("training step", "speed-up", "its memory") if costs else ()))
+    for label, quality in qualities_of(records).items():
+        table.add(
+            label,
+            quality.mean_of_seeds or f"{quality.each_seed} ({100 * quality.low:.2f}-{100 * quality.high:.2f})",
+            quality.each_seed,
+            "-" if quality.top5 is None else f"{100 * quality.top5:.2f}",
+            quality.calibration,
+            f"{quality.trainings[0].parameters or 0:,}",
+            *(_step(costs.get(label)) if costs else ()),
+        )
+    return table
+
+
+def _step(record: Record | None) -> list[str]:
+    if record is None or record.cost is None:
+        return ["-"] * 3
+    time = f"{record.cost.candidate.latency_ms.p50:.1f} ms"
+    if record.is_baseline:
+        return [time, "", ""]
+    return [time, words.times(record.cost.ratios.speedup), words.ratio(words.activation_ratio(record))]
+
+
+def qualities_of(records: Sequence[Record]) -> dict[str, Accuracy]:
+    """The accuracy of each attention, by its label."""
+    return {r.label: r.quality for r in records if r.kind == "quality" and isinstance(r.quality, Accuracy)}
+
+
+def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """How the classifiers of some records learned, each plot with its caption; those without data are empty."""
+    qualities = qualities_of(records)
+    baseline = next((record.label for record in records if record.is_baseline), "")
+    return [
+        ("Test accuracy after each epoch", learning_plot(qualities)),
+        ("Training loss", loss_plot(qualities)),
+        (
+            "Test accuracy: every seed a dot, their mean a stroke; one seed has its 95% interval",
+            accuracy_plot(qualities, baseline),
+        ),
+    ]
+
+
+def mistakes(records: Sequence[Record]) -> Section | None:
+    """The test images that each attention's first seed got wrong most confidently."""
+    shown = ""
+    for label, quality in qualities_of(records).items():
+        first = quality.trainings[0]
+        each = [
+            (m.name, base64.b64decode(m.picture), f"{m.target}\ntaken for {m.answer}\n{m.confidence:.0%} sure")
+            for m in first.mistakes
+        ]
+        shown += f"<h3>{escape(label)}, seed {first.seed}</h3>{pictures(each, SHOWN_PIXELS)}" if each else ""
+    note = "Test images whose wrong answer was given the highest probability, of each attention's first seed."
+    return Section(shown, "Most confidently got wrong", note) if shown else None
+
+
+def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
+    """Test accuracy of each attention, the best on top: a dot a seed, a stroke the mean, a dotted line the dense one's.
+
+    One seed alone has its 95% interval over the test images.
+    """
+    if not qualities:
+        return ""
+    seeds = {label: found.seeds for label, found in qualities.items()}
+    order = sorted(seeds, key=lambda label: statistics.fmean(seeds[label]))
+    height = 0.9 + 0.3 * len(order)
+    figure, axes = new_figure(height=height)
+    figure.subplots_adjust(left=0.38, bottom=0.6 / height)
+    for place, label in enumerate(order):
+        color, mean = DENSE if label == baseline else OTHER, statistics.fmean(seeds[label])
+        if label == baseline:
+            axes.axvline(mean, color=color, lw=1, ls=":")
+        if len(seeds[label]) == 1:
+            axes.hlines(place, 100 * qualities[label].low, 100 * qualities[label].high, color=color, alpha=0.6, lw=1.2)
+        axes.plot(seeds[label], [place] * len(seeds[label]), "o", color=color, alpha=0.6, ms=6, mew=0)
+        axes.plot([mean], [place], "|", color=color, ms=16, mew=2.2)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_xlabel(TOP1)
+    return to_svg(figure, "accuracy")
+
+
+def loss_plot(qualities: Mapping[str, Accuracy]) -> str:
+    """Mean training loss in each epoch."""
+    return _curves({label: [t.epoch_losses for t in q.trainings] for label, q in qualities.items()}, "training loss")
+
+
+def learning_plot(qualities: Mapping[str, Accuracy]) -> str:
+    """Test accuracy after each epoch."""
+    counted = {
+        label: [[t.percent(correct) for correct in t.epoch_correct] for t in q.trainings]
+        for label, q in qualities.items()
+    }
+    return _curves(counted, TOP1)
+
+
+def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
+    """One line per attention, the mean of its seeds, with their range shaded."""
+    shown = {label: seeds for label, seeds in curves.items() if min(map(len, seeds))}
+    if not shown:
+        return ""
+    below = 0.2 * math.ceil(len(shown) / COLUMNS) if len(shown) > MOST_INSIDE else 0.0  # inches for the key
+    figure, axes = new_figure(height=4.2 + below)
+    figure.subplots_adjust(bottom=(0.55 + below) / (4.2 + below))
+    longest = 0
+    for label, seeds in shown.items():
+        each = list(zip(*seeds, strict=False))
+        epochs = range(1, len(each) + 1)
+        longest = max(longest, len(each))
+        color, marker = look(list(shown), label)
+        if len(seeds) > 1:
+            axes.fill_between(
+                epochs, *zip(*((min(v), max(v)) for v in each), strict=True), color=color, alpha=0.15, lw=0
+            )
+        means = [statistics.fmean(values) for values in each]
+        axes.plot(epochs, means, color=color, marker=marker if longest <= 30 else None, ms=5, label=label, lw=1.6)
+    if longest <= 12:
+        axes.set_xticks(range(1, longest + 1))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(title)
+    if below:
+        figure.legend(loc="lower center", ncols=COLUMNS, frameon=False, labelcolor=INK, fontsize=8)
+    else:
+        add_legend(axes)
+    return to_svg(figure, title)
