@@ -126,7 +126,7 @@ class Decoder:
         self.most = max(self.most, held)
         waits = self.policy.schedule == "prompt" and seen == self.prompts.shape[1]
         allowed = seen if waits else self.policy.most_at(seen)
-        self.limit = max(self.limit, allowed)
+        self.limit = max(self.limit, seen if waits else self.policy.entries_at(seen) + self.policy.every - 1)
         if held > allowed and not self.broken:
             self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
 

@@ -153,7 +153,7 @@ def test_a_killed_run_goes_on_where_it_was_and_shows_what_it_has(settings, monke
     whole = figures(run({**data, "output": str(tmp_path / "whole")}))
     left, original = [5 + 2 + 5 + 3], lm.nll  # dense's windows and canary, and some of keydiff's
 
-    def killed(model, ids):
+    def killed(model, ids, scored=None):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
@@ -245,7 +245,7 @@ def test_a_method_that_is_not_dense_where_nothing_is_evicted_has_no_result(setti
 def test_a_text_that_gives_no_finite_nll_is_told(settings, monkeypatch):
     original = lm.nll
 
-    def broken(model, ids):
+    def broken(model, ids, scored=None):
         scored = original(model, ids)
         return replace(scored, nll=(*scored.nll[:3], float("nan"), *scored.nll[4:]))
 
