@@ -43,9 +43,9 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _timm(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
     given -= {"tokens", "batch", "patch_size", "min_seconds"}
-    host = {"library": "timm", "model": name, "patch_size": flags.patch_size or 16}
+    model = {"library": "timm", "name": name, "patch_size": flags.patch_size or 16}
     cost = {"tokens": flags.tokens or [196, 784], "batch": flags.batch or 1, "dtype": flags.dtype}
-    return {"task": "suite", "host": host, "cost": {**cost, "min_seconds": _seconds(flags)}}
+    return {"task": "suite", "model": model, "cost": {**cost, "min_seconds": _seconds(flags)}}
 
 
 def _decoder(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def flags(*words):
 
 def test_the_model_decides_what_the_flags_mean(folder):
     vision = flags("timm:vit_tiny_patch16_224", "--tokens", "4,16", "--patch-size", "8")
-    assert (vision["task"], vision["host"]["patch_size"], vision["cost"]["tokens"]) == ("suite", 8, [4, 16])
+    assert (vision["task"], vision["model"]["patch_size"], vision["cost"]["tokens"]) == ("suite", 8, [4, 16])
     language = flags(f"transformers:{folder}", "--tokens", "64,128", "--batch", "2")
     assert (language["task"], language["cost"]["prompt_tokens"], language["cost"]["batches"]) == (
         "decode",
