@@ -176,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--repeats", default=5, type=int, help="minimum number of timed pairs of calls (5)")
     one.add_argument("--min-seconds", default=None, type=float, help="minimum seconds of timed calls (1)")
     one.add_argument("--timeout", default=120.0, type=float, help="seconds per row (120)")
+    one.add_argument("--fresh", action="store_true", help="measure again what was measured before")
     one.add_argument("--output", default=None, help="folder for records and page (runs/measure-...)")
     return found
 

@@ -124,22 +124,32 @@ def split(name: str) -> tuple[str, str]:
 
 
 def call_function(name: str) -> Any:
-    """Give what ``package.module:function`` returns; its module may lie in the working directory.
+    """Give what ``package.module:function`` returns; see `function_of`.
 
     Raises
     ------
     ConfigError
         If there is no such function, or it raises something.
     """
+    return _told(name, function_of(name))
+
+
+def function_of(name: str) -> Any:
+    """Import ``package.module:function``, with what its module registers; it may lie in the working directory.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such function, or its module raises something.
+    """
     module, function = split(name)
     _search_here()
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ConfigError(f"model {name!r}: {error}; expected {FORMS}") from error
     except Exception as error:  # a module may raise anything
         raise ConfigError(f"model {name!r}: {type(error).__name__}: {error}") from error
-    return _told(name, found)
 
 
 def source_of(name: str) -> str:
@@ -216,11 +226,21 @@ def _config(name: str) -> Any:
 
 
 def _factory(config: Any) -> Any:
-    """The class of models that a config of transformers names; without one, that of causal language models."""
+    """The class of models that a config of transformers names; without one, what its kind of model is made for.
+
+    That is a causal language model, unless words are masked for it to guess, or none is made of the kind.
+    """
     import transformers
+    from transformers.models.auto import modeling_auto as kinds
 
     architecture = (getattr(config, "architectures", None) or [""])[0]
-    return getattr(transformers, architecture, None) or transformers.AutoModelForCausalLM
+    if hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    kind = config.model_type
+    masked, causal = kinds.MODEL_FOR_MASKED_LM_MAPPING_NAMES, kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in kinds.MODEL_MAPPING_NAMES and (kind in masked or kind not in causal):
+        return getattr(transformers, kinds.MODEL_MAPPING_NAMES[kind])
+    return transformers.AutoModelForCausalLM
 
 
 def _told(name: str, build: Callable[[], Any]) -> Any:

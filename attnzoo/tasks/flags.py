@@ -38,7 +38,8 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     content = {"device": flags.device, "threads": flags.threads, **what}
     key = hashlib.sha256(repr((content, models.source_of(flags.model))).encode()).hexdigest()[:8]
     title = f"measure-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{key}"
-    return {"task": content.pop("task"), "name": title, **content, "output": flags.output}
+    again = {"fresh": True} if flags.fresh else {}
+    return {"task": content.pop("task"), "name": title, **content, "output": flags.output, **again}
 
 
 def _timm(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
@@ -75,7 +76,10 @@ def _seconds(flags: argparse.Namespace) -> float:
 def _refuse(given: set[str], model: str) -> None:
     if given:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
-        raise ConfigError(f"{names}: no meaning for {model}; the example input of a function says how large it is")
+        raise ConfigError(
+            f"{names}: no meaning for {model}. A function's example input says how large it is, a language model is "
+            "timed by --repeats alone"
+        )
 
 
 def attention(text: str) -> str | dict[str, Any]:

@@ -77,7 +77,13 @@ class ModelConfig(RunConfig):
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
-        """What the registry says of the attentions."""
+        """What the registry says of the attentions, with those that the module of the model's function registers."""
+        model = data.get("model")
+        if isinstance(model, str) and not model.startswith("transformers:"):
+            try:
+                models.function_of(model)
+            except ConfigError as error:
+                return [str(error)]
         return attention_problems(data.get("attentions"), "attentions", vision_problems)
 
 

@@ -96,6 +96,8 @@ def so_far(task: Task, config: Any) -> None:
     if not own:
         raise ConfigError(f"--so-far: no row in {config.folder} is one that this config asks for")
     report(task, path, None, own)
+    whole = sum(len(cell.keys) for cell in task.plan(config))
+    print(f"{len(own)} of {whole} rows so far")
 
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:

@@ -8,6 +8,7 @@ from attnzoo import tasks
 from attnzoo.__main__ import main, parser
 from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.errors import ConfigError
+from attnzoo.registry import unregister_attention
 from attnzoo.tasks.decode import cells
 from attnzoo.tasks.decode.config import DecodeConfig
 from attnzoo.tasks.flags import attention, config_of
@@ -42,6 +43,35 @@ def test_the_model_decides_what_the_flags_mean(folder):
     own = flags("tests.tasks.test_model:vit", "--attention", "padre:degree=2,dense")
     assert (own["task"], own["attentions"]) == ("model", [{"name": "padre", "options": {"degree": 2}}])
     assert "tokens" not in own["cost"]
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        (transformers.ViTConfig(**{**SMALL, "vocab_size": None}), "model"),
+        (transformers.BertConfig(**SMALL), "model"),
+        (transformers.LlamaConfig(**SMALL), "decode"),
+    ],
+)
+def test_a_config_that_names_no_class_of_models_is_known_by_its_kind(config, task, tmp_path):
+    config.architectures = None
+    config.save_pretrained(tmp_path)
+    assert flags(f"transformers:{tmp_path}", "--tokens", "64")["task"] == task
+
+
+def test_a_method_that_the_models_module_registers_can_be_measured(tmp_path, monkeypatch):
+    (tmp_path / "own_module.py").write_text(
+        "import attnzoo\n"
+        "attnzoo.register_attention('own_mean', 'mixer', 'attnzoo.mixers.pooling:Pooling')\n"
+        "from tests.tasks.test_model import vit\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        content = flags("own_module:vit", "--attention", "own_mean", "--fresh")
+        config = tasks.find("model").config.check(content)
+        assert ([row.name for row in config.attentions], config.fresh) == (["own_mean"], True)
+    finally:
+        unregister_attention("own_mean")
 
 
 @pytest.mark.parametrize(

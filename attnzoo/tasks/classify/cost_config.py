@@ -99,7 +99,9 @@ class CostConfig(Section):
     def _sizes_and_batches_fit(self) -> CostConfig:
         sizes: tuple[Any, ...] = self.tokens or self.image_sizes
         problems = [
-            f"tokens: {n} is not a square, and images are square" for n in self.tokens if math.isqrt(n) ** 2 != n
+            f"tokens: {n} is not a square; for images that are not, give image_sizes in pixels"
+            for n in self.tokens
+            if math.isqrt(n) ** 2 != n
         ]
         if bool(self.tokens) == bool(self.image_sizes):
             problems.append("give either tokens, or image_sizes in pixels")
