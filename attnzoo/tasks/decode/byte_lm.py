@@ -25,6 +25,7 @@ from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.bench.words import difference
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
+from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode.cells import _contents
 from attnzoo.tasks.decode.quality import Perplexity
 from attnzoo.tasks.decode.text import load_text
@@ -135,6 +136,7 @@ def plan(config: TrainConfig) -> list[Cell]:
 
 def check(config: TrainConfig) -> None:
     """Check that every attention can stand in the model that it is for; raises `ConfigError` with every problem."""
+    refuse_launcher()
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems = []
     for index, attention in enumerate(config.attentions):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -14,16 +15,19 @@ from attnzoo.assets import sha256_of
 from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
+from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm, needles
 from attnzoo.tasks.decode import text as texts
 from attnzoo.tasks.decode.config import DecodeConfig
 from attnzoo.tasks.decode.cost import measure_cost
+from attnzoo.tasks.decode.kept import KeptSamples
 from attnzoo.tasks.decode.quality import KIND_TITLES
 from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
 LEFT_OUT = {"timeout_seconds", "samples", "batches", "prompt_tokens"}  # no figure depends on them, or they tell apart
+SAMPLES = "samples"  # where rows that are under way keep what they have done
 STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
@@ -128,8 +132,9 @@ def check(config: DecodeConfig) -> None:
     MissingExtraError
         If a package is missing.
     ConfigError
-        With every other problem, one per line.
+        With every other problem, one per line, or where a launcher started several processes.
     """
+    refuse_launcher("start it once; workers=N measures N rows at a time")
     require("transformers", "matplotlib", extra="llm")
     with _collected("here") as under:
         with under("text"):
@@ -179,6 +184,8 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
         With every reason why the text does not do.
     """
     wanted = {cell.asks["section"] for cell in cells}
+    if config.fresh:
+        shutil.rmtree(config.folder / SAMPLES, ignore_errors=True)
     if not wanted:
         return {}
     lengths = sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
@@ -215,12 +222,19 @@ def _random_prompts(config: DecodeConfig, tokens: int) -> list[list[int]]:
 
 
 def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    """Score every window through one attention, let it answer prompts, or time prefill and decoding."""
+    """Score every window through one attention, let it answer prompts, or time prefill and decoding.
+
+    Windows and prompts that an earlier run of the row had done before it was ended are not done again.
+    """
     index, section = cell.asks["attention"], cell.asks["section"]
     spec = None if index is None else config.attentions[index]
     if section == "cost":
         return measure_cost(config, spec, given["prompts"][str(cell.tokens)], cell.asks["batch"], say)
+    kept = KeptSamples(config.folder / SAMPLES / f"{cell.measured}.jsonl")
     if section == "retrieval":
         samples = [needles.Sample(**sample) for sample in given[cell.asks["kind"]]]
-        return measure_retrieval(config, spec, samples, say)
-    return measure_nll(config, spec, given, say)
+        result = measure_retrieval(config, spec, samples, kept, say)
+    else:
+        result = measure_nll(config, spec, given, kept, say)
+    kept.remove()
+    return result

@@ -178,6 +178,62 @@ def test_a_killed_run_goes_on_where_it_was_and_shows_what_it_has(settings, monke
     assert records.read_text().splitlines() == lines
 
 
+def stopped_at(monkeypatch, name, calls):
+    """Have a function of the language model stop the run at a call, and give the list of its calls."""
+    seen, original = [], getattr(lm, name)
+
+    def counted(model, *given):
+        if len(seen) == calls[0]:
+            raise KeyboardInterrupt
+        seen.append(model)
+        return original(model, *given)
+
+    monkeypatch.setattr(lm, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("at", [3, 6, 7 + 4, 7 + 6, 7 + 8], ids=["dense", "canary", "keydiff", "unbounded", "limit"])
+def test_a_row_goes_on_at_the_window_where_it_was_ended(settings, monkeypatch, tmp_path, at):
+    data = settings(retrieval=None, attentions=POLICIES[:1])
+    whole = figures(run({**data, "output": str(tmp_path / "whole")}))
+    seen = stopped_at(monkeypatch, "nll", calls := [at])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
+    calls[0] = -1
+    assert figures(run(data)) == whole
+    assert len(seen) == 5 + 2 + 5 + 2 + 2, "no window is scored twice"
+    assert list((tmp_path / "run" / "samples").iterdir()) == []
+
+
+def test_a_row_goes_on_at_the_prompt_where_it_was_ended(settings, monkeypatch, tmp_path):
+    data = settings()
+    whole = figures(run({**data, "output": str(tmp_path / "whole")}))
+    seen = stopped_at(monkeypatch, "retrieve", calls := [5])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    calls[0] = -1
+    assert figures(run(data)) == whole
+    assert len(seen) == 3 * (3 + 2)
+
+
+def test_what_a_row_had_done_is_done_again_where_it_is_set_aside_or_cannot_be_read(settings, monkeypatch, tmp_path):
+    data = settings(retrieval=None, attentions=POLICIES[:1])
+    seen = stopped_at(monkeypatch, "nll", calls := [4])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    calls[0] = 8
+    with pytest.raises(KeyboardInterrupt):
+        run({**data, "fresh": True})
+    (path,) = (tmp_path / "run" / "samples").iterdir()
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+    path.write_text('{"other": 1}\n{"role": "win', encoding="utf-8")
+    calls[0] = -1
+    with pytest.warns(UserWarning, match="line 1: not a record.*begun anew"):
+        assert {r.status for r in run(data)} == {"ok"}
+    assert len(seen) == 4 + 4 + 16
+
+
 def test_a_row_is_added_to_a_finished_run(settings):
     data = settings(retrieval=None)
     before = run(data)
@@ -313,6 +369,16 @@ def test_what_cannot_be_run_here_is_refused_before_any_weight_is_loaded(settings
     with pytest.raises(ConfigError, match=message):
         run(data)
     assert not (Path(data["output"]) / RECORDS_FILE).exists()
+
+
+def test_several_processes_of_a_launcher_are_refused(settings, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings()), encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert decode.main([str(path)]) == 2
+    assert "a launcher started 2 processes" in (told := capsys.readouterr().err)
+    assert "workers=N" in told
+    assert not (tmp_path / "run" / RECORDS_FILE).exists()
 
 
 def test_the_config_survives_its_own_yaml(settings, tmp_path):

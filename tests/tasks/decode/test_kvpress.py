@@ -137,6 +137,12 @@ def test_a_broken_run_goes_on_and_the_page_says_who_is_ahead(settings):
     assert "(34% to 100%)" not in page, "of two prompts no interval is shown"
 
 
+def test_several_processes_of_a_launcher_are_refused(settings, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert compare_kvpress.main([str(settings.path)]) == 2
+    assert "a launcher started 4 processes" in capsys.readouterr().err
+
+
 def test_what_a_row_depends_on_is_no_other_row_and_nothing_of_where_it_runs(settings, saved, tmp_path):
     def measured(*overrides):
         return {cell.label: cell.measured for cell in task.plan(Comparison.load(settings.path, overrides))}

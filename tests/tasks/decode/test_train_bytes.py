@@ -110,6 +110,12 @@ def test_the_command_line(settings, capsys):
         script.main([])
 
 
+def test_several_processes_of_a_launcher_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a launcher started 2 processes"):
+        go(byte_lm.TrainConfig.load(settings))
+
+
 def test_the_end_of_the_text_is_held_out(settings):
     config = byte_lm.TrainConfig.load(settings, ["held_out=2", "recipe.tokens=10"])
     seen, held_out = byte_lm.split("abc" * 100, config)

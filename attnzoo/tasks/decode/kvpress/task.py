@@ -20,6 +20,7 @@ from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import RESIDENT
 from attnzoo.bench.record import Cost, Gate, Memory, Shapes, Side
 from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.cells import _contents
 from attnzoo.tasks.decode.kvpress.config import Comparison, Row, Setting
@@ -73,6 +74,7 @@ def _cell(config: Comparison, row: Row, setting: Setting, kind: Any) -> Cell:
 
 def check(config: Comparison) -> None:
     """Check that kvpress is where the config says."""
+    refuse_launcher()
     kvpress_python(config.python, make=False)
 
 
