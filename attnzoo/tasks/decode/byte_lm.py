@@ -26,7 +26,7 @@ from attnzoo.bench.words import difference
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
-from attnzoo.tasks.decode.cells import _contents
+from attnzoo.tasks.decode.cells import contents
 from attnzoo.tasks.decode.quality import Perplexity
 from attnzoo.tasks.decode.text import load_text
 
@@ -122,7 +122,7 @@ def plan(config: TrainConfig) -> list[Cell]:
             dtype="float32",
             depends_on={
                 **alike,
-                "text": _contents(config.text),
+                "text": contents(config.text),
                 "attention": None if attention is None else [attention.name, attention.swap],
             },
             asks={"attention": index},

@@ -36,7 +36,7 @@ def plan(config: DecodeConfig) -> list[Cell]:
 
     The baseline's windows come before all else, for without its canary no row counts.
     """
-    inputs = {"model": _contents(config.model), "text": config.text and _contents(config.text)}
+    inputs = {"model": contents(config.model), "text": config.text and contents(config.text)}
     rows = (None, *range(len(config.attentions)))
     return [_cell(config, index, inputs, **asked) for asked in _asked(config) for index in rows]
 
@@ -113,9 +113,16 @@ def _cell(
     )
 
 
-def _contents(name: str) -> str | list[Any]:
-    """A name as it is; of a file or folder of one's own, what stands for what it holds now."""
-    path = Path(name)
+def contents(name: str) -> str | list[Any]:
+    """What stands for a model or a text: its name, and besides what it holds now where that may change.
+
+    It may for a file or folder of one's own, and for the help topics of the running Python.
+    """
+    if name == texts.TOPICS:
+        return [name, texts.load_text(name).sha256]
+    if name in texts.TEXTS:
+        return name
+    path = Path(name).expanduser()
     if path.is_file():
         return [name, sha256_of(path)]
     if path.is_dir():

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import torch
@@ -268,6 +269,24 @@ def test_another_config_or_text_in_the_folder_is_refused_and_can_be_set_aside(se
         run(moved)
     assert len(run({**moved, "fresh": True})) == 2
     assert (tmp_path / "moved" / "records.old.jsonl").exists()
+
+
+def test_what_stands_for_a_text_changes_with_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "t.txt").write_text("one", encoding="utf-8")
+    names = ("~/t.txt", str(tmp_path / "t.txt"), "pydoc_topics")
+    before = [cells.contents(name) for name in names]
+    assert before == [cells.contents(name) for name in names]
+    (tmp_path / "t.txt").write_text("two", encoding="utf-8")
+    monkeypatch.setattr(topics, "topics", {**topics.topics, "new": "A topic of a later Python."})
+    assert not any(cells.contents(name) == was for name, was in zip(names, before, strict=True))
+
+
+def test_a_pinned_text_and_a_model_of_the_hub_stand_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debian_handbook").mkdir()  # which nobody reads
+    assert [cells.contents(name) for name in ("debian_handbook", "a/model")] == ["debian_handbook", "a/model"]
 
 
 def test_a_tiny_cache_that_changes_nothing_leaves_no_result(settings):

@@ -22,7 +22,7 @@ from attnzoo.bench.record import Cost, Gate, Memory, Shapes, Side
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm
-from attnzoo.tasks.decode.cells import _contents
+from attnzoo.tasks.decode.cells import contents
 from attnzoo.tasks.decode.kvpress.config import Comparison, Row, Setting
 from attnzoo.tasks.decode.kvpress.environment import KVPRESS, LAST_WORDS, kvpress_python
 from attnzoo.tasks.decode.kvpress.quality import Answered, PassKeys, Record, sections
@@ -60,8 +60,8 @@ def _cell(config: Comparison, row: Row, setting: Setting, kind: Any) -> Cell:
             "row": row.model_dump(mode="json", exclude={"note"}),
             "kvpress": KVPRESS,
             "setting": setting,
-            "model": _contents(config.model),
-            "text": _contents(config.text),
+            "model": contents(config.model),
+            "text": contents(config.text),
             **config.model_dump(mode="json", include=keys),
         },
         asks={"row": row.model_dump(mode="json"), "setting": setting},
