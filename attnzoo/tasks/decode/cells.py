@@ -57,7 +57,7 @@ def _asked(config: DecodeConfig) -> Iterator[dict[str, Any]]:
             yield {
                 "section": "cost",
                 "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
-                "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
+                "workload": "" if batch == cost.batches[0] else f"batch {batch}",
                 "depends": {"batch": batch, "prompt_tokens": tokens, **shared},
                 "tokens": tokens,
                 "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),

@@ -109,20 +109,30 @@ def test_a_run_gives_a_record_a_row_and_workload_and_pairs_add_up(settings):
 def test_batches_are_measured_each_and_the_prefill_at_the_first(settings):
     records = run(settings(attentions=POLICIES[1:], retrieval=None, cost={**COST, "batches": [1, 2]}))
     costs = by(records, "cost")
-    phases = [("batch 1", "prefill"), ("batch 1", "decode"), ("batch 2", "decode")]
+    phases = [("", "prefill"), ("", "decode"), ("batch 2", "decode")]
     assert set(costs) == {(label, *about) for label in ("dense", "tova") for about in phases}
-    for batch in (1, 2):
-        row = costs["tova", f"batch {batch}", "decode"]
+    for batch, workload in enumerate(("", "batch 2"), start=1):
+        row = costs["tova", workload, "decode"]
         assert row.cost.ratios.cache_held < 0.6
         assert row.gate.cache_most <= row.gate.cache_limit
         assert row.shapes.batch == batch
         assert row.quality == by(records)["tova", "", "forward"].quality
         assert row.cost.ratios.speedup.n == 3
-    once, twice = (costs["dense", f"batch {batch}", "decode"].cost.candidate.memory for batch in (1, 2))
+    once, twice = (costs["dense", about, "decode"].cost.candidate.memory for about in ("", "batch 2"))
     assert twice.cache_held_bytes == pytest.approx(2 * once.cache_held_bytes, rel=0.05)
     page = page_of(TASK, records)
-    assert "prefill, 64 tokens, batch 1" in page
+    assert "decode, after 64 tokens, batch 2" in page
     assert "Workloads side by side" in page
+    assert "decode, after 64 tokens; dense at batch 1" in page
+
+
+@pytest.mark.parametrize(("first", "then"), [([1], [1, 2]), ([2], [2, 4, 6])])
+def test_a_batch_is_added_to_a_finished_run(settings, first, then):
+    data = settings(attentions=POLICIES[:1], retrieval=None, text=None, nll=None)
+    before = run({**data, "cost": {**COST, "batches": first}})
+    after = run({**data, "cost": {**COST, "batches": then}})
+    assert after[: len(before)] == before
+    assert [r.workload for r in after[len(before) :]] == [f"batch {batch}" for batch in then[1:] for _ in range(2)]
 
 
 def test_hits_are_counted_and_paired(settings, monkeypatch):
