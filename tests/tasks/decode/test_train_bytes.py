@@ -119,11 +119,13 @@ def test_a_checkpoint_torn_by_a_kill_is_not_gone_on_from(settings, monkeypatch, 
     assert last.name == "checkpoint-5"
     torn = folder / "checkpoint-6"
     shutil.copytree(last, torn)
+    state = torn / "trainer_state.json"
+    state.write_text(state.read_text(encoding="utf-8").replace('"global_step": 5', '"global_step": 6'), "utf-8")
     if lost is None:
         for file in torn.iterdir():
             file.unlink()
     elif lost == "torn state":
-        (torn / "trainer_state.json").write_text('{"global_step": 6, "log_hist', encoding="utf-8")
+        state.write_text('{"global_step": 6, "log_hist', encoding="utf-8")
     else:
         (torn / lost).unlink()
     said, records = first_words(config, monkeypatch)
