@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import TypeVar
 
 import torch
+
+from attnzoo.errors import ConfigError
 
 if torch.distributed.is_available():
     import torch.distributed.nn  # imported later, its functions' defaults would hold the group for ever
@@ -23,6 +26,16 @@ def from_main(value: T) -> T:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def refuse_launcher(instead: str = "start it without a launcher") -> None:
+    """Raise `ConfigError` in a process that torchrun or Accelerate started beside others, for work that is not shared.
+
+    `instead` is what to do.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdecimal() and int(count) > 1:
+        raise ConfigError(f"a launcher started {count} processes, which would all do the same work; {instead}")
 
 
 def leave() -> None:

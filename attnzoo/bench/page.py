@@ -175,13 +175,19 @@ def _workloads(summary: Summary) -> Table | None:
             dense = next((row.cost for row in groups[0].rows if row.is_baseline), None)
             if len(groups) < 2 or dense is None:
                 continue
-            table.section(f"{groups[0].host}: {replace(groups[0], workload='').title}; dense at {groups[0].workload}")
-            measured = [(one.workload, row, row.cost) for one in groups for row in one.rows if row.cost is not None]
+            table.section(f"{groups[0].host}: {replace(groups[0], workload='').title}; dense at {_named(groups[0])}")
+            measured = [(_named(one), row, row.cost) for one in groups for row in one.rows if row.cost is not None]
             for workload, row, cost in measured:
                 done = cost.candidate.throughput
                 share = f"{done / dense.candidate.throughput:.2f}x"
                 table.add(row.label, workload, f"{done:,.4g}", share, base=row.is_baseline)
     return table if table.rows else None
+
+
+def _named(group: Group) -> str:
+    """Its workload; where it has none, as the first of several batches, its batch."""
+    shapes = next((row.shapes for row in group.rows if row.shapes is not None), None)
+    return group.workload or (f"batch {shapes.batch}" if shapes is not None else "as it is")
 
 
 def _stages(summary: Summary) -> Table:

@@ -283,7 +283,7 @@ class _Engine:
             message=result.message,
             utc=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
-            environment=self._place(cell.threads),
+            environment=Environment(**{**dict(self._place(cell.threads)), **result.environment}),
             host=cell.host,
             dtype=cell.dtype,
             tokens=cell.tokens,

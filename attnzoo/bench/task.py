@@ -98,7 +98,8 @@ class Cell(Entry):
 class Result(Entry):
     """What a cell gave; what it did not get to is empty.
 
-    `costs` are by phase. Nothing that has a cost can be made without the gates that it passed in the same process.
+    `environment` holds fields of `Environment` that were not those of this process where it was measured. `costs` are
+    by phase. Nothing that has a cost can be made without the gates that it passed in the same process.
     """
 
     status: Status
@@ -107,6 +108,7 @@ class Result(Entry):
     gate: Gate | None = None
     baseline_gate: Gate | None = None
     backends: tuple[str, ...] = ()
+    environment: Mapping[str, Any] = Field(default_factory=dict)
     costs: Mapping[str, Any] = Field(default_factory=dict)
     quality: Any = None
 

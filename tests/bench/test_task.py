@@ -182,6 +182,19 @@ def having(**changes):
     return replace(toy.TASK, **changes)
 
 
+def test_a_result_says_where_it_was_measured_if_not_here(tmp_path):
+    def elsewhere(config, cell, given, say):
+        place = {"torch": "1.0", **({"tourch": "1"} if "32" in cell.label else {})}
+        return toy.measure(config, cell, given, say).model_copy(update={"environment": place})
+
+    found = engine(tmp_path, having(measure=elsewhere))
+    told, wrong = (found["cost", label, 16] for label in ("float64", "float32"))
+    assert (told.status, told.environment.torch) == ("ok", "1.0")
+    assert told.environment.threads == wrong.environment.threads
+    assert (wrong.status, wrong.environment.torch) == ("failed", torch.__version__)
+    assert "tourch" in wrong.message
+
+
 def changed(**changes):
     """The toy's plan with other fields in its cells of cost."""
     return lambda config: [c.model_copy(update=changes) if c.kind == "cost" else c for c in toy.plan(config)]

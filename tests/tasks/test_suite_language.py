@@ -248,3 +248,8 @@ def test_quality_kept_is_dense_perplexity_over_this_one_and_accuracy_over_dense(
     better = Accuracy(**quality(0.9)).against(Accuracy(**quality(0.6)))
     assert better.ratio == pytest.approx(1.5)
     assert 1 < better.ratio_low < 1.5 < better.ratio_high
+
+
+def test_what_a_row_keeps_while_it_is_under_way_is_in_the_suites_own_folder(folder, tmp_path):
+    config = decoding(validate_config({**tiny(folder), "output": str(tmp_path), "fresh": True}))
+    assert (config.folder, config.fresh) == (tmp_path, True)

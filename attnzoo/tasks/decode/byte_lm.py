@@ -5,6 +5,7 @@ They show what an attention learns, with no tokenizer between.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,14 @@ from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.bench.words import difference
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.decode.cells import _contents
+from attnzoo.processes import refuse_launcher
+from attnzoo.tasks.decode.cells import contents
 from attnzoo.tasks.decode.quality import Perplexity
 from attnzoo.tasks.decode.text import load_text
 
-DENSE = "dense"
+DENSE, CHECKPOINTS = "dense", "checkpoints"
+STATE = "trainer_state.json"  # which the trainer writes last of a checkpoint
+FILES = (STATE, "model.safetensors", "optimizer.pt", "scheduler.pt")  # without which none is gone on from
 
 
 class Host(Section):
@@ -121,7 +125,7 @@ def plan(config: TrainConfig) -> list[Cell]:
             dtype="float32",
             depends_on={
                 **alike,
-                "text": _contents(config.text),
+                "text": contents(config.text),
                 "attention": None if attention is None else [attention.name, attention.swap],
             },
             asks={"attention": index},
@@ -135,6 +139,7 @@ def plan(config: TrainConfig) -> list[Cell]:
 
 def check(config: TrainConfig) -> None:
     """Check that every attention can stand in the model that it is for; raises `ConfigError` with every problem."""
+    refuse_launcher()
     require("transformers", "accelerate", "matplotlib", extra="llm")
     problems = []
     for index, attention in enumerate(config.attentions):
@@ -147,7 +152,9 @@ def check(config: TrainConfig) -> None:
 
 
 def prepare(config: TrainConfig, cells: Sequence[Cell]) -> dict[str, Any]:
-    """Read the text, once for all, and see that it is long enough."""
+    """Read the text, once for all, and see that it is long enough; with ``fresh=true`` checkpoints are begun anew."""
+    if config.fresh:
+        shutil.rmtree(config.folder / CHECKPOINTS, ignore_errors=True)
     text = load_text(config.text)
     split(text.text, config)
     return {"text": text.text, "sha256": text.sha256}
@@ -157,7 +164,7 @@ def measure(config: TrainConfig, cell: Cell, given: Mapping[str, Any], say: Say)
     """Train one model, on from its last checkpoint where there is one, and score what was held out."""
     recipe, (seen, held_out) = config.recipe, split(given["text"], config)
     model = build(config, (None, *config.attentions)[cell.asks["attention"]])
-    checkpoints = config.folder / "checkpoints" / f"{cell.label.replace('/', '-')}-{cell.measured}"
+    checkpoints = config.folder / CHECKPOINTS / f"{cell.label.replace('/', '-')}-{cell.measured}"
     losses = train(model, seen, config, checkpoints, say)
     nats = score(model, held_out)
     mean = math.fsum(nats) / len(nats)
@@ -216,9 +223,8 @@ def build(config: TrainConfig, attention: AttentionConfig | None) -> Any:
 
 
 def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say) -> tuple[tuple[int, float], ...]:
-    """Train by transformers' Trainer, on from the last checkpoint in `folder`; see `BitsPerByte.losses`."""
+    """Train by transformers' Trainer, on from the last whole checkpoint in `folder`; see `BitsPerByte.losses`."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
-    from transformers.trainer_utils import get_last_checkpoint
 
     class Teller(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -252,8 +258,27 @@ def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say)
     places = torch.randint(len(data) - recipe.tokens, (recipe.steps * recipe.batch,), generator=draw)
     trainer = Trainer(model=model, args=arguments, train_dataset=places, data_collator=pieces, callbacks=[Teller()])
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     return tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint; those that a killed run left torn are removed, for they would count among those kept."""
+    whole: list[Path] = []
+    for path in folder.glob("checkpoint-*"):
+        if all((path / name).is_file() for name in FILES) and _is_json(path / STATE):
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 @torch.inference_mode()

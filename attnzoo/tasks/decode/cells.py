@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -14,16 +15,19 @@ from attnzoo.assets import sha256_of
 from attnzoo.bench.task import Cell, Result, Say
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
+from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm, needles
 from attnzoo.tasks.decode import text as texts
 from attnzoo.tasks.decode.config import DecodeConfig
 from attnzoo.tasks.decode.cost import measure_cost
+from attnzoo.tasks.decode.kept import KeptSamples
 from attnzoo.tasks.decode.quality import KIND_TITLES
 from attnzoo.tasks.decode.score import measure_nll, measure_retrieval
 
 PART = "language"
 PRELOAD = ("attnzoo.tasks.decode.task", "transformers.models.llama.modeling_llama")
 LEFT_OUT = {"timeout_seconds", "samples", "batches", "prompt_tokens"}  # no figure depends on them, or they tell apart
+SAMPLES = "samples"  # where rows that are under way keep what they have done
 STEP = 25  # a single step takes as long as so many tokens of a prompt
 
 
@@ -32,7 +36,7 @@ def plan(config: DecodeConfig) -> list[Cell]:
 
     The baseline's windows come before all else, for without its canary no row counts.
     """
-    inputs = {"model": _contents(config.model), "text": config.text and _contents(config.text)}
+    inputs = {"model": contents(config.model), "text": config.text and contents(config.text)}
     rows = (None, *range(len(config.attentions)))
     return [_cell(config, index, inputs, **asked) for asked in _asked(config) for index in rows]
 
@@ -53,7 +57,7 @@ def _asked(config: DecodeConfig) -> Iterator[dict[str, Any]]:
             yield {
                 "section": "cost",
                 "work": 2 * cost.repeats * (tokens + STEP * cost.new_tokens),
-                "workload": f"batch {batch}" if len(cost.batches) > 1 else "",
+                "workload": "" if batch == cost.batches[0] else f"batch {batch}",
                 "depends": {"batch": batch, "prompt_tokens": tokens, **shared},
                 "tokens": tokens,
                 "phases": ("prefill", "decode") if batch == cost.batches[0] else ("decode",),
@@ -109,9 +113,16 @@ def _cell(
     )
 
 
-def _contents(name: str) -> str | list[Any]:
-    """A name as it is; of a file or folder of one's own, what stands for what it holds now."""
-    path = Path(name)
+def contents(name: str) -> str | list[Any]:
+    """What stands for a model or a text: its name, and besides what it holds now where that may change.
+
+    It may for a file or folder of one's own, and for the help topics of the running Python.
+    """
+    if name == texts.TOPICS:
+        return [name, texts.load_text(name).sha256]
+    if name in texts.TEXTS:
+        return name
+    path = Path(name).expanduser()
     if path.is_file():
         return [name, sha256_of(path)]
     if path.is_dir():
@@ -128,8 +139,9 @@ def check(config: DecodeConfig) -> None:
     MissingExtraError
         If a package is missing.
     ConfigError
-        With every other problem, one per line.
+        With every other problem, one per line, or where a launcher started several processes.
     """
+    refuse_launcher("start it once; workers=N measures N rows at a time")
     require("transformers", "matplotlib", extra="llm")
     with _collected("here") as under:
         with under("text"):
@@ -179,6 +191,8 @@ def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
         With every reason why the text does not do.
     """
     wanted = {cell.asks["section"] for cell in cells}
+    if config.fresh:
+        shutil.rmtree(config.folder / SAMPLES, ignore_errors=True)
     if not wanted:
         return {}
     lengths = sorted({cell.tokens for cell in cells if cell.asks["section"] == "cost"})
@@ -215,12 +229,19 @@ def _random_prompts(config: DecodeConfig, tokens: int) -> list[list[int]]:
 
 
 def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
-    """Score every window through one attention, let it answer prompts, or time prefill and decoding."""
+    """Score every window through one attention, let it answer prompts, or time prefill and decoding.
+
+    Windows and prompts that an earlier run of the row had done before it was ended are not done again.
+    """
     index, section = cell.asks["attention"], cell.asks["section"]
     spec = None if index is None else config.attentions[index]
     if section == "cost":
         return measure_cost(config, spec, given["prompts"][str(cell.tokens)], cell.asks["batch"], say)
+    kept = KeptSamples(config.folder / SAMPLES / f"{cell.measured}.jsonl")
     if section == "retrieval":
         samples = [needles.Sample(**sample) for sample in given[cell.asks["kind"]]]
-        return measure_retrieval(config, spec, samples, say)
-    return measure_nll(config, spec, given, say)
+        result = measure_retrieval(config, spec, samples, kept, say)
+    else:
+        result = measure_nll(config, spec, given, kept, say)
+    kept.remove()
+    return result

@@ -20,6 +20,7 @@ _LEFT_OUT = "aside footer head nav pre script style table"
 BLOCKS, VOID, LEFT_OUT = (frozenset(names.split()) for names in (_BLOCKS, _VOID, _LEFT_OUT))
 MENUS = frozenset({"banner", "docnav", "footer", "legalnotice", "toc"})  # classes and ids, as DocBook's HTML names them
 HANDBOOK_START = "index.html"
+TOPICS = "pydoc_topics"
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _pydoc_topics() -> str:
     return "\n\n".join(topics.topics[key].strip() for key in sorted(topics.topics)) + "\n"
 
 
-TEXTS: dict[str, Callable[[], str]] = {"debian_handbook": _debian_handbook, "pydoc_topics": _pydoc_topics}
+TEXTS: dict[str, Callable[[], str]] = {"debian_handbook": _debian_handbook, TOPICS: _pydoc_topics}
 
 
 class _Paragraphs(HTMLParser):

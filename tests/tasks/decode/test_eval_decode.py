@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import torch
@@ -108,20 +109,30 @@ def test_a_run_gives_a_record_a_row_and_workload_and_pairs_add_up(settings):
 def test_batches_are_measured_each_and_the_prefill_at_the_first(settings):
     records = run(settings(attentions=POLICIES[1:], retrieval=None, cost={**COST, "batches": [1, 2]}))
     costs = by(records, "cost")
-    phases = [("batch 1", "prefill"), ("batch 1", "decode"), ("batch 2", "decode")]
+    phases = [("", "prefill"), ("", "decode"), ("batch 2", "decode")]
     assert set(costs) == {(label, *about) for label in ("dense", "tova") for about in phases}
-    for batch in (1, 2):
-        row = costs["tova", f"batch {batch}", "decode"]
+    for batch, workload in enumerate(("", "batch 2"), start=1):
+        row = costs["tova", workload, "decode"]
         assert row.cost.ratios.cache_held < 0.6
         assert row.gate.cache_most <= row.gate.cache_limit
         assert row.shapes.batch == batch
         assert row.quality == by(records)["tova", "", "forward"].quality
         assert row.cost.ratios.speedup.n == 3
-    once, twice = (costs["dense", f"batch {batch}", "decode"].cost.candidate.memory for batch in (1, 2))
+    once, twice = (costs["dense", about, "decode"].cost.candidate.memory for about in ("", "batch 2"))
     assert twice.cache_held_bytes == pytest.approx(2 * once.cache_held_bytes, rel=0.05)
     page = page_of(TASK, records)
-    assert "prefill, 64 tokens, batch 1" in page
+    assert "decode, after 64 tokens, batch 2" in page
     assert "Workloads side by side" in page
+    assert "decode, after 64 tokens; dense at batch 1" in page
+
+
+@pytest.mark.parametrize(("first", "then"), [([1], [1, 2]), ([2], [2, 4, 6])])
+def test_a_batch_is_added_to_a_finished_run(settings, first, then):
+    data = settings(attentions=POLICIES[:1], retrieval=None, text=None, nll=None)
+    before = run({**data, "cost": {**COST, "batches": first}})
+    after = run({**data, "cost": {**COST, "batches": then}})
+    assert after[: len(before)] == before
+    assert [r.workload for r in after[len(before) :]] == [f"batch {batch}" for batch in then[1:] for _ in range(2)]
 
 
 def test_hits_are_counted_and_paired(settings, monkeypatch):
@@ -178,6 +189,62 @@ def test_a_killed_run_goes_on_where_it_was_and_shows_what_it_has(settings, monke
     assert records.read_text().splitlines() == lines
 
 
+def stopped_at(monkeypatch, name, calls):
+    """Have a function of the language model stop the run at a call, and give the list of its calls."""
+    seen, original = [], getattr(lm, name)
+
+    def counted(model, *given):
+        if len(seen) == calls[0]:
+            raise KeyboardInterrupt
+        seen.append(model)
+        return original(model, *given)
+
+    monkeypatch.setattr(lm, name, counted)
+    return seen
+
+
+@pytest.mark.parametrize("at", [3, 6, 7 + 4, 7 + 6, 7 + 8], ids=["dense", "canary", "keydiff", "unbounded", "limit"])
+def test_a_row_goes_on_at_the_window_where_it_was_ended(settings, monkeypatch, tmp_path, at):
+    data = settings(retrieval=None, attentions=POLICIES[:1])
+    whole = figures(run({**data, "output": str(tmp_path / "whole")}))
+    seen = stopped_at(monkeypatch, "nll", calls := [at])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
+    calls[0] = -1
+    assert figures(run(data)) == whole
+    assert len(seen) == 5 + 2 + 5 + 2 + 2, "no window is scored twice"
+    assert list((tmp_path / "run" / "samples").iterdir()) == []
+
+
+def test_a_row_goes_on_at_the_prompt_where_it_was_ended(settings, monkeypatch, tmp_path):
+    data = settings()
+    whole = figures(run({**data, "output": str(tmp_path / "whole")}))
+    seen = stopped_at(monkeypatch, "retrieve", calls := [5])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    calls[0] = -1
+    assert figures(run(data)) == whole
+    assert len(seen) == 3 * (3 + 2)
+
+
+def test_what_a_row_had_done_is_done_again_where_it_is_set_aside_or_cannot_be_read(settings, monkeypatch, tmp_path):
+    data = settings(retrieval=None, attentions=POLICIES[:1])
+    seen = stopped_at(monkeypatch, "nll", calls := [4])
+    with pytest.raises(KeyboardInterrupt):
+        run(data)
+    calls[0] = 8
+    with pytest.raises(KeyboardInterrupt):
+        run({**data, "fresh": True})
+    (path,) = (tmp_path / "run" / "samples").iterdir()
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 4
+    path.write_text('{"other": 1}\n{"role": "win', encoding="utf-8")
+    calls[0] = -1
+    with pytest.warns(UserWarning, match="line 1: not a record.*begun anew"):
+        assert {r.status for r in run(data)} == {"ok"}
+    assert len(seen) == 4 + 4 + 16
+
+
 def test_a_row_is_added_to_a_finished_run(settings):
     data = settings(retrieval=None)
     before = run(data)
@@ -212,6 +279,24 @@ def test_another_config_or_text_in_the_folder_is_refused_and_can_be_set_aside(se
         run(moved)
     assert len(run({**moved, "fresh": True})) == 2
     assert (tmp_path / "moved" / "records.old.jsonl").exists()
+
+
+def test_what_stands_for_a_text_changes_with_what_it_holds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "t.txt").write_text("one", encoding="utf-8")
+    names = ("~/t.txt", str(tmp_path / "t.txt"), "pydoc_topics")
+    before = [cells.contents(name) for name in names]
+    assert before == [cells.contents(name) for name in names]
+    (tmp_path / "t.txt").write_text("two", encoding="utf-8")
+    monkeypatch.setattr(topics, "topics", {**topics.topics, "new": "A topic of a later Python."})
+    assert not any(cells.contents(name) == was for name, was in zip(names, before, strict=True))
+
+
+def test_a_pinned_text_and_a_model_of_the_hub_stand_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "debian_handbook").mkdir()  # which nobody reads
+    assert [cells.contents(name) for name in ("debian_handbook", "a/model")] == ["debian_handbook", "a/model"]
 
 
 def test_a_tiny_cache_that_changes_nothing_leaves_no_result(settings):
@@ -313,6 +398,16 @@ def test_what_cannot_be_run_here_is_refused_before_any_weight_is_loaded(settings
     with pytest.raises(ConfigError, match=message):
         run(data)
     assert not (Path(data["output"]) / RECORDS_FILE).exists()
+
+
+def test_several_processes_of_a_launcher_are_refused(settings, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings()), encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert decode.main([str(path)]) == 2
+    assert "a launcher started 2 processes" in (told := capsys.readouterr().err)
+    assert "workers=N" in told
+    assert not (tmp_path / "run" / RECORDS_FILE).exists()
 
 
 def test_the_config_survives_its_own_yaml(settings, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from attnzoo import tasks
@@ -25,6 +26,7 @@ from eval import compare_kvpress
 from tests.tasks.decode import llm
 
 ROOT = Path(__file__).parents[3]
+OWN = (platform.python_version(), transformers.__version__)
 FAKE = """#!{python}
 import json, pathlib, sys
 if "-c" in sys.argv:
@@ -40,7 +42,7 @@ for prompt in job["prompts"]:
     kept = prompt["context"] if job["spec"] is None else prompt["keep"]
     answer = " " + prompt["answers"][0] + "."
     prompts.append({{"answer": answer, "kept": [kept, kept], "cache_peak_bytes": 10, "entries_peak_bytes": 10}})
-print(json.dumps({{"versions": {{"python": "3", "kvpress": "fake"}}, "prompts": prompts}}))
+print(json.dumps({{"versions": {{"python": "3", "transformers": "5.2", "kvpress": "fake"}}, "prompts": prompts}}))
 """
 
 
@@ -129,12 +131,22 @@ def test_a_broken_run_goes_on_and_the_page_says_who_is_ahead(settings):
             if record.attention == "keydiff":
                 entry = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
                 assert prompt.entries_peak_bytes <= (prompt.kept[0] + 16) * entry < prompt.cache_peak_bytes * 1.2
+        place = record.environment
+        theirs = record.quality.row.side == "kvpress"
+        assert (place.python, place.transformers) == (("3", "5.2") if theirs else OWN)
+        assert place.torch == torch.__version__
     page = page_of(task.TASK, records)
-    for words in ("the command", "kvpress: python 3, kvpress fake.", "2 of 2", "keydiff: so"):
+    for words in ("the command", "kvpress: python 3, transformers 5.2, kvpress fake.", "2 of 2", "keydiff: so"):
         assert words in page
     keydiff = next(row for row in page.splitlines() if "KeyDiffPress</td>" in row and ">keydiff<" in row)
     assert "0 of 2</td><td>2 of 2</td><td>-1.00 (2 samples)</td><td>0 of 2" in keydiff
     assert "(34% to 100%)" not in page, "of two prompts no interval is shown"
+
+
+def test_several_processes_of_a_launcher_are_refused(settings, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert compare_kvpress.main([str(settings.path)]) == 2
+    assert "a launcher started 4 processes" in capsys.readouterr().err
 
 
 def test_what_a_row_depends_on_is_no_other_row_and_nothing_of_where_it_runs(settings, saved, tmp_path):
@@ -158,11 +170,13 @@ def test_a_side_that_keeps_another_share_is_refused(settings, kind, monkeypatch)
     given = task.prepare(config, task.plan(config))
     cell = next(cell for cell in task.plan(config) if cell.kind == kind and "KeyDiffPress" in cell.label)
     keep = given["prompts"][0]["question_at"] // 4
-    told = {"kept": [keep, keep + 2], "answer": ""}
+    told, versions = {"kept": [keep, keep + 2], "answer": ""}, {"torch": "2", "kvpress": "fake"}
     gate = {"oracle": "", "passed": True, "max_abs_error": 0, "scale": 1, "tolerance": 1, "at": ""}
-    monkeypatch.setattr(task, "ask", lambda *_: {"gate": gate, "prompts": [told] * 2, "row": [told]})
+    monkeypatch.setattr(
+        task, "ask", lambda *_: {"gate": gate, "versions": versions, "prompts": [told] * 2, "row": [told]}
+    )
     result = task.measure(config, cell, given, print)
-    assert result.status == "failed"
+    assert (result.status, result.environment) == ("failed", {"torch": "2"})
     assert f"kept {keep} to {keep + 2} entries per head of prompt 0, not {keep}: the two" in result.message
 
 

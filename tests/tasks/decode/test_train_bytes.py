@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,66 @@ def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(settings, monkeypatc
     assert [record.quality.losses[-1][0] for record in go(other)] == [2, 2]
 
 
+def stopped_at(config, monkeypatch, step):
+    """Run until a step of the first model, as a process that is interrupted then; give its folder of checkpoints."""
+    train = byte_lm.train
+
+    def stop(word):
+        if word.startswith(f"step {step} of"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(byte_lm, "train", lambda *given: train(*given[:-1], stop))
+        with pytest.raises(KeyboardInterrupt):
+            go(config)
+    (folder,) = (config.folder / "checkpoints").iterdir()
+    return folder
+
+
+def first_words(config, monkeypatch):
+    """What a run says first of each model, and its records."""
+    words, train = [], byte_lm.train
+    with monkeypatch.context() as patched:
+        patched.setattr(byte_lm, "train", lambda *given: train(*given[:-1], words.append))
+        records = go(config)
+    return [word for before, word in zip(["step 20 of 20", *words], words, strict=False) if "20 of" in before], records
+
+
+@pytest.mark.parametrize("lost", [None, "trainer_state.json", "model.safetensors", "optimizer.pt", "torn state"])
+def test_a_checkpoint_torn_by_a_kill_is_not_gone_on_from(settings, monkeypatch, lost):
+    config = byte_lm.TrainConfig.load(settings)
+    folder = stopped_at(config, monkeypatch, 6)
+    (last,) = folder.iterdir()
+    assert last.name == "checkpoint-5"
+    torn = folder / "checkpoint-6"
+    shutil.copytree(last, torn)
+    state = torn / "trainer_state.json"
+    state.write_text(state.read_text(encoding="utf-8").replace('"global_step": 5', '"global_step": 6'), "utf-8")
+    if lost is None:
+        for file in torn.iterdir():
+            file.unlink()
+    elif lost == "torn state":
+        state.write_text('{"global_step": 6, "log_hist', encoding="utf-8")
+    else:
+        (torn / lost).unlink()
+    said, records = first_words(config, monkeypatch)
+    assert said == ["step 6 of 20", "step 1 of 20"]
+    assert [record.status for record in records] == ["ok", "ok"]
+
+
+def test_where_the_only_checkpoint_is_torn_training_begins_anew(settings, monkeypatch):
+    config = byte_lm.TrainConfig.load(settings)
+    (last,) = stopped_at(config, monkeypatch, 6).iterdir()
+    (last / "trainer_state.json").unlink()
+    assert first_words(config, monkeypatch)[0] == ["step 1 of 20"] * 2
+
+
+def test_checkpoints_are_set_aside_too(settings, monkeypatch):
+    stopped_at(byte_lm.TrainConfig.load(settings), monkeypatch, 6)
+    fresh = byte_lm.TrainConfig.load(settings, ["fresh=true"])
+    assert first_words(fresh, monkeypatch)[0] == ["step 1 of 20"] * 2
+
+
 def test_the_command_line(settings, capsys):
     spec = importlib.util.spec_from_file_location("train_decode", ROOT / "train/decode.py")
     script = importlib.util.module_from_spec(spec)
@@ -108,6 +169,12 @@ def test_the_command_line(settings, capsys):
     assert "causality" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         script.main([])
+
+
+def test_several_processes_of_a_launcher_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a launcher started 2 processes"):
+        go(byte_lm.TrainConfig.load(settings))
 
 
 def test_the_end_of_the_text_is_held_out(settings):

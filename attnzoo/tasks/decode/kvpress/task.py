@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import RESIDENT
 from attnzoo.bench.record import Cost, Gate, Memory, Shapes, Side
 from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm
-from attnzoo.tasks.decode.cells import _contents
+from attnzoo.tasks.decode.cells import contents
 from attnzoo.tasks.decode.kvpress.config import Comparison, Row, Setting
 from attnzoo.tasks.decode.kvpress.environment import KVPRESS, LAST_WORDS, kvpress_python
 from attnzoo.tasks.decode.kvpress.quality import Answered, PassKeys, Record, sections
@@ -59,8 +61,8 @@ def _cell(config: Comparison, row: Row, setting: Setting, kind: Any) -> Cell:
             "row": row.model_dump(mode="json", exclude={"note"}),
             "kvpress": KVPRESS,
             "setting": setting,
-            "model": _contents(config.model),
-            "text": _contents(config.text),
+            "model": contents(config.model),
+            "text": contents(config.text),
             **config.model_dump(mode="json", include=keys),
         },
         asks={"row": row.model_dump(mode="json"), "setting": setting},
@@ -73,6 +75,7 @@ def _cell(config: Comparison, row: Row, setting: Setting, kind: Any) -> Cell:
 
 def check(config: Comparison) -> None:
     """Check that kvpress is where the config says."""
+    refuse_launcher()
     kvpress_python(config.python, make=False)
 
 
@@ -114,15 +117,18 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: Say) 
     if "died" in answer:
         return Result(status="failed", message=answer["died"])
     gate = None if quality else Gate.model_validate(answer["gate"])
+    versions, theirs = answer["versions"], row.side == "kvpress"
+    place = {name: versions[name] for name in ("python", "torch", "transformers") if theirs and name in versions}
+    failed = partial(Result, status="failed", gate=gate, environment=place)
     if gate is not None and not gate.passed:
-        return Result(status="failed", message=gates.gate_message("gate", gate), gate=gate)
+        return failed(message=gates.gate_message("gate", gate))
     told = answer["prompts" if quality else "row"]
     for index, (expected, one) in enumerate(zip(contexts if row.spec is None else keeps, told, strict=True)):
         if any(abs(kept - expected) > 1 for kept in one["kept"]):  # kvpress rounds the share that goes
             kept = f"{one['kept'][0]} to {one['kept'][1]} entries per head of prompt {index}, not {expected}"
-            return Result(status="failed", message=f"it kept {kept}: the two sides cannot be compared", gate=gate)
+            return failed(message=f"it kept {kept}: the two sides cannot be compared")
     if gate is not None:
-        return Result(status="ok", gate=gate, **_cost(config, answer))
+        return Result(status="ok", gate=gate, environment=place, **_cost(config, answer))
     answered = [
         Answered(**one, context_tokens=context, expected=x.answers, hits=found(x, one["answer"]), depth=x.depths[0])
         for one, context, x in zip(told, contexts, samples, strict=True)
@@ -130,12 +136,12 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: Say) 
     keys = PassKeys(
         row=row,
         prompts=tuple(answered),
-        versions=answer["versions"],
+        versions=versions,
         text_sha256=samples[0].text_sha256,
         note=f"{config.samples} prompts of {config.tokens:,} tokens with a pass key in prose ({config.text}), "
         f"{cell.part}; {config.share:.0%} of the cache kept, blocks of {config.block_size}",
     )
-    return Result(status="ok", quality=keys)
+    return Result(status="ok", environment=place, quality=keys)
 
 
 def _cost(config: Comparison, answer: Mapping[str, Any]) -> dict[str, Any]:
