@@ -20,7 +20,7 @@ from attnzoo.errors import AttnZooError
 from attnzoo.tasks.decode.byte_lm import BitsPerByte
 from attnzoo.tasks.decode.quality import Retrieval
 from attnzoo.tasks.suite import TASK
-from tests.bench.data import cost, side
+from tests.bench.data import cost, quality, side
 
 
 class Balance(HTMLParser):
@@ -88,6 +88,46 @@ def test_every_row_is_in_the_terminal_table(run_records):
     text = console.export_text()
     for part in ("16 tokens", "64 tokens", "dense", "slow", "fast", "0.50x", "2.00x", "oom"):
         assert part in text
+
+
+def quality_row(make_record, label="dense", **changes):
+    whose = {"label": label, "attention": label, "is_baseline": label == "dense"}
+    return make_record(**{**whose, "kind": "quality", "tokens": 0, "cost": None, "gate": None, **changes})
+
+
+def told(records):
+    """What the terminal and the page say of records."""
+    console = Console(record=True, width=200)
+    print_report(records, console)
+    return console.export_text(), page_of(TASK, records)
+
+
+def test_a_workload_whose_quality_failed_in_every_row_has_a_column_and_its_reasons(make_record):
+    row = partial(quality_row, make_record)
+    lost = {"workload": "other images", "status": "failed"}
+    records = [row(quality=quality()), row("slow", quality=quality(0.7, 0.74))]
+    records += [row(message="no <images>\nat all", **lost), row("slow", message="a loss of nan", **lost)]
+    text, page = told(records)
+    for shown in (text, page):
+        assert "other images" in shown
+        assert shown.count("failed") >= 2
+    assert "dense (quality, other images): failed: no <images> at all" in text
+    assert "slow (quality, other images): failed: a loss of nan" in text
+    assert '<span class="worse">failed</span><br><small>no &lt;images&gt; at all</small>' in page
+    assert "70.0 (68.0-72.0)" in page, "what did not fail stands beside it"
+
+
+@pytest.mark.parametrize("workload", ["", "other images"])
+def test_one_row_of_quality_that_failed_says_why(make_record, workload):
+    row = partial(quality_row, make_record)
+    records = [row(quality=quality()), row("slow", status="timeout", message="after 600 s", workload=workload)]
+    if workload:
+        records += [row(quality=quality(), workload=workload), row("slow", quality=quality())]
+    text, page = told(records)
+    assert f"slow (quality{', other images' if workload else ''}): timeout: after 600 s" in text
+    assert '<span class="worse">timeout</span><br><small>after 600 s</small>' in page
+    only, _ = told(records[1:2])
+    assert "after 600 s" in only, "no row has any quality"
 
 
 def test_the_markdown_has_a_table_per_host_of_at_most_seven_columns(make_record, run_records):
