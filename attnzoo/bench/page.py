@@ -168,9 +168,9 @@ def _workloads(summary: Summary) -> Table | None:
     """How much each row gets done beside the dense row of its part's first workload; None where there is one alone."""
     table = Table(("attention", Column("workload", left=True), Column("per second", "images or tokens"), "of dense's"))
     for part in summary.parts:
-        alike: dict[tuple[str, int], list[Group]] = {}
-        for group in summary.of(part):
-            alike.setdefault((group.phase, group.tokens), []).append(group)
+        alike: dict[tuple[str, int, str, str], list[Group]] = {}
+        for group in summary.of(part):  # a layer alone does not get done what the whole model does
+            alike.setdefault((group.phase, group.tokens, group.rows[0].scope, group.host), []).append(group)
         for groups in alike.values():
             dense = next((row.cost for row in groups[0].rows if row.is_baseline), None)
             if len(groups) < 2 or dense is None:

@@ -130,6 +130,23 @@ def test_one_row_of_quality_that_failed_says_why(make_record, workload):
     assert "after 600 s" in only, "no row has any quality"
 
 
+ALONE = {"scope": "layer", "host": "timm:vit, its first attention layer alone"}
+SIDE_BY_SIDE = "Workloads side by side"
+
+
+@pytest.mark.parametrize("other", [ALONE, {"host": "timm:deit"}], ids=["layer", "host"])
+def test_only_workloads_of_the_same_model_stand_side_by_side(make_record, other):
+    whole = make_record(workload="batch 8")
+    alone = make_record(workload="batch 8, another", **other)
+    assert SIDE_BY_SIDE not in page_of(TASK, [whole, alone])
+    part = page_of(TASK, [whole, make_record(workload="batch 1"), alone]).partition(SIDE_BY_SIDE)[2]
+    table = part.partition("</table>")[0]
+    assert "batch 1" in table
+    assert "another" not in table
+    again = alone.model_copy(update={"workload": "batch 1, another"})
+    assert "another" in page_of(TASK, [whole, alone, again]).partition(SIDE_BY_SIDE)[2].partition("</table>")[0]
+
+
 def test_the_markdown_has_a_table_per_host_of_at_most_seven_columns(make_record, run_records):
     lines = markdown_table(run_records).splitlines()
     assert lines[:2] == ["**vit**", ""]
