@@ -162,6 +162,17 @@ def test_the_markdown_has_a_table_per_host_of_at_most_seven_columns(make_record,
     assert "peak memory" in markdown_table(many), "something besides speed is told however many sizes there are"
 
 
+@pytest.mark.parametrize("cells", [7, 6])
+def test_of_many_workloads_the_markdown_has_the_largest(make_record, cells):
+    many = [make_record(tokens=tokens, quality=None) for tokens in range(16, 16 + cells)]
+    for label in ("dense", "slow"):
+        rows = [row.model_copy(update={"label": label}) for row in many]
+        lines = [line for line in markdown_table(rows).splitlines() if line.startswith("|")]
+        assert {line.count("|") for line in lines} == {8}
+    assert "speed-up, forward, 16 tokens" not in lines[0]
+    assert f"speed-up, forward, {15 + cells} tokens | peak memory, forward at {15 + cells} |" in lines[0]
+
+
 def test_without_quality_the_markdown_has_no_columns_for_it(make_record):
     records = [make_record(kind="cost", tokens=tokens, quality=None) for tokens in (16, 64)]
     assert "quality" not in markdown_section(records)
