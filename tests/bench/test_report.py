@@ -173,6 +173,39 @@ def test_of_many_workloads_the_markdown_has_the_largest(make_record, cells):
     assert f"speed-up, forward, {15 + cells} tokens | peak memory, forward at {15 + cells} |" in lines[0]
 
 
+def unsteady(make_record, label, middle, spread):
+    data = cost(middle)
+    data["ratios"]["speedup"] |= {"p20": middle - spread, "p80": middle + spread}
+    return make_record(label=label, attention=label, is_baseline=False, cost=data)
+
+
+@pytest.mark.parametrize("names", [("wild", "steady"), ("steady", "wild")])
+def test_the_fastest_is_one_that_is_faster_beyond_the_noise(make_record, names):
+    speeds = {"wild": (1.8, 0.9), "steady": (1.4, 0.1), "slow": (0.5, 0.01)}
+    rows = [make_record(), *(unsteady(make_record, name, *speeds[name]) for name in (*names, "slow"))]
+    assert "steady is fastest, 1.40x" in verdict(summarize(rows))
+    within = [row for row in rows if row.label != "steady"]
+    assert "none is faster than dense beyond the noise; nearest is wild" in verdict(summarize(within))
+
+
+def test_a_page_of_quality_alone_says_who_keeps_most_and_how_many_are_worse(make_record):
+    row = partial(quality_row, make_record)
+    better = {**quality(0.97, 0.996), "ratio_low": 0.991, "ratio_high": 0.999}
+    lost = {"status": "failed", "message": "no"}
+    records = [row(quality=quality()), row("a", quality=quality(0.5, 0.53)), row("b", quality=better), row("c", **lost)]
+    found = verdict(summarize(records))
+    assert found == (
+        "vit, top-1: b keeps most, 0.996x (0.991-0.999) of dense's quality; of 2 measured, 2 worse than dense beyond "
+        "the interval, none better."
+    )
+    assert found in page_of(TASK, records).replace("&#39;", "'")
+    other = [row(quality=quality(), workload="night"), row("a", quality=quality(0.94, 0.99), workload="night")]
+    assert "vit, night: a keeps most, 0.990x of dense's quality; of 1 measured, none worse" in verdict(
+        summarize([*records, *other])
+    )
+    assert verdict(summarize(records[:1])) == ""
+
+
 def test_without_quality_the_markdown_has_no_columns_for_it(make_record):
     records = [make_record(kind="cost", tokens=tokens, quality=None) for tokens in (16, 64)]
     assert "quality" not in markdown_section(records)
