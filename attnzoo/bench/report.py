@@ -38,7 +38,6 @@ PER_CALL = {
     "prefill": "ms per prompt",
     "decode": "ms per token",
 }
-PER_SECOND = {"forward": "images", "training": "images", "prefill": "tokens", "decode": "tokens"}
 
 
 def print_report(records: Iterable[Any], console: Console, table: Table | None = None) -> None:
@@ -107,7 +106,7 @@ def _cost_cells(row: Record, group: Group, dense: Quality | None) -> list[Cell]:
     held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
     kept = words.quality_verdict(row.quality, dense)
     return [
-        Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {PER_SECOND[group.phase]}/s"),
+        Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {group.items}/s"),
         Cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
         Cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
         Cell(words.ratio(peak), words.memory_verdict(row), megabytes(held) if held else ""),

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 import attnzoo
+from attnzoo.bench import plots
 from attnzoo.bench.colors import DENSE, METHODS, look
 from attnzoo.bench.highlights import of_records
 from attnzoo.bench.publish import page_of
@@ -186,6 +187,35 @@ def test_the_fastest_is_one_that_is_faster_beyond_the_noise(make_record, names):
     assert "steady is fastest, 1.40x" in verdict(summarize(rows))
     within = [row for row in rows if row.label != "steady"]
     assert "none is faster than dense beyond the noise; nearest is wild" in verdict(summarize(within))
+
+
+@pytest.mark.parametrize("first", ["forward", "training"])
+def test_forward_and_training_are_not_one_line(make_record, monkeypatch, first):
+    both = [make_record(phase=phase, workload="batch 64") for phase in ("forward", "training")]
+    assert "against token count" not in page_of(TASK, both), "there is one token count alone"
+    larger = [record.model_copy(update={"tokens": 64}) for record in both if record.phase == first]
+    drawn = []
+    monkeypatch.setattr(plots, "plain_ticks", lambda axis, values: drawn.append(values))
+    monkeypatch.setattr(plots, "add_key", lambda axes: drawn.append([len(line.get_xdata()) for line in axes.lines]))
+    plots.latency_plot(summarize([*both, *larger]))
+    assert drawn == ([[10.0, 10.0], [2]] if first == "forward" else [])
+
+
+def test_the_memory_of_training_is_not_drawn_as_that_of_a_forward(make_record, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_trade", lambda trades, *rest: drawn.extend(len(trade.spots) for trade in trades))
+    rows = [make_record(phase=phase, workload="batch 64") for phase in ("forward", "training")]
+    plots.memory_trade_plot(summarize([*rows, quality_row(make_record, quality=quality())]))
+    assert drawn == [1]
+
+
+@pytest.mark.parametrize(("phase", "word"), [("forward", "items"), ("training", "items"), ("decode", "tokens")])
+def test_only_images_are_called_images(make_record, phase, word):
+    record = make_record(phase=phase, shapes=None, host="transformers:bert")
+    page = page_of(TASK, [record, record.model_copy(update={"tokens": 64})])
+    assert f"100.0 {word}/s" in page
+    assert "per image" not in page
+    assert "100.0 images/s" in page_of(TASK, [make_record()])
 
 
 def test_a_page_of_quality_alone_says_who_keeps_most_and_how_many_are_worse(make_record):
@@ -374,11 +404,11 @@ def test_fewer_than_five_windows_or_prompts_have_no_interval_anywhere(n):
     assert difference(found) == told.get(n, "+0.020 (+0.010 to +0.030)")
     windows = bits([1.0 + 0.1 * i for i in range(n)]).against(bits([1.5 + 0.2 * i for i in range(n)]))
     prompts = asked([True] * n).against(asked([i % 2 == 0 for i in range(n)]))
-    for quality in (windows, prompts):
+    for found in (windows, prompts):
         few = n < 5
-        assert (quality.ratio is None, quality.ratio_low is None, quality.ratio_high is None) == (False, few, few)
-        cells = [getattr(cell, "text", cell) for cell in quality.details.values()]
-        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([quality.figure, *cells]))) is not few, cells
+        assert (found.ratio is None, found.ratio_low is None, found.ratio_high is None) == (False, few, few)
+        cells = [getattr(cell, "text", cell) for cell in found.details.values()]
+        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([found.figure, *cells]))) is not few, cells
 
 
 @pytest.mark.parametrize(
