@@ -219,13 +219,15 @@ def _most_kept(summary: Summary) -> list[str]:
         found = [(one.ratio, row.label, one) for row in methods if (one := row.quality) and one.ratio is not None]
         if not found:
             continue
-        _, label, best = max(found, key=lambda one: one[0])
+        most, label, best = max(found, key=lambda one: one[0])
+        alike = sum(ratio == most for ratio, *_ in found) - 1
+        keeps = f"{label} and {alike} more keep" if alike else f"{label} keeps"
         verdicts = [quality_verdict(one, dense) for *_, one in found]
         better, worse = (verdicts.count(which) or "none" for which in ("better", "worse"))
         host = rows[0].host.partition(":")[2]
         place = [host, part if len(summary.scored) > 1 else "", workload or best.METRIC.removesuffix(" %")]
         told.append(
-            f"{', '.join(filter(None, place))}: {label} keeps most, {quality_kept(best, digits=3)} of dense's quality; "
+            f"{', '.join(filter(None, place))}: {keeps} most, {quality_kept(best, digits=3)} of dense's quality; "
             f"of {len(found)} measured, {worse} worse than dense beyond the interval, {better} better."
         )
     return told

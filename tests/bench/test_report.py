@@ -233,6 +233,8 @@ def test_a_page_of_quality_alone_says_who_keeps_most_and_how_many_are_worse(make
     assert "vit, night: a keeps most, 0.990x of dense's quality; of 1 measured, none worse" in verdict(
         summarize([*records, *other])
     )
+    tied = row("d", quality=better)
+    assert "vit, top-1: b and 1 more keep most, 0.996x" in verdict(summarize([*records, tied]))
     assert verdict(summarize(records[:1])) == ""
 
 
