@@ -101,17 +101,15 @@ def check_rows(rows: Iterable[Row], unsupported: Callable[[Row], bool] = lambda 
         Whether the config says ``expect: unsupported`` of a row.
     """
     rows = list(rows)
-    bad: dict[str, str] = {}
-    for row in rows:
-        if row.status != "ok" and not (row.status == "unsupported" and unsupported(row)):
-            bad.setdefault(f"{_name(row)}: {row.status}", row.message)
+    bad = [row for row in rows if row.status != "ok" and not (row.status == "unsupported" and unsupported(row))]
     for label in sorted({row.label for row in rows if row.status == "ok" and unsupported(row)}):
         print(f"note: {label} is expected to be unsupported, and works; the config can say so", file=sys.stderr)
     if not bad:
         return OK
     print(f"error: {len(bad)} of {len(rows)} rows did not end well:", file=sys.stderr)
-    for name, message in bad.items():
-        print(f"  {name}{f': {_reason(message)}' if message.strip() else ''}", file=sys.stderr)
+    for row in bad:
+        why = f": {_reason(row.message)}" if row.message.strip() else ""
+        print(f"  {_name(row)}: {row.status}{why}", file=sys.stderr)
     return FAILED
 
 
@@ -126,4 +124,7 @@ def _reason(message: str) -> str:
 def _name(row: Ended) -> str:
     """The row's label, and what was measured of it where it says so."""
     kind, tokens = getattr(row, "kind", ""), getattr(row, "tokens", 0)
-    return " ".join(filter(None, [kind and f"{kind} of", row.label, f"at {tokens:,} tokens" if tokens else ""]))
+    phase = getattr(row, "phase", "")  # that of most rows is not said
+    phase = "" if kind != "cost" or phase == "forward" else phase
+    told = " ".join(filter(None, [kind and f"{kind} of", row.label, f"at {tokens:,} tokens" if tokens else ""]))
+    return ", ".join(filter(None, [told, phase, getattr(row, "workload", "")]))

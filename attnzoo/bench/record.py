@@ -433,6 +433,7 @@ class RecordStore(Generic[R]):
             return
         records = latest(read_lines(self.path, self.model, SCHEMA_VERSION, mend=True, stacklevel=4))
         records = [r for r in records if r.key not in self.renewed or r.measured == self.measured.get(r.key)]
+        records = [r for r in records if r.status in FINAL or self._valid(r)]  # others have no figures to lose
         other = next((record for record in records if not self._valid(record)), None)
         if other is not None:
             hashes = f"{other.config_hash}, this one is {self.config_hash}"

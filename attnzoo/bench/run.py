@@ -84,9 +84,14 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
 
 
 def asked(task: Task, config: RunConfig, records: Sequence[R]) -> list[R]:
-    """Leave out the records of rows that `config` does not ask for, which an earlier config of the folder left."""
-    keys = {key for cell in task.plan(config) for key in cell.keys}
-    return [record for record in records if record.key in keys or record.config_hash == config.hash]
+    """Leave out the records of rows that `config` does not ask for, or that an earlier config measured."""
+    measured = _measured(task, task.plan(config))
+    return [
+        record
+        for record in records
+        if record.key in measured
+        and (record.measured == measured[record.key] if record.measured else record.config_hash == config.hash)
+    ]
 
 
 def _measured(task: Task, cells: Sequence[Cell]) -> dict[Key, str]:
@@ -305,7 +310,11 @@ class _Engine:
             return None, "not measured"
         if found.quality is None:
             return None, found.quality_note
-        against = self._with_ratio(found)
+        try:
+            against = self._with_ratio(found)
+        except Exception as error:  # a mistake of the task's must not take the other rows with it
+            bare = found.quality.model_copy(update={"ratio": None, "ratio_low": None, "ratio_high": None})
+            return bare, f"{bare.note}; it cannot be set against dense: {type(error).__name__}: {error}"
         return against, against.note
 
     def _with_ratio(self, record: Envelope) -> Quality:

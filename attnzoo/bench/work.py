@@ -12,7 +12,15 @@ from attnzoo.bench.gate import OracleError
 from attnzoo.bench.isolate import LAST_WORDS, is_out_of_memory, set_threads
 from attnzoo.bench.record import Entry
 from attnzoo.bench.task import Cell, Result, Say, Task
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import (
+    AttnZooError,
+    ConfigError,
+    MissingExtraError,
+    OptionError,
+    ShapeError,
+    SwapError,
+    UnsupportedError,
+)
 
 
 class Job(Entry):
@@ -57,9 +65,9 @@ def work_here(task: Task, config: RunConfig, cell: Cell, given: Mapping[str, Any
     set_threads(cell.threads)
     try:
         return task.measure(config, cell, given, say)
-    except AttnZooError as error:
+    except (SwapError, UnsupportedError, OptionError, ShapeError, MissingExtraError) as error:  # the swap was refused
         return Result(status="unsupported", message=str(error))
-    except OracleError as error:
+    except (AttnZooError, OracleError) as error:
         return Result(status="failed", message=str(error))
     except Exception as error:  # a mistake of the task's, or of a library's: the other cells may still run
         if is_out_of_memory(error):

@@ -89,7 +89,13 @@ def so_far(task: Task, config: Any) -> None:
     path = config.folder / RECORDS_FILE
     if not path.is_file():
         raise ConfigError(f"--so-far: there are no records in {config.folder} yet")
-    report(task, path, None, asked(task, config, read_records(path, task.record)))
+    records = read_records(path, task.record)
+    own = asked(task, config, records)
+    if len(own) < len(records):
+        print(f"{len(records) - len(own)} rows of the folder are left out: this config does not ask for them")
+    if not own:
+        raise ConfigError(f"--so-far: no row in {config.folder} is one that this config asks for")
+    report(task, path, None, own)
 
 
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -113,6 +114,21 @@ def test_what_is_expected_to_be_unsupported_and_works_is_told(capsys):
     assert "note: a is expected to be unsupported, and works" in capsys.readouterr().err
     assert check_rows([Row("a", "timeout", "took long"), Row("b", "oom")], lambda row: row.label == "a") == 1
     assert "2 of 2 rows did not end well" in capsys.readouterr().err
+
+
+def test_every_row_that_failed_is_counted_and_told(capsys):
+    """Rows that differ by workload or phase alone are not one."""
+    places = [("quality", "forward", "pass key"), ("quality", "forward", ""), ("cost", "decode", "batch 8")]
+    alike = {"label": "h2o", "status": "failed", "tokens": 8}
+    rows = [
+        SimpleNamespace(kind=kind, phase=phase, workload=workload, message=f"reason {n}", **alike)
+        for n, (kind, phase, workload) in enumerate([*places, ("cost", "prefill", "")])
+    ]
+    assert check_rows(rows) == 1
+    told = capsys.readouterr().err
+    assert "4 of 4 rows did not end well" in told
+    assert "  quality of h2o at 8 tokens, pass key: failed: reason 0" in told
+    assert "  cost of h2o at 8 tokens, decode, batch 8: failed: reason 2" in told
 
 
 @pytest.mark.parametrize(

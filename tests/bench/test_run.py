@@ -217,12 +217,12 @@ def test_every_kind_of_gate_passes_in_every_dtype(name, dtype):
     assert cost_in(outcome).ratios.speedup.n == cost_in(outcome).candidate.latency_ms.n
 
 
-def test_an_attention_that_the_host_refuses_is_unsupported():
+def test_a_model_that_cannot_be_built_is_a_failed_row_with_a_reason():
     config = validate_config(tiny("unused", model={"model": "resnet18", "patch_size": 4}))
     cell = plan(config)[1]
     job = Job(task=TASK.ref, config=config.model_dump_json(), cell=cell, given={})
     answer = json.loads(work(job.model_dump_json(), lambda stage: None))
-    assert answer["status"] == "unsupported"
+    assert answer["status"] == "failed"
     assert answer["message"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from rich.console import Console
 
 import attnzoo
 from attnzoo import tasks
@@ -18,7 +19,7 @@ from attnzoo.bench.publish import page_of
 from attnzoo.bench.record import Gate
 from attnzoo.bench.run import run, visible_gpus
 from attnzoo.bench.task import Result
-from attnzoo.errors import ConfigError
+from attnzoo.errors import AssetError, ConfigError, DataError, OptionError, UnsupportedError
 from eval import bench
 from tests.bench import gpus, toy
 from tests.bench.data import cost, record_data
@@ -78,6 +79,72 @@ def test_a_run_is_added_to_and_what_cannot_stay_is_named(tmp_path, capsys):
     assert bench.main([path, "wrong=true", "fresh=true"]) == 1
     assert "cost of float32 at 16 tokens: failed: gate did not pass" in capsys.readouterr().err
     assert {r.cost for r in tasks.read_records(records)} == {None}
+
+
+def test_so_far_shows_no_row_of_another_config(tmp_path, capsys):
+    path, page = written(tmp_path, sizes=[16], isolated=False), tmp_path / "out" / "report.html"
+    assert bench.main([path]) == 0
+    before = page.read_bytes()
+    capsys.readouterr()
+    assert bench.main([path, "wrong=true", "--so-far"]) == 0
+    told = capsys.readouterr().out
+    assert "2 rows of the folder are left out" in told
+    assert "forward, 16 tokens" not in told
+    assert page.read_bytes() != before
+
+
+def test_a_row_that_failed_does_not_keep_a_mended_config_out(tmp_path, capsys):
+    path, records = written(tmp_path, sizes=[16], isolated=False, wrong=True), tmp_path / "out" / "records.jsonl"
+    assert bench.main([path]) == 1
+    assert bench.main([path, "wrong=false"]) == 0
+    assert "2 rows of an earlier run are kept, 2 to measure" in capsys.readouterr().err
+    assert {record.status for record in tasks.read_records(records)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UnsupportedError, "unsupported"),
+        (OptionError, "unsupported"),
+        (AssetError, "failed"),
+        (DataError, "failed"),
+        (ConfigError, "failed"),
+    ],
+)
+def test_only_a_refused_swap_is_unsupported(tmp_path, error, status):
+    """A file that is torn, or a hub that does not answer, may do so the next time."""
+
+    def measure(config, cell, given, say):
+        raise error("for a reason")
+
+    config = toy.Config.load(written(tmp_path, sizes=[16], isolated=False))
+    found = run(replace(toy.TASK, measure=measure), config, "", Console(stderr=True, quiet=True))
+    assert {record.status for record in found} == {status}
+
+
+def test_a_mistake_in_setting_a_row_against_dense_does_not_end_a_run(tmp_path, monkeypatch):
+    """Also where dense came later than the row, and in the rows of cost that carry the quality."""
+    config = toy.Config.load(written(tmp_path, sizes=[16], isolated=False))
+    console = Console(stderr=True, quiet=True)
+    late = [True]
+
+    def measure(config, cell, given, say):
+        if late[0] and cell.is_baseline and cell.kind == "quality":
+            return Result(status="timeout", message="too slow")
+        return toy.measure(config, cell, given, say)
+
+    run(replace(toy.TASK, measure=measure), config, "", console)
+    late[0] = False
+
+    def against(self, dense):
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(toy.Digits, "against", against)
+    found = run(replace(toy.TASK, measure=measure), config, "", console)
+    assert len(found) == 4
+    own = [record for record in found if record.label == "float32"]
+    assert all("cannot be set against dense: TypeError: a mistake" in record.quality_note for record in own)
+    assert {record.quality.ratio for record in own} == {None}
 
 
 def test_what_has_not_begun_is_told(tmp_path, capsys):

@@ -24,7 +24,6 @@ class Config(RunConfig):
     sizes: tuple[int, ...] = (16, 64)
     wrong: bool = False
     isolated: bool = True
-    fresh: bool = False
 
 
 class Digits(Quality):

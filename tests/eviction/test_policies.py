@@ -14,6 +14,7 @@ from attnzoo.eviction.caote import output_error
 from attnzoo.eviction.keydiff import KeyDiff
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, highest
 from attnzoo.eviction.random import Random
+from attnzoo.eviction.weights import attention_weights
 from attnzoo.registry import build_policy, describe
 from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
 
@@ -198,6 +199,35 @@ def test_the_highest_of_equal_scores_are_the_later(seed, entries, values, data):
     scores[1, 1, entries // 2 :] = float("-inf")
     expected = scores.argsort(dim=-1, stable=True)[..., -count:].sort(dim=-1).values
     assert torch.equal(highest(scores, count), expected)
+
+
+@pytest.mark.parametrize("base", ["tova", "snapkv"])
+@pytest.mark.parametrize("wrapper", ["caote"])
+def test_a_wrapper_moves_the_output_less_than_its_base(wrapper, base):
+    """Open loop: how far the attention output of the next query moves, over all heads, when a block is evicted."""
+    moved = {wrapper: 0.0, base: 0.0}
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(1, h, 48, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
+        v *= torch.rand(48, 1, generator=generator, dtype=torch.float64) * 3  # values of all sizes
+        attention = attention_weights(q[:, :, -1:], k, None)  # (1, 4, 1, 48)
+        for name in moved:
+            options = {"budget": 24, "block_size": 48, "recent": 4}
+            options |= {"base": base} if name == wrapper else {}
+            policy = build_policy(describe(name), options)
+            view = CacheView(
+                keys=k,
+                values=v,
+                positions=torch.arange(48).expand(1, 2, 48),
+                counts=torch.tensor([48]),
+                queries=q[:, :, -policy.queries_kept :],
+                query_positions=torch.arange(48 - policy.queries_kept, 48)[None],
+            )
+            stays = torch.zeros(1, 2, 48, dtype=torch.bool).scatter_(2, policy.keep(view), True)
+            kept = attention * stays.repeat_interleave(2, 1)[:, :, None]
+            grouped = v.repeat_interleave(2, 1)
+            moved[name] += ((attention - kept / kept.sum(-1, keepdim=True)) @ grouped).norm().item()
+    assert moved[wrapper] < 0.95 * moved[base], moved
 
 
 def test_an_entry_with_all_the_weight_is_never_evicted():
