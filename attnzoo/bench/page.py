@@ -45,8 +45,8 @@ STAGES_NOTE = (
     "that of the stage called alone. At most: Amdahl's bound, were the attention in that stage to take no time."
 )
 WORKLOADS_NOTE = (
-    "Each row against the dense row of the first workload, by what either gets done in a second. The two are not "
-    "of one process: small differences are the machine's."
+    "What dense gets done per second in each workload, times a row's speed-up over dense in its own process, against the "
+    "dense row of the first workload. The workloads are not of one process: small differences are the machine's."
 )
 GATES_NOTE = (
     "Nothing is timed before the same process has compared it with its oracle. The error is the largest, in the tensor "
@@ -61,6 +61,7 @@ def html_page(
     drawn: Sequence[tuple[str, str]] = (),
     table: Table | None = None,
     how_to_read: str = HOW_TO_READ,
+    found: str = "",
 ) -> str:
     """Give the page.
 
@@ -78,6 +79,8 @@ def html_page(
         The table of cost, in place of the page's own; then the page has no plots, verdict or stages of its own.
     how_to_read
         What the columns of that table mean.
+    found
+        What that table shows, in a sentence.
     """
     summary = summarize(records)
     several = "These records were made by more than one version of the code or its libraries."
@@ -96,7 +99,7 @@ def html_page(
             *sections,
             Section(gates.html(), "Gates", GATES_NOTE, folded=True) if (gates := _gates(summary)).rows else None,
         ],
-        verdict=verdict(summary) if own else "",
+        verdict=verdict(summary) if own else found,
         facts=_what_was_run(summary),
         warning=" ".join(filter(None, warnings)),
         config=config,
@@ -166,21 +169,24 @@ def _quality(summary: Summary) -> list[Section]:
 
 def _workloads(summary: Summary) -> Table | None:
     """How much each row gets done beside the dense row of its part's first workload; None where there is one alone."""
-    table = Table(("attention", Column("workload", left=True), Column("per second", "images or tokens"), "of dense's"))
+    table = Table(("attention", Column("workload", left=True), "per second", "of dense's"))
     for part in summary.parts:
-        alike: dict[tuple[str, int], list[Group]] = {}
-        for group in summary.of(part):
-            alike.setdefault((group.phase, group.tokens), []).append(group)
+        alike: dict[tuple[str, int, str, str], list[Group]] = {}
+        for group in summary.of(part):  # a layer alone does not get done what the whole model does
+            alike.setdefault((group.phase, group.tokens, group.rows[0].scope, group.host), []).append(group)
         for groups in alike.values():
             dense = next((row.cost for row in groups[0].rows if row.is_baseline), None)
             if len(groups) < 2 or dense is None:
                 continue
             table.section(f"{groups[0].host}: {replace(groups[0], workload='').title}; dense at {_named(groups[0])}")
-            measured = [(_named(one), row, row.cost) for one in groups for row in one.rows if row.cost is not None]
-            for workload, row, cost in measured:
-                done = cost.candidate.throughput
-                share = f"{done / dense.candidate.throughput:.2f}x"
-                table.add(row.label, workload, f"{done:,.4g}", share, base=row.is_baseline)
+            for one in groups:
+                own = next((row.cost.candidate.throughput for row in one.rows if row.is_baseline and row.cost), None)
+                for row in one.rows if own is not None else ():
+                    if row.cost is None:
+                        continue
+                    done = own * (1.0 if row.is_baseline else row.cost.ratios.speedup.p50)
+                    share = f"{done / dense.candidate.throughput:.2f}x"
+                    table.add(row.label, _named(one), f"{done:,.4g} {one.items}", share, base=row.is_baseline)
     return table if table.rows else None
 
 

@@ -26,7 +26,7 @@ def latency_plot(summary: Summary) -> str:
     def latency(record: Record) -> float | None:
         return record.cost.candidate.latency_ms.p50 / _batch(record) if record.cost else None
 
-    return against_tokens(summary, latency, "ms per image (p50)")
+    return against_tokens(summary, latency, f"ms per {_one(summary)} (p50)")
 
 
 def memory_plot(summary: Summary) -> str:
@@ -39,7 +39,12 @@ def memory_plot(summary: Summary) -> str:
         held = memory.activation_peak_bytes or memory.allocator_peak_bytes
         return held / MB / _batch(record) if held else None
 
-    return against_tokens(summary, peak, "peak activation memory, MB per image")
+    return against_tokens(summary, peak, f"peak activation memory, MB per {_one(summary)}")
+
+
+def _one(summary: Summary) -> str:
+    """What a figure is divided by, as `_batch` knows it."""
+    return "image" if any(group.items == "images" for group in summary.groups) else "call"
 
 
 def _batch(record: Record) -> int:
@@ -87,9 +92,11 @@ def memory_trade_plot(summary: Summary) -> str:
     """Quality kept against memory: the bytes that a cache holds after decoding or, without one, peak activations."""
     tokens = _most_tokens(summary)
     cached = {part for part in summary.parts if any(group.phase == "decode" for group in summary.of(part))}
+    groups = [group for part in summary.parts for group in reversed(summary.drawn(part))]
+    phases = {g.part: g.phase for g in groups if g.phase != "prefill" and g.tokens == tokens[g.part]}  # the first
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or group.phase == "prefill" or group.tokens != tokens[group.part]:
+        if row.cost is None or group.phase != phases.get(group.part) or group.tokens != tokens[group.part]:
             return None
         x = row.cost.ratios.cache_held if group.part in cached else activation_ratio(row)
         return Spot(x, "s" if group.part in cached else "o", x, x) if x else None  # 0 has no place on a log axis
@@ -169,7 +176,8 @@ def against_tokens(
     Parameters
     ----------
     summary
-        Its first part that was measured without a cache is drawn.
+        Its first part that was measured without a cache is drawn, in its first phase: forward and training are not one
+        line.
     value
         Gives a row's figure, with its spread from p20 to p80 where it has one.
     title
@@ -178,10 +186,12 @@ def against_tokens(
         Gives a limit out of the dense row, dashed.
     """
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
-    if part is None or len(summary.drawn(part)) < 2:
+    drawn_groups = [] if part is None else summary.drawn(part)
+    groups = [group for group in drawn_groups if group.phase == drawn_groups[0].phase]
+    if part is None or len({group.tokens for group in groups}) < 2:
         return ""
     figure, axes = new_figure(right=KEYED)
-    groups, labels = summary.drawn(part), summary.labels[part]
+    labels = summary.labels[part]
     drawn: list[float] = []
     for label in labels:
         rows = [(group.tokens, row) for group in groups for row in group.rows if row.label == label]

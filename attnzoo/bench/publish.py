@@ -66,7 +66,7 @@ def page_of(task: Task, records: Sequence[Envelope], config: str | None = None, 
     more: dict[str, Any] = {"sections": [*task.sections(records), *attached], "drawn": task.plots(records)}
     table = _own_table(task, records)
     if table is not None:
-        more |= {"table": table, "how_to_read": task.how_to_read}
+        more |= {"table": table, "how_to_read": task.how_to_read, "found": task.verdict(records)}
     return html_page(records, config, **more)
 
 

@@ -22,8 +22,9 @@ def markdown_table(records: Iterable[Any]) -> str:
     """Give the compact tables for a README: one per host, an attention per line, at most `COLUMNS` columns.
 
     There is a speed-up for every group: of a vision model at each token count, of a language model in prefill and
-    decoding. Memory, FLOPs and parameters are those at the largest token count at which half of the attentions or more
-    were measured, or of the prefill; the cache is that after the last token. What there is no room for is on the page.
+    decoding; of more than there is room for, those of the largest token counts. Memory, FLOPs and parameters are those
+    at the largest token count at which half of the attentions or more were measured, or of the prefill; the cache is
+    that after the last token. What there is no room for is on the page.
     """
     summary = summarize(records)
     return "\n\n".join(_part_table(summary, part) for part in summary.parts)
@@ -38,14 +39,15 @@ def _part_table(summary: Summary, part: str) -> str:
         wanted.remove("cache held, after decoding")
     if all(row.quality is None for group in groups for row in group.rows):
         wanted = [name for name in wanted if name not in (KEPT, metric)]
-    shown = wanted[: max(COLUMNS - 1 - len(groups), 1)]
+    timed = groups[-(COLUMNS - 2) :]  # beside the attention and something else than speed
+    shown = wanted[: COLUMNS - 1 - len(timed)]
     order = sorted(shown, key=lambda name: name == KEPT)  # the quality kept last
-    table = Table(("attention", *(f"speed-up, {group.title}" for group in groups), *order))
+    table = Table(("attention", *(f"speed-up, {group.title}" for group in timed), *order))
     for label in summary.labels[part]:
         cells = _part_cells(summary, part, label)
         table.add(
             f"`{label}`",
-            *(_speed_cell(row) for row in _rows_of(summary, part, label)),
+            *(_speed_cell(row) for row in _rows_of(summary, part, label)[-len(timed) :]),
             *(cells[name.partition(",")[0]] for name in order),
         )
     return f"**{groups[0].host}**\n\n{table.markdown()}"

@@ -204,7 +204,7 @@ class Quality(Entry):
 
     def as_dense(self) -> Self:
         """The same as that of the dense baseline itself, whose ratio to itself is 1 where it can be divided by."""
-        return self.model_copy(update={"ratio": 1.0})
+        return self.model_copy(update={"ratio": None if self.against(self).ratio is None else 1.0})
 
     @property
     def points(self) -> float | None:

@@ -38,7 +38,6 @@ PER_CALL = {
     "prefill": "ms per prompt",
     "decode": "ms per token",
 }
-PER_SECOND = {"forward": "images", "training": "images", "prefill": "tokens", "decode": "tokens"}
 
 
 def print_report(records: Iterable[Any], console: Console, table: Table | None = None) -> None:
@@ -49,7 +48,9 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     summary = summarize(records)
     if summary.groups:
         console.print((table or cost_table(summary)).rich())
-    for title, row in ((group.title, row) for group in summary.groups for row in group.rows if row.cost is None):
+    missing = [(group.title, row) for group in summary.groups for row in group.rows if row.cost is None]
+    missing += [(f"quality, {row.workload}".strip(", "), row) for row in summary.quality if row.quality is None]
+    for title, row in missing:
         why = f"{row.label} ({title}): {row.status}: {row.message}"
         console.print(f"[red]{escape(words.one_line(why))}[/red]", highlight=False, soft_wrap=True)
     for part in summary.scored:
@@ -74,26 +75,27 @@ def cost_table(summary: Summary) -> Table:
 
 
 def quality_table(summary: Summary, part: str) -> Table:
-    """The quality of a part's rows, of all workloads side by side: the columns are those of the quality's own class."""
+    """The quality of a part's rows, of all workloads side by side: the columns are those of the quality's own class.
+
+    A workload that failed in every row has one column, of its own name.
+    """
     rows = [row for row in summary.quality if row.part == part]
-    heads: dict[str, list[str]] = {}
-    for row in rows:
-        if row.quality is not None:
-            heads.setdefault(row.workload, list(row.quality.details))
-    table = Table((Column("attention", code=True), *(chain(*heads.values()) if heads else ["quality"])))
+    heads = {row.workload: [row.workload or "quality"] for row in rows}
+    heads |= {row.workload: list(row.quality.details) for row in reversed(rows) if row.quality is not None}
+    table = Table((Column("attention", code=True), *chain(*heads.values())))
     for label in dict.fromkeys(row.label for row in rows):
         own = {row.workload: row for row in rows if row.label == label}
-        any_row = next(iter(own.values()))
         found = [cell for workload, titles in heads.items() for cell in _quality_cells(own.get(workload), titles)]
-        if all(row.quality is None for row in own.values()):
-            found = [failed(any_row)]
+        any_row = next(iter(own.values()))
+        if len(heads) == 1 and any_row.quality is None:
+            found = [failed(any_row)]  # with room for its reason
         table.add(label, *found, base=any_row.is_baseline)
     return table.without_empty_columns()
 
 
 def _quality_cells(row: Record | None, titles: Sequence[str]) -> list[Cell | str]:
     if row is None or row.quality is None:
-        return [Cell("-") if row is None else Cell(row.status, "worse"), *["-"] * (len(titles) - 1)]
+        return ["-" if row is None else failed(row), *["-"] * (len(titles) - 1)]
     return [row.quality.details.get(title, "-") for title in titles]
 
 
@@ -104,7 +106,7 @@ def _cost_cells(row: Record, group: Group, dense: Quality | None) -> list[Cell]:
     held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
     kept = words.quality_verdict(row.quality, dense)
     return [
-        Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {PER_SECOND[group.phase]}/s"),
+        Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {group.items}/s"),
         Cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
         Cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
         Cell(words.ratio(peak), words.memory_verdict(row), megabytes(held) if held else ""),

@@ -248,12 +248,21 @@ def _cell(name: str, rows: Sequence[Found], view: Mapping[Shown, Mapping[str, Fo
         ended = _ended(rows[0][0])
         groups.append((rows[0], [{"name": "", "text": ended.text, "verdict": ended.verdict}]))
     has = {measure for (_, measure), chosen in view.items() if name in chosen}
-    missing = dict.fromkeys(measure.name for _, measure in view if measure not in has)
+    missing = {measure.name: _without(measure, rows, folder) for _, measure in view if measure not in has}
     shown: list[dict[str, Any]] = [
         {"figures": lines, "link": _link(source.page, folder), "about": _about(one, name)}
         for (one, source), lines in groups
     ]
     return {"shown": shown, "missing": missing}
+
+
+def _without(measure: Measure, rows: Sequence[Found], folder: Path) -> Cell:
+    """In the place of a figure that a method has not: how the row that should have given it ended, if there is one."""
+    for one, source in rows:
+        gives = measure is CACHE or (one.phase is None) == (measure is QUALITY)  # a cache's size is told by both kinds
+        if gives and one.status != "ok":
+            return replace(_ended(one), link=_link(source.page, folder))
+    return Cell("not measured")
 
 
 def _about(one: Highlight, name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Phase, Quality, Quantiles, Record
-from attnzoo.bench.words import noise, points, quality_kept, speed_verdict, times
+from attnzoo.bench.words import noise, points, quality_kept, quality_verdict, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -28,6 +28,13 @@ class Group:
     def host(self) -> str:
         """The host's name, without its library's."""
         return self.rows[0].host.partition(":")[2]
+
+    @property
+    def items(self) -> str:
+        """What gets done in a second; of a model that may take anything, just items."""
+        if self.phase in ("prefill", "decode"):
+            return "tokens"
+        return "images" if any(row.shapes is not None for row in self.rows) else "items"
 
     @property
     def title(self) -> str:
@@ -177,15 +184,19 @@ def dates(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower."""
-    told = []
+    """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower.
+
+    Where no cost was measured: who keeps most of dense's quality, and how many are worse.
+    """
+    told = [] if summary.parts else _most_kept(summary)
     for part in summary.parts:
         measured = [(group, rows) for group in summary.of(part) if (rows := _speedups(group))]
         if not measured:
             continue
         group, rows = measured[-1]
-        best, speedup = max(rows, key=lambda row: row[1].p50)
         verdicts = [speed_verdict(one, noise(group.rows)) for _, one in rows]
+        beyond_noise = [row for row, found in zip(rows, verdicts, strict=True) if found == "better"]
+        best, speedup = max(beyond_noise or rows, key=lambda row: row[1].p50)
         faster, slower = verdicts.count("better"), verdicts.count("worse")
         keeps = _keeps(best.quality)
         first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
@@ -196,6 +207,30 @@ def verdict(summary: Summary) -> str:
             counted = f"of {len(rows)} measured, {slower or 'none'} slower"
         told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
     return " ".join(told)
+
+
+def _most_kept(summary: Summary) -> list[str]:
+    """A sentence for each part and workload of quality."""
+    told = []
+    for part, workload in dict.fromkeys((row.part, row.workload) for row in summary.quality):
+        rows = [row for row in summary.quality if (row.part, row.workload) == (part, workload)]
+        dense = next((row.quality for row in rows if row.is_baseline), None)
+        methods = [row for row in rows if not row.is_baseline and (row.attention or row.options)]
+        found = [(one.ratio, row.label, one) for row in methods if (one := row.quality) and one.ratio is not None]
+        if not found:
+            continue
+        most, label, best = max(found, key=lambda one: one[0])
+        alike = sum(ratio == most for ratio, *_ in found) - 1
+        keeps = f"{label} and {alike} more keep" if alike else f"{label} keeps"
+        verdicts = [quality_verdict(one, dense) for *_, one in found]
+        better, worse = (verdicts.count(which) or "none" for which in ("better", "worse"))
+        host = rows[0].host.partition(":")[2]
+        place = [host, part if len(summary.scored) > 1 else "", workload or best.METRIC.removesuffix(" %")]
+        told.append(
+            f"{', '.join(filter(None, place))}: {keeps} most, {quality_kept(best, digits=3)} of dense's quality; "
+            f"of {len(found)} measured, {worse} worse than dense beyond the interval, {better} better."
+        )
+    return told
 
 
 def _speedups(group: Group) -> list[tuple[Record, Quantiles]]:

@@ -157,6 +157,8 @@ class Task:
         Gives the table of cost in place of the engine's own, for a task whose `record` has another cost.
     how_to_read
         What the columns of that table mean.
+    verdict
+        Gives what that table shows, in a sentence.
     plots
         Gives captions and pictures (SVG) to be shown after the engine's own.
     sections
@@ -183,6 +185,7 @@ class Task:
     expected: Callable[[Any], set[tuple[str, str]]] = lambda config: set()
     columns: Callable[[Sequence[Any]], Table] | None = None
     how_to_read: str = ""
+    verdict: Callable[[Sequence[Any]], str] = lambda records: ""
     plots: Callable[[Sequence[Any]], Sequence[tuple[str, str]]] = lambda records: ()
     sections: Callable[[Sequence[Any]], Sequence[Section | None]] = lambda records: ()
     attached: Callable[[Sequence[Any], Path], Sequence[Section | None]] = lambda records, folder: ()

@@ -33,9 +33,9 @@ def difference(interval: Interval | None, digits: int = 3) -> str:
     return f"{interval.mean:+.{digits}f} ({f'{low} to {high}' if interval.bounds else few})"
 
 
-def ratio(value: float | None) -> str:
+def ratio(value: float | None, digits: int = 2) -> str:
     """A ratio to the dense baseline, or a dash where there is none."""
-    return "-" if value is None else f"{value:.2f}x"
+    return "-" if value is None else f"{value:.{digits}f}x"
 
 
 def points(value: float) -> str:
@@ -48,13 +48,13 @@ def absolute(quality: Quality | None) -> str:
     return "-" if quality is None else quality.figure
 
 
-def quality_kept(quality: Quality | None) -> str:
+def quality_kept(quality: Quality | None, digits: int = 2) -> str:
     """Quality as a part of dense, with its interval: ``0.97x (0.96-0.99)``; points where there is no ratio."""
     if quality is not None and quality.points is not None:
         return points(quality.points)
     if quality is None or quality.ratio_low is None or quality.ratio_high is None:
-        return ratio(None if quality is None else quality.ratio)
-    return f"{ratio(quality.ratio)} ({quality.ratio_low:.2f}-{quality.ratio_high:.2f})"
+        return ratio(None if quality is None else quality.ratio, digits)
+    return f"{ratio(quality.ratio, digits)} ({quality.ratio_low:.{digits}f}-{quality.ratio_high:.{digits}f})"
 
 
 def noise(rows: Iterable[Record]) -> Quantiles | None:

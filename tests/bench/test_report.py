@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 import attnzoo
+from attnzoo.bench import plots
 from attnzoo.bench.colors import DENSE, METHODS, look
 from attnzoo.bench.highlights import of_records
 from attnzoo.bench.publish import page_of
@@ -17,10 +18,11 @@ from attnzoo.bench.stats import wilson_interval
 from attnzoo.bench.summary import summarize, verdict
 from attnzoo.bench.words import difference, memory_verdict, need_verdict, speed_verdict
 from attnzoo.errors import AttnZooError
+from attnzoo.tasks.classify.quality import Accuracy
 from attnzoo.tasks.decode.byte_lm import BitsPerByte
 from attnzoo.tasks.decode.quality import Retrieval
 from attnzoo.tasks.suite import TASK
-from tests.bench.data import cost, side
+from tests.bench.data import cost, quality, side
 
 
 class Balance(HTMLParser):
@@ -90,6 +92,63 @@ def test_every_row_is_in_the_terminal_table(run_records):
         assert part in text
 
 
+def quality_row(make_record, label="dense", **changes):
+    whose = {"label": label, "attention": label, "is_baseline": label == "dense"}
+    return make_record(**{**whose, "kind": "quality", "tokens": 0, "cost": None, "gate": None, **changes})
+
+
+def told(records):
+    """What the terminal and the page say of records."""
+    console = Console(record=True, width=200)
+    print_report(records, console)
+    return console.export_text(), page_of(TASK, records)
+
+
+def test_a_workload_whose_quality_failed_in_every_row_has_a_column_and_its_reasons(make_record):
+    row = partial(quality_row, make_record)
+    lost = {"workload": "other images", "status": "failed"}
+    records = [row(quality=quality()), row("slow", quality=quality(0.7, 0.74))]
+    records += [row(message="no <images>\nat all", **lost), row("slow", message="a loss of nan", **lost)]
+    text, page = told(records)
+    for shown in (text, page):
+        assert "other images" in shown
+        assert shown.count("failed") >= 2
+    assert "dense (quality, other images): failed: no <images> at all" in text
+    assert "slow (quality, other images): failed: a loss of nan" in text
+    assert '<span class="worse">failed</span><br><small>no &lt;images&gt; at all</small>' in page
+    assert "70.0 (68.0-72.0)" in page, "what did not fail stands beside it"
+
+
+@pytest.mark.parametrize("workload", ["", "other images"])
+def test_one_row_of_quality_that_failed_says_why(make_record, workload):
+    row = partial(quality_row, make_record)
+    records = [row(quality=quality()), row("slow", status="timeout", message="after 600 s", workload=workload)]
+    if workload:
+        records += [row(quality=quality(), workload=workload), row("slow", quality=quality())]
+    text, page = told(records)
+    assert f"slow (quality{', other images' if workload else ''}): timeout: after 600 s" in text
+    assert '<span class="worse">timeout</span><br><small>after 600 s</small>' in page
+    only, _ = told(records[1:2])
+    assert "after 600 s" in only, "no row has any quality"
+
+
+ALONE = {"scope": "layer", "host": "timm:vit, its first attention layer alone"}
+SIDE_BY_SIDE = "Workloads side by side"
+
+
+@pytest.mark.parametrize("other", [ALONE, {"host": "timm:deit"}], ids=["layer", "host"])
+def test_only_workloads_of_the_same_model_stand_side_by_side(make_record, other):
+    whole = make_record(workload="batch 8")
+    alone = make_record(workload="batch 8, another", **other)
+    assert SIDE_BY_SIDE not in page_of(TASK, [whole, alone])
+    part = page_of(TASK, [whole, make_record(workload="batch 1"), alone]).partition(SIDE_BY_SIDE)[2]
+    table = part.partition("</table>")[0]
+    assert "batch 1" in table
+    assert "another" not in table
+    again = alone.model_copy(update={"workload": "batch 1, another"})
+    assert "another" in page_of(TASK, [whole, alone, again]).partition(SIDE_BY_SIDE)[2].partition("</table>")[0]
+
+
 def test_the_markdown_has_a_table_per_host_of_at_most_seven_columns(make_record, run_records):
     lines = markdown_table(run_records).splitlines()
     assert lines[:2] == ["**vit**", ""]
@@ -103,6 +162,81 @@ def test_the_markdown_has_a_table_per_host_of_at_most_seven_columns(make_record,
     assert "oom" in lines[-1]
     many = [make_record(kind="cost", tokens=4**power, quality=None) for power in range(2, 9)]
     assert "peak memory" in markdown_table(many), "something besides speed is told however many sizes there are"
+
+
+@pytest.mark.parametrize("cells", [7, 6])
+def test_of_many_workloads_the_markdown_has_the_largest(make_record, cells):
+    many = [make_record(tokens=tokens, quality=None) for tokens in range(16, 16 + cells)]
+    for label in ("dense", "slow"):
+        rows = [row.model_copy(update={"label": label}) for row in many]
+        lines = [line for line in markdown_table(rows).splitlines() if line.startswith("|")]
+        assert {line.count("|") for line in lines} == {8}
+    assert "speed-up, forward, 16 tokens" not in lines[0]
+    assert f"speed-up, forward, {15 + cells} tokens | peak memory, forward at {15 + cells} |" in lines[0]
+
+
+def unsteady(make_record, label, middle, spread):
+    data = cost(middle)
+    data["ratios"]["speedup"] |= {"p20": middle - spread, "p80": middle + spread}
+    return make_record(label=label, attention=label, is_baseline=False, cost=data)
+
+
+@pytest.mark.parametrize("names", [("wild", "steady"), ("steady", "wild")])
+def test_the_fastest_is_one_that_is_faster_beyond_the_noise(make_record, names):
+    speeds = {"wild": (1.8, 0.9), "steady": (1.4, 0.1), "slow": (0.5, 0.01)}
+    rows = [make_record(), *(unsteady(make_record, name, *speeds[name]) for name in (*names, "slow"))]
+    assert "steady is fastest, 1.40x" in verdict(summarize(rows))
+    within = [row for row in rows if row.label != "steady"]
+    assert "none is faster than dense beyond the noise; nearest is wild" in verdict(summarize(within))
+
+
+@pytest.mark.parametrize("first", ["forward", "training"])
+def test_forward_and_training_are_not_one_line(make_record, monkeypatch, first):
+    both = [make_record(phase=phase, workload="batch 64") for phase in ("forward", "training")]
+    assert "against token count" not in page_of(TASK, both), "there is one token count alone"
+    larger = [record.model_copy(update={"tokens": 64}) for record in both if record.phase == first]
+    drawn = []
+    monkeypatch.setattr(plots, "plain_ticks", lambda axis, values: drawn.append(values))
+    monkeypatch.setattr(plots, "add_key", lambda axes: drawn.append([len(line.get_xdata()) for line in axes.lines]))
+    plots.latency_plot(summarize([*both, *larger]))
+    assert drawn == ([[10.0, 10.0], [2]] if first == "forward" else [])
+
+
+def test_the_memory_of_training_is_not_drawn_as_that_of_a_forward(make_record, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_trade", lambda trades, *rest: drawn.extend(len(trade.spots) for trade in trades))
+    rows = [make_record(phase=phase, workload="batch 64") for phase in ("forward", "training")]
+    plots.memory_trade_plot(summarize([*rows, quality_row(make_record, quality=quality())]))
+    assert drawn == [1]
+
+
+@pytest.mark.parametrize(("phase", "word"), [("forward", "items"), ("training", "items"), ("decode", "tokens")])
+def test_only_images_are_called_images(make_record, phase, word):
+    record = make_record(phase=phase, shapes=None, host="transformers:bert")
+    page = page_of(TASK, [record, record.model_copy(update={"tokens": 64})])
+    assert f"100.0 {word}/s" in page
+    assert "per image" not in page
+    assert "100.0 images/s" in page_of(TASK, [make_record()])
+
+
+def test_a_page_of_quality_alone_says_who_keeps_most_and_how_many_are_worse(make_record):
+    row = partial(quality_row, make_record)
+    better = {**quality(0.97, 0.996), "ratio_low": 0.991, "ratio_high": 0.999}
+    lost = {"status": "failed", "message": "no"}
+    records = [row(quality=quality()), row("a", quality=quality(0.5, 0.53)), row("b", quality=better), row("c", **lost)]
+    found = verdict(summarize(records))
+    assert found == (
+        "vit, top-1: b keeps most, 0.996x (0.991-0.999) of dense's quality; of 2 measured, 2 worse than dense beyond "
+        "the interval, none better."
+    )
+    assert found in page_of(TASK, records).replace("&#39;", "'")
+    other = [row(quality=quality(), workload="night"), row("a", quality=quality(0.94, 0.99), workload="night")]
+    assert "vit, night: a keeps most, 0.990x of dense's quality; of 1 measured, none worse" in verdict(
+        summarize([*records, *other])
+    )
+    tied = row("d", quality=better)
+    assert "vit, top-1: b and 1 more keep most, 0.996x" in verdict(summarize([*records, tied]))
+    assert verdict(summarize(records[:1])) == ""
 
 
 def test_without_quality_the_markdown_has_no_columns_for_it(make_record):
@@ -266,6 +400,15 @@ def asked(hits):
     return Retrieval(**plain, low=ends[0], high=ends[1])
 
 
+@pytest.mark.parametrize(("hits", "kept"), [([False] * 5, None), ([True, False], 1.0), ([False], None)])
+def test_dense_that_got_nothing_right_keeps_no_part_of_itself(hits, kept):
+    assert asked(hits).as_dense().ratio == kept
+    trainings = [{**quality()["trainings"][0], "correct": sum(hits), "images": len(hits)}]
+    accuracy = {**quality(), "accuracy": sum(hits) / len(hits), "images": len(hits), "trainings": trainings}
+    assert Accuracy.model_validate(accuracy).as_dense().ratio == kept
+    assert bits([1.0, 1.5]).as_dense().ratio == 1.0
+
+
 @pytest.mark.parametrize("n", [1, 4, 5, 9])
 def test_fewer_than_five_windows_or_prompts_have_no_interval_anywhere(n):
     found = Interval(mean=0.02, low=0.01, high=0.03, n=n)
@@ -273,11 +416,11 @@ def test_fewer_than_five_windows_or_prompts_have_no_interval_anywhere(n):
     assert difference(found) == told.get(n, "+0.020 (+0.010 to +0.030)")
     windows = bits([1.0 + 0.1 * i for i in range(n)]).against(bits([1.5 + 0.2 * i for i in range(n)]))
     prompts = asked([True] * n).against(asked([i % 2 == 0 for i in range(n)]))
-    for quality in (windows, prompts):
+    for found in (windows, prompts):
         few = n < 5
-        assert (quality.ratio is None, quality.ratio_low is None, quality.ratio_high is None) == (False, few, few)
-        cells = [getattr(cell, "text", cell) for cell in quality.details.values()]
-        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([quality.figure, *cells]))) is not few, cells
+        assert (found.ratio is None, found.ratio_low is None, found.ratio_high is None) == (False, few, few)
+        cells = [getattr(cell, "text", cell) for cell in found.details.values()]
+        assert bool(re.search(r"\d \([-+]?\d[\d.]*(?: to |-)", " ".join([found.figure, *cells]))) is not few, cells
 
 
 @pytest.mark.parametrize(

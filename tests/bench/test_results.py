@@ -274,6 +274,28 @@ def test_a_row_that_did_not_end_well_is_told(tmp_path):
     assert results.html([without], ("classify",), tmp_path, "make").count(">no ratio to dense<") == 2
 
 
+def seen(tmp_path, method, *highlights):
+    """What the first view says of a method, by name."""
+    made = results.html([Source(tmp_path / "a.jsonl", highlights)], ("classify",), tmp_path, "make")
+    first = made.partition(f"<b>{method}</b>")[2].partition("<details>")[0]
+    return dict(re.findall(r"<span>([\w -]+)</span> (?:<a [^>]+>)?([^<]+)<", first))
+
+
+KEPT = highlight(workload="top-1: digits", measure=QUALITY, figure=0.9)
+
+
+@pytest.mark.parametrize("status", ["oom", "timeout"])
+def test_what_failed_is_not_called_not_measured(tmp_path, status):
+    conv = replace(KEPT, method="conv", label="conv")
+    fails = highlight("conv", phase="forward", status=status, message="why", figures={})
+    others = [KEPT, highlight(phase="forward")]
+    assert seen(tmp_path, "conv", *others, conv, fails) == {"top-1 kept": "0.90x", "speed-up": status}
+    assert seen(tmp_path, "conv", *others, conv) == {"top-1 kept": "0.90x", "speed-up": "not measured"}
+    lost = replace(fails, phase=None, workload="digits")
+    found = seen(tmp_path, "conv", *others, lost, highlight("conv", phase="forward"))
+    assert found == {"quality kept": status, "speed-up": "1.50x"}
+
+
 def test_every_policy_stands_beside_the_others_at_its_budget(page, sources, lines):
     table = read_csv(results.policies_table(sources, RECORDS).csv())
     assert {line["method"] for line in lines if line["budget"]} == set(list_attentions("eviction"))

@@ -353,12 +353,13 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that the weights depend on; other attentions of the config are not in it."""
-        config = self.config
+        config, spec = self.config, self.attention
+        where = [spec.where] if spec is not None and spec.where is not None else []  # which came later
         content = {
             "version": CONFIG_VERSION,
             **config.model_dump(mode="json", include={"model", "data", "augment", "recipe", "precision"}),
             "equal_parameters": config.equal_parameters,
-            "attention": None if self.attention is None else [self.attention.name, self.attention.options],
+            "attention": None if spec is None else [spec.name, spec.options, *where],
             "seed": self.seed,
         }
         for key in ("workers", "path", "root"):

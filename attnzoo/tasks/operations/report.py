@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from attnzoo.bench.html import Section
 from attnzoo.bench.plots import INK, new_figure, plain_ticks, to_svg
-from attnzoo.bench.words import milliseconds, one_line, times
+from attnzoo.bench.words import milliseconds, one_line, speed_verdict, times
 from attnzoo.tables import Column, Table
 from attnzoo.tasks.operations.record import Record
 
@@ -32,6 +32,16 @@ HOW_TO_READ = (
 def results_table(records: Sequence[Record]) -> Table:
     """A row per operation."""
     return Table(HEADS, [cells(record) for record in records])
+
+
+def verdict(records: Sequence[Record]) -> str:
+    """How many operations are faster than their fastest rival, in a sentence."""
+    costs = [record.cost for record in records if record.cost is not None]
+    found = [speed_verdict(cost.speedup) for cost in costs if cost.speedup is not None]
+    if not found:
+        return ""
+    faster, slower = (found.count(which) or "none" for which in ("better", "worse"))
+    return f"Of {len(found)} operations beside their fastest rival, {faster} faster, {slower} slower."
 
 
 def cells(record: Record) -> list[str]:

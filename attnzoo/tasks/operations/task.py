@@ -11,7 +11,7 @@ from attnzoo.bench.words import machine
 from attnzoo.extras import require
 from attnzoo.tasks.operations.config import OperationsConfig
 from attnzoo.tasks.operations.record import Record
-from attnzoo.tasks.operations.report import HOW_TO_READ, results_table, rivals_section, speed_plot
+from attnzoo.tasks.operations.report import HOW_TO_READ, results_table, rivals_section, speed_plot, verdict
 from attnzoo.tasks.operations.run import ceilings, measure
 
 
@@ -85,6 +85,7 @@ TASK = Task(
     record=Record,
     columns=results_table,
     how_to_read=HOW_TO_READ,
+    verdict=verdict,
     plots=lambda records: [("Speed-up over the fastest rival", speed_plot(records))],
     sections=rivals_section,
     highlights=highlights,

@@ -83,6 +83,20 @@ def test_a_runs_identity_is_what_its_weights_hang_on():
         assert validate_config(changed(key, value)).runs()[0].hash != dense, key
 
 
+def test_a_runs_identity_holds_the_layers_that_are_swapped():
+    """Under one label, too, by which its folder is called."""
+
+    def swapped(**where):
+        padre = {"name": "padre", "options": {"degree": 2}, "label": "padre", **where}
+        return validate_config(tiny("images", "runs", attentions=[padre])).runs()[1]
+
+    everywhere, *others = (swapped(), swapped(where="blocks.0"), swapped(where=["blocks.0", "blocks.1"]))
+    assert {run.folder for run in others} == {everywhere.folder}
+    assert len({everywhere.hash, *(run.hash for run in others)}) == 3
+    assert everywhere.identity["attention"] == ["padre", {"degree": 2}], "runs of before are known again"
+    assert swapped(where="blocks.0").hash == others[0].hash
+
+
 def changed(key, value):
     config = tiny("images", "runs", **({} if key == "output" else {key: value}))
     return {**config, "output": value} if key == "output" else config

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnzoo.bench.publish import page_of
 from attnzoo.bench.run import run as engine
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.operations import cases, run
 from attnzoo.tasks.operations.config import OperationsConfig, load_config
-from attnzoo.tasks.operations.report import results_table, speed_plot
+from attnzoo.tasks.operations.report import results_table, speed_plot, verdict
 from attnzoo.tasks.operations.task import TASK
 from eval import bench
 
@@ -86,6 +87,16 @@ def test_a_run_from_config_to_page(tmp_path, capsys):
     assert bench.main([str(path), "repeats=4"]) == 2  # records of another config
     assert "fresh=true" in capsys.readouterr().err
     assert bench.main(["--report", str(tmp_path / "out/records.jsonl"), "--readme", "README.md"]) == 2
+
+
+@pytest.mark.parametrize("kept", [slice(None), slice(3)])
+def test_the_page_says_how_many_are_faster_than_their_fastest_rival(kept):
+    records = read_records(GPU.parents[2] / "docs/records/gpu_kernels.jsonl")[kept]
+    spreads = [record.cost.speedup for record in records if record.cost.speedup is not None]
+    faster, slower = sum(one.p20 > 1.01 for one in spreads), sum(one.p80 < 0.99 for one in spreads)
+    counted = f"{faster or 'none'} faster, {slower or 'none'} slower."
+    assert f"Of {len(spreads)} operations beside their fastest rival, {counted}" in page_of(TASK, records)
+    assert verdict([record.model_copy(update={"cost": None}) for record in records]) == ""
 
 
 def test_counts_of_bytes_and_operations():
