@@ -45,8 +45,8 @@ STAGES_NOTE = (
     "that of the stage called alone. At most: Amdahl's bound, were the attention in that stage to take no time."
 )
 WORKLOADS_NOTE = (
-    "What dense gets done per second in each workload, times a row's speed-up over dense in its own process, against the "
-    "dense row of the first workload. The workloads are not of one process: small differences are the machine's."
+    "What dense gets done per second in each workload, times a row's speed-up over dense in its own process, against "
+    "the dense row of the first workload. The workloads are not of one process: small differences are the machine's."
 )
 GATES_NOTE = (
     "Nothing is timed before the same process has compared it with its oracle. The error is the largest, in the tensor "
@@ -180,9 +180,9 @@ def _workloads(summary: Summary) -> Table | None:
                 continue
             table.section(f"{groups[0].host}: {replace(groups[0], workload='').title}; dense at {_named(groups[0])}")
             for one in groups:
-                own = next((row.cost.candidate.throughput for row in one.rows if row.is_baseline and row.cost), None)
-                for row in one.rows if own is not None else ():
-                    if row.cost is None:
+                own = next((row.cost.candidate.throughput for row in one.rows if row.is_baseline and row.cost), 0.0)
+                for row in one.rows:
+                    if row.cost is None or not own:
                         continue
                     done = own * (1.0 if row.is_baseline else row.cost.ratios.speedup.p50)
                     share = f"{done / dense.candidate.throughput:.2f}x"
