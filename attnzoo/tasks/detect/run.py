@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import uuid
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,9 @@ def train(config: Any) -> Path:
         if begun:
             config.load_from = None  # mmengine would go on from that one
         trained_by = _trained_by(config)
+        if config.get("experiment_name") is None:
+            # mmengine names a run by the second it began in, and two of one name share where they write their logs
+            config.experiment_name = f"{Path(config.filename or 'run').stem}-{uuid.uuid4().hex[:8]}"
         runner = Runner.from_cfg(config)
         if not begun and is_main():
             files.write_json(folder / TRAINED_BY, trained_by)
