@@ -202,18 +202,20 @@ def test_the_highest_of_equal_scores_are_the_later(seed, entries, values, data):
 
 
 @pytest.mark.parametrize("base", ["tova", "snapkv"])
-@pytest.mark.parametrize("wrapper", ["caote"])
-def test_a_wrapper_moves_the_output_less_than_its_base(wrapper, base):
-    """Open loop: how far the attention output of the next query moves, over all heads, when a block is evicted."""
-    moved = {wrapper: 0.0, base: 0.0}
+def test_caote_moves_the_output_less_than_its_base_where_few_entries_go(base):
+    """Open loop: how far the output of the last query moves, over all heads, when 4 of 48 entries are evicted.
+
+    Entries are scored one by one: where half of them go at once, what they do together is another matter.
+    """
+    moved = {"caote": 0.0, base: 0.0}
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
         q, k, v = (torch.randn(1, h, 48, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
         v *= torch.rand(48, 1, generator=generator, dtype=torch.float64) * 3  # values of all sizes
         attention = attention_weights(q[:, :, -1:], k, None)  # (1, 4, 1, 48)
         for name in moved:
-            options = {"budget": 24, "block_size": 48, "recent": 4}
-            options |= {"base": base} if name == wrapper else {}
+            options = {"budget": 44, "block_size": 48, "recent": 4}
+            options |= {"base": base} if name == "caote" else {}
             policy = build_policy(describe(name), options)
             view = CacheView(
                 keys=k,
@@ -227,7 +229,7 @@ def test_a_wrapper_moves_the_output_less_than_its_base(wrapper, base):
             kept = attention * stays.repeat_interleave(2, 1)[:, :, None]
             grouped = v.repeat_interleave(2, 1)
             moved[name] += ((attention - kept / kept.sum(-1, keepdim=True)) @ grouped).norm().item()
-    assert moved[wrapper] < 0.95 * moved[base], moved
+    assert moved["caote"] < 0.8 * moved[base], moved
 
 
 def test_an_entry_with_all_the_weight_is_never_evicted():
