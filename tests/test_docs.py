@@ -185,7 +185,8 @@ def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
         config = task.config.check(content)
         task.check(config)
         assert task.plan(config)
-        measured.add((task.name, content.get("model", "timm").partition(":")[0]))
+        model = content["model"]
+        measured.add((task.name, model["library"] if isinstance(model, dict) else model.partition(":")[0]))
     assert measured == {("suite", "timm"), ("model", "transformers"), ("decode", "./llm"), ("model", "mymodel")}
 
 

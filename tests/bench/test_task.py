@@ -142,6 +142,33 @@ def test_a_mistake_in_setting_a_row_against_dense_does_not_end_a_run(tmp_path, m
     monkeypatch.setattr(toy.Digits, "against", against)
     found = run(replace(toy.TASK, measure=measure), config, "", console)
     assert len(found) == 4
+    (dense,) = (record for record in found if record.label == "float64" and record.kind == "quality")
+    assert (dense.status, dense.message) == ("failed", "TypeError: a mistake")
+    own = [record for record in found if record.label == "float32"]
+    assert {(record.status, record.quality.ratio) for record in own} == {("ok", None)}
+
+
+def test_a_row_that_cannot_be_set_against_dense_says_why(tmp_path, monkeypatch):
+    """Dense stands; the row keeps its figure, without a ratio."""
+    config = toy.Config.load(written(tmp_path, sizes=[16], isolated=False))
+    console = Console(stderr=True, quiet=True)
+    late, original = [True], toy.Digits.against
+
+    def measure(config, cell, given, say):
+        if late[0] and cell.is_baseline and cell.kind == "quality":
+            return Result(status="timeout", message="too slow")
+        return toy.measure(config, cell, given, say)
+
+    def against(self, dense):
+        if self.digits != dense.digits:
+            raise TypeError("a mistake")
+        return original(self, dense)
+
+    monkeypatch.setattr(toy.Digits, "against", against)
+    run(replace(toy.TASK, measure=measure), config, "", console)
+    late[0] = False
+    found = run(replace(toy.TASK, measure=measure), config, "", console)
+    assert {record.status for record in found} == {"ok"}
     own = [record for record in found if record.label == "float32"]
     assert all("cannot be set against dense: TypeError: a mistake" in record.quality_note for record in own)
     assert {record.quality.ratio for record in own} == {None}
