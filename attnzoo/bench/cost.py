@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 import attnzoo
+from attnzoo.bench.measure import Interleaved, quantiles
 from attnzoo.bench.memory import Peak
-from attnzoo.bench.record import Memory, Quantiles, Ratios, Side
+from attnzoo.bench.record import Cost, Memory, Quantiles, Ratios, Side
 from attnzoo.bench.trace import Trace
 from attnzoo.errors import AttnZooError
 from attnzoo.eviction.size import CacheBytes
@@ -17,6 +19,39 @@ from attnzoo.eviction.size import CacheBytes
 def attention_paths(model: nn.Module) -> list[str]:
     """Paths of the attention layers, as a swap would find them."""
     return [layer.path for layer in attnzoo.swap_report(model).layers]
+
+
+def cost_of(
+    models: Sequence[nn.Module],
+    layers: Iterable[str],
+    times: Interleaved,
+    items: int,
+    traces: Sequence[Trace],
+    peaks: Sequence[Peak],
+    caches: Sequence[CacheBytes | None] = (None, None),
+    **more: Any,
+) -> Cost:
+    """Put together what a candidate and the dense model cost that were called in turn.
+
+    Parameters
+    ----------
+    models, times, traces, peaks, caches
+        Of the candidate first, then of the dense model.
+    layers
+        Paths of the attention layers.
+    items
+        How many images or tokens a call works on.
+    more
+        Further fields of `Cost`.
+    """
+    layers = list(layers)
+    side, dense = (
+        side_of(model, layers, quantiles(seconds, 1e3), items, traced, peak, cache)
+        for model, seconds, traced, peak, cache in zip(models, (times.a, times.b), traces, peaks, caches, strict=True)
+    )
+    uncounted = tuple(sorted({op for traced in traces for op in traced.uncounted}))
+    ratios = ratios_of(side, dense, quantiles(times.ratios))
+    return Cost(candidate=side, baseline=dense, ratios=ratios, uncounted_ops=uncounted, **more)
 
 
 def side_of(

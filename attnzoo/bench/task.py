@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import RunConfig
+from attnzoo.bench.gate import gate_message
 from attnzoo.bench.html import Section
 from attnzoo.bench.record import Count, Entry, Envelope, Gate, Key, Phase, Record, Shapes, Status
 from attnzoo.tables import Table
@@ -122,6 +123,14 @@ class Result(Entry):
             if gate is not None and not gate.passed:
                 raise ValueError(f"a cost although {name} did not pass")
         return self
+
+    @property
+    def refused(self) -> Result | None:
+        """The same as failed, with the reason, where a gate did not pass: then nothing may be timed."""
+        for name, gate in (("gate", self.gate), ("the baseline's gate", self.baseline_gate)):
+            if gate is not None and not gate.passed:
+                return self.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
+        return None
 
 
 @dataclass(frozen=True)

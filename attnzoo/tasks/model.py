@@ -15,11 +15,11 @@ from attnzoo import models
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
 from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
-from attnzoo.bench.cost import attention_paths, ratios_of, side_of
+from attnzoo.bench.cost import attention_paths, cost_of
 from attnzoo.bench.isolate import is_out_of_memory
-from attnzoo.bench.measure import clock_for, interleave, quantiles, share_of
+from attnzoo.bench.measure import clock_for, interleave, share_of
 from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
-from attnzoo.bench.record import Cost, Gate
+from attnzoo.bench.record import Gate
 from attnzoo.bench.task import Cell, Result, Say, Task
 from attnzoo.bench.trace import trace
 from attnzoo.errors import ConfigError
@@ -173,9 +173,8 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: Say)
         gate, baseline_gate = _gates(candidate, dense, layers, spec, config.seed)
         traced, traced_dense = trace(candidate), trace(dense)
         result = Result(status="ok", gate=gate, baseline_gate=baseline_gate, backends=traced.backends)
-        for name, one in (("gate", gate), ("the baseline's gate", baseline_gate)):
-            if not one.passed:
-                return result.model_copy(update={"status": "failed", "message": gates.gate_message(name, one)})
+        if refused := result.refused:
+            return refused
         say("memory")
         peak, peak_dense = peak_memory([candidate, dense], device)
         keep_buffers()
@@ -184,13 +183,13 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: Say)
         times = interleave(candidate, dense, clock_for(device), **how)
         share = share_of(device, [dense.model.get_submodule(path) for path in layers], dense, cost.repeats)
     batch = next((len(x) for x in dense.inputs if x.dim()), 1)
-    side = side_of(candidate.model, layers, quantiles(times.a, 1e3), batch, traced, peak)
-    side_dense = side_of(dense.model, layers, quantiles(times.b, 1e3), batch, traced_dense, peak_dense)
-    measured = Cost(
-        candidate=side,
-        baseline=side_dense,
-        ratios=ratios_of(side, side_dense, quantiles(times.ratios)),
-        uncounted_ops=tuple(sorted({*traced.uncounted, *traced_dense.uncounted})),
+    measured = cost_of(
+        (candidate.model, dense.model),
+        layers,
+        times,
+        batch,
+        (traced, traced_dense),
+        (peak, peak_dense),
         attention_share=share or None,  # 0 where a library goes round its attention layers, as torch's fast path does
     )
     return Result(**{**dict(result), "costs": {"forward": measured}})

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.cost import attention_paths, ratios_of, side_of
-from attnzoo.bench.gate import OracleError, gate_message
+from attnzoo.bench.cost import attention_paths, cost_of
+from attnzoo.bench.gate import OracleError
 from attnzoo.bench.isolate import is_out_of_memory
-from attnzoo.bench.measure import clock_for, interleave, quantiles, share_of
+from attnzoo.bench.measure import clock_for, interleave, share_of
 from attnzoo.bench.memory import keep_all_buffers, keep_buffers, map_buffers, peak_memory
-from attnzoo.bench.record import Cost, Gate, Shapes
+from attnzoo.bench.record import Gate, Shapes
 from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, missing_op, trace
 from attnzoo.swap import swapped_layers
@@ -45,13 +45,13 @@ def measure_cost(work: Workload, say: Say) -> Result:
         checks = _Checks(work, layers, shapes, x)
         gate, baseline_gate, traced, traced_dense = checks.run(candidate, dense)
         result = Result(status="ok", shapes=shapes, gate=gate, baseline_gate=baseline_gate, backends=traced.backends)
-        if failed := _failed(result):
+        if failed := result.refused:
             return failed
     path = next(iter(swapped_layers(candidate)), layers[0])  # of what is timed alone
     if cost.gradient:
         gate, baseline_gate = (_gradient_gate(model, path, x, checks.tolerance) for model in (candidate, dense))
         result = result.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
-        if failed := _failed(result):
+        if failed := result.refused:
             return failed
     timed, timed_dense = _timed(cost, candidate, path, x), _timed(cost, dense, path, x)
     with torch.inference_mode(not cost.gradient):
@@ -73,26 +73,17 @@ def measure_cost(work: Workload, say: Say) -> Result:
         if cost.of == "model" and not cost.gradient:
             attention = [dense.get_submodule(path) for path in layers]
             share = share_of(device, attention, timed_dense, cost.repeats)
-    side = side_of(candidate, layers, quantiles(times.a, 1e3), len(x), traced, peak)
-    side_dense = side_of(dense, layers, quantiles(times.b, 1e3), len(x), traced_dense, peak_dense)
-    uncounted = tuple(sorted({*traced.uncounted, *traced_dense.uncounted}))
-    found = Cost(
-        candidate=side,
-        baseline=side_dense,
-        ratios=ratios_of(side, side_dense, quantiles(times.ratios)),
-        uncounted_ops=uncounted,
+    found = cost_of(
+        (candidate, dense),
+        layers,
+        times,
+        len(x),
+        (traced, traced_dense),
+        (peak, peak_dense),
         freed_memory_kept=cost.keep_freed_memory,
         attention_share=share,
     )
     return Result(**{**dict(result), "costs": {"training" if cost.gradient else "forward": found}})
-
-
-def _failed(result: Result) -> Result | None:
-    """The result as failed, where a gate did not pass."""
-    for name, check in (("gate", result.gate), ("the baseline's gate", result.baseline_gate)):
-        if check is not None and not check.passed:
-            return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
-    return None
 
 
 class _Checks:

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.cost import attention_paths, ratios_of, side_of
-from attnzoo.bench.gate import gate_message
-from attnzoo.bench.measure import Interleaved, clock_for, quantiles
+from attnzoo.bench.cost import attention_paths, cost_of
+from attnzoo.bench.measure import Interleaved, clock_for
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
-from attnzoo.bench.record import Cost, Gate, Shapes
+from attnzoo.bench.record import Gate, Shapes
 from attnzoo.bench.task import Result, Say
 from attnzoo.bench.trace import Trace, trace
-from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig
 from attnzoo.tasks.decode.decoder import Decoder, decode_in_turn, load_dense, policy_of, read, swapped_twin
@@ -70,7 +68,7 @@ def measure_cost(
             baseline_gate=baseline_gate,
             backends=tuple(sorted({*traced[0].backends, *traced[1].backends})),
         )
-        if failed := _failed(result):
+        if failed := result.refused:
             return failed
         say("memory")
         steps = _step_peaks(run, run_dense, device)
@@ -82,15 +80,15 @@ def measure_cost(
         keep_buffers()
         prefills, tokens = _timed(run, run_dense, config.cost, device, rows, say)
         result = result.model_copy(update={"gate": run.bounded(gate)})
-        if failed := _failed(result):
+        if failed := result.refused:
             return failed
     models = (candidate, dense)
     caches = (run.step_bytes, run_dense.step_bytes)
-    costs = {"decode": _cost(models, layers, tokens, batch, (traced[1], traced_dense[1]), steps, caches)}
+    costs = {"decode": cost_of(models, layers, tokens, batch, (traced[1], traced_dense[1]), steps, caches)}
     if rows == 1:
         caches = (run.read_bytes, run_dense.read_bytes)
         traces = (traced[0], traced_dense[0])
-        costs["prefill"] = _cost(models, layers, prefills, prompts.numel(), traces, reads, caches)
+        costs["prefill"] = cost_of(models, layers, prefills, prompts.numel(), traces, reads, caches)
     return Result(**{**dict(result), "costs": costs})
 
 
@@ -150,24 +148,6 @@ def _timed(
     return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))
 
 
-def _cost(
-    models: tuple[Any, Any],
-    layers: Sequence[str],
-    times: Interleaved,
-    items: int,
-    traces: tuple[Trace, Trace],
-    peaks: Sequence[Peak],
-    caches: tuple[CacheBytes, CacheBytes],
-) -> Cost:
-    side, side_dense = (
-        side_of(model, layers, quantiles(seconds, 1e3), items, traced, peak, cache)
-        for model, seconds, traced, peak, cache in zip(models, (times.a, times.b), traces, peaks, caches, strict=True)
-    )
-    uncounted = tuple(sorted({*traces[0].uncounted, *traces[1].uncounted}))
-    ratios = ratios_of(side, side_dense, quantiles(times.ratios))
-    return Cost(candidate=side, baseline=side_dense, ratios=ratios, uncounted_ops=uncounted)
-
-
 def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
     with gates.noted(model, layers) as found:
         out = model(ids[:, :GATE_TOKENS], use_cache=True)
@@ -175,11 +155,3 @@ def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor
         out = model(ids[:, position : position + 1], **cache_arguments(model, output_cache(out)), use_cache=True)
         found[f"logits of token {position + 1}"] = out.logits
     return found
-
-
-def _failed(result: Result) -> Result | None:
-    """Give the result as failed where a gate did not pass."""
-    for name, gate in (("gate", result.gate), ("the baseline's gate", result.baseline_gate)):
-        if gate is not None and not gate.passed:
-            return result.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
-    return None

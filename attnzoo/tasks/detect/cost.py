@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from attnzoo.bench import gate as gates
 from attnzoo.bench.config import Section, validated
 from attnzoo.bench.cost import ratios_of, side_of
-from attnzoo.bench.gate import gate_message
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import keep_buffers, map_buffers
 from attnzoo.bench.record import Cost, Gate, Shapes
@@ -158,9 +157,8 @@ def measure(config: Any, cost: CostConfig, variant: Variant, size: tuple[int, in
         shapes = _shapes(dense, cost.batch, run)
         gate, baseline_gate = _gates(candidate, dense, run, seed)
         result = Result(status="ok", shapes=shapes, gate=gate, baseline_gate=baseline_gate)
-        for name, check in (("gate", gate), ("the baseline's gate", baseline_gate)):
-            if not check.passed:
-                return result.model_copy(update={"status": "failed", "message": gate_message(name, check)})
+        if refused := result.refused:
+            return refused
         pair = candidate, dense
         parts = [stages.modules_of(one, encoder_paths(one)) for one in pair]
         calls: list[stages.Run] = [partial(run, one) for one in pair]
