@@ -11,8 +11,7 @@ Differs from the paper: it does not say how query heads that share a key/value h
 sum of squares, which is how far the concatenated output of the group moves, before the output projection; over a base
 that chooses for a whole layer (``base="tova"``), that of all its heads. Nor does it say what becomes of the base's
 protected entries: they stay protected. SnapKV's scores are pooled before they are normalized. Entries are scored
-one by one, as in the paper: of many that go at once the single errors say less (measured on random values: 58% of
-TOVA's error where 4 of 48 entries go, 108% where half go).
+one by one, as in the paper: where many go at once, the single errors say less (tests/eviction/test_policies.py).
 """
 
 from __future__ import annotations

@@ -54,13 +54,6 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def threads_as_they_were():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny(folder, **changes):
     language = {
         "model": str(folder),

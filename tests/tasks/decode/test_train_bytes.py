@@ -35,13 +35,6 @@ def settings(tmp_path):
     return path
 
 
-@pytest.fixture(autouse=True)
-def threads_as_they_were():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def go(config):
     return run(byte_lm.TASK, config, "again")
 
