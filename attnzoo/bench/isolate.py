@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-Say = Callable[[str], None]
-Target = Callable[[str, Say], str]
+OnProgress = Callable[[str], None]  # is told in a word how far a measurement is, for the progress bar
+Target = Callable[[str, OnProgress], str]
 
 LAST_WORDS = 2000
 
@@ -75,7 +75,7 @@ class Isolation:
         target: Target,
         argument: str,
         timeout: float,
-        on_word: Say = lambda word: None,
+        on_word: OnProgress = lambda word: None,
         environ: Mapping[str, str] | None = None,
     ) -> ChildResult:
         """Call ``target(argument, say)`` in a child and wait for its end.
@@ -117,7 +117,7 @@ class Isolation:
         return _explain_death(code, stage, words, kills_before, _memory_kills())
 
 
-def _listen(ours: Connection, sentinel: int, timeout: float, on_word: Say) -> tuple[ChildResult | None, str]:
+def _listen(ours: Connection, sentinel: int, timeout: float, on_word: OnProgress) -> tuple[ChildResult | None, str]:
     """Read until the child answers, runs out of time, or dies (None); give also the last word it said."""
     deadline = time.monotonic() + timeout
     stage = "start"

@@ -77,7 +77,8 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
 POLICIES = (
     "Each figure as a ratio to the dense cache of the same run, below it the figure itself, of keys found in percent. "
     "The budget is in entries per key/value head. In each group the policy that keeps most of the quality stands "
-    "first. A column that is blank in a whole group was not measured in that run."
+    "first. The cache is that after the text that was scored, else after the last new token. A column that is blank in "
+    "a whole group was not measured in that run."
 )
 
 

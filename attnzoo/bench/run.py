@@ -22,7 +22,7 @@ from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
 from attnzoo.bench.isolate import ChildResult, Isolation, set_threads
 from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Phase, Quality, R, RecordStore
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.words import one_line
 from attnzoo.bench.work import Job, work, work_here
 from attnzoo.errors import ConfigError
@@ -176,7 +176,7 @@ class _Engine:
                 self.isolation.kill()
                 raise
 
-    def _result(self, cell: Cell, say: Say) -> tuple[Result, float]:
+    def _result(self, cell: Cell, say: OnProgress) -> tuple[Result, float]:
         if cell.needs_baseline and cell.part in self.barred:
             return Result(status="failed", message=self.barred[cell.part]), 0.0
         say("start")
@@ -366,5 +366,5 @@ def _result_of(ended: ChildResult) -> Result:
     return Result(status="failed" if ended.end == "crashed" else ended.end, message=ended.message)
 
 
-def _teller(bars: Progress, bar: TaskID, title: str) -> Say:
+def _teller(bars: Progress, bar: TaskID, title: str) -> OnProgress:
     return lambda word: bars.update(bar, stage=f"{title}: {word}")

@@ -14,13 +14,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from attnzoo.bench.config import RunConfig
 from attnzoo.bench.gate import gate_message
 from attnzoo.bench.html import Section
+from attnzoo.bench.isolate import OnProgress
 from attnzoo.bench.record import Count, Entry, Envelope, Gate, Key, Phase, Record, Shapes, Status
 from attnzoo.tables import Table
 
 if TYPE_CHECKING:
     from attnzoo.bench.highlights import Highlight
-
-Say = Callable[[str], None]
 
 
 class Cell(Entry):
@@ -185,7 +184,7 @@ class Task:
     ref: str
     config: type[RunConfig]
     plan: Callable[[Any], Sequence[Cell]]
-    measure: Callable[[Any, Cell, Mapping[str, Any], Say], Result]
+    measure: Callable[[Any, Cell, Mapping[str, Any], OnProgress], Result]
     prepare: Callable[[Any, Sequence[Cell]], Mapping[str, Any]] = lambda config, cells: {}
     assist: Callable[[Any], bool] = lambda config: False
     check: Callable[[Any], None] = lambda config: None

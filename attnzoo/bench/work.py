@@ -11,7 +11,7 @@ from attnzoo.bench.config import RunConfig
 from attnzoo.bench.gate import OracleError
 from attnzoo.bench.isolate import LAST_WORDS, is_out_of_memory, set_threads
 from attnzoo.bench.record import Entry
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import (
     AttnZooError,
     ConfigError,
@@ -52,7 +52,7 @@ def load(ref: str) -> Task:
     return task
 
 
-def work(job: str, say: Say) -> str:
+def work(job: str, say: OnProgress) -> str:
     """Do a `Job`; gives a `Result`. Both are JSON."""
     asked = Job.model_validate_json(job)
     task = load(asked.task)
@@ -60,7 +60,7 @@ def work(job: str, say: Say) -> str:
     return work_here(task, config, asked.cell, asked.given, say).model_dump_json()
 
 
-def work_here(task: Task, config: RunConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def work_here(task: Task, config: RunConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Measure a cell; what cannot be measured is told by its status."""
     set_threads(cell.threads)
     try:

@@ -20,7 +20,7 @@ from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import clock_for, interleave, share_of
 from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.trace import trace
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
@@ -156,7 +156,7 @@ def plan(config: ModelConfig) -> list[Cell]:
     ]
 
 
-def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Build, swap, gate; then, only where both gates passed, memory and time of candidate and dense in turn."""
     device, cost = torch.device(config.device), config.cost
     map_buffers()

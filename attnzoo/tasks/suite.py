@@ -12,7 +12,7 @@ from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
 from attnzoo.bench.highlights import Highlight, of_records
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import AssetError, ConfigError, MissingExtraError
 from attnzoo.tasks.classify import cells as vision
 from attnzoo.tasks.classify import page as trained
@@ -183,7 +183,7 @@ def _told_how_to_do_without() -> Iterator[None]:
         raise AssetError(f"{error}\nTo measure without the language model: language=null") from error
 
 
-def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Measure a cell by the task that its part is of."""
     if cell.part == language.PART:
         return language.measure(decoding(config), cell, given, say)

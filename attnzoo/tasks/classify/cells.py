@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.bench.cost import attention_paths
-from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify.build import check_model_name
@@ -85,7 +85,7 @@ def _workload(cell: Cell) -> Workload:
     return Workload.model_validate(cell.asks["workload"])
 
 
-def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Measure the cost of one attention in one workload, or train and test it."""
     if cell.kind == "cost":
         return measure_cost(_workload(cell), say)

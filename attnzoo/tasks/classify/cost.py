@@ -17,7 +17,7 @@ from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import clock_for, interleave, share_of
 from attnzoo.bench.memory import keep_all_buffers, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate, Shapes
-from attnzoo.bench.task import Result, Say
+from attnzoo.bench.task import OnProgress, Result
 from attnzoo.bench.trace import Trace, missing_op, trace
 from attnzoo.swap import swapped_layers
 from attnzoo.tasks.classify.build import equal_parameters, swapped, with_baseline
@@ -28,7 +28,7 @@ ORACLE = "softmax"
 MUST_RUN = {"flash": "flash"}  # attention: a word in the name of an operator that must have run
 
 
-def measure_cost(work: Workload, say: Say) -> Result:
+def measure_cost(work: Workload, say: OnProgress) -> Result:
     """Build, swap, gate; then, only where the gate passed, memory and time of candidate and baseline."""
     cost, spec = work.cost, work.attention
     device, dtype = torch.device(work.device), getattr(torch, cost.dtype)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from attnzoo import processes
-from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import AttnZooError, ConfigError, DataError, TrainingError
 from attnzoo.extras import require
 from attnzoo.tasks.classify import checkpoint
@@ -96,7 +96,7 @@ def assist(config: ClassifyConfig) -> bool:
     return True
 
 
-def measure_quality(config: ClassifyConfig, label: str, say: Say) -> Result:
+def measure_quality(config: ClassifyConfig, label: str, say: OnProgress) -> Result:
     """Test all runs of an attention; every process takes its share of the images."""
     accelerator = _accelerator(config)
     source = open_split(config.data, training=False)

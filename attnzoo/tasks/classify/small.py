@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.task import Result, Say
+from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.tasks.classify.build import build_model, count_parameters, equal_parameters, swapped, with_baseline
@@ -171,7 +171,7 @@ def answers(model: nn.Module, images: Images, batch: int = 256, device: torch.de
 
 
 def measure_quality(
-    quality: QualityConfig, spec: AttentionConfig | None, fused: bool, data: Path, device: str, say: Say
+    quality: QualityConfig, spec: AttentionConfig | None, fused: bool, data: Path, device: str, say: OnProgress
 ) -> Result:
     """Train once per seed and test on the held-out images.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify import page, score
 from attnzoo.tasks.classify.build import build_model
@@ -69,7 +69,7 @@ def _classes(config: ClassifyConfig) -> int:
     return config.data.classes or 1000
 
 
-def measure(config: ClassifyConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: ClassifyConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Test an attention's trained models, or time a model with it."""
     if cell.kind == "quality":
         return score.measure_quality(config, cell.label, say)

@@ -22,7 +22,7 @@ from attnzoo.bench.config import RunConfig, Section, refuse_twins
 from attnzoo.bench.highlights import of_records
 from attnzoo.bench.plots import curves
 from attnzoo.bench.record import Count, NonNegative, Record
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.words import difference
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -160,7 +160,7 @@ def prepare(config: TrainConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     return {"text": text.text, "sha256": text.sha256}
 
 
-def measure(config: TrainConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: TrainConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Train one model, on from its last checkpoint where there is one, and score what was held out."""
     recipe, (seen, held_out) = config.recipe, split(given["text"], config)
     model = build(config, (None, *config.attentions)[cell.asks["attention"]])
@@ -222,7 +222,9 @@ def build(config: TrainConfig, attention: AttentionConfig | None) -> Any:
     return attnzoo.replace_attention(model, attention.name, keep_original=False, **attention.swap)
 
 
-def train(model: Any, data: Tensor, config: TrainConfig, folder: Path, say: Say) -> tuple[tuple[int, float], ...]:
+def train(
+    model: Any, data: Tensor, config: TrainConfig, folder: Path, say: OnProgress
+) -> tuple[tuple[int, float], ...]:
     """Train by transformers' Trainer, on from the last whole checkpoint in `folder`; see `BitsPerByte.losses`."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 

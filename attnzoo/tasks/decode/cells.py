@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.assets import sha256_of
-from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
@@ -228,7 +228,7 @@ def _random_prompts(config: DecodeConfig, tokens: int) -> list[list[int]]:
     return [[draw.randrange(words) for _ in range(tokens)] for _ in range(config.cost.batches[0])]
 
 
-def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: DecodeConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Score every window through one attention, let it answer prompts, or time prefill and decoding.
 
     Windows and prompts that an earlier run of the row had done before it was ended are not done again.

@@ -15,7 +15,7 @@ from attnzoo.bench.cost import attention_paths, cost_of
 from attnzoo.bench.measure import Interleaved, clock_for
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate, Shapes
-from attnzoo.bench.task import Result, Say
+from attnzoo.bench.task import OnProgress, Result
 from attnzoo.bench.trace import Trace, trace
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig
@@ -26,7 +26,7 @@ NO_STEP_PEAK = "none"
 
 
 def measure_cost(
-    config: DecodeConfig, spec: AttentionConfig | None, ids: Sequence[Sequence[int]], batch: int, say: Say
+    config: DecodeConfig, spec: AttentionConfig | None, ids: Sequence[Sequence[int]], batch: int, say: OnProgress
 ) -> Result:
     """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn.
 
@@ -135,7 +135,7 @@ def _step_peaks(run: Decoder, dense: Decoder, device: torch.device) -> list[Peak
 
 
 def _timed(
-    run: Decoder, dense: Decoder, cost: DecodeCostConfig, device: torch.device, rows: int, say: Say
+    run: Decoder, dense: Decoder, cost: DecodeCostConfig, device: torch.device, rows: int, say: OnProgress
 ) -> tuple[Interleaved, Interleaved]:
     """Seconds of prefills, in turn, and of a step: the mean of the steps after each prefill, taken in turn."""
     prefills: tuple[list[float], list[float]] = ([], [])

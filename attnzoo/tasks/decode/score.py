@@ -9,7 +9,7 @@ from typing import Any
 
 import attnzoo
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.task import Result, Say
+from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.config import DecodeConfig
@@ -29,7 +29,7 @@ class NotFiniteError(AttnZooError):
 
 
 def measure_nll(
-    config: DecodeConfig, spec: AttentionConfig | None, given: Mapping[str, Any], kept: KeptSamples, say: Say
+    config: DecodeConfig, spec: AttentionConfig | None, given: Mapping[str, Any], kept: KeptSamples, say: OnProgress
 ) -> Result:
     """Score every window, and the first few as the canaries ask; where one fails there is no quality."""
     windows: Windows = given["windows"]
@@ -56,7 +56,7 @@ def measure_nll(
 
 
 def measure_retrieval(
-    config: DecodeConfig, spec: AttentionConfig | None, samples: Sequence[Sample], kept: KeptSamples, say: Say
+    config: DecodeConfig, spec: AttentionConfig | None, samples: Sequence[Sample], kept: KeptSamples, say: OnProgress
 ) -> Result:
     """Let the model answer every prompt of one kind."""
     say("load")
@@ -106,7 +106,7 @@ def _tokens(scores: Sequence[lm.Scored]) -> list[float]:
 
 
 def _scores(
-    config: DecodeConfig, kept: KeptSamples, say: Say, role: str, label: str, model: Any, windows: Windows
+    config: DecodeConfig, kept: KeptSamples, say: OnProgress, role: str, label: str, model: Any, windows: Windows
 ) -> list[lm.Scored]:
     """Score windows, but for those that an earlier run has scored for the same `role`."""
 

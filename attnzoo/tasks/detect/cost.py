@@ -26,7 +26,7 @@ from attnzoo.bench.cost import ratios_of, side_of
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import keep_buffers, map_buffers
 from attnzoo.bench.record import Cost, Gate, Shapes
-from attnzoo.bench.task import Result, Say
+from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.hosts.site import MixerLayer
 from attnzoo.swap import replace_attention, swap_report, swapped_layers
@@ -143,7 +143,9 @@ def count_tokens(dense: nn.Module, size: tuple[int, int]) -> int:
         return 0
 
 
-def measure(config: Any, cost: CostConfig, variant: Variant, size: tuple[int, int], device: str, say: Say) -> Result:
+def measure(
+    config: Any, cost: CostConfig, variant: Variant, size: tuple[int, int], device: str, say: OnProgress
+) -> Result:
     """Measure a variant beside the config's own detector at a size; nothing is timed that does not match its oracle."""
     map_buffers()
     say("build")

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from attnzoo import assets, processes
 from attnzoo.bench.config import RunConfig, parse_override
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.detect import cost, data, page, run, score
 from attnzoo.tasks.detect.config import config_of, load_config, plain, seeds_of
@@ -206,7 +206,7 @@ def assist(config: DetectConfig) -> None:
     processes.leave()
 
 
-def measure(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Test a trained detector, or measure what an attention costs in the first config's."""
     if cell.kind == "quality":
         return _quality(config, cell, given, say)
@@ -218,7 +218,7 @@ def measure(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Say
     return cost.measure(detector, asked, variant, (height, width), config.device, say)
 
 
-def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     place = cell.asks["detector"]
     found = []
     try:

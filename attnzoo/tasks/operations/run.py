@@ -15,7 +15,7 @@ from attnzoo.bench.gate import gate_message
 from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.measure import clock_for, in_turn, quantiles
 from attnzoo.bench.record import Gate
-from attnzoo.bench.task import Cell, Result, Say
+from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.bench.words import one_line
 from attnzoo.kernels.dispatch import record_paths
 from attnzoo.tasks.operations.cases import Function, Work, work
@@ -27,7 +27,7 @@ MULTIPLIED = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 WARMUP = 3
 
 
-def measure(config: OperationsConfig, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: OperationsConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Measure the operation that `cell` asks for."""
     case = config.operations[cell.asks["operation"]]
     device = torch.device(config.device)

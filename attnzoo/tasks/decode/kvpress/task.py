@@ -20,7 +20,7 @@ from attnzoo.bench.highlights import of_records
 from attnzoo.bench.measure import quantiles
 from attnzoo.bench.memory import RESIDENT
 from attnzoo.bench.record import Cost, Gate, Memory, Shapes, Side
-from attnzoo.bench.task import Cell, Result, Say, Task
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.cells import contents
@@ -95,7 +95,7 @@ def prepare(config: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: Say) -> Result:
+def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Have a worker answer all prompts, or time some of them; a row that does not keep its share has failed."""
     row, quality = Row.model_validate(cell.asks["row"]), cell.kind == "quality"
     samples = [Sample(**made) for made in given["prompts"][: None if quality else config.timed]]
@@ -178,7 +178,7 @@ def _side(config: Comparison, answer: Mapping[str, Any], calls: Sequence[Mapping
     )
 
 
-def ask(python: Sequence[str], job: Mapping[str, Any], say: Say) -> dict[str, Any]:
+def ask(python: Sequence[str], job: Mapping[str, Any], say: OnProgress) -> dict[str, Any]:
     """Give a worker its job and wait for the answer; it ends when this process does."""
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as said:
         json.dump(job, asked)
