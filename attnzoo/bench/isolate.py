@@ -104,6 +104,8 @@ class Isolation:
                 self._running.add(process)
                 theirs.close()
                 result, stage = _listen(ours, process.sentinel, timeout, on_word)
+            except (OSError, EOFError) as error:  # it died while it was handed its work, as where a module is broken
+                result, stage = ChildResult("crashed", "", f"the process did not start: {error!r}"), "start"
             finally:
                 if process.pid is not None:  # an interrupt may come while it starts
                     process.kill()

@@ -36,6 +36,13 @@ def hang(argument, say):
     time.sleep(60)
 
 
+class Unreadable:
+    """An argument that no child can take in."""
+
+    def __reduce__(self):
+        return exec, ("import os; os._exit(5)",)
+
+
 def threads_after_a_product(argument, say):
     torch.set_num_threads(2)
     return str((torch.ones(300, 300) @ torch.ones(300, 300)).sum().item())
@@ -94,3 +101,21 @@ def test_a_kill_is_called_out_of_memory_only_where_the_kernel_says_so(monkeypatc
     result = Isolation().run(die, str(int(signal.SIGKILL)), 60)
     assert result.end == end
     assert says in result.message
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), ConnectionResetError(104, "reset"), EOFError()])
+def test_a_child_that_dies_while_it_is_handed_its_work_is_an_answer(monkeypatch, error):
+    """Such as one whose modules cannot be imported: the run goes on, and is not taken for one that nobody reads."""
+    isolation = Isolation()
+
+    def start(self):
+        raise error
+
+    monkeypatch.setattr(isolation._context.Process, "start", start)
+    ended = isolation.run(echo, "hello", timeout=30)
+    assert (ended.end, ended.answer) == ("crashed", "")
+    assert "did not start" in ended.message
+
+
+def test_a_child_that_cannot_take_its_work_in_is_an_answer():
+    assert Isolation().run(echo, Unreadable(), timeout=60).end == "crashed"
