@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnzoo.errors import UnsupportedError
-from attnzoo.eviction.cache import CALL, Call, SwappedCacheLayer
+from attnzoo.eviction.calls import CALL, Call
+from attnzoo.eviction.layers import SwappedCacheLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.site import MixerLayer
 

@@ -10,7 +10,7 @@ A caller who asks for attention weights (``output_attentions=True``) gets them f
 the model leaves layers of every other out of its ``attentions``, as with transformers' own `sdpa`.
 
 An eviction policy takes the same way under a name of its own; what it needs of the cache is in
-`attnzoo.eviction.cache`. A mixer replaces a whole attention module: a causal one of a decoder's
+`attnzoo.eviction.calls`. A mixer replaces a whole attention module: a causal one of a decoder's
 (`attnzoo.hosts.decoder_mixer`), any other of an image encoder's (`attnzoo.hosts.vision_mixer`) or of a detector's
 (`attnzoo.hosts.detector_mixer`).
 """
@@ -31,7 +31,8 @@ from transformers.cache_utils import DynamicLayer
 
 from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import UnsupportedError
-from attnzoo.eviction import cache
+from attnzoo.eviction import calls
+from attnzoo.eviction.layers import MakesBounded
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
@@ -218,7 +219,7 @@ class TransformersSite(Site):
     def substitute(self, info: AttentionInfo, module: Any, owner: Any) -> nn.Module:
         """Make what a trial puts in place of `module`, this layer's twin, in a model that holds `owner`'s twin."""
         twin = dataclasses.replace(self, module=module, owner=owner)
-        cache.add_hook(owner)
+        calls.add_hook(owner)
         if info.kind == "mixer":
             return DecoderMixer(trial.PassOn(), module)
         policy = build_policy(describe("knorm"), {"budget": 2 * sum(trial.TOKENS)})  # any: the model is on trial
@@ -249,8 +250,8 @@ class TransformersSite(Site):
 
     def put_bounded(self, attention: BoundedAttention) -> nn.Module:
         """Make the host's class, on the host's state, attend through a bounded cache."""
-        layer = self._put(cache.NAME, attention)
-        layer.__dict__["attnzoo_cache"] = cache.MakesBounded(attention.name, attention.policy)
+        layer = self._put(calls.NAME, attention)
+        layer.__dict__["attnzoo_cache"] = MakesBounded(attention.name, attention.policy)
         return layer
 
     def installed(self, layer: nn.Module) -> None:
@@ -261,7 +262,7 @@ class TransformersSite(Site):
         elif isinstance(layer, detector_mixer.DetectorMixer) and self.detector is not None:
             self.detector.attach(layer)
         elif "attnzoo_cache" in vars(layer):
-            cache.add_hook(self.owner)
+            calls.add_hook(self.owner)
         else:
             self.removed()
         for model in self.outer.values():
@@ -274,8 +275,8 @@ class TransformersSite(Site):
         for model in self.outer.values():
             if BATCHING in vars(model) and not holds_swapped(model):
                 vars(model).pop(BATCHING, None)
-        if self.owner is not None and next(cache.own_layers(self.owner), None) is None:
-            cache.drop_hook(self.owner)
+        if self.owner is not None and next(calls.own_layers(self.owner), None) is None:
+            calls.drop_hook(self.owner)
         if self.patches is not None:
             self.patches.detach()
         if self.detector is not None:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from attnzoo.errors import AttnZooError
-from attnzoo.eviction import cache
+from attnzoo.eviction import calls
 from attnzoo.hosts import versions
 
 Put = Mapping[str, Callable[[nn.Module, nn.Module], nn.Module]]
@@ -119,7 +119,7 @@ class Twin:
             for path, original in originals.items():
                 self.model.set_submodule(path, original)
             for module in self.model.modules():
-                cache.drop_hook(module)
+                calls.drop_hook(module)
         return None
 
     def _call(self) -> None:

@@ -13,7 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 import attnzoo
 from attnzoo.errors import AssetError, OptionError, ShapeError, UnsupportedError
-from attnzoo.eviction.cache import BoundedCache, BoundedLayer
+from attnzoo.eviction.cache import BoundedCache
+from attnzoo.eviction.layers import BoundedLayer
 from tests.eviction.models import CACHE, CONFIGS, POLICIES, TEXT, bounded, cache_of, feed, language_model, token_ids
 from tests.zoo import fingerprint
 

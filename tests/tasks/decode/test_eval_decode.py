@@ -17,7 +17,7 @@ from attnzoo.bench.publish import page_of
 from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.cores.softmax import Softmax
 from attnzoo.errors import AssetError, ConfigError
-from attnzoo.eviction.cache import BoundedLayer
+from attnzoo.eviction.layers import BoundedLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.registry import unregister_attention
 from attnzoo.tasks.decode import cells, lm
