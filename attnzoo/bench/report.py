@@ -40,10 +40,12 @@ PER_CALL = {
 }
 
 
-def print_report(records: Iterable[Any], console: Console, table: Table | None = None) -> None:
+def print_report(
+    records: Iterable[Any], console: Console, table: Table | None = None, pairs: Table | None = None
+) -> None:
     """Print one table of all rows of cost, in groups that were measured alike, and why rows are missing.
 
-    `table` takes the place of that table.
+    `table` takes the place of that table; `pairs` comes after the quality.
     """
     summary = summarize(records)
     if summary.groups:
@@ -56,6 +58,8 @@ def print_report(records: Iterable[Any], console: Console, table: Table | None =
     for part in summary.scored:
         if part not in summary.parts or any(row.workload for row in summary.quality if row.part == part):
             console.print(quality_table(summary, part).rich())  # or the table of cost has it
+    if pairs is not None:
+        console.print(pairs.rich())
     if drift := drifted(summary):
         console.print(f"[yellow]warning: {escape(drift)}[/yellow]", highlight=False, soft_wrap=True)
     if summary.groups and table is None:

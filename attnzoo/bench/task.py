@@ -173,6 +173,8 @@ class Task:
         Gives further parts of the page.
     attached
         Gives those that come out of files beside the records, given the records and their folder.
+    pairs
+        Gives a table of rows set against each other, given the records and, as plain data, the config that says which.
     highlights
         Gives what the results page shows, in place of the engine's own, for a task whose `record` has another cost or
         whose rows stand in several columns.
@@ -197,5 +199,6 @@ class Task:
     plots: Callable[[Sequence[Any]], Sequence[tuple[str, str]]] = lambda records: ()
     sections: Callable[[Sequence[Any]], Sequence[Section | None]] = lambda records: ()
     attached: Callable[[Sequence[Any], Path], Sequence[Section | None]] = lambda records, folder: ()
+    pairs: Callable[[Sequence[Any], Mapping[str, Any]], Table | None] = lambda records, config: None
     highlights: Callable[[Sequence[Any]], Sequence[Highlight]] | None = None
     others: str = ""

@@ -19,6 +19,7 @@ from attnzoo.tasks.classify import page as trained
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, QualityConfig, vision_problems
 from attnzoo.tasks.decode import cells as language
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig, LanguageConfig, language_problems
+from attnzoo.tasks.decode.pairs import pairs_table
 from attnzoo.tasks.decode.plots import plots as language_plots
 from attnzoo.tasks.records import Record
 
@@ -217,5 +218,6 @@ TASK = Task(
     preload=preload,
     expected=lambda config: config.unsupported,
     plots=plots,
+    pairs=lambda records, config: pairs_table(records, config.get("language") or {}),
     highlights=highlights,
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.assets import sha256_of
+from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
@@ -95,7 +96,7 @@ def _cell(
         dtype=config.dtype,
         **who,
         depends_on={
-            section: asked.model_dump(mode="json", exclude=LEFT_OUT, exclude_none=True),
+            section: _depended(asked, spec),
             **inputs,
             **config.model_dump(mode="json", include={"dtype", "seed", "device"}),
             "dense": config.attention,
@@ -111,6 +112,14 @@ def _cell(
         weight=3 + work / 100,  # a token of a small model takes about 10 ms
         **about,
     )
+
+
+def _depended(asked: Any, spec: AttentionConfig | None) -> dict[str, Any]:
+    """What the figures of a row depend on in a section of the config; keys that came later count where they are set."""
+    content: dict[str, Any] = asked.model_dump(mode="json", exclude=LEFT_OUT, exclude_none=True)
+    if spec is None or not content.get("kl"):
+        content.pop("kl", None)  # dense is not compared with itself
+    return content
 
 
 def contents(name: str) -> str | list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -24,17 +24,21 @@ class NllConfig(Section):
     """Windows of the text, each scored through the cache in one call.
 
     With `scored` the last so many tokens alone count: those before are read first, as a prompt, and then evicted where
-    a policy waits for its end (``schedule: prompt``), which needs this.
+    a policy waits for its end (``schedule: prompt``), which needs this. With `step` they are put in so many at a time:
+    1 decodes them through the cache, one call per token, as the text has them. `kl` measures how far each policy's
+    predictions are from dense's, too, for which the dense model reads every window once more beside each policy.
     """
 
     windows: PositiveInt = 20
     tokens: Tokens = 2000
     scored: PositiveInt | None = None
+    step: PositiveInt | None = Field(default=None, description="all in one call if null")
+    kl: bool = False
     timeout_seconds: PositiveFloat = 7200.0
 
 
 class RetrievalConfig(Section):
-    """Needle prompts: their length, and how many of each kind (`attnzoo.tasks.decode.needles`)."""
+    """Needle prompts: their length, and how many of each kind (`TASKS` of `attnzoo.tasks.decode.needles`)."""
 
     tokens: Tokens = 2000
     samples: Annotated[dict[Kind, PositiveInt], Field(min_length=1)]
@@ -89,7 +93,11 @@ class CanaryConfig(Section):
 
 
 class LanguageConfig(Section):
-    """A causal language model whose cache policies bound, against the same model with transformers' own cache."""
+    """A causal language model whose cache policies bound, against the same model with transformers' own cache.
+
+    `pairs` are rows that are set against each other on the same windows and prompts, by their labels: ``[caote, h2o]``
+    stands for these two rows, and for all that begin so and end alike, such as ``caote 512`` and ``h2o 512``.
+    """
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
@@ -101,6 +109,7 @@ class LanguageConfig(Section):
     retrieval: RetrievalConfig | None = None
     cost: DecodeCostConfig | None = None
     canary: CanaryConfig = CanaryConfig()
+    pairs: tuple[tuple[str, str], ...] = ()
     workers: PositiveInt = 1
 
     @model_validator(mode="before")
@@ -115,7 +124,12 @@ class LanguageConfig(Section):
     @model_validator(mode="after")
     def _rows_and_windows_fit(self) -> LanguageConfig:
         refuse_vision_keys((*self.attentions, self.canary.tiny))
-        refuse_twins([self.baseline, *(attention.label for attention in self.attentions)])
+        labels = [self.baseline, *(attention.label for attention in self.attentions)]
+        refuse_twins(labels)
+        for index, pair in enumerate(self.pairs):
+            if pair[0] == pair[1] or not paired_labels([pair], labels):
+                told = f"pairs.{index}: no two rows are {pair[0]!r} and {pair[1]!r}, or begin so and end alike"
+                raise ValueError(f"{told}; rows: {', '.join(labels)}")
         if self.text is None and self.nll is not None:
             raise ValueError("text must be given for nll; where only the cost is measured, set nll to null")
         if self.nll is None and self.retrieval is not None:
@@ -128,6 +142,8 @@ class LanguageConfig(Section):
                 if attention.options.get("schedule") == "prompt":
                     where = f"attentions.{index}.options.schedule: prompt"
                     raise ValueError(f"{where} evicts after a prompt, and a window is one; set nll.scored to end it")
+        if self.nll is not None and self.nll.scored is None and self.nll.step is not None:
+            raise ValueError("nll.step cuts what is scored after a prompt into calls; set nll.scored to end the prompt")
         if self.nll is not None and self.nll.scored is not None and self.nll.scored >= self.nll.tokens:
             raise ValueError(f"nll.scored {self.nll.scored} must be fewer than nll.tokens {self.nll.tokens}")
         for index, attention in enumerate(self.attentions):
@@ -160,6 +176,17 @@ class DecodeConfig(LanguageConfig, RunConfig):
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
         """What the registry says of the attentions."""
         return language_problems(data)
+
+
+def paired_labels(pairs: Iterable[Sequence[str]], labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Give the labels of the rows that `pairs` set against each other; see `LanguageConfig`."""
+    found = [
+        (label, second + label.removeprefix(first))
+        for first, second in pairs
+        for label in labels
+        if label == first or label.startswith(f"{first} ")
+    ]
+    return [(one, other) for one, other in found if other in labels]
 
 
 load_config, validate_config = DecodeConfig.load, DecodeConfig.check

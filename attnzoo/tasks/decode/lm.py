@@ -6,6 +6,9 @@ its cache evicts while the prompt is read; else its cache holds everything.
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,19 +41,36 @@ class Scored:
         Of each token but the first, given all before it that the cache still holds, in nats.
     cache
         Bytes of the cache after the last token.
+    kl
+        Of the dense model's distribution of each of these tokens from this model's, in nats, where it was asked for.
     """
 
     nll: tuple[float, ...]
     cache: CacheBytes
+    kl: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt: `hits` says of each number asked for whether it is there."""
+    """What the model said to a prompt.
+
+    Attributes
+    ----------
+    text
+        Its words; of several questions, a line for each.
+    hits
+        Of each number or word asked for, whether it is there.
+    cache
+        The largest of all steps.
+    held
+        Share of the needles' tokens whose entries the cache held when the prompt had been read, the mean over layers
+        and key/value heads; None where nothing is ever evicted, or the prompt does not say which they are.
+    """
 
     text: str
     hits: tuple[bool, ...]
     cache: CacheBytes
+    held: float | None = None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -125,12 +145,15 @@ def model_folder(name: str) -> Path | None:
 
 
 @torch.inference_mode()
-def nll(model: Any, ids: Sequence[int] | Tensor, scored: int | None = None) -> Scored:
-    """Score a text of T tokens in one call of the model, so that an evicting cache works as it does in a prefill.
+def nll(
+    model: Any, ids: Sequence[int] | Tensor, scored: int | None = None, step: int | None = None, dense: Any = None
+) -> Scored:
+    """Score a text of T tokens through the model's cache.
 
-    All logits come out of that one call, ``T x vocabulary`` in the model's own dtype (2,000 tokens of a vocabulary of
-    49,152 in float32: 390 MB): a head applied to hidden states chunk by chunk would need less, but would leave out what
-    some models do to their logits. Log-probabilities are computed in float32, `CHUNK` positions at a time.
+    All logits are kept until they are scored, ``T x vocabulary`` in the model's own dtype (2,000 tokens of a vocabulary
+    of 49,152 in float32: 390 MB; as much again with `dense`): a head applied to hidden states chunk by chunk would need
+    less, but would leave out what some models do to their logits. Log-probabilities are computed in float32, `CHUNK`
+    positions at a time.
 
     Parameters
     ----------
@@ -139,37 +162,81 @@ def nll(model: Any, ids: Sequence[int] | Tensor, scored: int | None = None) -> S
     ids
         ``(T,)``, 2 tokens or more.
     scored
-        Score the last so many tokens, after a call that reads those before as a prompt; by default all but the first.
+        Score the last so many tokens, after a call that reads those before as a prompt; by default all but the first,
+        in one call, so that an evicting cache works as it does in a prefill.
+    step
+        Tokens of each call after the prompt; by default all. With 1 the model decodes, each token given as the text has
+        it (teacher forcing), so that a cache works as it does when text is generated.
+    dense
+        The same model with a cache that holds everything, to be compared with: costs a pass of it, and its logits.
     """
     row = torch.as_tensor(ids, device=model.device).reshape(1, -1)
+    logits, cache = _logits(model, row, scored, step)
+    theirs = None if dense is None else _logits(dense, row, scored, None)[0].split(CHUNK)
+    losses, apart = [], []
+    targets = row[0, -len(logits) :].split(CHUNK)
+    for index, some in enumerate(logits.split(CHUNK)):
+        own = some.float().log_softmax(-1)
+        losses.append(F.nll_loss(own, targets[index], reduction="none"))
+        if theirs is not None:
+            kl = F.kl_div(own, theirs[index].float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            apart.append(kl.clamp(min=0))  # which only rounding is below
+    return Scored(tuple(torch.cat(losses).tolist()), cache, tuple(torch.cat(apart).tolist()) if apart else ())
+
+
+def _logits(model: Any, row: Tensor, scored: int | None, step: int | None) -> tuple[Tensor, CacheBytes]:
+    """Logits of the tokens to score, ``(n, vocabulary)``, and the bytes of the cache after the last."""
     if scored is None:
         out = model(row, use_cache=True)
-        logits = out.logits[0, :-1]
-    else:
-        prompt = model(row[:, :-scored], use_cache=True, logits_to_keep=1)
-        held = output_cache(prompt)
-        getattr(held, "end_prompt", lambda: None)()  # what a bounded cache puts off until then
-        out = model(row[:, -scored:], **cache_arguments(model, held), use_cache=True)
-        logits = torch.cat([prompt.logits[0, -1:], out.logits[0, :-1]])
-    losses = [
-        F.cross_entropy(some.float(), targets, reduction="none")
-        for some, targets in zip(logits.split(CHUNK), row[0, -len(logits) :].split(CHUNK), strict=True)
-    ]
-    return Scored(tuple(torch.cat(losses).tolist()), kv_bytes(output_cache(out)))
+        return out.logits[0, :-1], kv_bytes(output_cache(out))
+    out = model(row[:, :-scored], use_cache=True, logits_to_keep=1)
+    found = [out.logits[0, -1:]]
+    _end_prompt(output_cache(out))
+    for tokens in row[:, -scored:].split(step or scored, 1):
+        out = model(tokens, **cache_arguments(model, output_cache(out)), use_cache=True)
+        found.append(out.logits[0])
+    return torch.cat(found)[:-1], kv_bytes(output_cache(out))
+
+
+def _end_prompt(cache: Any) -> None:
+    """Evict what a bounded cache puts off until the end of the prompt."""
+    getattr(cache, "end_prompt", lambda: None)()
 
 
 @torch.inference_mode()
 def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Answer:
     """Let the model answer a prompt greedily.
 
-    It stops at an end token, at the end of a line, when all numbers have been said, or after as many tokens as the
-    numbers need and `ROOM_FOR_WORDS` more. `Answer.cache` is the largest cache of all steps.
+    It stops at an end token, at the end of a line, when all that is asked for has been said, or after as many tokens as
+    that needs and `ROOM_FOR_WORDS` more. Of several questions, the text before them is read once and its cache evicted
+    where that is put off to the end of a prompt; each is then asked on a copy.
     """
+    ids = torch.as_tensor(sample.ids, device=model.device)[None]
+    prompt = ids[:, : sample.question_at] if sample.others else ids
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    cache = output_cache(out)
+    size = kv_bytes(cache)
+    _end_prompt(cache)
+    held = _held(cache, sample.needles_at)
+    if not sample.others:
+        text, hits, largest_step = _answer(model, tokenizer, out, sample.answers)
+        return Answer(text, hits, largest(size, largest_step), held)
+    said: list[tuple[str, tuple[bool, ...], CacheBytes]] = []
+    tails = [ids[:, sample.question_at :], *(torch.as_tensor(x, device=model.device)[None] for x in sample.others)]
+    for tail, answer in zip(tails, sample.answers, strict=True):
+        own = getattr(cache, "copy", functools.partial(copy.deepcopy, cache))()
+        out = model(tail, **cache_arguments(model, own), use_cache=True, logits_to_keep=1)
+        said.append(_answer(model, tokenizer, out, (answer,)))
+    texts, found_each, sizes = zip(*said, strict=True)
+    hits = tuple(hit for one in found_each for hit in one)
+    return Answer("\n".join(texts), hits, functools.reduce(largest, sizes, size), held)
+
+
+def _answer(model: Any, tokenizer: Any, out: Any, answers: Sequence[str]) -> tuple[str, tuple[bool, ...], CacheBytes]:
+    """Go on greedily from an output: what was said, what of it was asked for, and the largest cache."""
     ends = _end_tokens(model, tokenizer)
-    words = " ".join(f"{value}," for value in sample.answers)
+    words = " ".join(f"{value}," for value in answers)
     limit = len(tokenizer(words, add_special_tokens=False).input_ids) + ROOM_FOR_WORDS
-    row = torch.as_tensor(sample.ids, device=model.device).reshape(1, -1)
-    out = model(row, use_cache=True, logits_to_keep=1)
     cache = kv_bytes(output_cache(out))
     said: list[int] = []
     text = ""
@@ -179,13 +246,28 @@ def retrieve(model: Any, tokenizer: Any, sample: Sample) -> Answer:
             break
         said.append(token)
         text = tokenizer.decode(said)
-        complete = not text[-1:].isdigit() and all(found(sample, text))  # more digits could follow a digit
+        complete = not text[-1:].isalnum() and all(found(answers, text))  # a number or word could go on
         if complete or len(said) >= limit or "\n" in text.lstrip():
             break
         step = torch.tensor([[token]], device=model.device)
         out = model(step, **cache_arguments(model, output_cache(out)), use_cache=True)
         cache = largest(cache, kv_bytes(output_cache(out)))
-    return Answer(text, found(sample, text), cache)
+    return text, found(answers, text), cache
+
+
+def _held(cache: Any, tokens: Sequence[int]) -> float | None:
+    """Share of some tokens whose entries a cache still holds; see `Answer`."""
+    layers = [
+        positions for layer in getattr(cache, "own", ()) if (positions := getattr(layer, "positions", None)) is not None
+    ]
+    if not layers or not tokens:
+        return None
+    shares = []
+    for positions in layers:
+        wanted = torch.as_tensor(tokens, device=positions.device)
+        held = (positions[0, :, :, None] == wanted).any(1)  # (Hkv, held, tokens) -> (Hkv, tokens)
+        shares.append(float(held.float().mean()))
+    return math.fsum(shares) / len(shares)
 
 
 def largest(a: CacheBytes, b: CacheBytes) -> CacheBytes:

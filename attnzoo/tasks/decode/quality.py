@@ -16,11 +16,13 @@ from attnzoo.bench.words import difference, figures, quality_kept
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.tables import Cell, Verdict
 from attnzoo.tasks.decode.lm import Answer, Scored, largest
-from attnzoo.tasks.decode.needles import Kind, Sample
+from attnzoo.tasks.decode.needles import TASKS, Kind, Sample
 from attnzoo.units import megabytes
 
-KIND_TITLES: Mapping[Kind, str] = {"single": "pass key", "multi_key": "one of 4 keys", "multi_value": "3 values"}
+KIND_TITLES: Mapping[Kind, str] = {kind: task.title for kind, task in TASKS.items()}
 CURVE_POINTS = 20
+DENSE_FLOOR = 0.75  # dense must find so much itself, or a kind of prompts says nothing of what policies keep
+Differences = Mapping[str, tuple[Interval, Verdict]]  # by what differs
 
 
 class Canary(Entry):
@@ -88,8 +90,10 @@ class Perplexity(Read):
     `window_nll` is the mean NLL of each window in nats per token, `nll` their mean, `perplexity` its exponential;
     `windows` counts them where a record does not hold each. `position_nll` is the mean over windows in equal parts of
     the window, in order. `difference` is NLL above dense, window by window, `curve` the same in equal parts of the
-    window. `ratio`, the quality kept, is dense perplexity over this one, with the interval of `difference`. `canary`,
-    without which no row counts, is the baseline's alone, and `dense_limit` that of all others.
+    window. `window_kl` is, of each window, the mean over its tokens of the KL divergence of dense's predictions from
+    this one's, in nats, and `kl` their mean. `ratio`, the quality kept, is dense perplexity over this one, with the
+    interval of `difference`. `canary`, without which no row counts, is the baseline's alone, and `dense_limit` that of
+    all others.
     """
 
     METRIC: ClassVar[str] = "perplexity"
@@ -99,6 +103,8 @@ class Perplexity(Read):
     windows: Count = 0
     window_nll: tuple[NonNegative, ...] = ()
     position_nll: tuple[NonNegative, ...] = ()
+    window_kl: tuple[NonNegative, ...] = ()
+    kl: Interval | None = None
     difference: Interval | None = None
     curve: tuple[float, ...] = ()
     canary: Canary | None = None
@@ -120,6 +126,13 @@ class Perplexity(Read):
         }
         return self.model_copy(update=update)
 
+    def minus(self, other: Self) -> Differences:
+        """What is less than another's on the same windows; nothing where windows are not known one by one."""
+        pairs = {"NLL": (self.window_nll, other.window_nll), "KL to dense": (self.window_kl, other.window_kl)}
+        if self.text_sha256 != other.text_sha256:
+            return {}
+        return {name: _minus(*pair, less_is_better=True) for name, pair in pairs.items() if all(pair)}
+
     @property
     def figure(self) -> str:
         """``ppl 17.2``."""
@@ -132,6 +145,7 @@ class Perplexity(Read):
             "perplexity": Cell(f"{self.perplexity:.2f}", small=f"NLL {self.nll:.3f}"),
             "kept (95%)": quality_kept(self),
             "NLL to dense (95%)": Cell(difference(self.difference), verdict(self.difference, less_is_better=True)),
+            "KL to dense (95%)": difference(self.kl),
             "cache held": Cell(self.shown("held"), small=f"{self.shown('allocated')} allocated" if self.cache else ""),
         }
 
@@ -158,12 +172,14 @@ class Perplexity(Read):
 
 
 class Retrieval(Read):
-    """Numbers found in prompts of one kind.
+    """Numbers, or words, found in prompts of one kind.
 
     `by_depth` says of each number asked for, prompt by prompt, how deep it was hidden and whether it was found; `low`
     and `high` are the 95% Wilson interval of the `recall`, which takes the numbers of one prompt for independent.
     `said` are the answers. `difference` is in recall, prompt by prompt; `p_value` that of McNemar's exact test over the
-    numbers asked for. `ratio` is recall over dense recall (Katz et al. 1978).
+    numbers asked for. `ratio` is recall over dense recall (Katz et al. 1978), which `dense_recall` is: more than a
+    policy can be expected to find. `held` says of each prompt what share of the needles' entries was still in the cache
+    once it was read.
     """
 
     METRIC: ClassVar[str] = "numbers found %"
@@ -175,8 +191,10 @@ class Retrieval(Read):
     high: Share
     by_depth: tuple[tuple[float, bool], ...]
     said: tuple[str, ...] = ()
+    held: tuple[Share, ...] = ()
     difference: Interval | None = None
     p_value: Share | None = None
+    dense_recall: Share | None = None
 
     @property
     def hits(self) -> list[bool]:
@@ -200,8 +218,33 @@ class Retrieval(Read):
             "ratio_low": low,
             "ratio_high": high,
             "cache_dense": dense.cache,
+            "dense_recall": dense.recall,
         }
         return self.model_copy(update=update)
+
+    def as_dense(self) -> Self:
+        """The same as that of the dense baseline itself."""
+        return super().as_dense().model_copy(update={"dense_recall": self.recall})
+
+    def minus(self, other: Self) -> Differences:
+        """What is more than another's in the same prompts: recall, and the share of the needles that is held."""
+        title = KIND_TITLES[self.kind]
+        pairs = {title: (self.recalls, other.recalls), f"{title} held": (self.held, other.held)}
+        return {name: _minus(*pair) for name, pair in pairs.items() if all(pair)}
+
+    @property
+    def dense_fails(self) -> bool:
+        """Whether dense itself finds too little for the kind to say anything of what is kept."""
+        return self.dense_recall is not None and self.dense_recall < DENSE_FLOOR
+
+    @property
+    def remark(self) -> str:
+        """What the kind measures, and whether dense itself fails."""
+        task = TASKS[self.kind]
+        told = f"{task.title[:1].upper()}{task.title[1:]}: {task.measures}."
+        if not self.dense_fails:
+            return told
+        return f"{told} Dense itself finds {self.dense_recall:.0%}, less than {DENSE_FLOOR:.0%}: it tells nothing here."
 
     @property
     def figure(self) -> str:
@@ -220,9 +263,14 @@ class Retrieval(Read):
         title = KIND_TITLES[self.kind]
         counted = f"{sum(self.hits)} of {len(self.hits)}"
         p_value = "" if self.p_value is None else "< 0.001" if self.p_value < 0.001 else f"= {self.p_value:.3f}"
+        tested = p_value and f"McNemar's p {p_value}"
+        judged: Verdict = "same" if self.dense_fails else verdict(self.difference)
+        to_dense = "dense fails" if self.dense_fails else difference(self.difference)
+        held = f"{math.fsum(self.held) / len(self.held) * 100:.0f}" if self.held else "-"
         return {
-            f"{title}, % (95%)": Cell(self.figure, verdict(self.difference), small=counted),
-            f"{title} to dense (95%)": Cell(difference(self.difference), small=p_value and f"McNemar's p {p_value}"),
+            f"{title}, % (95%)": Cell(self.figure, judged, small=counted),
+            f"{title} to dense (95%)": Cell(to_dense, small=tested),
+            f"{title} held, %": held,
         }
 
 
@@ -233,6 +281,11 @@ def verdict(interval: Interval | None, less_is_better: bool = False) -> Verdict:
     return "better" if (interval.mean < 0) == less_is_better else "worse"
 
 
+def _minus(own: Sequence[float], other: Sequence[float], less_is_better: bool = False) -> tuple[Interval, Verdict]:
+    found = paired_difference(own, other)
+    return found, verdict(found, less_is_better)
+
+
 def perplexity_of(scores: Sequence[Scored], note: str) -> Perplexity:
     """Put the windows of one attention together, all of one length; what is against dense is left open."""
     means = [math.fsum(score.nll) / len(score.nll) for score in scores]
@@ -240,6 +293,7 @@ def perplexity_of(scores: Sequence[Scored], note: str) -> Perplexity:
     parts = min(CURVE_POINTS, length)
     edges = [round(part * length / parts) for part in range(parts + 1)]
     ends = list(itertools.pairwise(edges))
+    kl = tuple(math.fsum(score.kl) / len(score.kl) for score in scores if score.kl)
     sums = [math.fsum(value for score in scores for value in score.nll[a:b]) for a, b in ends]
     return Perplexity(
         perplexity=math.exp(mean),
@@ -248,6 +302,8 @@ def perplexity_of(scores: Sequence[Scored], note: str) -> Perplexity:
         windows=len(scores),
         window_nll=tuple(means),
         position_nll=tuple(total / ((b - a) * len(scores)) for total, (a, b) in zip(sums, ends, strict=True)),
+        window_kl=kl,
+        kl=paired_difference(kl, [0.0] * len(kl)) if kl else None,
         cache=functools.reduce(largest, [score.cache for score in scores]),
         note=note,
     )
@@ -267,6 +323,7 @@ def retrieval_of(samples: Sequence[Sample], answers: Sequence[Answer], note: str
         high=high,
         by_depth=tuple(zip(depths, hits, strict=True)),
         said=tuple(answer.text for answer in answers),
+        held=tuple(answer.held for answer in answers if answer.held is not None),
         cache=functools.reduce(largest, [answer.cache for answer in answers]),
         note=note,
     )

@@ -21,7 +21,7 @@ from attnzoo.tasks.decode.quality import Canary, DenseLimit, perplexity_of, retr
 # Largest difference of one token's NLL from dense, in nats, that rounding explains.
 ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
 Windows = Sequence[Sequence[int]]
-Score = Callable[[str, str, Any, Windows], list[lm.Scored]]
+Score = Callable[..., list[lm.Scored]]
 
 
 class NotFiniteError(AttnZooError):
@@ -38,8 +38,11 @@ def measure_nll(
     score = partial(_scores, config, kept, say)
     try:
         label = config.baseline if spec is None else spec.label
-        scores = score("windows", label, swapped_twin(dense, spec), windows)
+        beside = dense if spec is not None and config.nll is not None and config.nll.kl else None
+        scores = score("windows", label, swapped_twin(dense, spec), windows, beside)
         last = f", the last {len(scores[0].nll):,} scored" if len(scores[0].nll) < len(windows[0]) - 1 else ""
+        step = config.nll.step if config.nll is not None else None
+        last += "" if step is None else ", one by one" if step == 1 else f", {step:,} at a time"
         note = _note(config, f"{len(windows)} windows of {len(windows[0]):,} tokens{last}")
         quality = perplexity_of(scores, note).model_copy(update={"text_sha256": given["text_sha256"]})
         first = slice(config.canary.windows)
@@ -106,14 +109,21 @@ def _tokens(scores: Sequence[lm.Scored]) -> list[float]:
 
 
 def _scores(
-    config: DecodeConfig, kept: KeptSamples, say: OnProgress, role: str, label: str, model: Any, windows: Windows
+    config: DecodeConfig,
+    kept: KeptSamples,
+    say: OnProgress,
+    role: str,
+    label: str,
+    model: Any,
+    windows: Windows,
+    dense: Any = None,
 ) -> list[lm.Scored]:
-    """Score windows, but for those that an earlier run has scored for the same `role`."""
+    """Score windows, but for those that an earlier run has scored for the same `role`; compare with `dense`, if any."""
 
     def scored(number: int) -> lm.Scored:
         assert config.nll is not None
         say(f"{label}: window {number}/{len(windows)}")
-        score = lm.nll(model, windows[number - 1], config.nll.scored)
+        score = lm.nll(model, windows[number - 1], config.nll.scored, config.nll.step, dense)
         where = next((at for at, value in enumerate(score.nll, 1) if not math.isfinite(value)), None)
         if where is not None:
             raise NotFiniteError(f"{label} gives an NLL that is not finite at token {where} of window {number}")

@@ -10,6 +10,7 @@ from attnzoo.bench.task import Task
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.tasks.decode import cells
 from attnzoo.tasks.decode.config import DecodeConfig
+from attnzoo.tasks.decode.pairs import pairs_table
 from attnzoo.tasks.decode.plots import plots
 from attnzoo.tasks.decode.quality import Perplexity, Retrieval
 
@@ -48,4 +49,5 @@ TASK = Task(
     expected=lambda config: {(cells.PART, one.label) for one in config.attentions if one.expect == "unsupported"},
     plots=plots,
     sections=canaries,
+    pairs=pairs_table,
 )

@@ -123,3 +123,85 @@ def test_a_twin_shares_weights_and_is_swapped_alone(model):
     assert {id(p) for p in second.parameters()} == {id(p) for p in model.parameters()}
     ids = torch.arange(100)
     assert decode.nll(model, ids).cache.entries > decode.nll(second, ids).cache.entries
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [
+        (None, {}),
+        ("streaming", {"budget": 8, "block_size": 4}),
+        ("h2o", {"budget": 8, "block_size": 4, "schedule": "prompt"}),
+        ("tova", {"budget": 8, "schedule": "step"}),
+    ],
+)
+def test_tokens_that_are_decoded_score_as_in_one_call(model, attention, options):
+    calls = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    if attention is not None:
+        attnzoo.replace_attention(model, attention, **options)
+    ids = torch.arange(40) * 7 % 251
+    whole = decode.nll(model, ids, 24)
+    for step in (1, 5):
+        calls.clear()
+        assert decode.nll(model, ids, 24, step).nll == pytest.approx(whole.nll, abs=1e-4)
+        assert calls == [16, *([1] * 24 if step == 1 else [5, 5, 5, 5, 4])]
+
+
+@pytest.mark.parametrize(("scored", "step"), [(None, None), (24, None), (24, 1)])
+def test_the_divergence_from_dense_is_that_of_the_whole_distributions(model, scored, step):
+    small = attnzoo.replace_attention(twin(model), "streaming", budget=8, block_size=4)
+    ids = torch.arange(40) * 7 % 251
+    found = decode.nll(small, ids, scored, step, model)
+    with torch.no_grad():
+        p, q = (one(ids[None]).logits[0, :-1].double().log_softmax(-1) for one in (model, small))
+    wanted = (p.exp() * (p - q)).sum(-1)[-(scored or 39) :]
+    assert found.kl == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert found.nll == decode.nll(small, ids, scored, step).nll
+    assert max(found.kl) > 0.01
+    assert max(decode.nll(model, ids, scored, step, model).kl) < 1e-5
+    assert decode.nll(model, ids, scored, step).kl == ()
+
+
+ENTRIES = [*range(30, 34), *range(94, 98)]  # of 100 tokens: the first four are gone, the last four among the recent
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "held"),
+    [
+        ("streaming", {"budget": 16, "block_size": 4, "sink": 4}, 0.5),
+        ("streaming", {"budget": 16, "block_size": 4, "sink": 4, "schedule": "prompt"}, 0.5),
+        ("keydiff", {"budget": 120, "block_size": 4}, 1.0),
+        ("softmax", {}, None),
+    ],
+)
+def test_the_needles_entries_that_are_still_held(model, tokenizer, attention, options, held):
+    attnzoo.replace_attention(model, attention, **options)
+    prompt = Sample("single", 0, tuple(range(100)), ("12345",), (0.3,), 0, "", 0, tuple(ENTRIES))
+    assert decode.retrieve(model, tokenizer, prompt).held == held
+
+
+def test_needles_that_layers_hold_differently_are_held_in_the_mean(model, tokenizer):
+    attnzoo.replace_attention(model, "streaming", budget=16, block_size=4, where="model.layers.0.self_attn")
+    attnzoo.replace_attention(model, "keydiff", budget=120, block_size=4, where="model.layers.1.self_attn")
+    prompt = Sample("single", 0, tuple(range(100)), ("12345",), (0.3,), 0, "", 0, tuple(ENTRIES))
+    assert decode.retrieve(model, tokenizer, prompt).held == 0.75
+
+
+@pytest.mark.parametrize("schedule", [None, "block", "prompt"])
+def test_each_of_several_questions_has_the_cache_as_it_was_after_the_text(model, tokenizer, schedule):
+    """Dense, and where blocks end alike: as if each were asked alone after the same text."""
+    if schedule is not None:
+        attnzoo.replace_attention(model, "streaming", budget=16, block_size=4, schedule=schedule)
+    text, questions = tuple(range(50)), [tuple(range(60, 66)), tuple(range(90, 99)), tuple(range(60, 66))]
+    answers = ("1", "2", "1")
+    about = ((0.5,) * 3, 0, "", len(text), (1, 2), tuple(questions[1:]))
+    together = decode.retrieve(model, tokenizer, Sample("several", 0, text + questions[0], answers, *about))
+    alone = []
+    for ids, answer in zip(questions, answers, strict=True):
+        only = Sample("several", 0, text + ids, (answer, answer), (0.5,) * 2, 0, "", len(text), (1, 2), (ids,))
+        single = Sample("single", 0, text + ids, (answer,), (0.5,), 0, "")
+        alone.append(decode.retrieve(model, tokenizer, only if schedule == "prompt" else single).text.split("\n")[0])
+    said = together.text.split("\n")
+    assert said == alone
+    assert said[0] == said[2] != said[1]
+    assert len(together.hits) == 3

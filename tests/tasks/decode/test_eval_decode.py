@@ -164,7 +164,7 @@ def test_a_killed_run_goes_on_where_it_was_and_shows_what_it_has(settings, monke
     whole = figures(run({**data, "output": str(tmp_path / "whole")}))
     left, original = [5 + 2 + 5 + 3], lm.nll  # dense's windows and canary, and some of keydiff's
 
-    def killed(model, ids, scored=None):
+    def killed(model, ids, *given):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt

@@ -130,7 +130,9 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: OnPro
     if gate is not None:
         return Result(status="ok", gate=gate, environment=place, **_cost(config, answer))
     answered = [
-        Answered(**one, context_tokens=context, expected=x.answers, hits=found(x, one["answer"]), depth=x.depths[0])
+        Answered(
+            **one, context_tokens=context, expected=x.answers, hits=found(x.answers, one["answer"]), depth=x.depths[0]
+        )
         for one, context, x in zip(told, contexts, samples, strict=True)
     ]
     keys = PassKeys(
