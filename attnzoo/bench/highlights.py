@@ -105,10 +105,10 @@ class Highlight:
     figures: Mapping[Measure, Figure] = field(default_factory=dict)
 
     @property
-    def budget(self) -> int | None:
-        """Entries per head that a policy keeps; None of all others."""
+    def budget(self) -> float | str | None:
+        """Entries per head that a policy keeps, a share or bytes, as it takes them; None of all others."""
         budget = self.options.get("budget")
-        return budget if isinstance(budget, int) else None
+        return budget if isinstance(budget, (int, float, str)) else None
 
     @property
     def kept(self) -> str:

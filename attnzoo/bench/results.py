@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from attnzoo import files
+from attnzoo.bench import words
 from attnzoo.bench.highlights import CACHE, MEASURES, PEAK, QUALITY, SPEED, Figure, Highlight, Measure, Source
 from attnzoo.bench.html import Filter, Section, fragment, page
 from attnzoo.bench.words import one_line
@@ -76,9 +77,9 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
 
 POLICIES = (
     "Each figure as a ratio to the dense cache of the same run, below it the figure itself, of keys found in percent. "
-    "The budget is in entries per key/value head. In each group the policy that keeps most of the quality stands "
-    "first. The cache is that after the text that was scored, else after the last new token. A column that is blank in "
-    "a whole group was not measured in that run."
+    "The budget is in entries per key/value head, or else a part of the tokens or bytes. In each group the policy that "
+    "keeps most of the quality stands first. The cache is that after the text that was scored, else after the last new "
+    "token. A column that is blank in a whole group was not measured in that run."
 )
 
 
@@ -188,7 +189,8 @@ def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
         one = rows[0][0]
         broad = 2 * len({row.method for row, _ in rows}) >= len(methods)
         usual = one.phase not in ("training", "prefill")
-        return one.typical, broad, one.tokens, usual, one.budget or 0, _precision(rows, measure)
+        entries = one.budget if isinstance(one.budget, int) else 0
+        return one.typical, broad, one.tokens, usual, entries, _precision(rows, measure)
 
     chosen: dict[str, Found] = {}
     for rows in sorted(places.values(), key=worth, reverse=True):
@@ -269,7 +271,7 @@ def _without(measure: Measure, rows: Sequence[Found], folder: Path) -> Cell:
 def _about(one: Highlight, name: str) -> str:
     """What a figure is of, without how its model was built."""
     label = "" if one.label == name else f"{one.label}; "
-    budget = f", budget {one.budget:,}" if one.budget else ""
+    budget = f", budget {_budget(one)}" if one.budget else ""
     return f"{label}{one.host}: {BUILT_WITH.sub('', one.workload)}{budget}; {one.machine}"
 
 
@@ -288,24 +290,25 @@ def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
                 figures[0] = replace(_ended(one), link=link)
             about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
             workload = Cell(one.host, small="\n".join(filter(None, about)))
-            table.add(one.label, f"{one.budget:,}" if one.budget else "", *figures, workload, tags={"task": task})
+            table.add(one.label, _budget(one), *figures, workload, tags={"task": task})
     return table.without_empty_columns()
 
 
 def policies_table(sources: Sequence[Source], folder: Path) -> Table:
     """Eviction policies side by side: a section per run, model and budget, a column per figure that any of them has."""
-    groups: dict[tuple[Path, str, int], list[Found]] = {}
+    groups: dict[tuple[Path, str, str], list[Found]] = {}
     for source in sources:
         for one in source.highlights:
             if one.budget and describe(one.method).kind == "eviction":
-                groups.setdefault((source.path, one.host, one.budget), []).append((one, source))
+                groups.setdefault((source.path, one.host, _budget(one)), []).append((one, source))
     found = [one for rows in groups.values() for one, _ in rows]
     heads = {_head(one, m): m for m in (CACHE, QUALITY, SPEED, PEAK) for one in found if m in one.figures}
     table = Table(("policy", "budget", *heads, Column("record", left=True)))
     for (path, host, budget), rows in groups.items():
         tags = {"task": rows[0][0].task, "kind": "eviction"}
         about = dict.fromkeys([*(one.workload for one, _ in rows), *(one.machine for one, _ in rows)])
-        table.section(f"{host}, budget {budget:,} entries per head", "; ".join(about), tags)
+        entries = " entries per head" if isinstance(rows[0][0].budget, int) else ""
+        table.section(f"{host}, budget {budget}{entries}", "; ".join(about), tags)
         policies: dict[str, list[Found]] = {}
         for row in rows:
             policies.setdefault(row[0].label, []).append(row)
@@ -315,7 +318,7 @@ def policies_table(sources: Sequence[Source], folder: Path) -> Table:
                 _policy_cell(own, head, measure, folder) if head in measured else "" for head, measure in heads.items()
             ]
             record = Cell(_link(path.with_suffix(""), folder), link=_link(own[0][1].page, folder))
-            table.add(label, f"{budget:,}", *cells, record, tags=tags)
+            table.add(label, budget, *cells, record, tags=tags)
     return table
 
 
@@ -340,6 +343,10 @@ def _policy_cell(rows: Sequence[Found], head: str, measure: Measure, folder: Pat
     below = [f"{other.figures[measure].text} {_apart(other, one)}" for other, _ in others if measure is SPEED]
     small = "\n".join(filter(None, [one.figures[measure].absolute, *below]))
     return replace(_figure_cell(one.figures[measure], _link(source.page, folder)), small=small)
+
+
+def _budget(one: Highlight) -> str:
+    return "" if one.budget is None else words.budget(one.budget)
 
 
 def _apart(one: Highlight, other: Highlight) -> str:

@@ -38,6 +38,11 @@ def ratio(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}x"
 
 
+def budget(value: float | str) -> str:
+    """The budget of a policy: entries, a share of the tokens in percent, or bytes as they were given."""
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value * 100:g}%"
+
+
 def points(value: float) -> str:
     """A difference in points: ``-1.2 points``."""
     return f"{value:+.1f} points"

@@ -11,9 +11,10 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 
 from attnzoo import list_attentions, register_attention
-from attnzoo.bench import results
+from attnzoo.bench import results, words
 from attnzoo.bench.highlights import QUALITY, SPEED, Figure, Highlight, Source
 from attnzoo.registry import describe, unregister_attention
 from attnzoo.tasks import TASKS, suite
@@ -301,12 +302,13 @@ def test_every_policy_stands_beside_the_others_at_its_budget(page, sources, line
     assert {line["method"] for line in lines if line["budget"]} == set(list_attentions("eviction"))
     groups = {}
     for row in table:
-        assert row["section"].endswith(f"budget {row['budget']} entries per head")
+        assert f"budget {row['budget']}" in row["section"]
+        assert row["section"].endswith("entries per head") == row["budget"].replace(",", "").isdigit()
         groups.setdefault((row["section"], row["record"]), []).append(row)
         own = [
             line
             for line in lines
-            if (line["record"], line["setting"], f"{int(line['budget'] or 0):,}")
+            if (line["record"], line["setting"], words.budget(yaml.safe_load(line["budget"] or "0")))
             == (f"{row['record']}.jsonl", row["policy"], row["budget"])
         ]
         for head, which, starts in (
@@ -436,3 +438,19 @@ def test_a_folder_without_records_is_refused_and_what_a_run_leaves_is_not_read(n
     assert main([str(tmp_path)]) == 2
     assert "there are no records" in capsys.readouterr().err
     assert main([str(tmp_path / "missing")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "told", "section"),
+    [(1024, "1,024", "1,024 entries per head"), (0.125, "12.5%", "12.5%"), ("64MiB", "64MiB", "64MiB")],
+)
+def test_policies_whose_budget_is_a_share_or_bytes_stand_side_by_side(tmp_path, budget, told, section):
+    found = [policy(name, budget, "perplexity: prose") for name in ("h2o", "tova")]
+    source = Source(tmp_path / "a.jsonl", tuple(found))
+    rows = read_csv(results.policies_table([source], tmp_path).csv())
+    assert [(row["policy"], row["budget"]) for row in rows] == [("h2o", told), ("tova", told)]
+    assert all(row["section"].endswith(f"budget {section}") for row in rows)
+    made = results.html([source], ("decode",), tmp_path, "make")
+    assert f"budget {told}" in made
+    csv = read_csv(results.csv([source], (), tmp_path))
+    assert [line["budget"] for line in csv if line["method"] == "tova"] == [str(budget)]

@@ -47,11 +47,16 @@ _SYNONYMS = (
     "residence:house instructor:teacher bicycle:bike airplane:plane photograph:picture sea:ocean garment:clothes "
     "monarch:king soil:dirt footwear:shoes beverage:drink blossom:flower author:writer woods:forest"
 )
+FACTS = (
+    "the door code of the library", "the phone number of the front desk", "the badge number of the night guard",
+    "the account number of the bakery", "the license number of the red truck", "the weight of the old bell in grams",
+)  # fmt: skip
 SYNONYMS = tuple(tuple(pair.split(":")) for pair in _SYNONYMS.split())
 
 # These words were chosen among five wordings, with and without the chat template, on the dense SmolLM2-135M-Instruct
 # alone (8 prompts of 2,000 tokens of each of the first three kinds: 8 of 8, 8 of 8 and 13 of 24 numbers found).
 INSTRUCTION = "A special magic number is hidden within the following text. Remember it: you will be asked for it."
+SEVERAL = "Some numbers are hidden within the following text. Remember them: you will be asked for them."
 NEEDLE = "The special magic number for {} is {}."
 QUESTION = "What is the special magic number for {} in the text above?"
 BEGUN = "The special magic number for {} is"
@@ -82,15 +87,24 @@ Writer = Callable[
 ]  # gives a story, given what draws numbers that the text does not hold
 
 
-def _numbers(keys: int, asked: int = 1) -> Writer:
-    """Give a writer of a number for each of several keys, the first of which are asked for one by one."""
+def _numbers(keys: int) -> Writer:
+    """Give a writer of a number for each of several keys, the first of which is asked for."""
 
     def write(draw: random.Random, numbers: Numbers) -> Story:
         told = list(zip(draw.sample(KEYS, keys), numbers(keys), strict=True))
-        questions = [Question(QUESTION.format(key), BEGUN.format(key), (value,)) for key, value in told[:asked]]
-        return Story([NEEDLE.format(*one) for one in told], questions, asked)
+        key, value = told[0]
+        return Story(
+            [NEEDLE.format(*one) for one in told], [Question(QUESTION.format(key), BEGUN.format(key), (value,))]
+        )
 
     return write
+
+
+def _several(draw: random.Random, numbers: Numbers, count: int = 4) -> Story:
+    """Several facts, each of which is asked for."""
+    told = list(zip(draw.sample(FACTS, count), numbers(count), strict=True))
+    questions = [Question(f"What is {fact} in the text above?", f"{_begin(fact)} is", (value,)) for fact, value in told]
+    return Story([f"{_begin(fact)} is {value}." for fact, value in told], questions, count, SEVERAL)
 
 
 def _values(draw: random.Random, numbers: Numbers, count: int = 3) -> Story:
@@ -111,8 +125,8 @@ def _between(draw: random.Random, numbers: Numbers) -> Story:
 
 
 def _synonyms(draw: random.Random, numbers: Numbers) -> Story:
-    """The question calls the key by another word than the needle does; three needles are of other keys."""
-    pairs, values = draw.sample(SYNONYMS, 4), numbers(4)
+    """The question calls the key by another word than its needle does; the other needle is of another key."""
+    pairs, values = draw.sample(SYNONYMS, 2), numbers(2)
     asked = f"the {pairs[0][1]}"
     needles = [NEEDLE.format(f"the {hidden}", value) for (hidden, _), value in zip(pairs, values, strict=True)]
     return Story(needles, [Question(QUESTION.format(asked), BEGUN.format(asked), (values[0],))])
@@ -215,7 +229,7 @@ TASKS: Mapping[Kind, NeedleTask] = {
         "4 questions",
         "four numbers in the first 40% of the text, read once and evicted before the first question, each then asked "
         "for on a copy of the cache: how much of everything is kept",
-        _numbers(4, asked=4),
+        _several,
         EVICTABLE,
     ),
     "two_hop": NeedleTask(
@@ -231,7 +245,7 @@ TASKS: Mapping[Kind, NeedleTask] = {
     ),
     "synonym": NeedleTask(
         "synonym",
-        "four numbers in the first 40% of the text, one asked for by another word for its key: needles without a "
+        "two numbers in the first 40% of the text, one asked for by another word for its key: needles without a "
         "literal match",
         _synonyms,
         EVICTABLE,
@@ -401,6 +415,11 @@ class _Maker:
 def _sentences(text: str) -> list[str]:
     """Cut a text where sentences end; each keeps the white space before it."""
     return re.findall(r"\s*\S.*?(?:[.!?][\"')\]\u201d\u2019]*(?=\s)|(?=\n\n)|\Z)", text, flags=re.DOTALL)
+
+
+def _begin(words: str) -> str:
+    """Begin a sentence with some words."""
+    return words[:1].upper() + words[1:]
 
 
 def _hide(

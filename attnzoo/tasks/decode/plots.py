@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from attnzoo.bench import words
 from attnzoo.bench.colors import look
 from attnzoo.bench.plots import INK, KEYED, add_key, new_figure, to_svg
 from attnzoo.bench.record import Interval, Record
@@ -44,7 +45,7 @@ def position_plots(rows: Sequence[Row]) -> list[tuple[str, str]]:
         axes.set_xlabel("position in the window, tokens")
         axes.set_ylabel("NLL above dense, nats per token")
         add_key(axes)
-        what = "" if budget is None else f", budget {budget:,}"
+        what = "" if budget is None else f", budget {words.budget(budget)}"
         drawn.append((f"NLL above dense along the window{what}", to_svg(figure, f"position{budget}")))
     return drawn
 
