@@ -159,8 +159,9 @@ def _tracking(draw: random.Random, numbers: Numbers, links: int = 3) -> Story:
 def _instruction(draw: random.Random, numbers: Numbers) -> Story:
     """A rule for the answer, which the question does not repeat."""
     (word,) = draw.sample(KEYS, 1)
-    rule = f"Important: whatever you are asked about this text, your answer must be the single word {word}."
-    question = Question("What is the answer?", "The answer is the single word", (word,))
+    rule = f"Important: the secret word is {word}. Whatever you are asked about this text, answer with the secret word."
+    text = "What is the author's name? Remember the instruction above: answer with the secret word."
+    question = Question(text, "The secret word is", (word,))
     return Story([rule], [question], instruction="Read the following text and follow the instruction in it.")
 
 
@@ -251,7 +252,9 @@ TASKS: Mapping[Kind, NeedleTask] = {
         EVICTABLE,
     ),
     "instruction": NeedleTask(
-        "instruction", "a rule for the answer before the text, which the question does not repeat", _instruction,
+        "instruction",
+        "a rule before the text: whatever is asked, answer with a word that the rule gives and the question does not",
+        _instruction,
         (0.0, 0.0),
     ),
 }  # fmt: skip
