@@ -177,9 +177,9 @@ class Retrieval(Read):
     `by_depth` says of each number asked for, prompt by prompt, how deep it was hidden and whether it was found; `low`
     and `high` are the 95% Wilson interval of the `recall`, which takes the numbers of one prompt for independent.
     `said` are the answers. `difference` is in recall, prompt by prompt; `p_value` that of McNemar's exact test over the
-    numbers asked for. `ratio` is recall over dense recall (Katz et al. 1978), which `dense_recall` is: more than a
-    policy can be expected to find. `held` says of each prompt what share of the needles' entries was still in the cache
-    once it was read.
+    numbers asked for. `dense_recall` is the ceiling; `ratio` is recall over it (Katz et al. 1978), null where dense
+    itself finds less than `DENSE_FLOOR`. `held` says of each prompt what share of the needles' entries was still in the
+    cache once it was read.
     """
 
     METRIC: ClassVar[str] = "numbers found %"
@@ -210,7 +210,8 @@ class Retrieval(Read):
     def against(self, dense: Self) -> Self:
         """The same with its difference and its ratio to dense, over pairs of prompts."""
         own, other = self.hits, dense.hits
-        ratio, low, high = ratio_of_shares(sum(own), len(own), sum(other), len(other))
+        shares = sum(own), len(own), sum(other), len(other)
+        ratio, low, high = (None, None, None) if dense.recall < DENSE_FLOOR else ratio_of_shares(*shares)
         update = {
             "difference": paired_difference(self.recalls, dense.recalls),
             "p_value": mcnemar(own, other),

@@ -118,8 +118,8 @@ def test_each_of_several_questions_asks_for_its_own_number(text, tokenizer):
     questions = [sample.ids[sample.question_at :], *sample.others]
     assert len(questions) == len(sample.answers) == 4
     for ids, value in zip(questions, sample.answers, strict=True):
-        key = tokenizer.decode(list(ids)).split(" for ")[1].split()[0]
-        assert f" for {key} is {value}." in told(tokenizer, sample)
+        fact = tokenizer.decode(list(ids)).split("What is ")[1].split(" in the text")[0]
+        assert f"{fact[1:]} is {value}." in told(tokenizer, sample)
 
 
 def test_a_synonym_is_no_literal_match(text, tokenizer):

@@ -157,6 +157,8 @@ def test_a_kind_at_which_dense_itself_fails_is_flagged():
     cells = policy.against(bad).details
     assert cells["two hops to dense (95%)"].text == "dense fails"
     assert cells["two hops, % (95%)"].verdict == "same"
+    assert (policy.against(good).ratio, policy.against(bad).ratio) == (0.0, None)
+    assert (good.as_dense().ratio, bad.as_dense().ratio) == (1.0, None)
     assert bad.as_dense().details["two hops to dense (95%)"].text == "dense fails"
     assert "Dense itself finds 62%, less than 75%" in bad.as_dense().remark
     assert good.as_dense().details["two hops held, %"] == "-"
