@@ -178,7 +178,7 @@ def _kinds(one: Highlight) -> list[Shown]:
 
 
 def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
-    places: dict[tuple[str | int | None, ...], list[Found]] = {}
+    places: dict[tuple[str | float | None, ...], list[Found]] = {}
     for one, source in found:
         place = (str(source.path), one.host, one.workload, one.tokens, one.budget)
         places.setdefault(place, []).append((one, source))

@@ -82,9 +82,7 @@ class Story:
 
 
 Numbers = Callable[[int], list[str]]
-Writer = Callable[
-    [random.Random, Numbers], Story
-]  # gives a story, given what draws numbers that the text does not hold
+Writer = Callable[[random.Random, Numbers], Story]  # is given what draws numbers that the text does not hold
 
 
 def _numbers(keys: int) -> Writer:
@@ -93,9 +91,8 @@ def _numbers(keys: int) -> Writer:
     def write(draw: random.Random, numbers: Numbers) -> Story:
         told = list(zip(draw.sample(KEYS, keys), numbers(keys), strict=True))
         key, value = told[0]
-        return Story(
-            [NEEDLE.format(*one) for one in told], [Question(QUESTION.format(key), BEGUN.format(key), (value,))]
-        )
+        question = Question(QUESTION.format(key), BEGUN.format(key), (value,))
+        return Story([NEEDLE.format(*one) for one in told], [question])
 
     return write
 

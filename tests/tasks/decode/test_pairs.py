@@ -15,6 +15,7 @@ from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.config import paired_labels, validate_config
 from attnzoo.tasks.decode.needles import Sample
 from attnzoo.tasks.decode.pairs import pairs_table
+from attnzoo.tasks.decode.plots import position_plots
 from attnzoo.tasks.decode.quality import perplexity_of, retrieval_of
 from attnzoo.tasks.decode.task import TASK, Record
 from eval import decode
@@ -185,3 +186,11 @@ def test_kinds_of_needles_end_to_end(saved, tmp_path):
         assert row.held == (0.0,)
         assert row.dense_recall == found["dense", title, "forward"].quality.recall
         assert found["dense", title, "forward"].quality.held == ()
+
+
+@pytest.mark.parametrize(("budget", "told"), [(1200, "1,200"), (0.125, "12.5%"), ("64MiB", "64MiB")])
+def test_curves_are_drawn_at_any_kind_of_budget(measured, budget, told):
+    options = {"budget": budget}
+    rows = [record.model_copy(update={"options": options}) for record in measured[0] if record.label == "h2o 12"]
+    captions = [caption for caption, _ in position_plots([(row, row.quality) for row in rows if not row.workload])]
+    assert captions == [f"NLL above dense along the window, budget {told}"]
