@@ -231,7 +231,8 @@ class Retrieval(Read):
         """What is more than another's in the same prompts: recall, and the share of the needles that is held."""
         title = KIND_TITLES[self.kind]
         pairs = {title: (self.recalls, other.recalls), f"{title} held": (self.held, other.held)}
-        return {name: _minus(*pair) for name, pair in pairs.items() if all(pair)}
+        found = {name: _minus(*pair) for name, pair in pairs.items() if all(pair)}
+        return {**found, title: (found[title][0], "same")} if self.dense_fails else found
 
     @property
     def dense_fails(self) -> bool:

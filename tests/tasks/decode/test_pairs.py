@@ -158,6 +158,9 @@ def test_a_kind_at_which_dense_itself_fails_is_flagged():
     cells = policy.against(bad).details
     assert cells["two hops to dense (95%)"].text == "dense fails"
     assert cells["two hops, % (95%)"].verdict == "same"
+    better = asked([True] * 8, [0.75] * 8)
+    judged = [better.against(dense).minus(policy.against(dense)) for dense in (good, bad)]
+    assert [[cell[1] for cell in one.values()] for one in judged] == [["better", "better"], ["same", "better"]]
     assert (policy.against(good).ratio, policy.against(bad).ratio) == (0.0, None)
     assert (good.as_dense().ratio, bad.as_dense().ratio) == (1.0, None)
     assert bad.as_dense().details["two hops to dense (95%)"].text == "dense fails"
