@@ -179,7 +179,8 @@ def nll(
         own = some.float().log_softmax(-1)
         losses.append(F.nll_loss(own, targets[index], reduction="none"))
         if theirs is not None:
-            kl = F.kl_div(own, theirs[index].float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            wanted = theirs[index].float().log_softmax(-1)
+            kl = torch.where(wanted > -math.inf, wanted.exp() * (wanted - own), 0.0).sum(-1)  # some tokens are masked
             apart.append(kl.clamp(min=0))  # which only rounding is below
     return Scored(tuple(torch.cat(losses).tolist()), cache, tuple(torch.cat(apart).tolist()) if apart else ())
 

@@ -25,7 +25,7 @@ Score = Callable[..., list[lm.Scored]]
 
 
 class NotFiniteError(AttnZooError):
-    """An NLL that is not finite, of which nothing can be said."""
+    """An NLL, or a KL to dense, that is not finite, of which nothing can be said."""
 
 
 def measure_nll(
@@ -124,9 +124,10 @@ def _scores(
         assert config.nll is not None
         say(f"{label}: window {number}/{len(windows)}")
         score = lm.nll(model, windows[number - 1], config.nll.scored, config.nll.step, dense)
-        where = next((at for at, value in enumerate(score.nll, 1) if not math.isfinite(value)), None)
-        if where is not None:
-            raise NotFiniteError(f"{label} gives an NLL that is not finite at token {where} of window {number}")
+        for what, values in (("an NLL", score.nll), ("a KL to dense", score.kl)):
+            where = next((at for at, value in enumerate(values, 1) if not math.isfinite(value)), None)
+            if where is not None:
+                raise NotFiniteError(f"{label} gives {what} that is not finite at token {where} of window {number}")
         return score
 
     return [kept.get(role, number, partial(scored, number)) for number in range(1, len(windows) + 1)]

@@ -162,6 +162,27 @@ def test_the_divergence_from_dense_is_that_of_the_whole_distributions(model, sco
     assert decode.nll(model, ids, scored, step).kl == ()
 
 
+class Predicts:
+    """A model with the same logits everywhere."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *logits):
+        self.logits = torch.tensor(logits)
+
+    def __call__(self, ids, use_cache):
+        logits = self.logits.expand(1, ids.shape[1], -1)
+        return type("Out", (), {"logits": logits, "past_key_values": None})()
+
+
+def test_tokens_that_both_models_mask_add_nothing_to_the_divergence():
+    ids, nothing = [0, 1, 0], -float("inf")
+    same = decode.nll(Predicts(1.0, 2.0, nothing), ids, dense=Predicts(1.0, 2.0, nothing))
+    assert same.kl == (0.0, 0.0)
+    never = decode.nll(Predicts(1.0, 2.0, nothing), ids, dense=Predicts(1.0, 2.0, 0.0))
+    assert never.kl == (float("inf"),) * 2
+
+
 ENTRIES = [*range(30, 34), *range(94, 98)]  # of 100 tokens: the first four are gone, the last four among the recent
 
 

@@ -330,7 +330,7 @@ def test_a_method_that_is_not_dense_where_nothing_is_evicted_has_no_result(setti
 def test_a_text_that_gives_no_finite_nll_is_told(settings, monkeypatch):
     original = lm.nll
 
-    def broken(model, ids, scored=None):
+    def broken(model, ids, *given):
         scored = original(model, ids)
         return replace(scored, nll=(*scored.nll[:3], float("nan"), *scored.nll[4:]))
 

@@ -1,5 +1,6 @@
 """Rows set against each other, divergence from dense, and what dense itself cannot do: end to end and one by one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_divergence_of_each_window_is_in_the_records(measured):
     assert small.kl.mean == pytest.approx(sum(small.window_kl) / 5)
     assert small.kl.mean > large.kl.mean > 0
     assert "KL to dense (95%)" in small.details
+
+
+def test_a_divergence_that_is_not_finite_is_told(saved, tmp_path, monkeypatch):
+    original = lm.nll
+
+    def broken(model, ids, scored, step, dense):
+        found = original(model, ids, scored, step, dense)
+        return replace(found, kl=(found.kl[0], float("inf"), *found.kl[2:]) if dense is not None else ())
+
+    monkeypatch.setattr(lm, "nll", broken)
+    data = content(saved, tmp_path / "run", attentions=ROWS[:1], retrieval=None)
+    records = by(run({**data, "nll": {"windows": 2, "tokens": 40, "kl": True}}))
+    failed = records["h2o 12", "", "forward"]
+    assert (failed.status, failed.quality) == ("failed", None)
+    assert failed.message == "h2o 12 gives a KL to dense that is not finite at token 2 of window 1"
+    assert records["dense", "", "forward"].status == "ok"
 
 
 def test_records_without_the_divergence_are_kept_where_it_is_not_asked_for(saved, tmp_path):
