@@ -201,7 +201,7 @@ def _layer_state(layer: Any) -> dict[str, Any]:
         options = {field.name: getattr(layer.policy, field.name) for field in fields(layer.policy)}
         if options.get("base_options") is not None:
             options["base_options"] = dict(options["base_options"])
-        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in layer.store.state().items()}
+        state = _copy_tensors(layer.store.state())
         return {"kind": "bounded", "name": layer.name, "options": options, "columns": layer.columns, "store": state}
     if type(layer) is DynamicLayer:
         return {"kind": "plain", "keys": layer.keys, "values": layer.values}

@@ -25,8 +25,8 @@ from attnzoo.checks import refuse_tracing
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
 from attnzoo.eviction.layers import Maker, SwappedCacheLayer
+from attnzoo.eviction.ragged import store_for
 from attnzoo.eviction.scan import BoundedAttention, Padding
-from attnzoo.eviction.store import Store
 from attnzoo.hosts import versions
 
 NAME = "attnzoo_bounded"  # in transformers' attention interface
@@ -156,7 +156,7 @@ def bounded_attention(
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     if layer is not None:
         layer.take(key, value)
-    store = Store(attention.policy, module.layer_idx) if layer is None else layer.store
+    store = store_for(attention.policy, module.layer_idx) if layer is None else layer.store
     out = attention(store, query, key, value, call.padding, scale=scaling, dropout=dropout, softcap=softcap)
     if layer is not None:
         layer.taken(query.shape[2])
@@ -178,6 +178,13 @@ def add_hook(model: nn.Module) -> None:
         hook = CacheHook()
         model.register_forward_pre_hook(hook, with_kwargs=True)
         model.register_forward_hook(hook.end, with_kwargs=True, always_call=True)
+
+
+def models_with_a_hook(model: nn.Module) -> Iterator[Any]:
+    """The modules in `model` that look at their calls: those that make masks and caches for swapped layers."""
+    for module in model.modules():
+        if any(isinstance(hook, CacheHook) for hook in module._forward_pre_hooks.values()):
+            yield module
 
 
 def drop_hook(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ class Random(Policy):
     def score(self, view: CacheView) -> Tensor:
         """A number in [0, 1) for each entry."""
         device = view.positions.device
-        heads = torch.arange(view.kv_heads, device=device)[:, None]
+        heads = torch.arange(view.first_head, view.first_head + view.kv_heads, device=device)[:, None]
         key = torch.tensor(_signed(self.seed % 2**64), device=device)
         for part in (torch.tensor(view.layer, device=device), heads, view.positions.long()):
             key = _mix(_mix(key) ^ part)

@@ -15,6 +15,7 @@ import attnzoo
 from attnzoo.errors import AssetError, OptionError, ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
 from attnzoo.eviction.layers import BoundedLayer
+from attnzoo.registry import build_policy, describe
 from tests.eviction.models import CACHE, CONFIGS, POLICIES, TEXT, bounded, cache_of, feed, language_model, token_ids
 from tests.zoo import fingerprint
 
@@ -120,6 +121,8 @@ def test_fuzz(part):
         )
         core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
+        able = build_policy(describe(name), {"budget": 1, **options}).not_adaptive() == ""
+        policy["budgets"] = chance.choice(["uniform", "uniform", "pyramid", *["adaptive"] * able])
         attnzoo.replace_attention(model, name, core=core, **policy, **options)
         left, cuts, padding = [length] * rows, [], []
         while any(left):
@@ -131,19 +134,22 @@ def test_fuzz(part):
         with torch.no_grad():
             logits, cache, most = feed(model, token_ids(rows, length), cuts, padding)
         assert logits.isfinite().all()
+        budgets = [layer.budget for layer in attnzoo.swap_report(model).layers]
         if schedule == "prompt":
             assert most <= length
             cache.flush()
             block = 1
         else:
             block = 1 if schedule == "step" else block
-            assert most <= max(entries_of(budget, n, block) for n in range(length + 1))
-        for layer in cache.layers:
+            heads = kv_heads if policy["budgets"] == "adaptive" else 1  # one may hold what is meant for all
+            assert most <= max(heads * entries_of(max(budgets), n, block) for n in range(length + 1))
+        for layer, mine in zip(cache.layers, budgets, strict=True):
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
             held = (layer.positions >= 0).sum(-1)
-            assert (held == held[:, :1]).all()
-            assert (held <= entries_of(budget, length, block)).all()
+            assert policy["budgets"] == "adaptive" or (held == held[:, :1]).all()
+            assert (held.sum(-1) <= kv_heads * entries_of(mine, length, block)).all()
+            assert held.sum(-1).tolist() == [kv_heads * n for n in layer.entries]
 
 
 @pytest.mark.parametrize("name", POLICIES)
