@@ -315,6 +315,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "Scissorhands, https://arxiv.org/abs/2305.17118",
     ),
     _policy(
+        "zipcache",
+        "ZipCache",
+        "Keeps the entries with the most attention from the last queries, per query that sees the entry.",
+        "ZipCache, https://arxiv.org/abs/2405.14256",
+    ),
+    _policy(
         "knorm",
         "Knorm",
         "Keeps the entries whose keys have the smallest norm.",

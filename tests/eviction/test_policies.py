@@ -121,6 +121,10 @@ def oracle(name, options, keys, values, attention, kv_head, groups):
         sums = attention[heads, -window:].sum(1)
         rows = [pooled(row[: BLOCK - window]) + row[BLOCK - window :] for row in sums.tolist()]
         return aggregate(torch.tensor(rows)).tolist(), 0, min(window, BUDGET)
+    if name == "zipcache":
+        window = options.get("window", 64)
+        seen = torch.arange(BLOCK, 0, -1).clamp(max=window)  # of the window's queries, those that see each entry
+        return aggregate(attention[heads, -window:].sum(1) / seen).tolist(), 0, 0
     if name == "scissorhands":
         counts = torch.zeros(groups, BLOCK)
         for head, i, j in itertools.product(range(groups), range(BLOCK), range(BLOCK)):
@@ -145,6 +149,8 @@ CASES = [
     *((name, {"aggregate": how}) for name in ("h2o", "snapkv", "tova", "vatp") for how in ("max", "sum")),
     ("scissorhands", {"aggregate": "max"}),
     ("dropkv", {"window": 8}),
+    ("zipcache", {"window": 8}),
+    ("zipcache", {"window": 20, "aggregate": "max"}),
     ("random", {"seed": 12345678901234567890}),
     ("snapkv", {"window": 8}),
     ("caote", {"fast": True}),
@@ -272,7 +278,7 @@ def test_protection():
     assert build_policy(describe("keydiff"), {"budget": 4}).protected == (0, 0)
     assert build_policy(describe("vatp"), {"budget": 16}).protected == (0, 8)
     assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    for name in ("tova", "knorm", "random"):
+    for name in ("tova", "zipcache", "knorm", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
     assert build_policy(describe("h2o"), {"budget": 10, "sink": 10}).protected == (10, 0)
@@ -349,6 +355,7 @@ def test_bad_bases(name):
         ("scissorhands", {"importance": "sum"}),
         ("keydiff", {"anchor": "median"}),
         ("random", {"seed": -1}),
+        ("zipcache", {"window": 0}),
         ("caote", {"fast": "yes"}),
     ],
 )
