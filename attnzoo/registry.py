@@ -321,6 +321,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "ZipCache, https://arxiv.org/abs/2405.14256",
     ),
     _policy(
+        "keyformer",
+        "Keyformer",
+        "Keeps the entries with the most accumulated attention, with Gumbel noise on its logits, and recent tokens.",
+        "Keyformer, https://arxiv.org/abs/2403.09054",
+    ),
+    _policy(
         "knorm",
         "Knorm",
         "Keeps the entries whose keys have the smallest norm.",
@@ -331,6 +337,24 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "KeyDiff",
         "Keeps the entries whose keys are least similar to the mean key.",
         "KeyDiff, https://arxiv.org/abs/2504.15364",
+    ),
+    _policy(
+        "lagkv",
+        "LagKV",
+        "Keeps the entries whose keys and values stand out most from those of the next tokens.",
+        "LagKV, https://arxiv.org/abs/2504.04704",
+    ),
+    _policy(
+        "rkv",
+        "RKV",
+        "Keeps the entries that the last queries attend to and whose keys are not like later ones.",
+        "R-KV, https://arxiv.org/abs/2505.24133",
+    ),
+    _policy(
+        "lsh",
+        "Lsh",
+        "Keeps the entries whose keys have the hash codes nearest to that of the last query.",
+        "HashEvict, https://arxiv.org/abs/2412.16187",
     ),
     _policy(
         "random",

@@ -34,7 +34,8 @@ class CacheView:
     layer
         Index of the layer.
     sums
-        ``(B, H, S)``: attention that each entry got from all queries since it came, for policies that accumulate.
+        ``(B, H, S)``: attention, or `Policy.weights`, that each entry got from all queries since it came, for policies
+        that accumulate.
     queries, query_positions
         ``(B, H, w, D)`` and ``(B, w)``: the last `w` queries and their positions (-1 where there was none yet), for
         policies with a window.
@@ -61,21 +62,18 @@ class CacheView:
         """Number of key/value heads."""
         return self.keys.shape[1]
 
-    def window_attention(self) -> Tensor:
-        """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet.
-
-        A query sees the entries up to its own position.
-        """
+    def visible(self) -> Tensor:
+        """Whether a query sees an entry, one up to its own position: boolean, ``(B, H, w, S)``."""
         assert self.queries is not None
         assert self.query_positions is not None
-        groups = self.queries.shape[1] // self.kv_heads
-        asked = self.query_positions >= 0
-        visible = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
-        blind = ~visible.any(-1, keepdim=True)  # a query all of whose keys are gone
-        visible = visible.repeat_interleave(groups, 1)
-        blind = blind.repeat_interleave(groups, 1)
-        weights = attention_weights(self.queries, self.keys, self.scale, self.softcap, visible | blind)
-        return weights.masked_fill(blind | ~asked[:, None, :, None], 0.0)
+        seen = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
+        held = self.positions[:, :, None, :] >= 0  # which all are at an eviction
+        return (seen & held).repeat_interleave(self.queries.shape[1] // self.kv_heads, 1)
+
+    def window_attention(self) -> Tensor:
+        """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet."""
+        assert self.queries is not None
+        return attention_weights(self.queries, self.keys, self.scale, self.softcap, self.visible())
 
     def attention_of_window(self) -> Tensor:
         """Attention that each entry got from the last `w` queries together, ``(B, H, S)``."""
@@ -159,6 +157,19 @@ class Policy(ABC):
     def accumulates(self) -> bool:
         """Whether `CacheView.sums` is needed."""
         return False
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether what is accumulated is not the attention itself but what `weights` gives."""
+        return False
+
+    def weights(self, view: CacheView) -> Tensor:
+        """What each entry gets from each new query, ``(B, H, w, S)``, where the policy has `own_weights`.
+
+        `view` has the new queries, of which some may have position -1 and must give nothing, and `Store` may hold empty
+        entries of position -1, which must get nothing: see `CacheView.visible`.
+        """
+        raise NotImplementedError
 
     @property
     def queries_kept(self) -> int:

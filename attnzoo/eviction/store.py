@@ -22,6 +22,7 @@ from attnzoo.eviction.weights import attention_sums
 
 Rows = slice | Tensor
 _GROWTH = 64  # entries by which a buffer grows at least
+_QUERIES = 64  # whose own weights a policy makes at a time
 _BY_ENTRY = ("_keys", "_values", "_positions", "_sums")
 _BUFFERS = (*_BY_ENTRY, "_queries", "_query_positions")
 
@@ -170,7 +171,9 @@ class Store:
         t, window = q.shape[2], self.policy.queries_kept
         whole = all(n == t for n in taken)
         if self.policy.accumulates:
-            if sums is None:
+            if self.policy.own_weights:
+                sums = self._weighed(q, taken)
+            elif sums is None:
                 lengths = None if self.uniform and whole else self.lengths(taken, q.device)
                 sums = attention_sums(q, self.attended()[0], lengths, self.scale, self.softcap)
             self._writable("_sums")[:, :, : max(self.held)] += sums
@@ -188,6 +191,28 @@ class Store:
                 last = torch.tensor(taken, device=q.device)[:, None] + torch.arange(window, device=q.device)
                 self._queries = queries.gather(2, last[:, None, :, None].expand_as(self._queries))
                 self._query_positions = positions.gather(1, last)
+
+    def _weighed(self, q: Tensor, taken: Sequence[int]) -> Tensor:
+        """What the policy's own weights give each entry from the new queries together, ``(B, H, held)``."""
+        keys, values = self.attended()
+        assert self.positions is not None
+        counts, new = torch.tensor(self.counts, device=q.device), torch.tensor(taken, device=q.device)
+        sums = q.new_zeros(len(q), q.shape[1], keys.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for part in torch.arange(q.shape[2], device=q.device).split(_QUERIES):
+            asked = (counts - new)[:, None] + part  # (B, w)
+            view = CacheView(
+                keys=keys,
+                values=values,
+                positions=self.positions,
+                counts=counts,
+                layer=self.layer,
+                queries=q[:, :, part],
+                query_positions=asked.masked_fill(part >= new[:, None], -1),
+                scale=self.scale,
+                softcap=self.softcap,
+            )
+            sums += self.policy.weights(view).sum(2)
+        return sums
 
     def evict(self, rows: Sequence[int], window_sums: Tensor | None = None) -> None:
         """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `CacheView`."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.errors import OptionError, UnknownNameError
-from attnzoo.eviction.policy import AttentionPolicy, Policy, Scope
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
 _OWN = ("budget", "block_size", "schedule", "sink", "recent", "core")
@@ -67,6 +69,15 @@ class Wrapper(Policy):
     def accumulates(self) -> bool:
         """What the base needs."""
         return self.inner.accumulates
+
+    @property
+    def own_weights(self) -> bool:
+        """What the base needs."""
+        return self.inner.own_weights
+
+    def weights(self, view: CacheView) -> Tensor:
+        """The base's."""
+        return self.inner.weights(view)
 
     @property
     def queries_kept(self) -> int:

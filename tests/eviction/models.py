@@ -14,6 +14,7 @@ from attnzoo.hosts.versions import output_cache as cache_of
 
 CACHE = facts().cache_argument  # what this release of transformers calls the cache of a call
 POLICIES = attnzoo.list_attentions("eviction")
+BY_COORDINATE = {"lagkv", "lsh"}  # look at single coordinates of keys, which a shift of all positions turns
 VOCABULARY = 53
 TEXT = {
     "vocab_size": VOCABULARY,

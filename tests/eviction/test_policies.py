@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import attnzoo
 from attnzoo.errors import OptionError, ShapeError, UnknownNameError
@@ -16,22 +17,28 @@ from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, highest
 from attnzoo.eviction.random import Random
 from attnzoo.eviction.weights import attention_weights
 from attnzoo.registry import build_policy, describe
+from tests.eviction import noise, oracles
 from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
+from tests.eviction.oracles import AGGREGATE, noisy_sums, pooled
 
 BUDGET, BLOCK = 24, 64
-MASK64 = 2**64 - 1
 
 
 def dense_layer(heads: int, kv_heads: int):
-    """Keys, values and attention of the first layer of a dense model over one block."""
+    """Keys, values, attention and queries of the first layer of a dense model over one block."""
     model = language_model(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=48)
     model.set_attn_implementation("eager")
     ids = token_ids(2, BLOCK)
     with torch.no_grad():
         out = model(ids, output_attentions=True)
-    layer = cache_of(out).layers[0]
+        first = model.model.layers[0]
+        hidden = first.input_layernorm(model.model.embed_tokens(ids))
+        turned = model.model.rotary_emb(hidden, torch.arange(BLOCK)[None])
+        queries = first.self_attn.q_proj(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+        queries, _ = apply_rotary_pos_emb(queries, queries, *turned)
     model.set_attn_implementation("sdpa")
-    return model, ids, layer.keys, layer.values, out.attentions[0]
+    keys, values = cache_of(out).layers[0].keys, cache_of(out).layers[0].values
+    return model, ids, keys, values, out.attentions[0], queries
 
 
 def kept_by(score: list[float], sink: int, recent: int) -> list[int]:
@@ -45,20 +52,6 @@ def group_mean(per_head, kv_head, groups):
     return per_head[kv_head * groups : (kv_head + 1) * groups].mean(0)
 
 
-def splitmix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & MASK64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
-    return x ^ (x >> 31)
-
-
-def random_score(seed: int, layer: int, head: int, position: int) -> float:
-    key = seed
-    for part in (layer, head, position):
-        key = splitmix(splitmix(key) ^ part)
-    return (key & (2**53 - 1)) / 2**53
-
-
 def removal_errors(attention, values):
     """How far each head's output moves when each token is taken away, by taking it away."""
     out = attention @ values
@@ -70,27 +63,24 @@ def removal_errors(attention, values):
     return errors
 
 
-def pooled(row, kernel=7):
-    half = kernel // 2
-    return [max(row[max(0, j - half) : j + half + 1]) for j in range(len(row))]
-
-
-AGGREGATE = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0)}
-
-
-def oracle(name, options, keys, values, attention, kv_head, groups):
+def oracle(name, options, keys, values, attention, kv_head, groups, queries):
     """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``.
 
-    `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together.
+    `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together; `queries` ``(H, N, D)``.
     """
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
+    if hasattr(oracles, name):
+        parts = keys, values[kv_head], queries[heads], attention[heads], kv_head, range(BLOCK)[heads], BUDGET
+        return getattr(oracles, name)(oracles.Row(*parts), **options)
     base = options.get("base", "h2o")
     aggregate = AGGREGATE[options.get("aggregate", "mean")]
     seen = torch.arange(BLOCK, 0, -1)  # queries that have seen each entry
     accumulated = attention.sum(1) / (seen if options.get("normalize", True) else 1)
     if name in ("vatp", "caote"):
-        own = {"h2o": accumulated, "tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}[base]
-        recent = {"h2o": BUDGET // 2, "tova": 0, "scissorhands": 10}[base]
+        if base == "keyformer":
+            accumulated = noisy_sums(attention, range(len(attention))) / seen
+        own = {"tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}.get(base, accumulated)
+        recent = {"h2o": BUDGET // 2, "keyformer": BUDGET * 3 // 10, "scissorhands": 10}.get(base, 0)
         chosen = range(len(own)) if base == "tova" else range(*heads.indices(99))
         of_head = [values[head // groups] for head in range(len(own))]
     if name == "vatp":
@@ -121,10 +111,6 @@ def oracle(name, options, keys, values, attention, kv_head, groups):
         sums = attention[heads, -window:].sum(1)
         rows = [pooled(row[: BLOCK - window]) + row[BLOCK - window :] for row in sums.tolist()]
         return aggregate(torch.tensor(rows)).tolist(), 0, min(window, BUDGET)
-    if name == "zipcache":
-        window = options.get("window", 64)
-        seen = torch.arange(BLOCK, 0, -1).clamp(max=window)  # of the window's queries, those that see each entry
-        return aggregate(attention[heads, -window:].sum(1) / seen).tolist(), 0, 0
     if name == "scissorhands":
         counts = torch.zeros(groups, BLOCK)
         for head, i, j in itertools.product(range(groups), range(BLOCK), range(BLOCK)):
@@ -138,7 +124,7 @@ def oracle(name, options, keys, values, attention, kv_head, groups):
         unit = keys / keys.norm(dim=-1, keepdim=True)
         return (-(unit @ unit.T).sum(1)).tolist(), 0, options.get("recent", BUDGET // 5)  # the exact O(n^2) form
     assert name == "random"
-    return [random_score(options.get("seed", 0), 0, kv_head, j) for j in range(BLOCK)], 0, 0
+    return [noise.uniform(options.get("seed", 0), 0, kv_head, j) for j in range(BLOCK)], 0, 0
 
 
 CASES = [
@@ -150,6 +136,12 @@ CASES = [
     ("scissorhands", {"aggregate": "max"}),
     ("dropkv", {"window": 8}),
     ("zipcache", {"window": 8}),
+    ("lagkv", {"lag": 9}),
+    ("rkv", {"window": 5, "kernel": 3, "weight": 0.9, "threshold": 0.2}),
+    ("lsh", {"bits": 5, "seed": 3}),
+    ("keyformer", {"normalize": False, "temperature": 1.5, "steps": 40, "seed": 2}),
+    ("caote", {"base": "zipcache"}),
+    ("vatp", {"base": "keyformer"}),
     ("zipcache", {"window": 20, "aggregate": "max"}),
     ("random", {"seed": 12345678901234567890}),
     ("snapkv", {"window": 8}),
@@ -163,13 +155,13 @@ CASES = [
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 2)])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: str(case))
 def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
-    model, ids, keys, values, attention = dense_layer(heads, kv_heads)
+    model, ids, keys, values, attention, queries = dense_layer(heads, kv_heads)
     attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
     with torch.no_grad():
         layer = cache_of(model(ids)).layers[0]
     for row, head in itertools.product(range(2), range(kv_heads)):
         parts = keys[row, head], values[row], attention[row]
-        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads)
+        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads, queries[row])
         expected = kept_by(score, sink, recent)
         assert layer.positions[row, head].tolist() == expected
         torch.testing.assert_close(layer.keys[row, head], keys[row, head, expected])
@@ -278,7 +270,11 @@ def test_protection():
     assert build_policy(describe("keydiff"), {"budget": 4}).protected == (0, 0)
     assert build_policy(describe("vatp"), {"budget": 16}).protected == (0, 8)
     assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    for name in ("tova", "zipcache", "knorm", "random"):
+    assert build_policy(describe("keyformer"), {"budget": 100}).protected == (0, 30)
+    assert build_policy(describe("lagkv"), {"budget": 100}).protected == (4, 25)
+    assert build_policy(describe("lagkv"), {"budget": 2048}).protected == (4, 128)
+    assert build_policy(describe("rkv"), {"budget": 100}).protected == (0, 8)
+    for name in ("tova", "zipcache", "knorm", "lsh", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
     assert build_policy(describe("h2o"), {"budget": 10, "sink": 10}).protected == (10, 0)
@@ -356,6 +352,14 @@ def test_bad_bases(name):
         ("keydiff", {"anchor": "median"}),
         ("random", {"seed": -1}),
         ("zipcache", {"window": 0}),
+        ("lagkv", {"lag": 1}),
+        ("rkv", {"kernel": 4}),
+        ("rkv", {"weight": 1.5}),
+        ("rkv", {"threshold": "high"}),
+        ("lsh", {"bits": 0}),
+        ("keyformer", {"temperature": 0.5}),
+        ("keyformer", {"temperature": float("inf")}),
+        ("keyformer", {"steps": 0}),
         ("caote", {"fast": "yes"}),
     ],
 )
