@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from attnzoo.errors import OptionError, UnknownNameError
+from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.policy import AttentionPolicy, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
@@ -77,6 +78,20 @@ class Wrapper(Policy):
     def sums_window(self) -> bool:
         """What the base needs."""
         return self.inner.sums_window
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_output_weight
+
+    @property
+    def uses_rotary(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_rotary
+
+    def check_layer(self, data: LayerData) -> None:
+        """What the base says."""
+        self.inner.check_layer(data)
 
     def default_sink(self) -> int:
         """The base's."""
