@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
+from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.weights import attention_weights
 
 Scope = Literal["head", "layer"]
@@ -43,6 +44,10 @@ class CacheView:
         ``(B, H, S)``: attention that each entry got from those `w` queries together, if the core has told it.
     scale, softcap
         Those of the layer's attention.
+    data
+        What the host tells of the layer; None in a cache that no model was called with yet.
+    projection
+        The layer's output projection, for policies that read it.
     """
 
     keys: Tensor
@@ -56,11 +61,23 @@ class CacheView:
     window_sums: Tensor | None = None
     scale: float | None = None
     softcap: float | None = None
+    data: LayerData | None = None
+    projection: OutputProjection = field(default_factory=OutputProjection)
 
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.keys.shape[1]
+
+    def output_weight(self) -> Tensor:
+        """The output projection, ``(H, Dv, C)``: what each channel of each query head's output adds to a token.
+
+        Raises
+        ------
+        UnsupportedError
+            If the cache has no model to ask, having been read from a file: call the model first.
+        """
+        return self.projection.weight(0 if self.data is None else self.data.query_heads, self.values)
 
     def visible(self) -> Tensor:
         """Whether a query sees an entry, one up to its own position: boolean, ``(B, H, w, S)``."""
@@ -180,6 +197,19 @@ class Policy(ABC):
     def sums_window(self) -> bool:
         """Whether of the window the sums of its attention are needed, not the attention of each query."""
         return self.queries_kept > 0
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """Whether `CacheView.output_weight` is needed."""
+        return False
+
+    @property
+    def uses_rotary(self) -> bool:
+        """Whether the rotary embedding is needed, which then is in `CacheView.data`."""
+        return False
+
+    def check_layer(self, data: LayerData) -> None:  # noqa: B027 (most have nothing to say)
+        """Raise `OptionError` or `UnsupportedError` if the policy cannot stand in a layer; called before a swap."""
 
     @property
     def scope(self) -> Scope:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.policy import CacheView, Policy
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.eviction.weights import attention_sums
@@ -45,6 +46,8 @@ class Store:
         Entries that each row holds.
     prompting
         Whether the prompt is still being read and the policy waits for its end.
+    data, projection
+        What the model that was called last tells of the layer; see `CacheView`.
     recording
         Whether autograd records the call under way: the attention then saves what it reads.
     """
@@ -56,6 +59,8 @@ class Store:
         self.scale: float | None = None
         self.softcap: float | None = None
         self.prompting = policy.schedule == "prompt"
+        self.data: LayerData | None = None
+        self.projection = OutputProjection()
         self.recording = False
         self._saved: set[str] = set()
         self._keys: Tensor | None = None
@@ -242,6 +247,8 @@ class Store:
                 window_sums=None if window_sums is None else window_sums[index, :, :held],
                 scale=self.scale,
                 softcap=self.softcap,
+                data=self.data,
+                projection=self.projection,
             )
             keep = self.policy.at(self.counts[rows[0]]).keep(view)
         heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
@@ -291,6 +298,7 @@ class Store:
         """A store of its own with the same content, cut off from autograd."""
         other = Store(self.policy, self.layer)
         other.load_state(self.state())
+        other.data, other.projection = self.data, self.projection
         for name in _BUFFERS:
             buffer = getattr(other, name)
             if buffer is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from attnzoo.errors import OptionError, UnknownNameError
+from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
@@ -88,6 +89,20 @@ class Wrapper(Policy):
     def sums_window(self) -> bool:
         """What the base needs."""
         return self.inner.sums_window
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_output_weight
+
+    @property
+    def uses_rotary(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_rotary
+
+    def check_layer(self, data: LayerData) -> None:
+        """What the base says."""
+        self.inner.check_layer(data)
 
     def default_sink(self) -> int:
         """The base's."""
