@@ -327,6 +327,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "Keyformer, https://arxiv.org/abs/2403.09054",
     ),
     _policy(
+        "expected_attention",
+        "ExpectedAttention",
+        "Keeps the entries that queries to come will attend to most, if they are like the last ones.",
+        "Expected Attention, https://arxiv.org/abs/2510.00636",
+    ),
+    _policy(
         "knorm",
         "Knorm",
         "Keeps the entries whose keys have the smallest norm.",

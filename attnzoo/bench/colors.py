@@ -15,6 +15,7 @@ METHODS = {
     "knorm": "#4682B4", "keydiff": "#1F78B4", "random": "#E6550D", "vatp": "#C71585", "caote": "#843C39",
     "dropkv": "#9C6B00", "zipcache": "#3F7CAC",
     "keyformer": "#7E57C2", "lagkv": "#00838F", "rkv": "#AD5C2B", "lsh": "#5D7A12",
+    "expected_attention": "#B0356B",
 }  # fmt: skip
 SHADES = (0.0, -0.17, 0.17, -0.3, 0.28)  # added to the lightness, in the order of a method's labels
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

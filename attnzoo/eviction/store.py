@@ -215,6 +215,8 @@ class Store:
                 query_positions=asked.masked_fill(part >= new[:, None], -1),
                 scale=self.scale,
                 softcap=self.softcap,
+                data=self.data,
+                projection=self.projection,
             )
             sums += self.policy.weights(view).sum(2)
         return sums

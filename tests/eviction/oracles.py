@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.eviction import noise
 
@@ -13,7 +13,7 @@ class Row:
     """One row of one layer, read as one block, and the key/value head that is asked about.
 
     `keys` ``(S, D)`` and `values` ``(S, D)`` are that head's; `queries` ``(G, S, D)`` and `attention` ``(G, S, S)``
-    those of the query heads that share it, which are `heads` among all.
+    those of the query heads that share it, which are `heads` among all; `rotary` is Llama's rotary embedding.
     """
 
     keys: Tensor
@@ -23,6 +23,7 @@ class Row:
     kv_head: int
     heads: range
     budget: int
+    rotary: nn.Module
 
 
 AGGREGATE = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0)}
@@ -90,3 +91,27 @@ def lsh(row, bits=16, seed=0):
     codes, *asked = (x @ torch.tensor(drawn, dtype=x.dtype) >= 0 for x in (row.keys, *row.queries[:, -1:]))
     differ = [sum(int((code != query[0]).sum()) for query in asked) for code in codes]
     return [-n / len(asked) for n in differ], 0, 0
+
+
+def turns(rotary, positions, width):
+    """Llama's rotations to `positions` as matrices ``(N, D, D)`` in float64: x at position p is matrix times x."""
+    angles = torch.outer(positions.double(), rotary.inv_freq.double())
+    cos, sin = torch.diag_embed(angles.cos()), torch.diag_embed(angles.sin())
+    return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
+
+
+def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0, aggregate="mean"):
+    entries, width = row.keys.shape
+    last = torch.arange(max(entries - window, 0), entries)
+    back = turns(row.rotary, last, width).mT
+    plain = torch.einsum("wde,gwe->gwd", back, row.queries[:, last])  # before rotary embedding
+    ahead = turns(row.rotary, torch.arange(entries, entries + future), width).mean(0)
+    found = []
+    for queries in plain:
+        mean, spread = ahead @ queries.mean(0), ahead @ queries.T.cov(correction=0) @ ahead.T
+        logits = row.keys @ mean * width**-0.5
+        if covariance:
+            logits = logits + (row.keys @ spread * row.keys).sum(-1) / width / 2
+        found.append(logits.softmax(-1))
+    scores = AGGREGATE[aggregate](torch.stack(found)) + epsilon
+    return (scores * row.values.norm(dim=-1)).tolist(), 4, 0

@@ -63,14 +63,14 @@ def removal_errors(attention, values):
     return errors
 
 
-def oracle(name, options, keys, values, attention, kv_head, groups, queries):
+def oracle(name, options, keys, values, attention, kv_head, groups, queries, rotary):
     """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``.
 
     `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together; `queries` ``(H, N, D)``.
     """
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
     if hasattr(oracles, name):
-        parts = keys, values[kv_head], queries[heads], attention[heads], kv_head, range(BLOCK)[heads], BUDGET
+        parts = keys, values[kv_head], queries[heads], attention[heads], kv_head, range(BLOCK)[heads], BUDGET, rotary
         return getattr(oracles, name)(oracles.Row(*parts), **options)
     base = options.get("base", "h2o")
     aggregate = AGGREGATE[options.get("aggregate", "mean")]
@@ -140,6 +140,8 @@ CASES = [
     ("rkv", {"window": 5, "kernel": 3, "weight": 0.9, "threshold": 0.2}),
     ("lsh", {"bits": 5, "seed": 3}),
     ("keyformer", {"normalize": False, "temperature": 1.5, "steps": 40, "seed": 2}),
+    ("expected_attention", {"window": 20, "future": 7, "aggregate": "max", "epsilon": 0.01}),
+    ("expected_attention", {"covariance": False}),
     ("caote", {"base": "zipcache"}),
     ("vatp", {"base": "keyformer"}),
     ("zipcache", {"window": 20, "aggregate": "max"}),
@@ -156,12 +158,13 @@ CASES = [
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda case: str(case))
 def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
     model, ids, keys, values, attention, queries = dense_layer(heads, kv_heads)
+    rotary = model.model.rotary_emb
     attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
     with torch.no_grad():
         layer = cache_of(model(ids)).layers[0]
     for row, head in itertools.product(range(2), range(kv_heads)):
         parts = keys[row, head], values[row], attention[row]
-        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads, queries[row])
+        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads, queries[row], rotary)
         expected = kept_by(score, sink, recent)
         assert layer.positions[row, head].tolist() == expected
         torch.testing.assert_close(layer.keys[row, head], keys[row, head, expected])
@@ -273,6 +276,7 @@ def test_protection():
     assert build_policy(describe("keyformer"), {"budget": 100}).protected == (0, 30)
     assert build_policy(describe("lagkv"), {"budget": 100}).protected == (4, 25)
     assert build_policy(describe("lagkv"), {"budget": 2048}).protected == (4, 128)
+    assert build_policy(describe("expected_attention"), {"budget": 100}).protected == (4, 0)
     assert build_policy(describe("rkv"), {"budget": 100}).protected == (0, 8)
     for name in ("tova", "zipcache", "knorm", "lsh", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
@@ -352,6 +356,10 @@ def test_bad_bases(name):
         ("keydiff", {"anchor": "median"}),
         ("random", {"seed": -1}),
         ("zipcache", {"window": 0}),
+        ("expected_attention", {"window": 0}),
+        ("expected_attention", {"future": 0}),
+        ("expected_attention", {"covariance": 1}),
+        ("expected_attention", {"epsilon": -1}),
         ("lagkv", {"lag": 1}),
         ("rkv", {"kernel": 4}),
         ("rkv", {"weight": 1.5}),
