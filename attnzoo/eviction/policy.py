@@ -243,13 +243,16 @@ class Policy(ABC):
     def keep(self, view: CacheView) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order; the budget is a number of entries."""
         assert isinstance(self.budget, int)
-        sink, recent = self.protected
         scores = _checked(self, "score", self.score(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
         most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
-        safe = (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
-        return highest(scores.masked_fill(safe, float("inf")), self.budget)
+        return highest(scores.masked_fill(self.protects(view), float("inf")), self.budget)
+
+    def protects(self, view: CacheView) -> Tensor:
+        """Which entries are never evicted, ``(B, Hkv, S)``."""
+        sink, recent = self.protected
+        return (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,13 @@ from tests.zoo import fingerprint
 
 pytestmark = pytest.mark.compat
 
-WRAPPED = [("vatp", {"base": "tova"}), ("caote", {"base": "snapkv"}), ("caote", {"base": "scissorhands", "fast": True})]
+WRAPPED = [
+    ("vatp", {"base": "tova"}),
+    ("caote", {"base": "snapkv"}),
+    ("caote", {"base": "scissorhands", "fast": True}),
+    ("criticalkv", {"base": "defensive"}),
+    ("criticalkv", {"base": "tova"}),
+]
 METHODS = [*((name, {}) for name in POLICIES), *WRAPPED]
 
 
