@@ -210,7 +210,7 @@ def replace_attention(
     chosen = _choose(model, [*found, *gone], where)
     sites = chosen if bounded is None else _without_own_window(chosen)
     left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
-    _refuse(info, sites, None if bounded is None else describe(bounded.policy.core))
+    _refuse(info, sites, bounded)
     if where is None:
         _warn_of_standing(found)
     _check_host_options(host_options, sites)
@@ -440,11 +440,14 @@ def _without_own_window(sites: list[Site]) -> list[Site]:
     return chosen
 
 
-def _refuse(info: AttentionInfo, sites: list[Site], core: AttentionInfo | None) -> None:
-    """Raise `SwapError` naming every layer where `info`, with the core under it, cannot stand."""
+def _refuse(info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | None) -> None:
+    """Raise `UnsupportedError` naming every layer where `info`, with the core under it, cannot stand."""
+    core = None if bounded is None else describe(bounded.policy.core)
     problems: dict[str, str] = {}
     for site in sites:
         problem = site.problem(info, core)
+        if problem is None and bounded is not None:
+            problem = site.policy_problem(bounded.policy)
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
     able = [site for site in sites if site.path not in problems]

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from attnzoo.errors import OptionError
+from attnzoo.eviction.layer_data import ModelIdentity
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.profile import Profile
 from attnzoo.eviction.ragged import store_for
@@ -49,8 +50,8 @@ class LayerShape:
         Numbers in a key and in a value of one head.
     dtype
         That of keys and values.
-    config_hash
-        Which model it is part of; see `attnzoo.eviction.profile.config_hash`.
+    model
+        Which model it is part of.
     """
 
     index: int
@@ -59,7 +60,7 @@ class LayerShape:
     key_width: int
     value_width: int
     dtype: torch.dtype
-    config_hash: str = ""
+    model: ModelIdentity | None = None
 
     def bytes_held(self, policy: Policy) -> tuple[int, int]:
         """Bytes that the layer holds per row whatever the budget, and per entry in each of its key/value heads.

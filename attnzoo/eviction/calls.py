@@ -24,6 +24,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from attnzoo.checks import refuse_tracing
 from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
+from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.layers import Maker, SwappedCacheLayer
 from attnzoo.eviction.ragged import store_for
 from attnzoo.eviction.scan import BoundedAttention, Padding
@@ -157,6 +158,8 @@ def bounded_attention(
     if layer is not None:
         layer.take(key, value)
     store = store_for(attention.policy, module.layer_idx) if layer is None else layer.store
+    data: LayerData = module.attnzoo_layer
+    store.data, store.projection = data, OutputProjection(module, data.output or "")
     out = attention(store, query, key, value, call.padding, scale=scaling, dropout=dropout, softcap=softcap)
     if layer is not None:
         layer.taken(query.shape[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
+from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.weights import attention_weights
 from attnzoo.units import parse_bytes
 
@@ -42,7 +43,8 @@ class CacheView:
     first_head
         Which of the layer's key/value heads the first one here is: where heads share a budget, each comes alone.
     sums
-        ``(B, H, S)``: attention that each entry got from all queries since it came, for policies that accumulate.
+        ``(B, H, S)``: attention, or `Policy.weights`, that each entry got from all queries since it came, for policies
+        that accumulate.
     queries, query_positions
         ``(B, H, w, D)`` and ``(B, w)``: the last `w` queries and their positions (-1 where there was none yet), for
         policies with a window.
@@ -50,6 +52,10 @@ class CacheView:
         ``(B, H, S)``: attention that each entry got from those `w` queries together, if the core has told it.
     scale, softcap
         Those of the layer's attention.
+    data
+        What the host tells of the layer; None in a cache that no model was called with yet.
+    projection
+        The layer's output projection, for policies that read it.
     """
 
     keys: Tensor
@@ -64,27 +70,42 @@ class CacheView:
     window_sums: Tensor | None = None
     scale: float | None = None
     softcap: float | None = None
+    data: LayerData | None = None
+    projection: OutputProjection = field(default_factory=OutputProjection)
 
     @property
     def kv_heads(self) -> int:
         """Number of key/value heads."""
         return self.keys.shape[1]
 
-    def window_attention(self) -> Tensor:
-        """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet.
+    def output_weight(self) -> Tensor:
+        """The output projection, ``(H, Dv, C)``: what each channel of each query head's output adds to a token.
 
-        A query sees the entries up to its own position.
+        Of the view's heads alone.
+
+        Raises
+        ------
+        UnsupportedError
+            If the cache has no model to ask, having been read from a file: call the model first.
         """
+        if self.data is None:
+            return self.projection.weight(0, self.values)  # which refuses
+        weight = self.projection.weight(self.data.query_heads, self.values)
+        group = self.data.query_heads // self.data.kv_heads
+        return weight[self.first_head * group : (self.first_head + self.kv_heads) * group]
+
+    def visible(self) -> Tensor:
+        """Whether a query sees an entry, one up to its own position: boolean, ``(B, H, w, S)``."""
         assert self.queries is not None
         assert self.query_positions is not None
-        groups = self.queries.shape[1] // self.kv_heads
-        asked = self.query_positions >= 0
-        visible = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
-        blind = ~visible.any(-1, keepdim=True)  # a query all of whose keys are gone
-        visible = visible.repeat_interleave(groups, 1)
-        blind = blind.repeat_interleave(groups, 1)
-        weights = attention_weights(self.queries, self.keys, self.scale, self.softcap, visible | blind)
-        return weights.masked_fill(blind | ~asked[:, None, :, None], 0.0)
+        seen = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
+        held = self.positions[:, :, None, :] >= 0  # which all are at an eviction
+        return (seen & held).repeat_interleave(self.queries.shape[1] // self.kv_heads, 1)
+
+    def window_attention(self) -> Tensor:
+        """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet."""
+        assert self.queries is not None
+        return attention_weights(self.queries, self.keys, self.scale, self.softcap, self.visible())
 
     def attention_of_window(self) -> Tensor:
         """Attention that each entry got from the last `w` queries together, ``(B, H, S)``."""
@@ -214,6 +235,19 @@ class Policy(ABC):
         return False
 
     @property
+    def own_weights(self) -> bool:
+        """Whether what is accumulated is not the attention itself but what `weights` gives."""
+        return False
+
+    def weights(self, view: CacheView) -> Tensor:
+        """What each entry gets from each new query, ``(B, H, w, S)``, where the policy has `own_weights`.
+
+        `view` has the new queries, of which some may have position -1 and must give nothing, and `Store` may hold empty
+        entries of position -1, which must get nothing: see `CacheView.visible`.
+        """
+        raise NotImplementedError
+
+    @property
     def queries_kept(self) -> int:
         """How many of the last queries `CacheView.queries` must hold."""
         return 0
@@ -227,6 +261,19 @@ class Policy(ABC):
     def comparable(self) -> bool:
         """Whether scores of different heads of a layer mean the same, so that ``budgets="adaptive"`` is possible."""
         return False
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """Whether `CacheView.output_weight` is needed."""
+        return False
+
+    @property
+    def uses_rotary(self) -> bool:
+        """Whether the rotary embedding is needed, which then is in `CacheView.data`."""
+        return False
+
+    def check_layer(self, data: LayerData) -> None:  # noqa: B027 (most have nothing to say)
+        """Raise `OptionError` or `UnsupportedError` if the policy cannot stand in a layer; called before a swap."""
 
     @property
     def scope(self) -> Scope:
@@ -264,13 +311,16 @@ class Policy(ABC):
 
     def guarded_score(self, view: CacheView) -> Tensor:
         """Give `score`, ``(B, Hkv, S)``, with infinity for the protected entries and for no others."""
-        sink, recent = self.protected
         scores = _checked(self, "score", self.score(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
         most = torch.finfo(scores.dtype).max
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
-        safe = (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
-        return scores.masked_fill(safe, float("inf"))
+        return scores.masked_fill(self.protects(view), float("inf"))
+
+    def protects(self, view: CacheView) -> Tensor:
+        """Which entries are never evicted, ``(B, Hkv, S)``."""
+        sink, recent = self.protected
+        return (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,6 @@ FORMAT = 1
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 QUERIES = 64
 TOKENS = 2048
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "attnzoo", "use_cache")
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Profile:
 
     Attributes
     ----------
-    model, config_hash
-        The model's name, and `config_hash` of its config.
+    model, digest
+        The model's name, and what tells it from others; see `attnzoo.eviction.layer_data.ModelIdentity`.
     tokens
         Tokens of the text: a budget of entries is a share of these.
     text_hash
@@ -89,7 +88,7 @@ class Profile:
     """
 
     model: str
-    config_hash: str
+    digest: str
     tokens: int
     text_hash: str
     shares: tuple[float, ...]
@@ -154,10 +153,10 @@ class Profile:
                     f"{said}its layer {layer.index} has {heads} key/value heads, this one's {layer.kv_heads}{again}"
                 )
         for layer in layers:
-            if layer.config_hash != self.config_hash:
+            digest = "" if layer.model is None else layer.model.digest
+            if digest != self.digest:
                 raise OptionError(
-                    f"{said}the hash of its config is {self.config_hash[:12]}, this one's "
-                    f"{layer.config_hash[:12]}{again}"
+                    f"{said}the hash of its config is {self.digest[:12]}, this one's {digest[:12]}{again}"
                 )
 
     def share_out(self, mean: float, costs: Sequence[int], indices: Sequence[int], least: float) -> list[float]:
@@ -207,12 +206,6 @@ def _fall(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (a[1] - b[1]) / (b[0] - a[0])
 
 
-def config_hash(config: Any) -> str:
-    """SHA-256 of a config of transformers, without what does not change the layers (name, dtype, version)."""
-    content = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def profile_layers(model: Any, ids: Sequence[int] | Tensor, *, queries: int = QUERIES) -> Profile:
     """Measure, in one pass over a text, what each layer's attention output loses when entries go.
 
@@ -234,6 +227,7 @@ def profile_layers(model: Any, ids: Sequence[int] | Tensor, *, queries: int = QU
     """
     from attnzoo.eviction.calls import models_with_a_hook
     from attnzoo.hosts import versions
+    from attnzoo.hosts.layer_data import identity_of
     from attnzoo.swap import replace_attention, restore_attention, swapped_layers
 
     check_int("queries", queries, minimum=1)
@@ -246,7 +240,7 @@ def profile_layers(model: Any, ids: Sequence[int] | Tensor, *, queries: int = QU
     held = len(tokens)  # so that nothing is evicted, and the last queries are kept
     replace_attention(model, "snapkv", window=queries, core=core, budget=held, block_size=held)
     try:
-        identity = config_hash(next(models_with_a_hook(model)).config)
+        identity = identity_of(next(models_with_a_hook(model)).config)
         last = {"logits_to_keep": 1} if "logits_to_keep" in versions.parameters(type(model).forward) else {}
         with torch.no_grad():
             ids = tokens[None].to(next(model.parameters()).device)
@@ -254,9 +248,8 @@ def profile_layers(model: Any, ids: Sequence[int] | Tensor, *, queries: int = QU
         curves = tuple(_curve(layer.store) for layer in cache.own)
     finally:
         restore_attention(model)
-    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     said = hashlib.sha256(" ".join(map(str, tokens.tolist())).encode()).hexdigest()
-    return Profile(name, identity, len(tokens), said, SHARES, curves)
+    return Profile(identity.name, identity.digest, len(tokens), said, SHARES, curves)
 
 
 @torch.no_grad()

@@ -90,6 +90,8 @@ class RaggedStore(Timetable):
     def lanes(self, heads: int) -> list[tuple[Store, slice]]:
         """The parts whose heads hold equally many entries, and which of the `heads` query heads each serves."""
         group = heads // len(self.heads)
+        for head in self.heads:
+            head.data, head.projection = self.data, self.projection
         return [(head, slice(i * group, (i + 1) * group)) for i, head in enumerate(self.heads)]
 
     def start(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
@@ -133,6 +135,7 @@ class RaggedStore(Timetable):
     def copy(self) -> RaggedStore:
         """A store of its own with the same content, cut off from autograd."""
         other = RaggedStore(self.policy, self.layer)
+        other.data, other.projection = self.data, self.projection
         other.prompting, other.heads = self.prompting, [head.copy() for head in self.heads]
         return other
 

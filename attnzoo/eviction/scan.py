@@ -176,7 +176,7 @@ class BoundedAttention:
         if not hasattr(self.core, "scored") or options["dropout"] > 0 or torch.is_autocast_enabled(device):
             return None
         if self.policy.accumulates:
-            return max(taken)
+            return None if self.policy.own_weights else max(taken)
         window = self.policy.queries_kept
         return window if self.policy.sums_window and over and all(taken[row] >= window for row in over) else None
 

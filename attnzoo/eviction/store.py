@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.policy import CacheView, Policy
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.eviction.weights import attention_sums
 
 Rows = slice | Tensor
 _GROWTH = 64  # entries by which a buffer grows at least
+_QUERIES = 64  # whose own weights a policy makes at a time
 _BY_ENTRY = ("_keys", "_values", "_positions", "_sums")
 _BUFFERS = (*_BY_ENTRY, "_queries", "_query_positions")
 
@@ -43,6 +45,8 @@ class Timetable(ABC):
         Real tokens that each row has seen.
     prompting
         Whether the prompt is still being read and the policy waits for its end.
+    data, projection
+        What the model that was called last tells of the layer; see `CacheView`.
     """
 
     counts: list[int]
@@ -50,6 +54,8 @@ class Timetable(ABC):
     def __init__(self, policy: Policy, layer: int = 0) -> None:
         self.policy, self.layer = policy, layer
         self.prompting = policy.schedule == "prompt"
+        self.data: LayerData | None = None
+        self.projection = OutputProjection()
 
     @property
     @abstractmethod
@@ -222,7 +228,9 @@ class Store(Timetable):
         t, window = q.shape[2], self.policy.queries_kept
         whole = all(n == t for n in taken)
         if self.policy.accumulates:
-            if sums is None:
+            if self.policy.own_weights:
+                sums = self._weighed(q, taken)
+            elif sums is None:
                 lengths = None if self.uniform and whole else self.lengths(taken, q.device)
                 sums = attention_sums(q, self.attended()[0], lengths, self.scale, self.softcap)
             self._writable("_sums")[:, :, : max(self.held)] += sums
@@ -240,6 +248,31 @@ class Store(Timetable):
                 last = torch.tensor(taken, device=q.device)[:, None] + torch.arange(window, device=q.device)
                 self._queries = queries.gather(2, last[:, None, :, None].expand_as(self._queries))
                 self._query_positions = positions.gather(1, last)
+
+    def _weighed(self, q: Tensor, taken: Sequence[int]) -> Tensor:
+        """What the policy's own weights give each entry from the new queries together, ``(B, H, held)``."""
+        keys, values = self.attended()
+        assert self.positions is not None
+        counts, new = torch.tensor(self.counts, device=q.device), torch.tensor(taken, device=q.device)
+        sums = q.new_zeros(len(q), q.shape[1], keys.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for part in torch.arange(q.shape[2], device=q.device).split(_QUERIES):
+            asked = (counts - new)[:, None] + part  # (B, w)
+            view = CacheView(
+                keys=keys,
+                values=values,
+                positions=self.positions,
+                counts=counts,
+                layer=self.layer,
+                first_head=self.first_head,
+                queries=q[:, :, part],
+                query_positions=asked.masked_fill(part >= new[:, None], -1),
+                scale=self.scale,
+                softcap=self.softcap,
+                data=self.data,
+                projection=self.projection,
+            )
+            sums += self.policy.weights(view).sum(2)
+        return sums
 
     def evict(self, rows: Sequence[int], window_sums: Tensor | None = None) -> None:
         """Cut `rows` down to the budget; `window_sums` ``(B, H, held)`` is for `CacheView`."""
@@ -274,6 +307,8 @@ class Store(Timetable):
             window_sums=None if window_sums is None else window_sums[index, :, :held],
             scale=self.scale,
             softcap=self.softcap,
+            data=self.data,
+            projection=self.projection,
         )
 
     def cut(self, rows: list[int], keep: Tensor) -> None:
@@ -330,6 +365,7 @@ class Store(Timetable):
         """A store of its own with the same content, cut off from autograd."""
         other = Store(self.policy, self.layer, self.first_head)
         other.load_state(self.state())
+        other.data, other.projection = self.data, self.projection
         for name in _BUFFERS:
             buffer = getattr(other, name)
             if buffer is not None:

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.errors import OptionError, UnknownNameError
-from attnzoo.eviction.policy import AttentionPolicy, Policy, Scope
+from attnzoo.eviction.layer_data import LayerData
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
 _OWN = ("budget", "budgets", "profile", "block_size", "schedule", "sink", "recent", "core")
@@ -75,6 +78,15 @@ class Wrapper(Policy):
         return self.inner.accumulates
 
     @property
+    def own_weights(self) -> bool:
+        """What the base needs."""
+        return self.inner.own_weights
+
+    def weights(self, view: CacheView) -> Tensor:
+        """The base's."""
+        return self.inner.weights(view)
+
+    @property
     def queries_kept(self) -> int:
         """What the base needs."""
         return self.inner.queries_kept
@@ -83,6 +95,20 @@ class Wrapper(Policy):
     def sums_window(self) -> bool:
         """What the base needs."""
         return self.inner.sums_window
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_output_weight
+
+    @property
+    def uses_rotary(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_rotary
+
+    def check_layer(self, data: LayerData) -> None:
+        """What the base says."""
+        self.inner.check_layer(data)
 
     def default_sink(self) -> int:
         """The base's."""

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from attnzoo.checks import refuse_tracing
 from attnzoo.errors import ShapeError, UnsupportedError, short
+from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer, cores_with
 
@@ -116,6 +117,10 @@ class Site:
     def eviction_problem(self) -> str | None:
         """Say why no eviction policy can stand here, or give None."""
         return f"it has no key/value cache to bound: eviction is for causal models of transformers, not {self.host}"
+
+    def policy_problem(self, policy: Policy) -> str | None:
+        """Say why this policy cannot stand here though others might, or give None."""
+        return None
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Say why this mixer cannot stand here though others might, or give None."""

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 import attnzoo
 from attnzoo.hosts.versions import facts
 from attnzoo.hosts.versions import output_cache as cache_of
+from attnzoo.registry import build_policy, describe
 
 CACHE = facts().cache_argument  # what this release of transformers calls the cache of a call
 POLICIES = attnzoo.list_attentions("eviction")
+BY_COORDINATE = {"lagkv", "lsh"}  # look at single coordinates of keys, which a shift of all positions turns
+ADAPTIVE = [name for name in POLICIES if not build_policy(describe(name), {"budget": 1}).not_adaptive()]
 VOCABULARY = 53
 TEXT = {
     "vocab_size": VOCABULARY,

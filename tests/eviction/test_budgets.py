@@ -15,16 +15,16 @@ import attnzoo
 from attnzoo.errors import AssetError, OptionError, UnsupportedError
 from attnzoo.eviction.budgets import LayerShape, share_out
 from attnzoo.eviction.h2o import H2O
+from attnzoo.eviction.layer_data import ModelIdentity
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.profile import LayerCurve, Profile, main, profile_layers
 from attnzoo.eviction.streaming import Streaming
 from attnzoo.registry import build_policy, describe
 from attnzoo.units import parse_bytes
-from tests.eviction.models import CACHE, POLICIES, cache_of, language_model, token_ids
+from tests.eviction.models import ADAPTIVE, CACHE, POLICIES, cache_of, language_model, token_ids
 from tests.zoo import fingerprint
 
 LAYERS, BLOCK = 4, 8
-NOT_ADAPTIVE = {"streaming", "random", "knorm", "tova"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def at_block_ends(model, tokens=120, rows=1, blocks=1):
 
 
 def shapes(heads=(2, 2, 2), widths=(8, 8, 8), dtype=torch.float32):
-    return [LayerShape(i, 4, h, w, w, dtype, "hash") for i, (h, w) in enumerate(zip(heads, widths, strict=True))]
+    model = ModelIdentity("m", "hash")
+    return [LayerShape(i, 4, h, w, w, dtype, model) for i, (h, w) in enumerate(zip(heads, widths, strict=True))]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_too_few_bytes_name_the_least_that_would_do(budgets):
 def test_the_total_is_held_at_every_blocks_end(name, budgets, profile):
     """No choice holds more entries than ``uniform`` would, and once the text is long, no less."""
     options = {"budget": 20, "budgets": budgets, "profile": profile if budgets == "measured" else None}
-    if budgets == "adaptive" and name in NOT_ADAPTIVE:
+    if budgets == "adaptive" and name not in ADAPTIVE:
         with pytest.raises(OptionError, match="budgets='adaptive' compares the scores of the heads"):
             swapped(name, **options)
         return
@@ -463,7 +464,7 @@ def test_measured_gives_most_to_the_layer_that_loses_most():
     assert [one.budget for one in share_out(policy, shapes())] == [400, 100, 400]
     assert [one.budget for one in share_out(H2O(budget=1, budgets="measured", profile=profile), shapes())] == [1] * 3
     with pytest.raises(OptionError, match="this one's other"):
-        share_out(policy, [replace(shape, config_hash="other") for shape in shapes()])
+        share_out(policy, [replace(shape, model=ModelIdentity("m", "other")) for shape in shapes()])
 
 
 def test_a_layer_whose_shape_is_not_known():

@@ -16,12 +16,29 @@ from attnzoo.errors import AssetError, OptionError, ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
 from attnzoo.eviction.layers import BoundedLayer
 from attnzoo.registry import build_policy, describe
-from tests.eviction.models import CACHE, CONFIGS, POLICIES, TEXT, bounded, cache_of, feed, language_model, token_ids
+from tests.eviction.models import (
+    BY_COORDINATE,
+    CACHE,
+    CONFIGS,
+    POLICIES,
+    TEXT,
+    bounded,
+    cache_of,
+    feed,
+    language_model,
+    token_ids,
+)
 from tests.zoo import fingerprint
 
 pytestmark = pytest.mark.compat
 
-WRAPPED = [("vatp", {"base": "tova"}), ("caote", {"base": "snapkv"}), ("caote", {"base": "scissorhands", "fast": True})]
+WRAPPED = [
+    ("vatp", {"base": "tova"}),
+    ("caote", {"base": "snapkv"}),
+    ("caote", {"base": "scissorhands", "fast": True}),
+    ("criticalkv", {"base": "defensive"}),
+    ("criticalkv", {"base": "tova"}),
+]
 METHODS = [*((name, {}) for name in POLICIES), *WRAPPED]
 
 
@@ -296,9 +313,10 @@ def test_the_prompt_is_read_densely_and_then_bounded(name, tmp_path):
     ids = token_ids(2, 40)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
+    counted = (mask.cumsum(1) - 1).clamp(min=0)  # as `generate` counts positions
     with torch.no_grad():
-        out = model(ids, attention_mask=mask)
-        expected = dense(ids, attention_mask=mask).logits
+        out = model(ids, attention_mask=mask, position_ids=counted)
+        expected = dense(ids, attention_mask=mask, position_ids=counted).logits
         torch.testing.assert_close(out.logits[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
         assert all(layer.keys.shape[2] == 40 for layer in cache_of(out).layers)
         cache_of(out).save(tmp_path / "cache.pt")
@@ -306,14 +324,29 @@ def test_the_prompt_is_read_densely_and_then_bounded(name, tmp_path):
         caches[0].flush()
         assert all(layer.keys.shape[2] == 16 for layer in caches[0].layers)
         new, mask = token_ids(2, 1, 3), torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-        logits = [model(new, attention_mask=mask, **{CACHE: cache}).logits for cache in caches]
+        given = {"attention_mask": mask, "position_ids": counted[:, -1:] + 1}
+        logits = [model(new, **given, **{CACHE: cache}).logits for cache in caches]
         assert torch.equal(logits[0], logits[1])
         assert torch.equal(logits[0], logits[2])
         for cache in caches:
             assert all(layer.keys.shape[2] == 17 for layer in cache.layers)
         single = cache_of(model(ids[:1, 6:]))
         alone = model(new[:1], **{CACHE: single}).logits
-    torch.testing.assert_close(logits[0][:1], alone, rtol=1e-5, atol=1e-5)  # other positions, whose angles are float32
+    torch.testing.assert_close(logits[0][:1], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name not in BY_COORDINATE])
+def test_what_is_kept_does_not_depend_on_where_a_text_begins(name):
+    """Padding without `position_ids` moves a text: other angles, which are float32, but the same between any two."""
+    model = bounded(name, budget=16, block_size=8, schedule="prompt")
+    ids = token_ids(2, 40)
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[0, :6] = 0
+    new = token_ids(2, 1, 3)
+    with torch.no_grad():
+        both = model(new, attention_mask=mask, **{CACHE: cache_of(model(ids, attention_mask=mask[:, :40]))}).logits
+        alone = model(new[:1], **{CACHE: cache_of(model(ids[:1, 6:]))}).logits
+    torch.testing.assert_close(both[:1], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_flush():

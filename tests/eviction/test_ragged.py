@@ -15,10 +15,9 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.ragged import RaggedStore, store_for
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.registry import build_core, build_policy, describe
-from tests.eviction.models import CACHE, POLICIES, bounded, cache_of, feed, language_model, token_ids
+from tests.eviction.models import ADAPTIVE, CACHE, bounded, cache_of, feed, language_model, token_ids
 
 HEADS, KV_HEADS, WIDTH = 6, 3, 8
-ABLE = [name for name in POLICIES if name not in ("streaming", "random", "knorm", "tova")]
 
 
 def attention_of(name, **options):
@@ -162,7 +161,7 @@ def test_each_head_keeps_its_least():
         attnzoo.unregister_attention("second")
 
 
-@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_dense_limit(name):
     ids = token_ids(2, 60)
     model = bounded(name, budget=60, block_size=16, budgets="adaptive")
@@ -170,8 +169,9 @@ def test_dense_limit(name):
         torch.testing.assert_close(model(ids).logits, language_model()(ids).logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ABLE)
-@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+@pytest.mark.parametrize(
+    ("name", "core"), [*((name, "sdpa") for name in ADAPTIVE), ("h2o", "flash_scored"), ("snapkv", "flash_scored")]
+)
 def test_cuts_padding_and_batch_make_no_difference(name, core):
     model = bounded(name, seed=1, budget=14, block_size=8, budgets="adaptive", core=core)
     ids = token_ids(3, 90)
@@ -185,7 +185,7 @@ def test_cuts_padding_and_batch_make_no_difference(name, core):
                 assert layer.entries[row] == single.entries[0] == 16
 
 
-@pytest.mark.parametrize("name", ABLE)
+@pytest.mark.parametrize("name", ADAPTIVE)
 def test_copy_save_load_and_batches(name, tmp_path):
     model = bounded(name, budget=16, block_size=8, budgets="adaptive")
     ids = token_ids(2, 60)
@@ -278,11 +278,16 @@ def test_another_number_of_rows_is_refused():
         ("random", {}, "those of Random mean nothing from head to head"),
         ("streaming", {}, "those of Streaming mean nothing"),
         ("knorm", {}, "those of Knorm mean nothing"),
+        ("criticalkv", {}, "those of CriticalKV mean nothing"),
     ],
 )
 def test_policies_whose_heads_cannot_be_compared_are_refused(name, options, says):
     with pytest.raises(OptionError, match=f"budgets='adaptive' compares the scores .*{says}"):
         attnzoo.replace_attention(language_model(), name, budget=8, budgets="adaptive", **options)
+
+
+def test_policies_that_score_by_attention_can_share():
+    assert {"h2o", "snapkv", "scissorhands", "zipcache", "vatp", "caote", "dropkv"} <= set(ADAPTIVE)
 
 
 def test_a_policy_that_chooses_by_itself_is_refused():

@@ -12,6 +12,7 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
 from attnzoo.registry import build_core, build_policy, describe
+from tests.eviction import noise
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -46,13 +47,19 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
         total = sum(raised)
         return {j: e / total for j, e in zip(among, raised, strict=True)}
 
+    def noisy(head, i, among):
+        t = 1 + min(i / 1024, 1)
+        raised = [math.exp((scores[head][i][j] + noise.gumbel(0, 0, head, i, j)) / t) for j in among]
+        return {j: e / sum(raised) for j, e in zip(among, raised, strict=True)}
+
     for i in range(tokens):
         for g in range(KV_HEADS):
             kept[g].append(i)
         for head in range(HEADS):
             row = weights(head, i, kept[head // groups])
             out[0, head, i] = torch.tensor(list(row.values()), dtype=v.dtype) @ v[0, head // groups, list(row)]
-            for j, w in row.items():
+            given = noisy(head, i, kept[head // groups]) if name == "keyformer" else row
+            for j, w in given.items():
                 sums[head][j] = sums[head].get(j, 0.0) + w
         due = i + 1 == prompt if i < prompt else (i + 1) % block == 0
         if not due or len(kept[0]) <= budget:
@@ -64,7 +71,7 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
                 last = range(max(0, i + 1 - window), i + 1)
                 return [weights(head, n, [j for j in live if j <= n]) for n in last if any(j <= n for j in live)]
 
-            base = "h2o" if name in ("vatp", "caote") else name
+            base = "h2o" if name in ("vatp", "caote", "keyformer") else name
             if base == "h2o":
                 each = {h: {j: sums[h][j] / (i + 1 - j if normalize else 1) for j in live} for h in heads}
             elif base == "snapkv":
@@ -104,6 +111,7 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
     [
         ("h2o", {"recent": 6}),
         ("h2o", {"recent": 6, "normalize": False}),
+        ("keyformer", {"recent": 6}),
         ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
         ("scissorhands", {"window": 20, "recent": 3}),
         ("vatp", {"recent": 3}),
@@ -127,7 +135,12 @@ def test_scores_over_many_evictions(name, options, block, core):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("h2o", {"recent": 6}), ("snapkv", {"window": 4, "kernel": 3, "recent": 4}), ("caote", {"recent": 5})],
+    [
+        ("h2o", {"recent": 6}),
+        ("keyformer", {"recent": 6}),
+        ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
+        ("caote", {"recent": 5}),
+    ],
 )
 @pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
 @pytest.mark.parametrize("cuts", [(0, 41), (0, 7, 30, 41)])
@@ -224,6 +237,8 @@ def test_infinite_scores_do_not_push_protected_entries_out():
             ("scissorhands", {"window": 4, "importance": "mean"}),
             ("vatp", {}),
             ("vatp", {"base": "tova"}),
+            ("vatp", {"base": "keyformer"}),
+            ("zipcache", {"window": 9}),
             ("caote", {}),
             ("caote", {"fast": True, "base": "snapkv", "base_options": {"window": 3}}),
         ]
@@ -285,6 +300,8 @@ def test_the_core_is_asked_for_sums_where_the_policy_wants_them():
         ("tova", 100, 0),
         ("keydiff", 8, 0),
         ("scissorhands", 8, 0),
+        ("keyformer", 8, 0),
+        ("zipcache", 8, 0),
     )
     for name, budget, steps in cases:
         attention = attention_of(name, budget=budget, block_size=4, core="flash_scored")
