@@ -25,8 +25,8 @@ import torch
 
 from attnzoo.errors import OptionError
 from attnzoo.eviction.layer_data import ModelIdentity
+from attnzoo.eviction.layer_profile import Profile
 from attnzoo.eviction.policy import Policy
-from attnzoo.eviction.profile import Profile
 from attnzoo.eviction.ragged import store_for
 from attnzoo.units import parse_bytes
 

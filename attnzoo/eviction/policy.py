@@ -18,7 +18,7 @@ from attnzoo.eviction.weights import attention_weights
 from attnzoo.units import parse_bytes
 
 if TYPE_CHECKING:
-    from attnzoo.eviction.profile import Profile
+    from attnzoo.eviction.layer_profile import Profile
 
 Scope = Literal["head", "layer"]
 SCHEDULES = ("block", "prompt", "step")

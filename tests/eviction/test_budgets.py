@@ -16,8 +16,9 @@ from attnzoo.errors import AssetError, OptionError, UnsupportedError
 from attnzoo.eviction.budgets import LayerShape, share_out
 from attnzoo.eviction.h2o import H2O
 from attnzoo.eviction.layer_data import ModelIdentity
+from attnzoo.eviction.layer_profile import LayerCurve, Profile
 from attnzoo.eviction.policy import Policy
-from attnzoo.eviction.profile import LayerCurve, Profile, main, profile_layers
+from attnzoo.eviction.profile import main, profile_layers
 from attnzoo.eviction.streaming import Streaming
 from attnzoo.registry import build_policy, describe
 from attnzoo.units import parse_bytes

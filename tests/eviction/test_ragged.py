@@ -3,6 +3,8 @@
 import copy
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.ragged import RaggedStore, store_for
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.registry import build_core, build_policy, describe
-from tests.eviction.models import ADAPTIVE, CACHE, bounded, cache_of, feed, language_model, token_ids
+from tests.eviction.models import ADAPTIVE, CACHE, POLICIES, bounded, cache_of, feed, language_model, token_ids
 
 HEADS, KV_HEADS, WIDTH = 6, 3, 8
 
@@ -288,6 +290,12 @@ def test_policies_whose_heads_cannot_be_compared_are_refused(name, options, says
 
 def test_policies_that_score_by_attention_can_share():
     assert {"h2o", "snapkv", "scissorhands", "zipcache", "vatp", "caote", "dropkv"} <= set(ADAPTIVE)
+
+
+def test_the_docs_name_those_that_cannot():
+    page = (Path(__file__).parents[2] / "docs/eviction.md").read_text(encoding="utf-8")
+    named = re.search(r"which they are not \((.*?)\) are refused", page, re.DOTALL)[1]
+    assert re.findall(r"`(\w+)`", named) == [name for name in POLICIES if name not in ADAPTIVE]
 
 
 def test_a_policy_that_chooses_by_itself_is_refused():
