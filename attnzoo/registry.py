@@ -399,6 +399,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "DefensiveKV, https://arxiv.org/abs/2510.13334",
     ),
     _policy(
+        "qfilters",
+        "QFilters",
+        "Keeps the entries whose keys point along the direction of their head's queries, found in a text beforehand.",
+        "Q-Filters, https://arxiv.org/abs/2503.02812",
+    ),
+    _policy(
         "divprune",
         "DivPrune",
         "Keeps the entries whose keys are farthest apart.",

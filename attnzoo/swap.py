@@ -19,7 +19,7 @@ from attnzoo.eviction.budgets import share_out
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
-from attnzoo.registry import AttentionInfo, build_core, build_policy, describe, list_attentions
+from attnzoo.registry import AttentionInfo, build_core, build_policy, cores_with, describe, list_attentions
 from attnzoo.units import megabytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -429,6 +429,12 @@ def _bounded(info: AttentionInfo, options: dict[str, Any]) -> BoundedAttention:
     core = describe(policy.core)
     if core.kind != "core":
         raise OptionError(f"core={policy.core!r} is not a core; cores are {', '.join(list_attentions('core'))}")
+    if policy.budgets == "adaptive" and not core.capabilities.mask:
+        able = ", ".join(cores_with(["mask", "causal"]))
+        raise OptionError(
+            f"core={policy.core!r} takes no mask, which budgets='adaptive' needs: in one head the rows of a batch hold "
+            f"different numbers of entries; cores that do: {able}"
+        )
     return BoundedAttention(info.name, policy, build_core(core, {}))
 
 

@@ -70,7 +70,7 @@ class Timetable(ABC):
     @property
     def uniform(self) -> bool:
         """Whether all rows have seen, and hold, equally many, so that they take the same steps."""
-        return all(c == self.counts[0] for c in self.counts) and all(n == self.entries[0] for n in self.entries)
+        return len(set(self.counts)) == len(set(self.entries)) == 1
 
     def until_eviction(self, row: int) -> int:
         """Tokens that a row still takes before it comes to a block's end at which something goes."""

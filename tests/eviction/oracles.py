@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnzoo.eviction.directions import Directions
 from tests.eviction import noise
 
 
@@ -170,3 +171,8 @@ def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0
         found.append(logits.softmax(-1))
     scores = AGGREGATE[aggregate](torch.stack(found)) + epsilon
     return (scores * row.values.norm(dim=-1)).tolist(), 4, 0
+
+
+def qfilters(row, filters, recent=None):
+    direction = Directions.load(filters).layers[0][row.kv_head].to(row.keys)
+    return [float(key @ direction) for key in row.keys], 0, row.budget // 5 if recent is None else recent

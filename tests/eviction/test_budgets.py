@@ -22,7 +22,7 @@ from attnzoo.eviction.profile import main, profile_layers
 from attnzoo.eviction.streaming import Streaming
 from attnzoo.registry import build_policy, describe
 from attnzoo.units import parse_bytes
-from tests.eviction.models import ADAPTIVE, CACHE, POLICIES, cache_of, language_model, token_ids
+from tests.eviction.models import ADAPTIVE, CACHE, POLICIES, cache_of, language_model, needed, token_ids
 from tests.zoo import fingerprint
 
 LAYERS, BLOCK = 4, 8
@@ -35,7 +35,8 @@ def profile():
 
 def swapped(name, dtype=torch.float32, host="llama", **options):
     model = language_model(host, dtype, num_hidden_layers=LAYERS)
-    return attnzoo.replace_attention(model, name, **{"block_size": BLOCK, **options})
+    more = needed(name, host, num_hidden_layers=LAYERS) if name in POLICIES else {}
+    return attnzoo.replace_attention(model, name, **{"block_size": BLOCK, **more, **options})
 
 
 def at_block_ends(model, tokens=120, rows=1, blocks=1):
@@ -87,7 +88,7 @@ def test_bytes_bound_the_whole_cache(name, dtype):
     (budget,) = {layer.budget for layer in report.layers}
     assert {tuple(layer.entries) for layer in cache.layers} == {(budget,)}
     assert attnzoo.kv_bytes(cache).held == sum(layer.held_bytes for layer in report.layers)
-    more = attnzoo.replace_attention(model, name, budget=budget + 1, block_size=BLOCK)
+    more = swapped(name, dtype, budget=budget + 1)
     assert sum(layer.held_bytes for layer in attnzoo.swap_report(more).layers) > limit
 
 

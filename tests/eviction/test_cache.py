@@ -15,7 +15,6 @@ import attnzoo
 from attnzoo.errors import AssetError, OptionError, ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
 from attnzoo.eviction.layers import BoundedLayer
-from attnzoo.registry import build_policy, describe
 from tests.eviction.models import (
     BY_COORDINATE,
     CACHE,
@@ -25,7 +24,9 @@ from tests.eviction.models import (
     bounded,
     cache_of,
     feed,
+    is_adaptive,
     language_model,
+    needed,
     token_ids,
 )
 from tests.zoo import fingerprint
@@ -52,7 +53,7 @@ def test_dense_limit(host, dtype):
         expected = dense(ids).logits
         text = dense.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     for name, options in METHODS:
-        model = attnzoo.replace_attention(language_model(host, dtype), name, budget=78, block_size=16, **options)
+        model = bounded(name, host, dtype, budget=78, block_size=16, **options)
         with torch.no_grad():
             one = model(ids).logits
             first = model(ids[:, :33])
@@ -127,20 +128,20 @@ def test_fuzz(part):
         kv_heads, groups = chance.choice([1, 2, 3]), chance.choice([1, 2, 4])
         block, budget = chance.choice([1, 2, 3, 8, 16]), chance.choice([chance.randint(1, 40), chance.uniform(0.01, 1)])
         rows, length = chance.randint(1, 4), 3 * block + chance.randint(0, 40)
-        model = language_model(
-            chance.choice(["llama", "qwen3"]),
-            dtype,
-            num_hidden_layers=chance.choice([2, 3]),
-            num_attention_heads=kv_heads * groups,
-            num_key_value_heads=kv_heads,
-            hidden_size=kv_heads * groups * 4,
-            head_dim=4,
-        )
+        host = chance.choice(["llama", "qwen3"])
+        shape = {
+            "num_hidden_layers": chance.choice([2, 3]),
+            "num_attention_heads": kv_heads * groups,
+            "num_key_value_heads": kv_heads,
+            "hidden_size": kv_heads * groups * 4,
+            "head_dim": 4,
+        }
+        model = language_model(host, dtype, **shape)
         core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
-        able = build_policy(describe(name), {"budget": 1, **options}).not_adaptive() == ""
-        policy["budgets"] = chance.choice(["uniform", "uniform", "pyramid", *["adaptive"] * able])
-        attnzoo.replace_attention(model, name, core=core, **policy, **options)
+        budgets = ["uniform", "uniform", "pyramid", *["adaptive"] * is_adaptive(name, **options)]
+        policy["budgets"] = chance.choice(budgets)
+        attnzoo.replace_attention(model, name, core=core, **policy, **options, **needed(name, host, **shape))
         left, cuts, padding = [length] * rows, [], []
         while any(left):
             cut = [min(n, chance.choice([0, 1, 5, 30])) for n in left]

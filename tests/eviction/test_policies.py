@@ -19,7 +19,7 @@ from attnzoo.eviction.random import Random
 from attnzoo.eviction.weights import attention_weights
 from attnzoo.registry import build_policy, describe
 from tests.eviction import noise, oracles
-from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
+from tests.eviction.models import POLICIES, bounded, cache_of, language_model, needed, token_ids
 from tests.eviction.oracles import AGGREGATE, noisy_sums, pooled
 
 BUDGET, BLOCK = 24, 64
@@ -143,6 +143,7 @@ CASES = [
     ("criticalkv", {"base": "zipcache", "first_stage": 0, "epsilon": 0.05}),
     ("criticalkv", {"base": "defensive", "base_options": {"window": 8}, "first_stage": 0.75}),
     ("divprune", {"recent": 0}),
+    ("qfilters", {"recent": 0}),
     ("zipcache", {"window": 8}),
     ("lagkv", {"lag": 9}),
     ("rkv", {"window": 5, "kernel": 3, "weight": 0.9, "threshold": 0.2}),
@@ -168,6 +169,8 @@ def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
     model, ids, keys, values, attention, queries = dense_layer(heads, kv_heads)
     rotary = model.model.rotary_emb
     projection = model.model.layers[0].self_attn.o_proj.weight.detach().T.unflatten(0, (heads, -1))
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 48}
+    options = {**needed(name, **shape), **options}
     attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
     with torch.no_grad():
         layer = cache_of(model(ids)).layers[0]
@@ -291,6 +294,7 @@ def test_protection():
     assert build_policy(describe("defensive"), {"budget": 100}).protected == (0, 32)
     assert build_policy(describe("criticalkv"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
     assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 20)
+    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 20)
     for name in ("tova", "zipcache", "knorm", "lsh", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
@@ -299,8 +303,7 @@ def test_protection():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_sink_and_recent_always_stay(name):
-    model, ids, *_ = dense_layer(4, 2)
-    attnzoo.replace_attention(model, name, budget=12, block_size=16, sink=5, recent=7)
+    model, ids = bounded(name, budget=12, block_size=16, sink=5, recent=7), token_ids(2, BLOCK)
     with torch.no_grad():
         cache = cache_of(model(ids))
     expected = [*range(5), *range(BLOCK - 7, BLOCK)]
@@ -332,7 +335,7 @@ def test_sink_and_recent_always_stay(name):
 def test_bad_options(name, options, message):
     model = language_model()
     with pytest.raises(OptionError, match=message):
-        attnzoo.replace_attention(model, name, **options)
+        attnzoo.replace_attention(model, name, **needed(name), **options)
     assert not attnzoo.swap_report(model).swapped
 
 

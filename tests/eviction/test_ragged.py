@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attnzoo
+from attnzoo.cores.sdpa import Sdpa
 from attnzoo.errors import OptionError, ShapeError
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.ragged import RaggedStore, store_for
@@ -288,6 +289,18 @@ def test_policies_whose_heads_cannot_be_compared_are_refused(name, options, says
         attnzoo.replace_attention(language_model(), name, budget=8, budgets="adaptive", **options)
 
 
+def test_a_core_that_takes_no_mask_is_refused():
+    attnzoo.register_attention("maskless", "core", Sdpa, capabilities={"causal": True, "gqa": True})
+    try:
+        model = language_model()
+        with pytest.raises(OptionError, match=r"core='maskless' takes no mask.* cores that do: softmax, sdpa"):
+            attnzoo.replace_attention(model, "h2o", budget=8, budgets="adaptive", core="maskless")
+        assert not attnzoo.swap_report(model).swapped
+        attnzoo.replace_attention(model, "h2o", budget=8, core="maskless")
+    finally:
+        attnzoo.unregister_attention("maskless")
+
+
 def test_policies_that_score_by_attention_can_share():
     assert {"h2o", "snapkv", "scissorhands", "zipcache", "vatp", "caote", "dropkv"} <= set(ADAPTIVE)
 
@@ -295,7 +308,7 @@ def test_policies_that_score_by_attention_can_share():
 def test_the_docs_name_those_that_cannot():
     page = (Path(__file__).parents[2] / "docs/eviction.md").read_text(encoding="utf-8")
     named = re.search(r"which they are not \((.*?)\) are refused", page, re.DOTALL)[1]
-    assert re.findall(r"`(\w+)`", named) == [name for name in POLICIES if name not in ADAPTIVE]
+    assert set(re.findall(r"`(\w+)`", named)) == set(POLICIES) - set(ADAPTIVE)
 
 
 def test_a_policy_that_chooses_by_itself_is_refused():
