@@ -38,7 +38,7 @@ from attnzoo.eviction.layer_profile import LayerCurve, Profile
 from attnzoo.eviction.policy import by_group, highest, wide
 from attnzoo.eviction.store import Store
 
-SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+SHARES = (0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 QUERIES = 64
 TOKENS = 2048
 
