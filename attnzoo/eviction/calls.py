@@ -183,13 +183,6 @@ def add_hook(model: nn.Module) -> None:
         model.register_forward_hook(hook.end, with_kwargs=True, always_call=True)
 
 
-def models_with_a_hook(model: nn.Module) -> Iterator[Any]:
-    """The modules in `model` that look at their calls: those that make masks and caches for swapped layers."""
-    for module in model.modules():
-        if any(isinstance(hook, CacheHook) for hook in module._forward_pre_hooks.values()):
-            yield module
-
-
 def drop_hook(model: nn.Module) -> None:
     """Undo `add_hook`."""
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, CacheHook)]:

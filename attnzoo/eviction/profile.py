@@ -2,9 +2,9 @@
 
     python -m attnzoo.eviction.profile MODEL TEXT --out FILE
 
-MODEL is transformers:FOLDER_OR_NAME, TEXT a file. The model reads the first `--tokens` tokens of the text once, and
-FILE, a small JSON file, serves every swap of that model: ``replace_attention(llm, "h2o", budget=512,
-budgets="measured", profile=FILE)``.
+MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file. The model
+reads the first `--tokens` tokens of the text once, and FILE, a small JSON file, serves every swap of that model:
+``replace_attention(llm, "h2o", budget=512, budgets="measured", profile=FILE)``.
 
 Sources: Gulhan et al., BaKlaVa, https://arxiv.org/abs/2502.13176, and XKV: memory by layer, from one profiling pass.
 
@@ -21,11 +21,8 @@ policies.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +30,10 @@ from torch import Tensor
 
 from attnzoo.checks import check_int
 from attnzoo.command import run_script
-from attnzoo.errors import OptionError, UnsupportedError
+from attnzoo.errors import OptionError
 from attnzoo.eviction.layer_profile import LayerCurve, Profile
 from attnzoo.eviction.policy import by_group, highest, wide
+from attnzoo.eviction.reading import cache_after, last_queries_kept, model_and_tokens, parser, text_hash
 from attnzoo.eviction.store import Store
 
 SHARES = (0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -62,31 +60,13 @@ def profile_layers(model: Any, ids: Sequence[int] | Tensor, *, queries: int = QU
     OptionError
         If the text has no more tokens than `queries`.
     """
-    from attnzoo.eviction.calls import models_with_a_hook
-    from attnzoo.hosts import versions
-    from attnzoo.hosts.layer_data import identity_of
-    from attnzoo.swap import replace_attention, restore_attention, swapped_layers
-
     check_int("queries", queries, minimum=1)
     tokens = torch.as_tensor(ids).flatten()
     if len(tokens) <= queries:
         raise OptionError(f"a profile needs more than {queries} tokens (queries), the text has {len(tokens)}")
-    if swapped_layers(model):
-        raise UnsupportedError("a profile is measured on the model's own attention: call restore_attention first")
-    core = "softmax" if any(getattr(m, "attn_logit_softcapping", None) for m in model.modules()) else "sdpa"
-    held = len(tokens)  # so that nothing is evicted, and the last queries are kept
-    replace_attention(model, "snapkv", window=queries, core=core, budget=held, block_size=held)
-    try:
-        identity = identity_of(next(models_with_a_hook(model)).config)
-        last = {"logits_to_keep": 1} if "logits_to_keep" in versions.parameters(type(model).forward) else {}
-        with torch.no_grad():
-            ids = tokens[None].to(next(model.parameters()).device)
-            cache = versions.output_cache(model(input_ids=ids, use_cache=True, **last))
-        curves = tuple(_curve(layer.store) for layer in cache.own)
-    finally:
-        restore_attention(model)
-    said = hashlib.sha256(" ".join(map(str, tokens.tolist())).encode()).hexdigest()
-    return Profile(identity.name, identity.digest, len(tokens), said, SHARES, curves)
+    with last_queries_kept(model, queries, len(tokens), "a profile is") as told:
+        curves = tuple(_curve(layer.store) for layer in cache_after(model, tokens).own)
+    return Profile(told[0].model.name, told[0].model.digest, len(tokens), text_hash(tokens), SHARES, curves)
 
 
 @torch.no_grad()
@@ -110,34 +90,18 @@ def _curve(store: Store) -> LayerCurve:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
-    about = (
-        "Measure, for budgets='measured', what the attention of each layer loses when a share of its entries is kept."
+    about = (__doc__ or "").split("\n\n")[0]
+    parsed = parser("python -m attnzoo.eviction.profile", about, "where the profile goes (JSON)", TOKENS).parse_args(
+        arguments
     )
-    parser = argparse.ArgumentParser(prog="python -m attnzoo.eviction.profile", description=about)
-    parser.add_argument("model", metavar="MODEL", help="transformers:FOLDER_OR_NAME")
-    parser.add_argument("text", metavar="TEXT", type=Path, help="a text file, like the texts that the model will read")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="where the profile goes (JSON)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"read so many of the text at most ({TOKENS})")
-    parsed = parser.parse_args(arguments)
 
     def body() -> int:
-        from transformers import AutoTokenizer
-
-        from attnzoo.models import load_model, split
-
-        check_int("tokens", parsed.tokens, minimum=1)
-        host, name = split(parsed.model)
-        if host != "transformers":
-            raise OptionError(f"a profile is of a language model of transformers, not {parsed.model!r}")
-        text = parsed.text.read_text(encoding="utf-8")
-        model: Any = load_model(parsed.model)
-        ids = AutoTokenizer.from_pretrained(name)(text)["input_ids"][: parsed.tokens]
-        profile = profile_layers(model.eval(), ids)
+        profile = profile_layers(*model_and_tokens(parsed))
         profile.save(parsed.out)
         print(f"{parsed.out}: {len(profile.layers)} layers of {profile.model}, measured on {profile.tokens:,} tokens")
         return 0
 
-    return run_script(body)
+    return run_script(body, resume="run it again")
 
 
 if __name__ == "__main__":

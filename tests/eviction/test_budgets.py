@@ -490,11 +490,14 @@ def test_the_command_line(tmp_path, capsys):
     model.save_pretrained(folder)
     text, out = tmp_path / "text.txt", tmp_path / "profile.json"
     text.write_text("one two three four " * 40)
-    assert main([f"transformers:{folder}", str(text), "--out", str(out), "--tokens", "90"]) == 0
+    assert main([str(folder), str(text), "--out", str(out), "--tokens", "90"]) == 0
     assert "2 layers of" in capsys.readouterr().out
     assert Profile.of(out).tokens == 90
     attnzoo.replace_attention(model, "h2o", budget=16, budgets="measured", profile=out)
-    assert main(["timm:vit_tiny_patch16_224", str(text), "--out", str(out)]) == 2
-    assert "language model of transformers" in capsys.readouterr().err
-    assert main([f"transformers:{folder}", str(tmp_path / "none"), "--out", str(out)]) == 1
-    assert "No such file" in capsys.readouterr().err
+    for wrong, says in (
+        ([str(tmp_path / "none"), str(text)], "transformers cannot load"),
+        ([str(folder), str(tmp_path / "none")], "cannot be read: No such file"),
+        ([str(folder), str(text), "--tokens", "60"], "needs more than 64 tokens"),
+    ):
+        assert main([*wrong, "--out", str(out)]) == 2
+        assert says in capsys.readouterr().err
