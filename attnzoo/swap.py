@@ -204,6 +204,7 @@ def replace_attention(
     host_options, options = _split_host_options(info, options)
     info.check_options(options)
     info.require_options(options)
+    budgets, options = _budget_per_layer(info, options)
     bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
@@ -215,7 +216,7 @@ def replace_attention(
         _warn_of_standing(found)
     _check_host_options(host_options, sites)
     core = build_core(info, options) if info.kind == "core" else None
-    plans = [_Plan(given, core)] * len(sites) if bounded is None else _shared_out(bounded, given, sites)
+    plans = [_Plan(given, core)] * len(sites) if bounded is None else _shared_out(bounded, given, sites, budgets)
     swaps = [
         (site, _substitute(site, info, options, plan, keep_original, places[site.path].training))
         for site, plan in zip(sites, plans, strict=True)
@@ -503,11 +504,31 @@ class _Plan:
     held_bytes: int | None = None
 
 
-def _shared_out(bounded: BoundedAttention, given: dict[str, Any], sites: Sequence[Site]) -> list[_Plan]:
-    """Give every layer its own budget, by which a saved model is swapped again."""
+def _budget_per_layer(info: AttentionInfo, options: dict[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Take a list of budgets out of `options`, which then have the first of them."""
+    listed = options.get("budget")
+    if info.kind != "eviction" or not isinstance(listed, (list, tuple)):
+        return None, options
+    if not listed or any(isinstance(one, str) for one in listed):
+        raise OptionError(f"budget as a list is numbers, one per swapped layer, not {short(listed)}")
+    if options.get("budgets", "uniform") in ("pyramid", "measured"):
+        raise OptionError(f"budget lists what each layer gets, which budgets={options['budgets']!r} would decide")
+    return list(listed), {**options, "budget": listed[0]}
+
+
+def _shared_out(
+    bounded: BoundedAttention, given: dict[str, Any], sites: Sequence[Site], budgets: list[Any] | None
+) -> list[_Plan]:
+    """Give every layer its own budget, by which a saved model is swapped again; `budgets` are those listed."""
+    if budgets is None:
+        policies = share_out(bounded.policy, [site.shape for site in sites])
+    elif len(budgets) == len(sites):
+        policies = [replace(bounded.policy, budget=budget) for budget in budgets]
+    else:
+        raise OptionError(f"budget lists {len(budgets)} numbers, and the layers to swap are {len(sites)}")
     plans = []
     asked = {name: value for name, value in given.items() if name not in ("budgets", "profile")}
-    for site, policy in zip(sites, share_out(bounded.policy, [site.shape for site in sites]), strict=True):
+    for site, policy in zip(sites, policies, strict=True):
         options = {**asked, "budget": policy.budget}
         if policy.budgets != "uniform":
             options["budgets"] = policy.budgets

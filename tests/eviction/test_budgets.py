@@ -20,6 +20,7 @@ from attnzoo.eviction.layer_profile import LayerCurve, Profile
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.profile import main, profile_layers
 from attnzoo.eviction.streaming import Streaming
+from attnzoo.recipe import recipe_of
 from attnzoo.registry import build_policy, describe
 from attnzoo.units import parse_bytes
 from tests.eviction.models import ADAPTIVE, CACHE, POLICIES, cache_of, language_model, needed, token_ids
@@ -238,6 +239,37 @@ def test_a_saved_model_and_a_copy_have_the_same_budgets(tmp_path, profile):
         for other in (loaded, copy.deepcopy(model)):
             assert torch.equal(other(ids).logits, expected)
             assert str(attnzoo.swap_report(other)) == str(attnzoo.swap_report(model))
+
+
+def test_a_saved_model_swaps_layers_together_again(tmp_path):
+    """One entry of the recipe lists the budgets of all layers that are alike but for them, whatever swaps made them."""
+    model = swapped("h2o", budget=[1.0, 1, 30, 7])
+    attnzoo.replace_attention(model, "h2o", budget=20, budgets="adaptive", block_size=BLOCK, where="model.layers.3")
+    (first, second) = recipe_of(model)
+    assert first["options"] == {"budget": [1.0, 1, 30], "block_size": BLOCK}
+    assert second["options"] == {"budget": 20, "budgets": "adaptive", "block_size": BLOCK}
+    attnzoo.save(model, tmp_path / "model")
+    loaded = attnzoo.load(tmp_path / "model")
+    assert str(attnzoo.swap_report(loaded)) == str(attnzoo.swap_report(model))
+    assert str([layer.budget for layer in attnzoo.swap_report(loaded).layers]) == "[1.0, 1, 30, 20]"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"budget": [8, 9]}, "budget lists 2 numbers, and the layers to swap are 4"),
+        ({"budget": []}, "budget as a list is numbers, one per swapped layer"),
+        ({"budget": [8, 9, 10, "1 MB"]}, "budget as a list is numbers"),
+        ({"budget": [8, 9, 10, 0]}, "budget must be a whole number of at least 1, not 0"),
+        ({"budget": [8, 9, 10, 11], "budgets": "pyramid"}, "which budgets='pyramid' would decide"),
+    ],
+)
+def test_a_list_of_budgets_that_does_not_fit_is_refused(options, says):
+    model = language_model(num_hidden_layers=LAYERS)
+    before = fingerprint(model)
+    with pytest.raises(OptionError, match=says):
+        attnzoo.replace_attention(model, "h2o", **options)
+    assert fingerprint(model) == before
 
 
 def test_caches_of_layers_with_budgets_of_their_own(tmp_path, profile):
