@@ -2,9 +2,10 @@
 
     python -m attnzoo.eviction.calibrate MODEL TEXT --out FILE
 
-MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file. The model
-reads the first `--tokens` tokens of the text, `--window` at a time, and FILE serves every swap of that model:
-``replace_attention(llm, "qfilters", budget=512, filters=FILE)``.
+MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file, or a name
+such as debian_handbook, as `attnzoo.tasks.decode.text.load_text` takes it. The model reads the first `--tokens` tokens
+of the text, `--window` at a time, and FILE serves every swap of that model: ``replace_attention(llm, "qfilters",
+budget=512, filters=FILE)``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from attnzoo.checks import check_int
 from attnzoo.command import run_script
-from attnzoo.errors import AssetError, ConfigError, OptionError, UnsupportedError
+from attnzoo.errors import ConfigError, OptionError, UnsupportedError
 from attnzoo.eviction.directions import Directions
 from attnzoo.eviction.layer_data import LayerData
 
@@ -102,19 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m attnzoo.eviction.calibrate", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("model", metavar="MODEL", help="a folder, a name on the Hugging Face hub, or an asset")
-    parser.add_argument("text", metavar="TEXT", type=Path, help="a text file, like the texts that the model will read")
+    parser.add_argument("text", metavar="TEXT", help="a file or a text's name, like what the model will read")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="where the directions go (safetensors)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"read so many of the text at most ({TOKENS})")
     parser.add_argument("--window", type=int, default=WINDOW, help=f"so many at a time ({WINDOW})")
     parsed = parser.parse_args(arguments)
 
     def body() -> int:
+        from attnzoo.tasks.decode.text import load_text
+
         check_int("tokens", parsed.tokens, minimum=2)
-        try:
-            text = parsed.text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise AssetError(f"the text {str(parsed.text)!r} cannot be read: {why}") from error
+        text = load_text(parsed.text).text
         model, tokenizer = _loaded(parsed.model)
         ids = tokenizer(text)["input_ids"][: parsed.tokens]
         directions = calibrate(model, ids, window=parsed.window)
