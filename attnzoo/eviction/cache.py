@@ -209,7 +209,7 @@ def _layer_state(layer: Any) -> dict[str, Any]:
                     f"a cache of {layer.name!r} with {name}={short(value)} cannot be saved: swap with the path of a "
                     "file, or with names and numbers"
                 )
-        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in layer.store.state().items()}
+        state = _copy_tensors(layer.store.state())
         return {"kind": "bounded", "name": layer.name, "options": options, "columns": layer.columns, "store": state}
     if type(layer) is DynamicLayer:
         return {"kind": "plain", "keys": layer.keys, "values": layer.values}

@@ -49,6 +49,11 @@ class CriticalKV(Wrapper):
         _check_number("epsilon", self.epsilon)
 
     @property
+    def comparable(self) -> bool:
+        """No: the first stage takes its share of each head's own budget."""
+        return False
+
+    @property
     def uses_output_weight(self) -> bool:
         """The projected values."""
         return True
@@ -60,7 +65,7 @@ class CriticalKV(Wrapper):
         norms = combined(by_group(projected_norms(view), view.kv_heads), "mean", self.scope)
         protected = scores.masked_fill(self.protects(view), float("inf"))
         products = (scores + self.epsilon) * norms
-        count = int(self.budget * self.first_stage)
+        count = int(int(self.budget) * self.first_stage)
         return products.scatter(-1, highest(protected, count), float("inf")) if count else products
 
 

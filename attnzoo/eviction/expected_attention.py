@@ -130,7 +130,4 @@ def ahead(queries: Tensor, back: Tensor, rotary: Rotary, future: int) -> Tensor:
     """
     here = torch.zeros(1, device=queries.device)  # a turn by a difference of positions has no scaling of its own
     next_ones = rotary.rotate(rotary.undo(queries, here), back[:, None])
-    units = torch.eye(queries.shape[-1], dtype=queries.dtype, device=queries.device)
-    steps = torch.arange(future, device=queries.device)[:, None]
-    turn = rotary.rotate(rotary.undo(units, here), steps).mean(0)  # (D, D): the mean turn of each unit vector
-    return next_ones @ turn
+    return rotary.mean_rotated(rotary.undo(next_ones, here), torch.arange(future, device=queries.device))

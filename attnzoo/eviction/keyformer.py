@@ -67,7 +67,7 @@ class Keyformer(H2O):
 
     def default_recent(self, sink: int) -> int:
         """The authors' share of the budget."""
-        return int(RECENT * self.budget)
+        return int(RECENT * int(self.budget))
 
     def weights(self, view: CacheView) -> Tensor:
         """Softmax of the noisy logits."""
@@ -83,7 +83,8 @@ class Keyformer(H2O):
         """Noise of each query head, query and entry, ``(B, H, w, S)``, float64."""
         assert view.queries is not None
         assert view.query_positions is not None
-        heads = torch.arange(view.queries.shape[1], device=view.queries.device)[:, None, None]
-        entries = view.positions.repeat_interleave(view.queries.shape[1] // view.kv_heads, 1)[:, :, None]
+        group = view.queries.shape[1] // view.kv_heads
+        heads = torch.arange(view.queries.shape[1], device=view.queries.device)[:, None, None] + view.first_head * group
+        entries = view.positions.repeat_interleave(group, 1)[:, :, None]
         asked = view.query_positions[:, None, :, None]
         return gumbel(self.seed, torch.tensor(view.layer, device=heads.device), heads, asked, entries)

@@ -55,11 +55,22 @@ class Rotary:
         """Revert `rotate`."""
         return self._turned(x, -positions, 1 / self.scaling)
 
+    def mean_rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Mean of ``(..., D)`` rotated to each of `positions`, ``(N,)``."""
+        angles = self._angles(positions)
+        return self._paired(x, self.scaling * angles.cos().mean(0), self.scaling * angles.sin().mean(0))
+
     def _turned(self, x: Tensor, positions: Tensor, scaling: float) -> Tensor:
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=x.device)
-        angles = positions[..., None].float() * frequencies  # as hosts do, also for a model in float64
-        cos, sin = (scaling * angles.cos()).to(x.dtype), (scaling * angles.sin()).to(x.dtype)
-        turned, rest = x[..., : 2 * len(frequencies)], x[..., 2 * len(frequencies) :]
+        angles = self._angles(positions)
+        return self._paired(x, scaling * angles.cos(), scaling * angles.sin())
+
+    def _angles(self, positions: Tensor) -> Tensor:
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
+        return positions[..., None].float() * frequencies  # as hosts do, also for a model in float64
+
+    def _paired(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin, turning = cos.to(x), sin.to(x), 2 * len(self.frequencies)
+        turned, rest = x[..., :turning], x[..., turning:]
         a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turned.chunk(2, -1)
         a, b = a * cos - b * sin, b * cos + a * sin
         turned = torch.stack([a, b], -1).flatten(-2) if self.interleaved else torch.cat([a, b], -1)

@@ -16,6 +16,7 @@ from attnzoo.eviction.directions import Directions
 from attnzoo.hosts.layer_data import identity_of
 from attnzoo.hosts.versions import facts
 from attnzoo.hosts.versions import output_cache as cache_of
+from attnzoo.registry import build_policy, describe
 
 CACHE = facts().cache_argument  # what this release of transformers calls the cache of a call
 POLICIES = attnzoo.list_attentions("eviction")
@@ -80,6 +81,11 @@ def needed(name: str, host: str = "llama", **options: Any) -> dict[str, Any]:
     return {"filters": directions_of(host, **options)} if name == "qfilters" else {}
 
 
+def is_adaptive(name: str, **options: Any) -> bool:
+    """Whether heads can share a budget by the scores of a policy."""
+    return not build_policy(describe(name), {"budget": 1, **needed(name), **options}).not_adaptive()
+
+
 def bounded(name: str, host: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
     """A model swapped for the policy `name`."""
     return attnzoo.replace_attention(language_model(host, dtype, seed), name, **{**needed(name, host), **options})
@@ -116,3 +122,6 @@ def feed(model: nn.Module, ids: Tensor, cuts: list[list[int]], padding: list[lis
         done = [d + n for d, n in zip(done, cut, strict=True)]
     assert done == [length] * rows
     return torch.stack([torch.cat(parts) for parts in logits]), cache, most
+
+
+ADAPTIVE = [name for name in POLICIES if is_adaptive(name)]

@@ -24,6 +24,7 @@ from tests.eviction.models import (
     bounded,
     cache_of,
     feed,
+    is_adaptive,
     language_model,
     needed,
     token_ids,
@@ -138,6 +139,8 @@ def test_fuzz(part):
         model = language_model(host, dtype, **shape)
         core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
+        budgets = ["uniform", "uniform", "pyramid", *["adaptive"] * is_adaptive(name, **options)]
+        policy["budgets"] = chance.choice(budgets)
         attnzoo.replace_attention(model, name, core=core, **policy, **options, **needed(name, host, **shape))
         left, cuts, padding = [length] * rows, [], []
         while any(left):
@@ -149,19 +152,22 @@ def test_fuzz(part):
         with torch.no_grad():
             logits, cache, most = feed(model, token_ids(rows, length), cuts, padding)
         assert logits.isfinite().all()
+        budgets = [layer.budget for layer in attnzoo.swap_report(model).layers]
         if schedule == "prompt":
             assert most <= length
             cache.flush()
             block = 1
         else:
             block = 1 if schedule == "step" else block
-            assert most <= max(entries_of(budget, n, block) for n in range(length + 1))
-        for layer in cache.layers:
+            heads = kv_heads if policy["budgets"] == "adaptive" else 1  # one may hold what is meant for all
+            assert most <= max(heads * entries_of(max(budgets), n, block) for n in range(length + 1))
+        for layer, mine in zip(cache.layers, budgets, strict=True):
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
             held = (layer.positions >= 0).sum(-1)
-            assert (held == held[:, :1]).all()
-            assert (held <= entries_of(budget, length, block)).all()
+            assert policy["budgets"] == "adaptive" or (held == held[:, :1]).all()
+            assert (held.sum(-1) <= kv_heads * entries_of(mine, length, block)).all()
+            assert held.sum(-1).tolist() == [kv_heads * n for n in layer.entries]
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnzoo
 from attnzoo.errors import UnsupportedError
+from attnzoo.eviction.h2o import H2O
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
 from attnzoo.registry import build_core, build_policy, describe
@@ -264,6 +266,38 @@ def test_a_core_that_sums_keeps_what_a_second_look_keeps(policy, budget, block, 
         found.append((store.positions.tolist(), torch.cat(parts, 2)))
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_of_ones_own_are_accumulated(core, padded):
+    """A policy that gives the attention itself keeps what one keeps that leaves it to the core, and so do wrappers."""
+
+    class Own(H2O):
+        @property
+        def own_weights(self):
+            return True
+
+        def weights(self, view):
+            return view.window_attention()
+
+    attnzoo.register_attention("own", "eviction", Own)
+    try:
+        q, k, v = qkv(150, 3, 5)
+        real = torch.rand(3, 150, generator=torch.Generator().manual_seed(0)) > 0.3 if padded else None
+        for plain, own in (("h2o", {}), ("caote", {"base": "own"})):
+            found = []
+            for name, options in ((plain, {}), (plain if own else "own", own)):
+                attention = attention_of(name, budget=12, block_size=90, core=core, **options)
+                store = Store(attention.policy)
+                for part in (slice(0, 40), slice(40, 150)):
+                    padding = None if real is None else Padding.of(real[:, part])
+                    attention(store, q[:, :, part], k[:, :, part], v[:, :, part], padding)
+                found.append(store)
+            assert found[0].positions.tolist() == found[1].positions.tolist()
+            torch.testing.assert_close(found[0]._sums, found[1]._sums, rtol=1e-9, atol=1e-9)
+    finally:
+        attnzoo.unregister_attention("own")
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova", "snapkv"])
