@@ -10,6 +10,8 @@ from attnzoo.errors import OptionError, UnsupportedError
 from tests.eviction.models import TEXT, cache_of, language_model
 from tests.eviction.test_families import vision_language
 
+pytestmark = pytest.mark.compat
+
 IMAGE, PATCHES = 50, 16
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 

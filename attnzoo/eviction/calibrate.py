@@ -2,9 +2,10 @@
 
     python -m attnzoo.eviction.calibrate MODEL TEXT --out FILE
 
-MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file. The model
-reads the first `--tokens` tokens of the text, `--window` at a time, and FILE serves every swap of that model:
-``replace_attention(llm, "qfilters", budget=512, filters=FILE)``.
+MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file, or a name
+such as debian_handbook, as `attnzoo.tasks.decode.text.load_text` takes it. The model reads the first `--tokens` tokens
+of the text, `--window` at a time, and FILE serves every swap of that model: ``replace_attention(llm, "qfilters",
+budget=512, filters=FILE)``.
 """
 
 from __future__ import annotations

@@ -325,7 +325,7 @@ class Policy(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPolicy(Policy):
-    """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them.
+    """Base of the policies that score by attention; the wrappers `vatp`, `caote` and `criticalkv` take any of them.
 
     Parameters
     ----------

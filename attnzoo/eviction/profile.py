@@ -2,9 +2,9 @@
 
     python -m attnzoo.eviction.profile MODEL TEXT --out FILE
 
-MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file. The model
-reads the first `--tokens` tokens of the text once, and FILE, a small JSON file, serves every swap of that model:
-``replace_attention(llm, "h2o", budget=512, budgets="measured", profile=FILE)``.
+MODEL is a folder, a name on the Hugging Face hub, or an asset such as smollm2_135m_instruct; TEXT a file, or a name
+such as debian_handbook. The model reads the first `--tokens` tokens of the text once, and FILE, a small JSON file,
+serves every swap of that model: ``replace_attention(llm, "h2o", budget=512, budgets="measured", profile=FILE)``.
 
 Sources: Gulhan et al., BaKlaVa, https://arxiv.org/abs/2502.13176, and XKV: memory by layer, from one profiling pass.
 

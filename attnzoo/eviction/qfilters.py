@@ -9,7 +9,8 @@ https://arxiv.org/abs/2503.02812
 Only keys are looked at, so any fast attention will do. The directions are made once per model, see
 `attnzoo.eviction.calibrate`.
 
-The most recent entries take a fifth of the budget by default, as for `keydiff`; ``recent=0`` leaves all to the score.
+The most recent entries take a fifth of the budget by default, as for `keydiff`, which loses less; ``recent=0`` leaves
+all to the score.
 
 Differs from the paper: evicts after each block of `block_size` tokens, in the prompt too.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnzoo import files
 from attnzoo.checks import check_int
-from attnzoo.errors import AssetError, ConfigError, UnsupportedError
+from attnzoo.errors import ConfigError, UnsupportedError
 from attnzoo.eviction.layer_data import LayerData
 
 
@@ -90,7 +90,7 @@ def parser(command: str, about: str, out: str, tokens: int) -> argparse.Argument
     """
     made = argparse.ArgumentParser(prog=command, description=about)
     made.add_argument("model", metavar="MODEL", help="a folder, a name on the Hugging Face hub, or an asset")
-    made.add_argument("text", metavar="TEXT", type=Path, help="a text file, like the texts that the model will read")
+    made.add_argument("text", metavar="TEXT", help="a file or a text's name, like what the model will read")
     made.add_argument("--out", metavar="FILE", type=Path, required=True, help=out)
     made.add_argument("--tokens", type=int, default=tokens, help=f"read so many of the text at most ({tokens})")
     return made
@@ -106,15 +106,12 @@ def model_and_tokens(parsed: argparse.Namespace) -> tuple[Any, Sequence[int]]:
     """
     check_int("tokens", parsed.tokens, minimum=2)
     files.check_folder(parsed.out.parent, "--out")
-    try:
-        text = parsed.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise AssetError(f"the text {str(parsed.text)!r} cannot be read: {why}") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from attnzoo.tasks.decode.lm import model_folder
+    from attnzoo.tasks.decode.text import load_text
 
+    text = load_text(parsed.text).text
     place = str(model_folder(parsed.model) or parsed.model)
     try:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)

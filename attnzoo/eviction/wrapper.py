@@ -1,4 +1,4 @@
-"""What `vatp` and `caote` share: they take the scores of an attention-based policy and bring the values in."""
+"""What `vatp`, `caote` and `criticalkv` share: they take the scores of an attention-based policy and add the values."""
 
 from __future__ import annotations
 

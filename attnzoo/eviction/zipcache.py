@@ -20,7 +20,7 @@ from torch import Tensor
 from attnzoo.checks import check_int
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
-AS_PUBLISHED = {"schedule": "prompt", "aggregate": "sum"}
+AS_PUBLISHED = {"schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -528,7 +528,7 @@ def test_the_command_line(tmp_path, capsys):
     attnzoo.replace_attention(model, "h2o", budget=16, budgets="measured", profile=out)
     for wrong, says in (
         ([str(tmp_path / "none"), str(text)], "transformers cannot load"),
-        ([str(folder), str(tmp_path / "none")], "cannot be read: No such file"),
+        ([str(folder), str(tmp_path / "none")], "there is no text and no file"),
         ([str(folder), str(text), "--tokens", "60"], "needs more than 64 tokens"),
     ):
         assert main([*wrong, "--out", str(out)]) == 2

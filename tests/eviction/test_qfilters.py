@@ -220,7 +220,7 @@ def test_the_command(tmp_path, capsys):
     for wrong, message in (
         ([str(tmp_path / "none"), *arguments[1:]], "cannot load"),
         ([str(tmp_path / "bare"), *arguments[1:]], "cannot load"),
-        ([arguments[0], str(tmp_path / "missing"), *arguments[2:]], "the text .* cannot be read"),
+        ([arguments[0], str(tmp_path / "missing"), *arguments[2:]], "no text and no file .*missing"),
         ([arguments[0], str(tmp_path / "empty"), *arguments[2:]], "two tokens of text at least, not 0"),
         ([*arguments, "--tokens", "1"], "tokens must be"),
         ([*arguments[:3], str(tmp_path)], "a folder"),
