@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError, short
 
 Grid = tuple[int, int] | Tensor
+MOST = sys.float_info.max  # of the finite numbers
 
 
 def check_int(name: str, value: object, *, minimum: int) -> int:
@@ -25,6 +28,14 @@ def check_odd(name: str, value: object) -> int:
     if size % 2 == 0:
         raise OptionError(f"{name} must be odd, so that there is a middle, not {size}")
     return size
+
+
+def check_number(name: str, value: object, *, minimum: float, maximum: float = math.inf) -> float:
+    """Give `value` back if it is a finite number from `minimum` to `maximum`, else raise `OptionError`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= min(maximum, MOST):
+        bounds = f"of at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum}"
+        raise OptionError(f"{name} must be a number {bounds}, not {short(value)}")
+    return value
 
 
 def check_bool(name: str, value: object) -> bool:

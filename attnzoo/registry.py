@@ -315,6 +315,24 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "Scissorhands, https://arxiv.org/abs/2305.17118",
     ),
     _policy(
+        "zipcache",
+        "ZipCache",
+        "Keeps the entries with the most attention from the last queries, per query that sees the entry.",
+        "ZipCache, https://arxiv.org/abs/2405.14256",
+    ),
+    _policy(
+        "keyformer",
+        "Keyformer",
+        "Keeps the entries with the most accumulated attention, with Gumbel noise on its logits, and recent tokens.",
+        "Keyformer, https://arxiv.org/abs/2403.09054",
+    ),
+    _policy(
+        "expected_attention",
+        "ExpectedAttention",
+        "Keeps the entries that queries to come will attend to most, if they are like the last ones.",
+        "Expected Attention, https://arxiv.org/abs/2510.00636",
+    ),
+    _policy(
         "knorm",
         "Knorm",
         "Keeps the entries whose keys have the smallest norm.",
@@ -325,6 +343,24 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "KeyDiff",
         "Keeps the entries whose keys are least similar to the mean key.",
         "KeyDiff, https://arxiv.org/abs/2504.15364",
+    ),
+    _policy(
+        "lagkv",
+        "LagKV",
+        "Keeps the entries whose keys and values stand out most from those of the next tokens.",
+        "LagKV, https://arxiv.org/abs/2504.04704",
+    ),
+    _policy(
+        "rkv",
+        "RKV",
+        "Keeps the entries that the last queries attend to and whose keys are not like later ones.",
+        "R-KV, https://arxiv.org/abs/2505.24133",
+    ),
+    _policy(
+        "lsh",
+        "Lsh",
+        "Keeps the entries whose keys have the hash codes nearest to that of the last query.",
+        "HashEvict, https://arxiv.org/abs/2412.16187",
     ),
     _policy(
         "random",
@@ -349,6 +385,30 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "DropKV",
         "Adds up the squared output error that the eviction of an entry would make for each of the last queries.",
         "DropKV, https://openreview.net/forum?id=MqfNzH3TVH",
+    ),
+    _policy(
+        "criticalkv",
+        "CriticalKV",
+        "Keeps the best half by the scores of a base policy, the rest by them times the size of the projected value.",
+        "CriticalKV, https://arxiv.org/abs/2502.03805",
+    ),
+    _policy(
+        "defensive",
+        "Defensive",
+        "Keeps the entries with the most attention from any one of the last 32 queries, average-pooled over neighbors.",
+        "DefensiveKV, https://arxiv.org/abs/2510.13334",
+    ),
+    _policy(
+        "qfilters",
+        "QFilters",
+        "Keeps the entries whose keys point along the direction of their head's queries, found in a text beforehand.",
+        "Q-Filters, https://arxiv.org/abs/2503.02812",
+    ),
+    _policy(
+        "divprune",
+        "DivPrune",
+        "Keeps the entries whose keys are farthest apart.",
+        "DivPrune, https://arxiv.org/abs/2503.02175",
     ),
 )
 

@@ -13,7 +13,10 @@ METHODS = {
     "mamba": "#2E7D32", "conv": "#0277BD", "mlp_mixer": "#AD8B00", "pooling": "#546E7A",
     "streaming": "#2F7F2F", "h2o": "#6A3D9A", "tova": "#17A2A2", "snapkv": "#B15928", "scissorhands": "#A6A000",
     "knorm": "#4682B4", "keydiff": "#1F78B4", "random": "#E6550D", "vatp": "#C71585", "caote": "#843C39",
-    "dropkv": "#9C6B00",
+    "dropkv": "#9C6B00", "zipcache": "#3F7CAC",
+    "keyformer": "#7E57C2", "lagkv": "#00838F", "rkv": "#AD5C2B", "lsh": "#5D7A12",
+    "expected_attention": "#B0356B",
+    "criticalkv": "#6D4C41", "defensive": "#0D47A1", "divprune": "#558B2F", "qfilters": "#BF360C",
 }  # fmt: skip
 SHADES = (0.0, -0.17, 0.17, -0.3, 0.28)  # added to the lightness, in the order of a method's labels
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

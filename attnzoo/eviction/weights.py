@@ -18,25 +18,34 @@ def attention_weights(
     scale, softcap
         As for a core; see `attnzoo.cores`.
     visible
-        Boolean, True where a query sees a key; broadcasts to ``(B, H, N, S)``. Every query must see some key.
+        Boolean, True where a query sees a key; broadcasts to ``(B, H, N, S)``.
 
     Returns
     -------
     Tensor
-        ``(B, H, N, S)``.
+        ``(B, H, N, S)``; zeros for a query that sees no key.
     """
+    logits = attention_logits(q, k, scale, softcap)
+    return logits.softmax(-1) if visible is None else visible_softmax(logits, visible)
+
+
+def attention_logits(q: Tensor, k: Tensor, scale: float | None, softcap: float | None = None) -> Tensor:
+    """What `attention_weights` takes the softmax of, ``(B, H, N, S)``."""
     heads, kv_heads = q.shape[1], k.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         grouped = (q.to(wide) * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
-        scores = grouped @ k.to(wide).transpose(-2, -1)
-        scores = scores.unflatten(2, (heads // kv_heads, q.shape[2])).flatten(1, 2)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        return scores.softmax(-1)
+        logits = grouped @ k.to(wide).transpose(-2, -1)
+        logits = logits.unflatten(2, (heads // kv_heads, q.shape[2])).flatten(1, 2)
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def visible_softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the last dimension of what is visible; zeros elsewhere, and where nothing is visible."""
+    blind = ~visible.any(-1, keepdim=True)
+    weights = logits.masked_fill(~(visible | blind), float("-inf")).softmax(-1)
+    return weights.masked_fill(blind, 0.0)
 
 
 def attention_sums(

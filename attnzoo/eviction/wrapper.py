@@ -1,4 +1,4 @@
-"""What `vatp` and `caote` share: they take the scores of an attention-based policy and bring the values in."""
+"""What `vatp`, `caote` and `criticalkv` share: they take the scores of an attention-based policy and add the values."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from attnzoo.errors import OptionError, UnknownNameError
-from attnzoo.eviction.policy import AttentionPolicy, Policy, Scope
+from attnzoo.eviction.layer_data import LayerData
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
-_OWN = ("budget", "block_size", "schedule", "sink", "recent", "core")
+_OWN = ("budget", "budgets", "profile", "block_size", "schedule", "sink", "recent", "core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,8 @@ class Wrapper(Policy):
     base
         Name of an attention-based policy.
     base_options
-        Options of the base; `budget`, `block_size`, `schedule`, `sink`, `recent` and `core` are the wrapper's.
+        Options of the base; `budget`, `budgets`, `profile`, `block_size`, `schedule`, `sink`, `recent` and `core` are
+        the wrapper's.
 
     Raises
     ------
@@ -64,9 +68,23 @@ class Wrapper(Policy):
         return self.inner.scope
 
     @property
+    def comparable(self) -> bool:
+        """If the base's are."""
+        return self.inner.comparable
+
+    @property
     def accumulates(self) -> bool:
         """What the base needs."""
         return self.inner.accumulates
+
+    @property
+    def own_weights(self) -> bool:
+        """What the base needs."""
+        return self.inner.own_weights
+
+    def weights(self, view: CacheView) -> Tensor:
+        """The base's."""
+        return self.inner.weights(view)
 
     @property
     def queries_kept(self) -> int:
@@ -77,6 +95,20 @@ class Wrapper(Policy):
     def sums_window(self) -> bool:
         """What the base needs."""
         return self.inner.sums_window
+
+    @property
+    def uses_output_weight(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_output_weight
+
+    @property
+    def uses_rotary(self) -> bool:
+        """What the base needs."""
+        return self.inner.uses_rotary
+
+    def check_layer(self, data: LayerData) -> None:
+        """What the base says."""
+        self.inner.check_layer(data)
 
     def default_sink(self) -> int:
         """The base's."""

@@ -12,8 +12,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from attnzoo.checks import refuse_tracing
 from attnzoo.errors import ShapeError, UnsupportedError, short
+from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer, cores_with
+
+if TYPE_CHECKING:
+    from attnzoo.eviction.budgets import LayerShape
 
 NOBODY = "attnzoo does not know this class"
 Core = Callable[..., Tensor]
@@ -79,6 +83,11 @@ class Site:
     note: str = ""
 
     @property
+    def shape(self) -> LayerShape | None:
+        """What the layer keeps of a token, once an eviction policy was tried here; None if that could not be told."""
+        return None
+
+    @property
     def accepted_options(self) -> frozenset[str]:
         """Which fields of `HostOptions` a user may give here."""
         return frozenset()
@@ -108,6 +117,10 @@ class Site:
     def eviction_problem(self) -> str | None:
         """Say why no eviction policy can stand here, or give None."""
         return f"it has no key/value cache to bound: eviction is for causal models of transformers, not {self.host}"
+
+    def policy_problem(self, policy: Policy) -> str | None:
+        """Say why this policy cannot stand here though others might, or give None."""
+        return None
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Say why this mixer cannot stand here though others might, or give None."""
@@ -267,6 +280,8 @@ class Swapped:
         The host's own module; None if it was not kept.
     parameters_before, parameters_after, reused
         Numbers of parameters: of the host's own module, of this one, and those that both share.
+    held_bytes
+        Bytes that an eviction policy lets the layer hold per row at the end of a block, where they can be told.
     """
 
     info: AttentionInfo
@@ -277,6 +292,7 @@ class Swapped:
     parameters_before: int
     parameters_after: int
     reused: int
+    held_bytes: int | None = None
 
 
 def swapped_record(module: nn.Module) -> Swapped | None:

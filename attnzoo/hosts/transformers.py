@@ -22,21 +22,26 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from attnzoo.cores.masks import causal_mask
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import AttnZooError, UnsupportedError
 from attnzoo.eviction import calls
+from attnzoo.eviction.budgets import LayerShape
+from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.layers import MakesBounded
+from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.hooks import holds_swapped
+from attnzoo.hosts.layer_data import Probed, identity_of, layer_data, probe
 from attnzoo.hosts.site import (
     Core,
     HostOptions,
@@ -167,6 +172,7 @@ class TransformersSite(Site):
     between: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
+    tried: trial.Attend | None = None
     patches: vision_mixer.Patches | None = None
     detector: detector_mixer.DetectorLayer | None = None
     positions: bool = True
@@ -185,6 +191,28 @@ class TransformersSite(Site):
             kind = type(self.own_cache).__name__
             return f"transformers gives it another cache than a plain one of keys and values ({kind})"
         return self._decoder_problem("eviction") or self._deaf(module)
+
+    def policy_problem(self, policy: Policy) -> str | None:
+        """Say what the policy needs of the layer that it does not have, or what it has against the layer itself."""
+        data = self.layer_data(policy)
+        if policy.uses_output_weight and data.output is None:
+            return "the policy needs the layer's output projection, and no child takes the attention's output as it is"
+        if policy.uses_rotary and data.rotary is None:
+            return "the policy needs a rotary embedding that depends on nothing but the position, and found none"
+        try:
+            policy.check_layer(data)
+        except AttnZooError as error:
+            return str(error)
+        return None
+
+    def layer_data(self, policy: Policy) -> LayerData:
+        """What is told to `policy` of this layer; what takes a trial to find out, only if it asks."""
+        asked = policy.uses_output_weight or policy.uses_rotary
+        return layer_data(self.module, self.owner.config, self._probed if asked else Probed())
+
+    @cached_property
+    def _probed(self) -> Probed:
+        return probe(self.module, self.owner)
 
     @classmethod
     def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:
@@ -223,7 +251,23 @@ class TransformersSite(Site):
         if info.kind == "mixer":
             return DecoderMixer(trial.PassOn(), module)
         policy = build_policy(describe("knorm"), {"budget": 2 * sum(trial.TOKENS)})  # any: the model is on trial
-        return twin.put_bounded(BoundedAttention("trial", policy, trial.attend))
+        self.tried = trial.Attend()
+        return twin.put_bounded(BoundedAttention("trial", policy, self.tried))
+
+    @property
+    def shape(self) -> LayerShape | None:
+        """What the layer keeps of a token, as its trial showed."""
+        if self.tried is None or self.tried.seen is None:
+            return None
+        return LayerShape(self.module.layer_idx, *self.tried.seen, self._dtype(), identity_of(self.owner.config))
+
+    def _dtype(self) -> torch.dtype:
+        """That of the keys and values: of the layer's weights, or of the model's where those are packed."""
+        for module in (self.module, self.owner):
+            kinds = {p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+            if kinds:
+                return max(kinds, key=lambda kind: kind.itemsize)
+        return torch.get_default_dtype()
 
     def _decoder_problem(self, what: str) -> str | None:
         """Say why this layer cannot have a cache layer of its own, or give None."""
@@ -252,6 +296,7 @@ class TransformersSite(Site):
         """Make the host's class, on the host's state, attend through a bounded cache."""
         layer = self._put(calls.NAME, attention)
         layer.__dict__["attnzoo_cache"] = MakesBounded(attention.name, attention.policy)
+        layer.__dict__["attnzoo_layer"] = self.layer_data(attention.policy)
         return layer
 
     def installed(self, layer: nn.Module) -> None:

@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import attnzoo
 from attnzoo.errors import UnsupportedError
+from attnzoo.eviction.h2o import H2O
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
 from attnzoo.registry import build_core, build_policy, describe
+from tests.eviction import noise
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -46,13 +49,19 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
         total = sum(raised)
         return {j: e / total for j, e in zip(among, raised, strict=True)}
 
+    def noisy(head, i, among):
+        t = 1 + min(i / 1024, 1)
+        raised = [math.exp((scores[head][i][j] + noise.gumbel(0, 0, head, i, j)) / t) for j in among]
+        return {j: e / sum(raised) for j, e in zip(among, raised, strict=True)}
+
     for i in range(tokens):
         for g in range(KV_HEADS):
             kept[g].append(i)
         for head in range(HEADS):
             row = weights(head, i, kept[head // groups])
             out[0, head, i] = torch.tensor(list(row.values()), dtype=v.dtype) @ v[0, head // groups, list(row)]
-            for j, w in row.items():
+            given = noisy(head, i, kept[head // groups]) if name == "keyformer" else row
+            for j, w in given.items():
                 sums[head][j] = sums[head].get(j, 0.0) + w
         due = i + 1 == prompt if i < prompt else (i + 1) % block == 0
         if not due or len(kept[0]) <= budget:
@@ -64,7 +73,7 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
                 last = range(max(0, i + 1 - window), i + 1)
                 return [weights(head, n, [j for j in live if j <= n]) for n in last if any(j <= n for j in live)]
 
-            base = "h2o" if name in ("vatp", "caote") else name
+            base = "h2o" if name in ("vatp", "caote", "keyformer") else name
             if base == "h2o":
                 each = {h: {j: sums[h][j] / (i + 1 - j if normalize else 1) for j in live} for h in heads}
             elif base == "snapkv":
@@ -104,6 +113,7 @@ def slowly(name, q, k, v, budget, block, recent, prompt=0, normalize=True):
     [
         ("h2o", {"recent": 6}),
         ("h2o", {"recent": 6, "normalize": False}),
+        ("keyformer", {"recent": 6}),
         ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
         ("scissorhands", {"window": 20, "recent": 3}),
         ("vatp", {"recent": 3}),
@@ -127,7 +137,12 @@ def test_scores_over_many_evictions(name, options, block, core):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("h2o", {"recent": 6}), ("snapkv", {"window": 4, "kernel": 3, "recent": 4}), ("caote", {"recent": 5})],
+    [
+        ("h2o", {"recent": 6}),
+        ("keyformer", {"recent": 6}),
+        ("snapkv", {"window": 4, "kernel": 3, "recent": 4}),
+        ("caote", {"recent": 5}),
+    ],
 )
 @pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
 @pytest.mark.parametrize("cuts", [(0, 41), (0, 7, 30, 41)])
@@ -224,6 +239,8 @@ def test_infinite_scores_do_not_push_protected_entries_out():
             ("scissorhands", {"window": 4, "importance": "mean"}),
             ("vatp", {}),
             ("vatp", {"base": "tova"}),
+            ("vatp", {"base": "keyformer"}),
+            ("zipcache", {"window": 9}),
             ("caote", {}),
             ("caote", {"fast": True, "base": "snapkv", "base_options": {"window": 3}}),
         ]
@@ -249,6 +266,38 @@ def test_a_core_that_sums_keeps_what_a_second_look_keeps(policy, budget, block, 
         found.append((store.positions.tolist(), torch.cat(parts, 2)))
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("core", ["sdpa", "flash_scored"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_of_ones_own_are_accumulated(core, padded):
+    """A policy that gives the attention itself keeps what one keeps that leaves it to the core, and so do wrappers."""
+
+    class Own(H2O):
+        @property
+        def own_weights(self):
+            return True
+
+        def weights(self, view):
+            return view.window_attention()
+
+    attnzoo.register_attention("own", "eviction", Own)
+    try:
+        q, k, v = qkv(150, 3, 5)
+        real = torch.rand(3, 150, generator=torch.Generator().manual_seed(0)) > 0.3 if padded else None
+        for plain, own in (("h2o", {}), ("caote", {"base": "own"})):
+            found = []
+            for name, options in ((plain, {}), (plain if own else "own", own)):
+                attention = attention_of(name, budget=12, block_size=90, core=core, **options)
+                store = Store(attention.policy)
+                for part in (slice(0, 40), slice(40, 150)):
+                    padding = None if real is None else Padding.of(real[:, part])
+                    attention(store, q[:, :, part], k[:, :, part], v[:, :, part], padding)
+                found.append(store)
+            assert found[0].positions.tolist() == found[1].positions.tolist()
+            torch.testing.assert_close(found[0]._sums, found[1]._sums, rtol=1e-9, atol=1e-9)
+    finally:
+        attnzoo.unregister_attention("own")
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova", "snapkv"])
@@ -285,6 +334,8 @@ def test_the_core_is_asked_for_sums_where_the_policy_wants_them():
         ("tova", 100, 0),
         ("keydiff", 8, 0),
         ("scissorhands", 8, 0),
+        ("keyformer", 8, 0),
+        ("zipcache", 8, 0),
     )
     for name, budget, steps in cases:
         attention = attention_of(name, budget=budget, block_size=4, core="flash_scored")

@@ -1,0 +1,133 @@
+"""Expected attention: what future queries will give an entry, if they are drawn like the last ones.
+
+Paper: Devoto et al., Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution,
+https://arxiv.org/abs/2510.00636
+
+    q ~ Gaussian with the mean m and covariance C of the queries before rotary embedding
+    R   = mean over the next `future` positions of the rotation to them
+    e_j = exp(k_j R m * scale + k_j R C R^T k_j * scale^2 / 2)        (the expectation of exp(k_j R q * scale))
+    s_j = (e_j / sum of e + epsilon) * ||v_j||_2
+
+The layer's rotary embedding comes from the host; a layer whose embedding depends on more than the position, or that has
+none, is refused at the swap. The mean and variance of k_j R q over the queries themselves are m and C multiplied out.
+
+Differs from the paper: it takes the statistics from all tokens of the prompt but the first few; here from the last
+`window` queries, whose rotation is reverted. Evicts after each block of `block_size` tokens, in decoding too. Query
+heads that share a key/value head are averaged, as in kvpress. A soft cap on the logits is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnzoo.checks import check_bool, check_int, check_number
+from attnzoo.errors import UnsupportedError
+from attnzoo.eviction.layer_data import Rotary
+from attnzoo.eviction.policy import AttentionPolicy, CacheView, wide
+from attnzoo.eviction.weights import attention_logits
+
+AS_PUBLISHED = {"schedule": "prompt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpectedAttention(AttentionPolicy):
+    """Attention of queries to come, times the norm of the value.
+
+    Parameters
+    ----------
+    window
+        Number of last queries that the statistics are made of.
+    future
+        Number of positions to come that are averaged over.
+    covariance
+        Take the covariance of the queries in, or their mean alone.
+    epsilon
+        Added to the expected attention before it is multiplied by the norm: the larger, the more the norm counts.
+    """
+
+    window: int = 128
+    future: int = 512
+    covariance: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("window", self.window, minimum=1)
+        check_int("future", self.future, minimum=1)
+        check_bool("covariance", self.covariance)
+        check_number("epsilon", self.epsilon, minimum=0)
+
+    @property
+    def queries_kept(self) -> int:
+        """The window."""
+        return self.window
+
+    @property
+    def sums_window(self) -> bool:
+        """The queries themselves are needed, not their attention."""
+        return False
+
+    @property
+    def uses_rotary(self) -> bool:
+        """To look ahead."""
+        return True
+
+    def default_sink(self) -> int:
+        """As in the authors' code."""
+        return 4
+
+    def attention_scores(self, view: CacheView) -> Tensor:
+        """The expected attention, which sums to 1 for each query head.
+
+        Raises
+        ------
+        UnsupportedError
+            If the cache has no model to ask for its rotary embedding, having been read from a file.
+        """
+        assert view.queries is not None
+        assert view.query_positions is not None
+        if view.data is None or view.data.rotary is None:
+            raise UnsupportedError(
+                "this policy reads the model's rotary embedding, and the cache has no model: call the model with the "
+                "cache first"
+            )
+        queries = ahead(wide(view.queries), view.counts[:, None] - view.query_positions, view.data.rotary, self.future)
+        logits = attention_logits(queries, view.keys, view.scale)  # (B, H, w, S)
+        asked = (view.query_positions >= 0)[:, None, :, None].to(logits)
+        count = asked.sum(2).clamp(min=1)
+        mean = (logits * asked).sum(2) / count  # (B, H, S)
+        if not self.covariance:
+            return mean.softmax(-1)
+        variance = ((logits - mean[:, :, None]).square() * asked).sum(2) / count
+        return (mean + variance / 2).softmax(-1)
+
+    def score(self, view: CacheView) -> Tensor:
+        """Expected attention, aggregated, times the l2 norm of the value."""
+        return (super().score(view) + self.epsilon) * wide(view.values).norm(dim=-1)
+
+
+def ahead(queries: Tensor, back: Tensor, rotary: Rotary, future: int) -> Tensor:
+    """Turn queries to the positions to come, and average over these.
+
+    Parameters
+    ----------
+    queries
+        ``(B, H, w, D)``, after rotary embedding.
+    back
+        ``(B, w)``: how many positions before the next token each of them stands.
+    rotary
+        The layer's.
+    future
+        Number of positions to come.
+
+    Returns
+    -------
+    Tensor
+        ``(B, H, w, D)``.
+    """
+    here = torch.zeros(1, device=queries.device)  # a turn by a difference of positions has no scaling of its own
+    next_ones = rotary.rotate(rotary.undo(queries, here), back[:, None])
+    return rotary.mean_rotated(rotary.undo(next_ones, here), torch.arange(future, device=queries.device))
