@@ -16,6 +16,7 @@ DENSE = "dense"
 Side = Literal["attnzoo", "kvpress"]
 Setting = Literal["question_inside", "question_after"]
 Attention = Literal["sdpa", "eager"]
+Schedule = Literal["block", "prompt"]
 
 
 class Ours(Section):
@@ -73,6 +74,7 @@ class Comparison(RunConfig):
 
     `python` is the interpreter of an environment with kvpress, which is made where none is given; with `only`, no other
     policies are run for now. The first `timed` prompts are timed besides, beside the dense model in the same process.
+    `schedule` is when attnzoo evicts: block by block while it reads the context, or once at its end, as kvpress does.
     """
 
     task: Literal["kvpress"] = "kvpress"
@@ -86,6 +88,7 @@ class Comparison(RunConfig):
     timed: Annotated[int, Field(ge=0)] = 5
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     block_size: PositiveInt = 128
+    schedule: Schedule = "block"
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("question_inside", "question_after")
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)]
     only: tuple[str, ...] | None = None
@@ -105,8 +108,11 @@ class Comparison(RunConfig):
     def rows(self) -> list[Row]:
         """The dense model of both sides, then each policy: attnzoo's first."""
         rows = [Row(side="attnzoo", policy=DENSE, method=DENSE), Row(side="kvpress", policy=DENSE, method=DENSE)]
+        when: dict[str, Any] = {"block_size": self.block_size}
+        if self.schedule != "block":  # which is the policies' own default
+            when["schedule"] = self.schedule
         for entry in self.policies:
-            ours = {"name": entry.attnzoo.name, "options": {"block_size": self.block_size, **entry.attnzoo.options}}
+            ours = {"name": entry.attnzoo.name, "options": {**when, **entry.attnzoo.options}}
             alike: dict[str, Any] = {"policy": entry.policy, "note": entry.note}
             rows.append(Row(side="attnzoo", method=entry.attnzoo.name, spec=ours, **alike))
             for theirs in entry.kvpress:
