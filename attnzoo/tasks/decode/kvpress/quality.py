@@ -109,9 +109,11 @@ PROTOCOL = {
     "(cache.flush()), and goes on to hold its budget; kvpress compresses once, after full attention over the context, "
     "and its cache grows with question and answer. Where the question is inside, the first token of its answer comes "
     "out of that full attention, attnzoo's out of the bounded cache.",
-    "prompt": 'Both read the context with full attention and evict once, at its end (attnzoo with schedule="prompt"), '
-    "so that neither peak is bounded; then kvpress's cache grows with question and answer, attnzoo's until a block "
-    "ends. Where the question is inside, the first token of its answer comes out of the full attention on both sides.",
+    "prompt": 'Both read the context with full attention and evict once, at its end (attnzoo with schedule="prompt"). '
+    "kvpress is told that the context ends, and compresses each layer right after its forward; attnzoo learns it by "
+    "the next call, and holds the whole context in every layer until then. After that, kvpress's cache grows with "
+    "question and answer, attnzoo's until a block ends. Where the question is inside, the first token of its answer "
+    "comes out of the full attention on both sides.",
 }
 HOW_TO_READ = (
     "Prompts, weights, precision, threads and the rule that ends an answer are the same. {protocol} attnzoo's less "
