@@ -369,9 +369,21 @@ class DeafPress(CutPress):
         self.share = 0.25
 
 
+class HalfPress:
+    """A press that takes another, and has it keep half of what it would."""
+
+    def __init__(self, press):
+        press.share /= 2
+        self.press = press
+
+    def __call__(self, model):
+        return self.press(model)
+
+
 @pytest.fixture
 def cut(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(CutPress=CutPress, DeafPress=DeafPress))
+    presses = types.SimpleNamespace(CutPress=CutPress, DeafPress=DeafPress, HalfPress=HalfPress)
+    monkeypatch.setitem(sys.modules, "kvpress", presses)
     return {"press": "CutPress", "options": {}, "block_size": None, "share": 0.25}
 
 
@@ -384,6 +396,16 @@ def test_kvpress_is_seen_before_it_compresses_a_layer(saved, samples, cut):
     assert answer["cache_peak_bytes"] == (100 + 400) * entry  # the first layer cut, the second whole
     assert not any(layer.self_attn._forward_hooks for layer in one.row.model.model.layers)
     assert torch.get_num_threads() == 1
+
+
+def test_a_press_that_takes_another_is_built_of_both(saved, samples, cut, settings):
+    answer = worker.do(job(saved, "kvpress", {**cut, "press": "HalfPress", "base": "CutPress"}, samples[0][:1]), print)
+    assert answer["prompts"][0]["kept"] == [43, 43]  # an eighth of 350
+    base = "policies.0.kvpress=[{press: HalfPress, base: CutPress, block_size: 8}]"
+    row = Comparison.load(settings.path, [base]).rows[-1]
+    assert row.label == "keydiff (kvpress BlockPress(HalfPress(CutPress), 8))"
+    assert row.spec == {**cut, "press": "HalfPress", "base": "CutPress", "block_size": 8}
+    assert "base" not in Comparison.load(settings.path).rows[-1].spec
 
 
 @pytest.mark.parametrize(("side", "kept"), [("dense", 350), ("keydiff", 100), ("snapkv", 100), ("kvpress", 87)])

@@ -35,9 +35,13 @@ class Ours(Section):
 
 
 class Theirs(Section):
-    """A press of kvpress; with `block_size`, inside its BlockPress. `attention` is what transformers computes with."""
+    """A press of kvpress; with `block_size`, inside its BlockPress. `attention` is what transformers computes with.
+
+    With `base`, `press` is one that takes another, such as CriticalKVPress, and `options` are the base's.
+    """
 
     press: Annotated[str, Field(pattern=r"^\w+Press$")]
+    base: Annotated[str, Field(pattern=r"^\w+Press$")] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     block_size: PositiveInt | None = None
     attention: Attention = "sdpa"
@@ -116,8 +120,9 @@ class Comparison(RunConfig):
             alike: dict[str, Any] = {"policy": entry.policy, "note": entry.note}
             rows.append(Row(side="attnzoo", method=entry.attnzoo.name, spec=ours, **alike))
             for theirs in entry.kvpress:
-                spec = {**theirs.model_dump(mode="json", exclude={"attention"}), "share": self.share}
-                block = theirs.block_size
-                method = theirs.press if block is None else f"BlockPress({theirs.press}, {block})"
+                left_out = {"attention"} if theirs.base else {"attention", "base"}
+                spec = {**theirs.model_dump(mode="json", exclude=left_out), "share": self.share}
+                block, press = theirs.block_size, f"{theirs.press}({theirs.base})" if theirs.base else theirs.press
+                method = press if block is None else f"BlockPress({press}, {block})"
                 rows.append(Row(side="kvpress", method=method, spec=spec, attention=theirs.attention, **alike))
         return [row for row in rows if self.only is None or row.policy in (DENSE, *self.only)]
