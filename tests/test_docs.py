@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
 from attnzoo.bench.report import quality_table
 from attnzoo.bench.summary import summarize
+from attnzoo.errors import AssetError
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
@@ -88,6 +90,7 @@ def test_the_recipes_run_and_do_what_they_say(tmp_path, monkeypatch):
         assert chat.ids.shape[1] == chat.cache.get_seq_length() + 1 > 3 * 40
         assert 64 <= chat.cache.layers[0].keys.shape[2] < 64 + 16
         assert 0 <= space["results"]["results"]["tiny_choice"]["acc,none"] <= 1
+        assert "base_options={'normalize': False}" in space["bounded"]["config"]["attention"]
         assert (tmp_path / "vit.onnx").is_file()
         ids = torch.randint(0, 256, (1, 100))
         assert [layer.attention for layer in swap_report(space["llm"]).swapped] == ["caote", "caote"]
@@ -150,6 +153,9 @@ def test_shell_commands_are_real(page):
             if command[1:3] == ["-m", "pytest"]:
                 assert (ROOT / command[3]).exists(), line
                 continue
+            if command[1:3] == ["-m", "attnzoo.lm_eval"]:
+                check_lm_eval(shlex.split(line.partition("#")[0])[3:])
+                continue
             if command[1] == "-m":
                 assert importlib.util.find_spec(command[2]), line
                 continue
@@ -188,6 +194,20 @@ def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
         model = content["model"]
         measured.add((task.name, model["library"] if isinstance(model, dict) else model.partition(":")[0]))
     assert measured == {("suite", "timm"), ("model", "transformers"), ("decode", "./llm"), ("model", "mymodel")}
+
+
+def check_lm_eval(words: list[str]):
+    """The harness's own parser takes the words, and the model takes its arguments."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; it comes with attnzoo[dev]")
+    from lm_eval._cli import HarnessCLI
+
+    from attnzoo.lm_eval.model import AttnZooLM
+
+    given = HarnessCLI()._parser.parse_args(["run", *words])
+    assert given.model == "attnzoo"
+    assert given.include_path is None or list((ROOT / given.include_path).glob("*.yaml"))
+    with pytest.raises(AssetError, match="cannot be loaded"):  # all is looked at before the model, which is not there
+        AttnZooLM(**{**given.model_args, "pretrained": str(ROOT / "none")})
 
 
 def load_detection(path: Path, words: list[str]):

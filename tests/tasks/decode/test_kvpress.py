@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from torch.nn import functional as F
 
+import attnzoo
 from attnzoo import tasks
 from attnzoo.bench import run as engine
 from attnzoo.bench.publish import page_of
 from attnzoo.errors import AssetError, ConfigError
-from attnzoo.hosts.versions import facts
+from attnzoo.hosts.versions import facts, output_cache
 from attnzoo.tasks.decode import lm as decode
 from attnzoo.tasks.decode.kvpress import environment, task, worker
 from attnzoo.tasks.decode.kvpress.config import Comparison
@@ -202,6 +204,88 @@ def test_the_config_that_ships():
     assert len(task.plan(config)) == 2 * 2 * 17
 
 
+def test_the_config_of_kvpresss_own_protocol_ships_with_the_same_settings_on_both_sides():
+    found, config = tasks.load(ROOT / "configs" / "decode" / "kvpress_prompt.yaml")
+    assert found is task.TASK
+    assert config.samples >= 24
+    specs = {row.policy: row.spec["options"] for row in config.rows if row.side == "attnzoo" and row.spec}
+    assert {options["schedule"] for options in specs.values()} == {"prompt"}
+    assert set(specs) >= {"keydiff", "snapkv", "tova", "knorm", "streaming", "h2o", "random"}
+    assert "schedule" not in Comparison.load(ROOT / "configs" / "decode" / "kvpress.yaml").rows[2].spec["options"]
+    assert len(task.plan(config)) == 2 * len(config.rows)
+
+
+def test_the_page_says_when_attnzoo_evicted(settings):
+    """Both protocols are told, each of its own records."""
+    for schedule, words, note in (
+        ("block", "attnzoo reads the context in blocks", "blocks of 16"),
+        (
+            "prompt",
+            "Both read the context with full attention and evict once",
+            "one eviction at the end of the context",
+        ),
+    ):
+        config = Comparison.load(settings.path, [f"schedule={schedule}", f"output={settings.path.parent / schedule}"])
+        records = go(config)
+        assert {record.status for record in records} == {"ok"}
+        page = page_of(task.TASK, records)
+        assert words in page
+        assert all(record.quality.note.endswith(note) for record in records)
+        keydiff = next(record for record in records if record.attention == "keydiff")
+        entry = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
+        for prompt in keydiff.quality.prompts:
+            assert (prompt.entries_peak_bytes > 0.5 * prompt.context_tokens * entry) == (schedule == "prompt")
+            assert prompt.kept == (prompt.context_tokens // 4,) * 2
+
+
+def test_an_unknown_schedule_is_refused(settings):
+    with pytest.raises(ConfigError, match=r"schedule.*'block' or 'prompt'"):
+        Comparison.load(settings.path, ["schedule=step"])
+
+
+def scores_of_kvpress(press, keys, attention):
+    """What kvpress 0.5.5's presses give each entry, ``(B, Hkv, S)``; `attention` is ``(B, H, S, S)``."""
+    heads, length = keys.shape[1:3]
+    if press == "KeyDiffPress":
+        anchor = F.normalize(keys, p=2, dim=-1).mean(dim=2, keepdim=True)
+        return -F.cosine_similarity(keys, anchor, dim=-1)
+    if press == "StreamingLLMPress":
+        scores = torch.ones_like(keys[..., 0])
+        scores[:, :, 4 : 4 + length - length // 4] = 0
+        return scores
+    if press == "SnapKVPress":
+        scores = attention[..., -64:, :-64].mean(dim=-2)
+        scores = F.avg_pool1d(scores, kernel_size=5, padding=2, stride=1)
+        scores = scores.view(1, heads, -1, length - 64).mean(2)
+        return F.pad(scores, (0, 64), value=scores.max().item() + 1)
+    if press == "TOVAPress":
+        scores = attention[..., -1:, :-1].mean(1).repeat(1, heads, 1)
+        return F.pad(scores, (0, 1), value=scores.max().item() + 1)
+    assert press == "ObservedAttentionPress"
+    scores = attention.sum(2) / torch.arange(length, 0, -1)
+    return scores.view(1, heads, -1, length).mean(2)
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "streaming", "snapkv", "tova", "h2o"])
+def test_with_one_eviction_both_sides_keep_the_same_entries(policy, samples):
+    """Of the first layer and of the last, whose keys come out of the same full attention."""
+    config = tasks.load(ROOT / "configs" / "decode" / "kvpress_prompt.yaml")[1]
+    (pair,) = [entry for entry in config.policies if entry.policy == policy]
+    ids = torch.tensor([samples[0][0].ids[:360]])
+    dense = llm.tiny_llama()
+    dense.set_attn_implementation("eager")
+    model = attnzoo.replace_attention(
+        llm.tiny_llama(), pair.attnzoo.name, **{"budget": 90, "schedule": "prompt", **pair.attnzoo.options}
+    )
+    with torch.no_grad():
+        seen = dense(ids, output_attentions=True)
+        held = output_cache(model(ids))
+    held.flush()
+    for mine, full, attention in zip(held.layers, output_cache(seen).layers, seen.attentions, strict=True):
+        scores = scores_of_kvpress(pair.kvpress[0].press, full.keys, attention)
+        assert mine.positions.tolist() == scores.topk(90).indices.sort().values.tolist()
+
+
 def test_the_question_is_found_in_the_prompt(samples):
     samples, tokenizer = samples
     for sample in samples:
@@ -285,9 +369,21 @@ class DeafPress(CutPress):
         self.share = 0.25
 
 
+class HalfPress:
+    """A press that takes another, and has it keep half of what it would."""
+
+    def __init__(self, press):
+        press.share /= 2
+        self.press = press
+
+    def __call__(self, model):
+        return self.press(model)
+
+
 @pytest.fixture
 def cut(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kvpress", types.SimpleNamespace(CutPress=CutPress, DeafPress=DeafPress))
+    presses = types.SimpleNamespace(CutPress=CutPress, DeafPress=DeafPress, HalfPress=HalfPress)
+    monkeypatch.setitem(sys.modules, "kvpress", presses)
     return {"press": "CutPress", "options": {}, "block_size": None, "share": 0.25}
 
 
@@ -300,6 +396,16 @@ def test_kvpress_is_seen_before_it_compresses_a_layer(saved, samples, cut):
     assert answer["cache_peak_bytes"] == (100 + 400) * entry  # the first layer cut, the second whole
     assert not any(layer.self_attn._forward_hooks for layer in one.row.model.model.layers)
     assert torch.get_num_threads() == 1
+
+
+def test_a_press_that_takes_another_is_built_of_both(saved, samples, cut, settings):
+    answer = worker.do(job(saved, "kvpress", {**cut, "press": "HalfPress", "base": "CutPress"}, samples[0][:1]), print)
+    assert answer["prompts"][0]["kept"] == [43, 43]  # an eighth of 350
+    base = "policies.0.kvpress=[{press: HalfPress, base: CutPress, block_size: 8}]"
+    row = Comparison.load(settings.path, [base]).rows[-1]
+    assert row.label == "keydiff (kvpress BlockPress(HalfPress(CutPress), 8))"
+    assert row.spec == {**cut, "press": "HalfPress", "base": "CutPress", "block_size": 8}
+    assert "base" not in Comparison.load(settings.path).rows[-1].spec
 
 
 @pytest.mark.parametrize(("side", "kept"), [("dense", 350), ("keydiff", 100), ("snapkv", 100), ("kvpress", 87)])

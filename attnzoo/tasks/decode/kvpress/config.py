@@ -16,6 +16,7 @@ DENSE = "dense"
 Side = Literal["attnzoo", "kvpress"]
 Setting = Literal["question_inside", "question_after"]
 Attention = Literal["sdpa", "eager"]
+Schedule = Literal["block", "prompt"]
 
 
 class Ours(Section):
@@ -34,9 +35,13 @@ class Ours(Section):
 
 
 class Theirs(Section):
-    """A press of kvpress; with `block_size`, inside its BlockPress. `attention` is what transformers computes with."""
+    """A press of kvpress; with `block_size`, inside its BlockPress. `attention` is what transformers computes with.
+
+    With `base`, `press` is one that takes another, such as CriticalKVPress, and `options` are the base's.
+    """
 
     press: Annotated[str, Field(pattern=r"^\w+Press$")]
+    base: Annotated[str, Field(pattern=r"^\w+Press$")] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     block_size: PositiveInt | None = None
     attention: Attention = "sdpa"
@@ -73,6 +78,7 @@ class Comparison(RunConfig):
 
     `python` is the interpreter of an environment with kvpress, which is made where none is given; with `only`, no other
     policies are run for now. The first `timed` prompts are timed besides, beside the dense model in the same process.
+    `schedule` is when attnzoo evicts: block by block while it reads the context, or once at its end, as kvpress does.
     """
 
     task: Literal["kvpress"] = "kvpress"
@@ -86,6 +92,7 @@ class Comparison(RunConfig):
     timed: Annotated[int, Field(ge=0)] = 5
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     block_size: PositiveInt = 128
+    schedule: Schedule = "block"
     settings: Annotated[tuple[Setting, ...], Field(min_length=1)] = ("question_inside", "question_after")
     policies: Annotated[tuple[Policy, ...], Field(min_length=1)]
     only: tuple[str, ...] | None = None
@@ -105,13 +112,17 @@ class Comparison(RunConfig):
     def rows(self) -> list[Row]:
         """The dense model of both sides, then each policy: attnzoo's first."""
         rows = [Row(side="attnzoo", policy=DENSE, method=DENSE), Row(side="kvpress", policy=DENSE, method=DENSE)]
+        when: dict[str, Any] = {"block_size": self.block_size}
+        if self.schedule != "block":  # which is the policies' own default
+            when["schedule"] = self.schedule
         for entry in self.policies:
-            ours = {"name": entry.attnzoo.name, "options": {"block_size": self.block_size, **entry.attnzoo.options}}
+            ours = {"name": entry.attnzoo.name, "options": {**when, **entry.attnzoo.options}}
             alike: dict[str, Any] = {"policy": entry.policy, "note": entry.note}
             rows.append(Row(side="attnzoo", method=entry.attnzoo.name, spec=ours, **alike))
             for theirs in entry.kvpress:
-                spec = {**theirs.model_dump(mode="json", exclude={"attention"}), "share": self.share}
-                block = theirs.block_size
-                method = theirs.press if block is None else f"BlockPress({theirs.press}, {block})"
+                left_out = {"attention"} if theirs.base else {"attention", "base"}
+                spec = {**theirs.model_dump(mode="json", exclude=left_out), "share": self.share}
+                block, press = theirs.block_size, f"{theirs.press}({theirs.base})" if theirs.base else theirs.press
+                method = press if block is None else f"BlockPress({press}, {block})"
                 rows.append(Row(side="kvpress", method=method, spec=spec, attention=theirs.attention, **alike))
         return [row for row in rows if self.only is None or row.policy in (DENSE, *self.only)]

@@ -104,16 +104,24 @@ class Record(Measured):
     quality: PassKeys | None
 
 
+PROTOCOL = {
+    "block": "attnzoo reads the context in blocks, evicts at the end of each and at the end of the context "
+    "(cache.flush()), and goes on to hold its budget; kvpress compresses once, after full attention over the context, "
+    "and its cache grows with question and answer. Where the question is inside, the first token of its answer comes "
+    "out of that full attention, attnzoo's out of the bounded cache.",
+    "prompt": 'Both read the context with full attention and evict once, at its end (attnzoo with schedule="prompt"). '
+    "kvpress is told that the context ends, and compresses each layer right after its forward; attnzoo learns it by "
+    "the next call, and holds the whole context in every layer until then. After that, kvpress's cache grows with "
+    "question and answer, attnzoo's until a block ends. Where the question is inside, the first token of its answer "
+    "comes out of the full attention on both sides.",
+}
 HOW_TO_READ = (
-    "Prompts, weights, precision, threads and the rule that ends an answer are the same. attnzoo reads the context in "
-    "blocks, evicts at the end of each and at the end of the context (cache.flush()), and goes on to hold its budget; "
-    "kvpress compresses once, after full attention over the context, and its cache grows with question and answer. "
-    "Where the question is inside, the first token of its answer comes out of that full attention, attnzoo's out of "
-    "the bounded cache. attnzoo's less kvpress's: of the share found, over the same prompts, with the 95% interval of "
-    "a paired bootstrap. Peak cache: the largest size of all that is allocated, seen after every layer's attention, "
-    "before kvpress compresses that layer; attnzoo's has room for a block beyond the budget in every layer, positions, "
-    "and what a policy keeps. Green where attnzoo is ahead, red where kvpress is."
+    "Prompts, weights, precision, threads and the rule that ends an answer are the same. {protocol} attnzoo's less "
+    "kvpress's: of the share found, over the same prompts, with the 95% interval of a paired bootstrap. Peak cache: "
+    "the largest size of all that is allocated, seen after every layer's attention, before kvpress compresses that "
+    "layer; attnzoo's has {room}positions, and what a policy keeps. Green where attnzoo is ahead, red where kvpress is."
 )
+ROOM = {"block": "room for a block beyond the budget in every layer, ", "prompt": ""}
 
 
 def beside(records: Sequence[Record]) -> Table:
@@ -144,4 +152,7 @@ def beside(records: Sequence[Record]) -> Table:
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """The two sides beside each other."""
-    return [Section(beside(records).html(), "attnzoo and kvpress side by side", HOW_TO_READ)]
+    specs = [record.quality.row.spec for record in records if record.quality is not None and record.attention]
+    schedule = next((spec["options"].get("schedule", "block") for spec in specs if spec), "block")
+    told = HOW_TO_READ.format(protocol=PROTOCOL[schedule], room=ROOM[schedule])
+    return [Section(beside(records).html(), "attnzoo and kvpress side by side", told)]

@@ -141,7 +141,10 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: OnPro
         versions=versions,
         text_sha256=samples[0].text_sha256,
         note=f"{config.samples} prompts of {config.tokens:,} tokens with a pass key in prose ({config.text}), "
-        f"{cell.part}; {config.share:.0%} of the cache kept, blocks of {config.block_size}",
+        f"{cell.part}; {config.share:.0%} of the cache kept, "
+        + (
+            f"blocks of {config.block_size}" if config.schedule == "block" else "one eviction at the end of the context"
+        ),
     )
     return Result(status="ok", environment=place, quality=keys)
 

@@ -84,7 +84,10 @@ class KVPress:
         kvpress = importlib.import_module("kvpress")
 
         ratio = 0.0 if everything else 1 - self.method["share"]
-        press = getattr(kvpress, self.method["press"])(compression_ratio=ratio, **self.method["options"])
+        name, base = self.method["press"], self.method.get("base")
+        press = getattr(kvpress, base or name)(compression_ratio=ratio, **self.method["options"])
+        if base is not None:
+            press = getattr(kvpress, name)(press=press)
         if self.method["block_size"] is not None:
             press = kvpress.BlockPress(press=press, block_size=self.method["block_size"])
         with press(self.model):
