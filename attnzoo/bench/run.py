@@ -21,7 +21,8 @@ from attnzoo.bench import progress
 from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
 from attnzoo.bench.isolate import ChildResult, Isolation, set_threads
-from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Phase, Quality, R, RecordStore
+from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Outcome, Phase, Quality, Row
+from attnzoo.bench.store import R, RecordStore
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.words import one_line
 from attnzoo.bench.work import Job, work, work_here
@@ -219,14 +220,8 @@ class _Engine:
             self.barred[part] = reason
             for record in (self.store.records.get(key) for key in self.keys if key[0] == part):
                 if record is not None and record.status == "ok":
-                    update = {
-                        "status": "failed",
-                        "message": reason,
-                        "quality": None,
-                        "quality_note": reason,
-                        "cost": None,
-                    }
-                    self.store.append(record.model_copy(update=update))
+                    why = {"status": "failed", "message": reason, "quality_note": reason}
+                    self.store.append(record.model_copy(update={**why, "quality": None, "cost": None}))
 
     def _keep(self, cell: Cell, result: Result, seconds: float, console: Console) -> None:
         """Write a cell's records, and say so where nobody watches the bars or something went wrong."""
@@ -266,32 +261,17 @@ class _Engine:
             quality, note = self._quality_of(cell.part, cell.label)
             quality = None if quality is None else quality.brief
         record = self.task.record(
+            **{name: getattr(cell, name) for name in Row.model_fields},
+            **{name: getattr(result, name) for name in Outcome.model_fields},
             task=self.task.name,
             measured=cell.measured,
             config_hash=self.config.hash,
             benchmark=self.config.name,
             command=self.command,
-            part=cell.part,
-            kind=cell.kind,
-            scope=cell.scope,
             phase=phase,
-            label=cell.label,
-            attention=cell.attention,
-            options=dict(cell.options),
-            is_baseline=cell.is_baseline,
-            status=result.status,
-            message=result.message,
             utc=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
             environment=Environment(**{**dict(self._place(cell.threads)), **result.environment}),
-            host=cell.host,
-            dtype=cell.dtype,
-            tokens=cell.tokens,
-            workload=cell.workload,
-            shapes=result.shapes,
-            gate=result.gate,
-            baseline_gate=result.baseline_gate,
-            backends=result.backends,
             cost=result.costs.get(phase),
             quality=quality,
             quality_note=note,

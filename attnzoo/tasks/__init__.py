@@ -88,13 +88,13 @@ def task_of(records: Path) -> Task:
 
 
 def read_records(path: Path) -> list[Any]:
-    """Read a records file of any task; see `attnzoo.bench.record.read_records`.
+    """Read a records file of any task; see `attnzoo.bench.store.read_records`.
 
     Raises
     ------
     AttnZooError
         If the file cannot be read, or is not of its task's records.
     """
-    from attnzoo.bench.record import read_records
+    from attnzoo.bench.store import read_records
 
     return read_records(path, task_of(path).record)

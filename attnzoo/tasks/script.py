@@ -83,8 +83,9 @@ def measure(task: Task, config: Any, command: str, readme: Path | None) -> int:
 
 def so_far(task: Task, config: Any) -> None:
     """Show what a run of a config has done."""
-    from attnzoo.bench.record import RECORDS_FILE, read_records
+    from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import asked
+    from attnzoo.bench.store import read_records
 
     path = config.folder / RECORDS_FILE
     if not path.is_file():
@@ -103,7 +104,7 @@ def so_far(task: Task, config: Any) -> None:
 def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:
     """Print the table and write the page of records, by default of all in the file at `path`."""
     from attnzoo.bench.publish import publish
-    from attnzoo.bench.record import read_records
+    from attnzoo.bench.store import read_records
 
     console = output_console()
     publish(task, read_records(path, task.record) if records is None else records, path, console, readme)

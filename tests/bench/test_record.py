@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from attnzoo.bench.record import RecordStore, read_records
+from attnzoo.bench.store import RecordStore, read_records
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.records import Record
 from tests.bench.data import HASH, record_data
@@ -131,7 +131,7 @@ def test_rows_that_are_renewed_are_measured_again_where_what_they_depend_on_has_
 
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     code = (
-        "import sys, pathlib; from attnzoo.bench.record import Record, RecordStore\n"
+        "import sys, pathlib; from attnzoo.bench.record import Record; from attnzoo.bench.store import RecordStore\n"
         f"with RecordStore(pathlib.Path({str(tmp_path)!r}), Record, {HASH!r}):\n"
         " print('in', flush=True); sys.stdin.read()"
     )
