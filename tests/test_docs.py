@@ -458,7 +458,7 @@ def test_modules_run_as_commands():
     ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes", "fashion_mnist", "cifar10_cpu"],
 )
 def test_committed_pages_are_what_the_records_give_today(name):
-    from attnzoo.bench.publish import page_of
+    from attnzoo.bench.page import page_of
 
     path = ROOT / "docs/records" / f"{name}.jsonl"
     page = page_of(tasks.task_of(path), read_records(path), path.with_suffix(".yaml").read_text(encoding="utf-8"))

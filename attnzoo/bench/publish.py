@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from attnzoo import files
-from attnzoo.bench.page import html_page
+from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import read_marked, rewrite_readme
 from attnzoo.bench.record import RECORDS_FILE, Envelope
 from attnzoo.bench.report import print_report
 from attnzoo.bench.task import Task
 from attnzoo.errors import ConfigError
-from attnzoo.tables import Table
 
 
 def publish(task: Task, records: Sequence[Envelope], path: Path, console: Console, readme: Path | None = None) -> Path:
@@ -30,24 +28,13 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
     console
         Where the table goes.
     readme
-        A Markdown file whose part between the markers is rewritten, too.
-
-    Raises
-    ------
-    ConfigError
-        If the README cannot have a table of this task.
-    AttnZooError
-        If there is no record, or the README has no markers.
+        A Markdown file whose part between the markers is rewritten, too; see `check_readme`.
     """
-    if readme is not None:
-        if task.columns is not None:
-            raise ConfigError(f"--readme is for tables of attentions; one of {task.name} has its own columns")
-        read_marked(readme)  # rather before the page is written
-    config = path.with_suffix(".yaml")
-    content = page_of(task, records, config.read_text(encoding="utf-8") if config.is_file() else None, path.parent)
-    page = page_beside(path)
-    files.write(page, content)
-    print_report(records, console, _own_table(task, records))
+    check_readme(task, readme)
+    config, page = path.with_suffix(".yaml"), page_beside(path)
+    told = config.read_text(encoding="utf-8") if config.is_file() else None
+    files.write(page, page_of(task, records, told, path.parent))
+    print_report(records, console, None if task.columns is None else task.columns(records))
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
     if readme is not None:
         rewrite_readme(readme, records)
@@ -55,20 +42,14 @@ def publish(task: Task, records: Sequence[Envelope], path: Path, console: Consol
     return page
 
 
+def check_readme(task: Task, readme: Path | None) -> None:
+    """Raise `AttnZooError` if a README cannot have a table of this task, or has no markers."""
+    if readme is not None:
+        if task.columns is not None:
+            raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own columns")
+        read_marked(readme)
+
+
 def page_beside(records: Path) -> Path:
     """Where the page of a file of records is: ``report.html`` in a run's folder, else of the file's name beside it."""
     return records.with_name("report.html" if records.name == RECORDS_FILE else f"{records.stem}.html")
-
-
-def page_of(task: Task, records: Sequence[Envelope], config: str | None = None, folder: Path | None = None) -> str:
-    """Give the page of a task's records, with what lies beside them in `folder`; `config`, as text, is its end."""
-    attached = () if folder is None else task.attached(records, folder)
-    more: dict[str, Any] = {"sections": [*task.sections(records), *attached], "drawn": task.plots(records)}
-    table = _own_table(task, records)
-    if table is not None:
-        more |= {"table": table, "how_to_read": task.how_to_read, "found": task.verdict(records)}
-    return html_page(records, config, **more)
-
-
-def _own_table(task: Task, records: Sequence[Envelope]) -> Table | None:
-    return None if task.columns is None else task.columns(records)

@@ -13,7 +13,7 @@ from rich.console import Console
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench import run as engine
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.cores.softmax import Softmax
 from attnzoo.errors import AssetError, ConfigError

@@ -14,7 +14,7 @@ import yaml
 
 from attnzoo import tasks
 from attnzoo.bench import run as engine
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.hosts.versions import facts
 from attnzoo.tasks.decode import lm as decode
