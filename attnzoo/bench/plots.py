@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from attnzoo.extras import require
 from attnzoo.units import MB
 
 INK = "#010203"  # stands for the page's text color, which is put in afterwards
+MOST_MARKED = 30  # places on a curve, for each to have its marker
 KEYED = 0.7  # the right end of axes that have their key beside them
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
 
@@ -225,11 +227,28 @@ def against_tokens(
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
     """Draw a line per label, such as a loss by steps, as SVG; `x` and `y` name the axes. Empty without lines."""
-    if not lines:
+    return mean_curves({label: [dict(points)] for label, points in lines.items()}, x, y)
+
+
+def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y: str) -> str:
+    """Draw a line per label, the mean of its seeds, shaded from the lowest to the highest, as SVG.
+
+    Each seed gives figures by their places on the axis `x`, of which those that all seeds have are drawn. Labels
+    without figures are left out; empty where none has any.
+    """
+    shown = {label: each for label, each in seeds.items() if each and all(each)}
+    if not shown:
         return ""
-    figure, axes = new_figure(right=KEYED)
-    for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), color=look(tuple(lines), label)[0], label=label, lw=1.8)
+    figure, axes = new_figure(right=KEYED - 0.03, height=max(4.2, 0.6 + 0.21 * len(shown)))
+    for label, each in shown.items():
+        places = sorted(set.intersection(*map(set, each)))
+        values = [[one[place] for one in each] for place in places]
+        color, marker = look(tuple(shown), label)
+        if len(each) > 1:
+            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
+        means, marked = list(map(statistics.fmean, values)), marker if len(places) <= MOST_MARKED else None
+        axes.plot(places, means, color=color, marker=marked, ms=5, label=label, lw=1.6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     add_key(axes)
@@ -269,11 +288,6 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
         shown = [float(tick) for tick in MaxNLocator(4).tick_values(bottom, top) if bottom <= tick <= top]
     axis.set_ticks(shown, [f"{tick:,.10g}" for tick in shown])
     axis.set_ticks([], minor=True)
-
-
-def add_legend(axes: Any) -> None:
-    """Add the key of what was drawn with a label."""
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
 def add_key(axes: Any) -> None:
