@@ -64,10 +64,7 @@ class RunConfig(Section):
     def check_folder(self, *inside: str) -> None:
         """Check, before any work, that the folder and those `inside` can be written into.
 
-        Raises
-        ------
-        ConfigError
-            If one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
+        Raises `ConfigError` if one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
         """
         for name in ("", *inside):
             files.check_folder(self.folder, "output", name)
@@ -98,10 +95,7 @@ class RunConfig(Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML config, apply overrides, as `read_yaml` does, and check it.
 
-        Raises
-        ------
-        ConfigError
-            With every problem of file and overrides that could be found, one per line.
+        Raises `ConfigError` with every problem of file and overrides that could be found, one per line.
         """
         return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
 
@@ -109,10 +103,7 @@ class RunConfig(Section):
     def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
         """Check plain data against the schema and `problems`.
 
-        Raises
-        ------
-        ConfigError
-            With every problem, one per line.
+        Raises `ConfigError` with every problem, one per line.
         """
         return validated(cls, data, cls.problems(data), source)
 
@@ -128,17 +119,14 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, and apply ``key=value`` overrides.
 
+    Raises `ConfigError` if the file cannot be read, is not YAML or no mapping, or an override does not fit.
+
     Parameters
     ----------
     path
         A YAML file.
     overrides
         ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
-
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, is not YAML or no mapping, or an override does not fit.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -161,6 +149,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], source: str) -> M:
     """Check plain data against a schema.
 
+    Raises `ConfigError` with every problem, one per line.
+
     Parameters
     ----------
     model, data
@@ -169,11 +159,6 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
         Problems that the caller has found besides.
     source
         What to call the config in the message.
-
-    Raises
-    ------
-    ConfigError
-        With every problem, one per line.
     """
     problems: list[str] = []
     config = None
@@ -191,10 +176,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Split ``a.b=value`` into its keys and its value, read as YAML.
 
-    Raises
-    ------
-    ConfigError
-        If there is no ``=``, a key is empty, or the value is not YAML.
+    Raises `ConfigError` if there is no ``=``, a key is empty, or the value is not YAML.
     """
     dotted, equals, raw = text.partition("=")
     keys = dotted.strip().split(".")

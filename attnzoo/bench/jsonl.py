@@ -26,6 +26,8 @@ def append_line(path: Path, entry: BaseModel) -> None:
 def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stacklevel: int = 2) -> list[M]:
     """Read a file of entries; a last line that a killed writer left torn is dropped with a warning.
 
+    Raises `OSError` if the file cannot be read; `AttnZooError` if a line is not an entry.
+
     Parameters
     ----------
     path, model, schema
@@ -34,13 +36,6 @@ def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stac
         Also take the torn line out of the file, and end a last line that has no end, so that more can be appended.
     stacklevel
         Of the warning.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    AttnZooError
-        If a line is not an entry.
     """
     content, entries = path.read_bytes(), list[M]()
     *lines, last = content.split(b"\n")  # nothing follows the end of a last line that is whole

@@ -35,10 +35,7 @@ class Interleaved:
 def quantiles(samples: Sequence[float], scale: float = 1.0) -> Quantiles:
     """The 20th, 50th and 80th percentile, linear between neighbors, times `scale`.
 
-    Raises
-    ------
-    ValueError
-        If there is no sample.
+    Raises `ValueError` if there is no sample.
     """
     if not samples:
         raise ValueError("no samples, no percentiles")

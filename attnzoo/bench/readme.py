@@ -154,10 +154,7 @@ def command(summary: Summary) -> str:
 def read_marked(path: Path) -> str:
     """Give the text of a Markdown file that holds both markers.
 
-    Raises
-    ------
-    AttnZooError
-        If the file is not there, or does not hold both markers once, in order.
+    Raises `AttnZooError` if the file is not there, or does not hold both markers once, in order.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -171,10 +168,7 @@ def read_marked(path: Path) -> str:
 def rewrite_readme(path: Path, records: Iterable[Any]) -> None:
     """Put the section between the two markers of a Markdown file.
 
-    Raises
-    ------
-    AttnZooError
-        If the file is not there, or does not hold both markers once, in order.
+    Raises `AttnZooError` if the file is not there, or does not hold both markers once, in order.
     """
     text = read_marked(path)
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]

@@ -48,6 +48,8 @@ CSV_HEADS = (
 def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> list[Path]:
     """Write ``results.html``, ``results.csv`` and ``policies.csv`` into a folder and give their paths.
 
+    Raises `AttnZooError` if a record is of a method that the registry does not know; then nothing is written.
+
     Parameters
     ----------
     sources
@@ -58,11 +60,6 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
         Links are relative to it.
     command
         That makes both again.
-
-    Raises
-    ------
-    AttnZooError
-        If a record is of a method that the registry does not know; then nothing is written.
     """
     made = {
         folder / f"{NAME}.html": html(sources, tasks, folder, command),

@@ -35,6 +35,10 @@ NAMED = 6  # differing keys that a message names
 def run(task: Task, config: RunConfig, command: str, console: Console | None = None) -> list[Envelope]:
     """Measure every cell of `config` that its folder does not hold yet, and give all records that it asks for.
 
+    Raises `ConfigError` if something that the config asks for is not here, another run is writing into the folder, or
+    the folder holds records that cannot stand beside those of this config; `AssetError` if data, a model or a text
+    cannot be fetched.
+
     Parameters
     ----------
     task, config
@@ -43,14 +47,6 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
         What a reader would type to measure it again; it goes into the records.
     console
         Where progress is shown; stderr by default.
-
-    Raises
-    ------
-    ConfigError
-        If something that the config asks for is not here, another run is writing into the folder, or the folder holds
-        records that cannot stand beside those of this config.
-    AssetError
-        If data, a model or a text cannot be fetched.
     """
     console = console or Console(stderr=True)
     config.check_folder()

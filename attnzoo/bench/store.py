@@ -22,10 +22,7 @@ def read_records(path: Path, model: type[R]) -> list[R]:
 
     A last line that a killed writer left torn is dropped with a warning.
 
-    Raises
-    ------
-    AttnZooError
-        If the file is missing or any other line is not a record of this schema.
+    Raises `AttnZooError` if the file is missing or any other line is not a record of this schema.
     """
     try:
         records = read_lines(path, model, SCHEMA_VERSION)

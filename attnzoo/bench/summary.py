@@ -109,10 +109,8 @@ class Summary:
 def summarize(records: Iterable[Any]) -> Summary:
     """Put records in order.
 
-    Raises
-    ------
-    AttnZooError
-        If there is none, or they are of several configs and do not say what of each their figures depend on.
+    Raises `AttnZooError` if there is none, or they are of several configs and do not say what of each their figures
+    depend on.
     """
     records = list(records)
     if not records:

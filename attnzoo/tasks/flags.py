@@ -18,10 +18,7 @@ VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by defau
 def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     """Give the config, as plain data, that measures what the flags say; its key `task` names the task.
 
-    Raises
-    ------
-    ConfigError
-        If a flag has no meaning for the model.
+    Raises `ConfigError` if a flag has no meaning for the model.
     """
     library, name = models.split(flags.model)
     given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
@@ -85,10 +82,7 @@ def _refuse(given: set[str], model: str) -> None:
 def attention(text: str) -> str | dict[str, Any]:
     """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML.
 
-    Raises
-    ------
-    ConfigError
-        If an option does not read so.
+    Raises `ConfigError` if an option does not read so.
     """
     name, *options = text.split(":")
     if not options:

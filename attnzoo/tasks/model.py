@@ -100,10 +100,7 @@ def load(config: ModelConfig, tokens: int) -> Call:
 def check(config: ModelConfig) -> None:
     """Build the model at every size, look for attention layers and call it at the smallest.
 
-    Raises
-    ------
-    ConfigError
-        If it cannot be built or called, or has no attention layer that can be swapped.
+    Raises `ConfigError` if it cannot be built or called, or has no attention layer that can be swapped.
     """
     require("matplotlib")
     for tokens in sorted(config.cost.tokens, reverse=True) or [0]:

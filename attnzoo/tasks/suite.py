@@ -148,10 +148,7 @@ def _language_cells(config: SuiteConfig) -> list[Cell]:
 def check(config: SuiteConfig) -> None:
     """Check hosts, data and models before any work.
 
-    Raises
-    ------
-    ConfigError
-        With every problem, one per line.
+    Raises `ConfigError` with every problem, one per line.
     """
     problems = vision.problems(config)
     if config.language is not None:

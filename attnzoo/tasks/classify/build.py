@@ -42,12 +42,7 @@ def build_model(
 ) -> nn.Module:
     """Build a timm model, initialized from `seed` or, if `pretrained`, with timm's weights.
 
-    Raises
-    ------
-    MissingExtraError
-        If timm is not installed.
-    ConfigError
-        If timm has no such model, or cannot build it.
+    Raises `MissingExtraError` if timm is not installed; `ConfigError` if timm has no such model, or cannot build it.
     """
     check_model_name(model)
     import timm
@@ -84,15 +79,12 @@ def swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Mod
 def equal_parameters(dense: Dense, spec: AttentionConfig, seed: int) -> dict[str, Any]:
     """Find the width of the MLPs with which a swapped timm model has the parameters of the dense one, to 3%.
 
+    Raises `UnsupportedError` if the attention alone has too many parameters.
+
     Returns
     -------
     dict
         The option, ``mlp_ratio``: the width as a multiple of the model's.
-
-    Raises
-    ------
-    UnsupportedError
-        If the attention alone has too many parameters.
     """
 
     def count(ratio: float) -> int:

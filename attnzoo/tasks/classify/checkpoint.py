@@ -40,6 +40,8 @@ def all_checkpoints(parent: Path) -> list[Path]:
 def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Give a folder to write into, which becomes `folder`, whole, when all is written.
 
+    Raises `TrainingError` if it cannot be written, because the disk is full or another reason; nothing of it is left.
+
     Parameters
     ----------
     folder
@@ -48,11 +50,6 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
         What is left if it fails, for the message.
     main, wait
         Whether this is the process that makes and renames the folder, and how processes wait for one another.
-
-    Raises
-    ------
-    TrainingError
-        If it cannot be written, because the disk is full or another reason; nothing of it is left.
     """
     part = folder.with_name(PART + folder.name)
     try:
@@ -101,10 +98,7 @@ def problem(folder: Path) -> str | None:
 def newest_good(parent: Path) -> Path | None:
     """The newest checkpoint that is whole, or None where none was written; a warning names each that is refused.
 
-    Raises
-    ------
-    ConfigError
-        If checkpoints were written and none of them is whole.
+    Raises `ConfigError` if checkpoints were written and none of them is whole.
     """
     refused: dict[Path, str] = {}
     for folder in reversed(all_checkpoints(parent)):

@@ -121,6 +121,9 @@ def answers_of(
 def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Answers:
     """Test `model` on `images`, of which each of Accelerate's processes takes its share.
 
+    Raises `TrainingError` if more than 1% of the images cannot be read, or one is of a class that the model does not
+    have.
+
     Parameters
     ----------
     model
@@ -131,11 +134,6 @@ def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, work
         Images at a time in one process, and its processes that read them.
     accelerator
         Accelerate's, for the device and to gather what the processes found.
-
-    Raises
-    ------
-    TrainingError
-        If more than 1% of the images cannot be read, or one is of a class that the model does not have.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     found = answers_of(model, loader, accelerator.device, accelerator.gather)

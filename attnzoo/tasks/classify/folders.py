@@ -45,6 +45,9 @@ class LeftOut:
 class ImageFolder:
     """A split's images, class by class.
 
+    Raises `ConfigError` if the folder cannot be read, a class has no image, links of two classes lead to one folder, or
+    `class_map` is no numbering from 0 on.
+
     Parameters
     ----------
     folder
@@ -59,12 +62,6 @@ class ImageFolder:
         ``img10``.
     suffixes
         Read files with these endings alone; by default every format that PIL decodes.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be read, a class has no image, links of two classes lead to one folder, or `class_map` is
-        no numbering from 0 on.
     """
 
     def __init__(
@@ -160,10 +157,7 @@ class ImageFolder:
     def _read_anyway(self, path: str, name: str) -> bool:
         """Whether a folder beyond a link is in the split, around it, or read by another link of the class `name`.
 
-        Raises
-        ------
-        ConfigError
-            If it is read by a link of another class.
+        Raises `ConfigError` if it is read by a link of another class.
         """
         real = os.path.realpath(path)
         if os.path.commonpath([real, self._own]) in (real, self._own):

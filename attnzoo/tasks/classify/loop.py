@@ -119,17 +119,15 @@ class Training:
     def fit(self, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
         """Train to the end; give the result that is then also in ``final/result.json``.
 
+        Raises `TrainingError` if loss or gradients become NaN or infinite, too many images cannot be read, or nothing
+        can be written.
+
         Parameters
         ----------
         tell
             Called after each step with the steps done, those of the whole run, and the loss in words.
         say
             Called with a line when an interrupted run resumes, and after each epoch.
-
-        Raises
-        ------
-        TrainingError
-            If loss or gradients become NaN or infinite, too many images cannot be read, or nothing can be written.
         """
         self._resume()
         progress, recipe = self.progress, self.config.recipe
@@ -363,10 +361,7 @@ class Training:
 def steps_an_epoch(config: ClassifyConfig, splits: Splits) -> int:
     """Whole batches an epoch.
 
-    Raises
-    ------
-    ConfigError
-        If there are fewer images than a batch has.
+    Raises `ConfigError` if there are fewer images than a batch has.
     """
     steps = splits.train_images // config.recipe.batch
     if steps == 0:
@@ -379,10 +374,8 @@ def steps_an_epoch(config: ClassifyConfig, splits: Splits) -> int:
 def local_batch(config: ClassifyConfig, processes: int) -> int:
     """Images of one step in one process.
 
-    Raises
-    ------
-    ConfigError
-        If the batch cannot be cut into so many equal parts, or into parts of an even number where images are mixed.
+    Raises `ConfigError` if the batch cannot be cut into so many equal parts, or into parts of an even number where
+    images are mixed.
     """
     recipe = config.recipe
     if recipe.batch % (processes * recipe.accumulate):

@@ -42,14 +42,8 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     A run that another process is training is left to it, so that the same command, started twice, shares the work; it
     is looked at once more at the end. See `left_to_others`.
 
-    Raises
-    ------
-    ConfigError
-        If the data or a model are not as the config says, or a folder holds a run of another config.
-    AssetError
-        If an asset cannot be fetched.
-    TrainingError
-        If a training cannot go on.
+    Raises `ConfigError` if the data or a model are not as the config says, or a folder holds a run of another config;
+    `AssetError` if an asset cannot be fetched; `TrainingError` if a training cannot go on.
     """
     in_extra = [tracker for tracker in config.trackers if tracker != "wandb"]
     require("timm", "accelerate", "safetensors", *in_extra, extra="train")

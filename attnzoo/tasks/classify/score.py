@@ -34,11 +34,8 @@ SMALL = 32  # pixels; pictures of larger images are JPEG
 def check(config: ClassifyConfig) -> None:
     """Check that every run is trained, by this config and with these data.
 
-    Raises
-    ------
-    ConfigError
-        If a run is not trained, or not by this config, or the data have other classes or images than it was trained
-        with.
+    Raises `ConfigError` if a run is not trained, or not by this config, or the data have other classes or images than
+    it was trained with.
     """
     runs = config.runs()
     untrained = [run.name for run in runs if not (run.final / RESULT).is_file()]

@@ -67,6 +67,8 @@ class Trained:
 def load_images(dataset: str, folder: Path, *, train_images: int | None = None, std: float = 1.0) -> Images:
     """Read a data set that `attnzoo.assets.get` gave.
 
+    Raises `ConfigError` if there is no such data set, it has fewer training images, or `std` is not above 0.
+
     Parameters
     ----------
     dataset
@@ -78,11 +80,6 @@ def load_images(dataset: str, folder: Path, *, train_images: int | None = None, 
         Keep that many training images, drawn with a fixed seed; all by default.
     std
         Deviation of the pixels of the training images that come back.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such data set, it has fewer training images, or `std` is not above 0.
     """
     if not 0 < std < math.inf:
         raise ConfigError(f"std: the deviation of the pixels must be above 0 and finite, not {std}")

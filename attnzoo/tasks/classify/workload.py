@@ -73,6 +73,8 @@ def cost_cells(
 ) -> list[Cell]:
     """Give a cell for each attention in each workload, the dense baseline first.
 
+    Raises `ConfigError` if the host's patches do not divide an image.
+
     Parameters
     ----------
     config
@@ -81,11 +83,6 @@ def cost_cells(
         What is timed. An attention is timed at its own `tokens` alone, where it has them.
     named
         Whether rows say their workload in words, because there may be several with as many tokens.
-
-    Raises
-    ------
-    ConfigError
-        If the host's patches do not divide an image.
     """
     cells = []
     for cost in costs:
