@@ -121,12 +121,8 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
     Raises `ConfigError` if the file cannot be read, is not YAML or no mapping, or an override does not fit.
 
-    Parameters
-    ----------
-    path
-        A YAML file.
-    overrides
-        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+    These are ``dotted.key=value``, the value in YAML; numbers reach into lists, as in
+    ``attentions.0.options.degree=3``.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -151,14 +147,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
 
     Raises `ConfigError` with every problem, one per line.
 
-    Parameters
-    ----------
-    model, data
-        The schema, and what should fit it.
-    more
-        Problems that the caller has found besides.
-    source
-        What to call the config in the message.
+    `more` are problems that the caller has found besides, `source` what to call the config in the message.
     """
     problems: list[str] = []
     config = None

@@ -61,32 +61,10 @@ class Figure:
 class Highlight:
     """One workload of one method, out of one line of a records file.
 
-    Attributes
-    ----------
-    task
-        Whose column it stands in.
-    method
-        A name of the registry.
-    label, options
-        Of the row in its record.
-    host
-        The model.
-    workload
-        What was run on it: phase, tokens and batch; or what a quality is, a colon, and data and training.
-    machine
-        Device and threads.
-    utc
-        When it was measured, as far as the record says.
-    tokens
-        The size by which workloads are compared; 0 where it has none.
-    phase
-        Of a cost; None for quality.
-    typical
-        Whether it is of a whole model against its usual baseline: what a reader wants to see before a layer alone.
-    status, message
-        As in its record; there are figures only where it is ``ok``.
-    figures
-        By measure; those that were not measured are left out.
+    `task` is that whose column it stands in; `workload` what was run on the host: phase, tokens and batch, or what a
+    quality is, a colon, and data and training. By `tokens` workloads are compared; they are 0 where it has none.
+    `phase` is of a cost alone. It is `typical` where it is of a whole model against its usual baseline: what a reader
+    wants to see before a layer alone. There are `figures` only where `status` is ``ok``, and only those measured.
     """
 
     task: str
@@ -133,14 +111,9 @@ class Source:
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
-    """Give the highlights of records that have the engine's own cost and quality.
+    """Give the highlights of a file's records that have the engine's own cost and quality, of dense baselines none.
 
-    Parameters
-    ----------
-    records
-        Of one file. Those of dense baselines give none.
-    column
-        Gives the task that a record is shown under.
+    `column` gives the task that a record is shown under.
     """
     summary = summarize(records)
     dense = {(row.part, row.workload): row.quality for row in summary.quality if row.is_baseline}

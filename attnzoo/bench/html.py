@@ -13,18 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A part of a page: HTML (a `Table.html`, `plots`, `pictures`, or several) under a heading and a note in plain text.
 
-    Attributes
-    ----------
-    body
-        HTML: a `Table.html`, `plots`, `pictures`, or several.
-    title
-        Its heading, if it has one.
-    note
-        Plain text above the body.
-    folded
-        Shown by a click alone.
+    What is `folded` is shown by a click alone.
     """
 
     body: str
@@ -37,14 +28,8 @@ class Section:
 class Filter:
     """A choice among the parts of a page, made without a script.
 
-    Of all elements that have the attribute ``data-NAME``, those without the choice among its words are hidden.
-
-    Attributes
-    ----------
-    name
-        Of the attribute, and as a reader sees it.
-    choices
-        Words without quotes; that of all parts comes by itself.
+    Of all elements that have the attribute ``data-NAME``, those without the choice among its words are hidden. Choices
+    are words without quotes; that of all parts comes by itself.
     """
 
     name: str
@@ -65,16 +50,12 @@ def page(
 
     Parameters
     ----------
-    title
-        Its heading.
-    sections
-        In order; those that are None or empty are left out.
+    title, sections
+        Its heading, and its parts in order; those that are None or empty are left out.
     filters
         Shown above the sections.
-    verdict
-        What was found, in a sentence.
-    facts
-        What was run where, by name.
+    verdict, facts
+        What was found, in a sentence, and what was run where, by name.
     warning
         What a reader must know before trusting the figures.
     config
@@ -101,14 +82,9 @@ def plots(drawn: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(shown: Iterable[tuple[str, bytes, str]], width: int) -> str:
-    """Images with captions in a grid.
+    """Images with captions in a grid, whose columns are at least `width` pixels wide.
 
-    Parameters
-    ----------
-    shown
-        For each its name, its content as PNG or JPEG (empty where it could not be read), and its caption.
-    width
-        Of a column at least, in pixels.
+    Of each are given its name, its content as PNG or JPEG (empty where it could not be read), and its caption.
     """
     figures = ""
     for name, content, caption in shown:

@@ -28,14 +28,8 @@ def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stac
 
     Raises `OSError` if the file cannot be read; `AttnZooError` if a line is not an entry.
 
-    Parameters
-    ----------
-    path, model, schema
-        The file, what its lines are, and the number of their schema for messages.
-    mend
-        Also take the torn line out of the file, and end a last line that has no end, so that more can be appended.
-    stacklevel
-        Of the warning.
+    With `mend` that line is also taken out of the file, and a last line that has no end is ended, so that more can be
+    appended. `schema` is the number of the lines' schema, for messages; `stacklevel` is of the warning.
     """
     content, entries = path.read_bytes(), list[M]()
     *lines, last = content.split(b"\n")  # nothing follows the end of a last line that is whole

@@ -175,17 +175,9 @@ def against_tokens(
 ) -> str:
     """Draw a figure of each row against its token count, as SVG; empty where there is one token count alone.
 
-    Parameters
-    ----------
-    summary
-        Its first part that was measured without a cache is drawn, in its first phase: forward and training are not one
-        line.
-    value
-        Gives a row's figure, with its spread from p20 to p80 where it has one.
-    title
-        Of the figures' axis.
-    bound
-        Gives a limit out of the dense row, dashed.
+    The first part that was measured without a cache is drawn, in its first phase: forward and training are not one
+    line. `value` gives a row's figure, with its spread from p20 to p80 where it has one; `title` is that of its axis;
+    `bound` gives a limit out of the dense row, dashed.
     """
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
     drawn_groups = [] if part is None else summary.drawn(part)

@@ -17,18 +17,10 @@ from attnzoo.errors import ConfigError
 
 
 def publish(task: Task, records: Sequence[Envelope], path: Path, console: Console, readme: Path | None = None) -> Path:
-    """Print the table and write the page; give the page's path.
+    """Print the table on the console and write the page; give the page's path.
 
-    Parameters
-    ----------
-    task
-        That measured the records.
-    records, path
-        The records and their file: the page is ``report.html`` in a run's folder, else of the file's name beside it.
-    console
-        Where the table goes.
-    readme
-        A Markdown file whose part between the markers is rewritten, too; see `check_readme`.
+    The page of the file of records `path` is ``report.html`` in a run's folder, else of the file's name beside it. The
+    part of `readme`, a Markdown file, between the markers is rewritten, too; see `check_readme`.
     """
     check_readme(task, readme)
     config, page = path.with_suffix(".yaml"), page_beside(path)

@@ -118,7 +118,7 @@ def markdown_section(records: Iterable[Any]) -> str:
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
         if quality is not None:
             text[-1] += f" {_title(quality.METRIC)}: {quality.note}."
-    return "\n".join([*text, "", "Made by", "", "```sh", command(summary), "```"])
+    return "\n".join([*text, "", "Made by", "", "```sh", summary.last.command, "```"])
 
 
 def _host_words(summary: Summary, part: str) -> str:
@@ -144,11 +144,6 @@ def _host_words(summary: Summary, part: str) -> str:
     ]
     same = f"; every row has {', '.join(shared)}" if shared else ""
     return f"`{group.rows[0].host}`{shapes}, {group.rows[0].dtype}{more}{same}"
-
-
-def command(summary: Summary) -> str:
-    """The command that made the records."""
-    return summary.last.command
 
 
 def read_marked(path: Path) -> str:

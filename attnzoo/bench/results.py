@@ -50,16 +50,8 @@ def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command
 
     Raises `AttnZooError` if a record is of a method that the registry does not know; then nothing is written.
 
-    Parameters
-    ----------
-    sources
-        All files of records.
-    tasks
-        The columns, in order; tasks that only the highlights name follow them.
-    folder
-        Links are relative to it.
-    command
-        That makes both again.
+    Links are relative to `folder`. `tasks` are the columns, in order; tasks that only the highlights name follow them.
+    `command` makes all again.
     """
     made = {
         folder / f"{NAME}.html": html(sources, tasks, folder, command),

@@ -39,14 +39,8 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     the folder holds records that cannot stand beside those of this config; `AssetError` if data, a model or a text
     cannot be fetched.
 
-    Parameters
-    ----------
-    task, config
-        What to measure, and how.
-    command
-        What a reader would type to measure it again; it goes into the records.
-    console
-        Where progress is shown; stderr by default.
+    `command` is what a reader would type to measure it again, for the records; progress is shown on `console`, by
+    default stderr.
     """
     console = console or Console(stderr=True)
     config.check_folder()

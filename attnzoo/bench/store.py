@@ -43,25 +43,10 @@ class RecordStore(Generic[R]):
     Use it as a context manager: it takes a lock that the system lets go when the process ends, however it ends, and
     reads what an earlier run left.
 
-    Attributes
-    ----------
-    folder
-        Made if it is not there.
-    model
-        The class of the records.
-    config_hash
-        Of the run that will write.
-    measured
-        By the key of each row that will be asked for, what stands for all that its figures depend on. Records stay
-        where theirs is the same, or the row is not asked for; any other makes the folder refused.
-    fresh
-        Set earlier records aside, as ``records.old.jsonl``.
-    changed
-        Names the keys of the config that differ from the folder's, for the message.
-    renewed
-        Rows that are measured again, rather than refused, where what they depend on is not the same any more.
-    records
-        Those that are there, by their keys.
+    `measured` gives, by the key of each row that will be asked for, what stands for all that its figures depend on.
+    Records stay where theirs is the same, or the row is not asked for; any other makes the folder refused, but for rows
+    among `renewed`, which are measured again. `changed` names the keys of the config that differ from the folder's, for
+    the message. With `fresh`, earlier records are set aside, as ``records.old.jsonl``.
     """
 
     folder: Path

@@ -52,14 +52,9 @@ class Group:
 class Summary:
     """The records of one benchmark, in the order of first appearance.
 
-    Attributes
-    ----------
-    groups
-        Rows of cost by part, then by token count, ascending, then by workload and phase: prefill before decoding.
-    quality
-        Rows of quality, one per attention, part and workload.
-    labels
-        Attentions of each part, the dense baseline first.
+    `groups` are rows of cost by part, then by token count, ascending, then by workload and phase: prefill before
+    decoding. `quality` are rows of quality, one per attention, part and workload. `labels` are the attentions of each
+    part, the dense baseline first.
     """
 
     groups: tuple[Group, ...]

@@ -93,18 +93,10 @@ MULTIPLIES = re.compile(
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call ran.
+    """What one call ran: its operators, and those of them that no formula counts.
 
-    Attributes
-    ----------
-    flops
-        Floating-point operations, a multiply and an add being two; None if something that counts had no formula.
-    flops_note
-        Why `flops` is None; empty if it is not.
-    ops
-        The operators that ran.
-    uncounted
-        Those that no formula counts.
+    `flops` are floating-point operations, a multiply and an add being two; None if something that counts had no
+    formula, and then `flops_note` says what.
     """
 
     flops: int | None

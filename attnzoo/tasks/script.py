@@ -19,16 +19,8 @@ if TYPE_CHECKING:
 def run_task(script: str, about: str | None, arguments: Sequence[str] | None = None, task: str = "suite") -> int:
     """Run a script's command line; give the exit status, as in `attnzoo.command`.
 
-    Parameters
-    ----------
-    script
-        Its path, for the command in the records.
-    about
-        Its docstring.
-    arguments
-        Those of the command line by default.
-    task
-        Of configs that name none.
+    `script` is its path, for the command in the records, `about` its docstring; `arguments` are those of the command
+    line by default; `task` is of configs that name none.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)

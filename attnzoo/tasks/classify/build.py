@@ -79,12 +79,8 @@ def swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Mod
 def equal_parameters(dense: Dense, spec: AttentionConfig, seed: int) -> dict[str, Any]:
     """Find the width of the MLPs with which a swapped timm model has the parameters of the dense one, to 3%.
 
-    Raises `UnsupportedError` if the attention alone has too many parameters.
-
-    Returns
-    -------
-    dict
-        The option, ``mlp_ratio``: the width as a multiple of the model's.
+    It is given as the option ``mlp_ratio``, a multiple of the model's width. Raises `UnsupportedError` if the attention
+    alone has too many parameters.
     """
 
     def count(ratio: float) -> int:

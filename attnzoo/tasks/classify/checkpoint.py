@@ -42,14 +42,8 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
 
     Raises `TrainingError` if it cannot be written, because the disk is full or another reason; nothing of it is left.
 
-    Parameters
-    ----------
-    folder
-        What it will be called; one that is there is replaced.
-    kept
-        What is left if it fails, for the message.
-    main, wait
-        Whether this is the process that makes and renames the folder, and how processes wait for one another.
+    A `folder` that is there is replaced; `kept` tells what is left if it fails. `main` says whether this is the process
+    that makes and renames the folder, `wait` has processes wait for one another.
     """
     part = folder.with_name(PART + folder.name)
     try:

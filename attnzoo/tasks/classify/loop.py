@@ -54,15 +54,7 @@ class Progress:
 
 
 class Training:
-    """One run, from where its newest good checkpoint left it.
-
-    Parameters
-    ----------
-    run, splits
-        What to train on what.
-    accelerator
-        Accelerate's, made for this run.
-    """
+    """One run, from where its newest good checkpoint left it; `accelerator` is Accelerate's, made for this run."""
 
     def __init__(self, run: Run, splits: Splits, accelerator: Any) -> None:
         from timm.data import Mixup
@@ -122,12 +114,8 @@ class Training:
         Raises `TrainingError` if loss or gradients become NaN or infinite, too many images cannot be read, or nothing
         can be written.
 
-        Parameters
-        ----------
-        tell
-            Called after each step with the steps done, those of the whole run, and the loss in words.
-        say
-            Called with a line when an interrupted run resumes, and after each epoch.
+        `tell` is called after each step with the steps done, those of the whole run, and the loss in words; `say` with
+        a line when an interrupted run resumes, and after each epoch.
         """
         self._resume()
         progress, recipe = self.progress, self.config.recipe

@@ -29,13 +29,9 @@ AVERAGED, ABOUT = "averaged.safetensors", "model.json"
 def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model of a run, the same for the same seed: its weights, then its attention.
 
-    Raises `ConfigError` if the library cannot build it, its patches do not divide the image, or the weights do not fit;
-    `SwapError`, `UnsupportedError` or `OptionError` if the attention cannot stand in it.
-
-    Returns
-    -------
-    nn.Module, dict
-        The model, and what is needed to build it again, which goes beside its weights as ``model.json``.
+    Also give what is needed to build it again, which goes beside its weights as ``model.json``. Raises `ConfigError` if
+    the library cannot build it, its patches do not divide the image, or the weights do not fit; an error of a swap if
+    the attention cannot stand in it.
     """
     config = run.config
     more: dict[str, Any] = {}

@@ -77,12 +77,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     Raises `ConfigError` if there is no such folder or data set, the splits' classes differ, their number is not known
     or less than two, or images have pixels of an unknown range; `AssetError` if an asset cannot be fetched.
 
-    Parameters
-    ----------
-    data
-        What to open.
-    processes
-        That will share the images.
+    `processes` will share the images.
     """
     train, test = open_split(data, training=True), open_split(data, training=False)
     if isinstance(test, IterableDataset) and processes > 1:

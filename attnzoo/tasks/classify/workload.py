@@ -75,14 +75,8 @@ def cost_cells(
 
     Raises `ConfigError` if the host's patches do not divide an image.
 
-    Parameters
-    ----------
-    config
-        Whose seed weights and images have, and where they are.
-    costs, host, baseline, attentions
-        What is timed. An attention is timed at its own `tokens` alone, where it has them.
-    named
-        Whether rows say their workload in words, because there may be several with as many tokens.
+    An attention is timed at its own `tokens` alone, where it has them. With `named`, rows say their workload in words,
+    because there may be several with as many tokens.
     """
     cells = []
     for cost in costs:

@@ -35,24 +35,10 @@ BACKENDS = {
 class Work:
     """One case, ready to run.
 
-    Attributes
-    ----------
-    shapes
-        Of the inputs, with the deviation of their values.
-    run
-        The operation; a tensor or several of the inputs.
-    rivals
-        Name and function of what PyTorch has, on the same inputs.
-    oracle
-        Called with the inputs in float64; the outputs of `run` must be close to its.
-    checked
-        How many of the first images the oracle is asked for; None for all.
-    bytes, flops
-        The fewest, forward alone; None where nobody counted.
-    backward
-        Whether a call is a forward and a backward; bytes and flops then say nothing.
-    modules
-        What must go to the device.
+    `shapes` are of the inputs, with the deviation of their values. `rivals` are what PyTorch has, by name, on the same
+    inputs. The `oracle` is called with the inputs in float64, with the first `checked` images, all by default; the
+    outputs of `run` must be close to its. `bytes` and `flops` are the fewest that a forward takes, None where nobody
+    counted; they say nothing where a call is a forward and a `backward`. The `modules` must go to the device.
     """
 
     shapes: Sequence[tuple[tuple[int, ...], float]]
