@@ -29,6 +29,11 @@ PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_ty
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def digest(content: Any) -> str:
+    """16 hex digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys are refused and values cannot change later."""
 
@@ -72,7 +77,7 @@ class RunConfig(Section):
     @property
     def hash(self) -> str:
         """16 hex digits over the `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
         """Everything that the results depend on, defaults and overrides included."""
@@ -280,7 +285,8 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
         return f"{where}: {message}"
     message = PLAIN.get(kind, message)
     shown = repr(detail["input"])
-    return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"{where}: {shown} is not allowed; {message[:1].lower()}{message[1:]}"
 
 
 def _section_at(location: Iterable[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
@@ -300,7 +306,3 @@ def _section_in(annotation: Any) -> Any:
     if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
         return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

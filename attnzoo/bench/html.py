@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: HTML (a `Table.html`, `plots`, `pictures`, or several) under a heading and a note in plain text.
+    """A part of a page: HTML (a `Table.html`, `plots`, `pictures` or several) under a heading and a note in plain text.
 
     What is `folded` is shown by a click alone.
     """

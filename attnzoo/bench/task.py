@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import RunConfig
+from attnzoo.bench.config import RunConfig, digest
 from attnzoo.bench.gate import gate_message
 from attnzoo.bench.html import Section
 from attnzoo.bench.isolate import OnProgress
@@ -73,7 +71,7 @@ class Cell(Row):
     @property
     def measured(self) -> str:
         """16 hex digits over `depends_on`."""
-        return hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.depends_on)
 
     @property
     def title(self) -> str:

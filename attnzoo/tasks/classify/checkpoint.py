@@ -8,7 +8,6 @@ size and SHA-256, so that one that was cut short or altered is known.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import warnings
@@ -72,7 +71,7 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
 def problem(folder: Path) -> str | None:
     """Say what is wrong with a folder that was written here, or give None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = files.read_json(folder / MANIFEST)["files"]
         listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"

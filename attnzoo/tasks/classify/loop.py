@@ -306,7 +306,7 @@ class Training:
         if newest is None:
             return
         accelerator.load_state(str(newest))
-        self.progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
+        self.progress = Progress(**files.read_json(newest / PROGRESS))
         self.unreadable.found = set(self.progress.unreadable)
         if self.average is not None:
             self.average.module.load_state_dict(load_file(newest / AVERAGED))
@@ -314,6 +314,7 @@ class Training:
     def _finish(self, found: dict[str, Any], epochs: int) -> dict[str, Any]:
         accelerator, progress = self.accelerator, self.progress
         state = _on_cpu(accelerator.get_state_dict(self.model))
+        on_cuda = accelerator.device.type == "cuda"  # of a CPU it is not known
         result: dict[str, Any] = {
             "label": self.run.label,
             "seed": self.run.seed,
@@ -327,7 +328,7 @@ class Training:
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,
             "environment": environment(accelerator.device.type, torch.get_num_threads()).model_dump(),
-            "peak_memory_bytes": peak_of_cuda(accelerator.device),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(accelerator.device) if on_cuda else None,
             "unreadable": self.unreadable.names(),
             "left_out": list(self.splits.left_out),
         }
@@ -375,11 +376,6 @@ def local_batch(config: ClassifyConfig, processes: int) -> int:
     if config.augment is not None and config.augment.mixes and local % 2:
         raise ConfigError(f"augment.mixup and cutmix pair images, and a process has {local} of a batch, an odd number")
     return local
-
-
-def peak_of_cuda(device: torch.device) -> int | None:
-    """The most bytes that PyTorch's CUDA allocator gave this process; None on a CPU, where that is not known."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

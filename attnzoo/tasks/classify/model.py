@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo import files
 from attnzoo.errors import AttnZooError, ConfigError, TrainingError, WeightsError
 from attnzoo.extras import require
 from attnzoo.tasks.classify.build import build_model, equal_parameters, logits, swapped
@@ -75,7 +75,7 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
 
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = files.read_json(folder / ABOUT)
         state = load_file(folder / (AVERAGED if averaged else WEIGHTS))
     except Exception as error:  # safetensors has errors of its own
         raise TrainingError(f"{folder} holds no trained model that can be read: {error}") from error

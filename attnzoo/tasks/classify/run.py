@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -54,7 +52,8 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
-    check_device(config, state.device)
+    if config.device == "cuda" and state.device.type != "cuda":
+        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError("precision: fp16 is not for CPUs, where it would train in float32; give bf16 or no")
     console = console or Console(stderr=True)
@@ -95,12 +94,6 @@ def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[
                 console.print(f"{run.name}: {said(run.result)}", highlight=False)
         results[run.name] = run.result
     return True
-
-
-def check_device(config: ClassifyConfig, device: torch.device) -> None:
-    """Raise `ConfigError` where a config asks for a device that Accelerate did not find."""
-    if config.device == "cuda" and device.type != "cuda":
-        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
 
 
 def said(result: dict[str, Any]) -> str:
@@ -175,10 +168,10 @@ def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | Config
 
 def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if run.config.resume == "never":
-        _set_aside(run.folder)
+        files.set_aside(run.folder, map(".old-{}".format, itertools.count(1)))
     about, known = run.folder / RUN, facts(run.config, splits)
     begun = run.final.is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
-    what = odd(run, json.loads(about.read_text(encoding="utf-8")), known) if begun and about.exists() else ""
+    what = odd(run, files.read_json(about), known) if begun and about.exists() else ""
     if what:
         return ConfigError(
             f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
@@ -267,19 +260,6 @@ def _classes_told(before: Any, now: Any) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_TOLD]) + (f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else "")
-
-
-def _set_aside(folder: Path) -> None:
-    """Move what a run's folder holds into a new one beside it; none that was set aside before is touched."""
-    held = [path for path in folder.iterdir() if path.name != ".lock"]
-    if not held:
-        return
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    old.mkdir()
-    for path in held:
-        os.replace(path, old / path.name)
 
 
 def _agreed(claim: Decision | ConfigError | None) -> Decision:

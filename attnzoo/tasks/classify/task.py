@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import ConfigError
@@ -65,7 +65,7 @@ def _classes(config: ClassifyConfig) -> int:
     """How many classes the trained models tell apart; before there is one, what the config says, or ImageNet's."""
     for run in config.runs():
         if (run.final / ABOUT).is_file():
-            return int(json.loads((run.final / ABOUT).read_text(encoding="utf-8"))["classes"])
+            return int(files.read_json(run.final / ABOUT)["classes"])
     return config.data.classes or 1000
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -63,7 +62,7 @@ def curves(records: Sequence[Record]) -> str:
     found = {one.label: one.quality for one in records if one.kind == "quality" and one.quality is not None}
     told = {
         label: [
-            {epoch: 100 * ap for epoch, ap in zip(one.epochs, one.epoch_ap50, strict=True)}
+            {float(epoch): 100 * ap for epoch, ap in zip(one.epochs, one.epoch_ap50, strict=True)}
             for one in quality.trainings
             if one.epochs
         ]
@@ -89,7 +88,7 @@ def draw_boxes(folder: Path, label: str, found: Scores, names: Sequence[str]) ->
 def _drawn(folder: Path) -> dict[str, Any]:
     """By label and heading: name, JPEG in base64, and caption of each image."""
     path = folder / BOXES_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def boxes(records: Sequence[Record], folder: Path) -> list[Section | None]:
