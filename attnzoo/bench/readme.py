@@ -92,11 +92,6 @@ def _metric(summary: Summary, part: str) -> str:
     return next((r.quality.METRIC for r in summary.quality if r.part == part and r.quality is not None), "quality")
 
 
-def _title(metric: str) -> str:
-    """A metric at the beginning of a sentence: ``Top-1``, ``AP``."""
-    return metric[0].upper() + metric[1:].removesuffix(" %")
-
-
 def markdown_section(records: Iterable[Any]) -> str:
     """Give the table with what a reader must know to read it, and the command that makes it."""
     records = list(records)
@@ -117,7 +112,7 @@ def markdown_section(records: Iterable[Any]) -> str:
         text += ["", f"{_host_words(summary, part)}."]
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
         if quality is not None:
-            text[-1] += f" {_title(quality.METRIC)}: {quality.note}."
+            text[-1] += f" {quality.METRIC[0].upper()}{quality.METRIC[1:].removesuffix(' %')}: {quality.note}."
     return "\n".join([*text, "", "Made by", "", "```sh", summary.last.command, "```"])
 
 

@@ -112,8 +112,9 @@ def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
                 sizes = (str(one.tokens or ""), str(one.budget or ""))
                 figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
                 links = (_link(source.path, folder), _link(source.page, folder))
-                figures.append(_points(one.figures.get(QUALITY)))
-                table.add(*about, *sizes, one.machine, one.utc, one.status, *figures, *links)
+                kept = one.figures.get(QUALITY)
+                points = "" if kept is None or not kept.points else f"{kept.value:.6g}"
+                table.add(*about, *sizes, one.machine, one.utc, one.status, *figures, points, *links)
     return table.csv()
 
 
@@ -121,10 +122,6 @@ def _numbers(measure: Measure, figure: Figure | None) -> list[str]:
     values = [None] * 3 if figure is None or figure.points else [figure.value, figure.low, figure.high]
     kept = values[: 1 + (measure.low is not None) + (measure.high is not None)]
     return ["" if value is None else f"{value:.6g}" for value in kept]
-
-
-def _points(figure: Figure | None) -> str:
-    return "" if figure is None or not figure.points else f"{figure.value:.6g}"
 
 
 def _methods(sources: Sequence[Source]) -> dict[str, list[Found]]:

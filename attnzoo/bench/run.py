@@ -20,7 +20,7 @@ from attnzoo import files
 from attnzoo.bench import progress
 from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
-from attnzoo.bench.isolate import ChildResult, Isolation, set_threads
+from attnzoo.bench.isolate import Isolation, set_threads
 from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Outcome, Phase, Quality, Row
 from attnzoo.bench.store import R, RecordStore
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
@@ -176,7 +176,10 @@ class _Engine:
             job = Job(task=self.task.ref, config=self.config.model_dump_json(), cell=cell, given=self.given)
             with self._gpu() as environ:
                 ended = self.isolation.run(work, job.model_dump_json(), cell.timeout, say, environ)
-            result = _result_of(ended)
+            if ended.end == "done":
+                result = Result.model_validate_json(ended.answer)
+            else:
+                result = Result(status="failed" if ended.end == "crashed" else ended.end, message=ended.message)
         else:
             result = work_here(self.task, self.config, cell, self.given, say)
         return result, time.monotonic() - start
@@ -328,12 +331,6 @@ def _whole(cell: Cell, result: Result) -> Result:
     if cell.kind == "cost" and set(result.costs) != set(cell.phases):
         raise ValueError(f"the task gave costs of {sorted(result.costs)}, asked for were {sorted(cell.phases)}")
     return Result.model_validate(dict(result))
-
-
-def _result_of(ended: ChildResult) -> Result:
-    if ended.end == "done":
-        return Result.model_validate_json(ended.answer)
-    return Result(status="failed" if ended.end == "crashed" else ended.end, message=ended.message)
 
 
 def _teller(bars: Progress, bar: TaskID, title: str) -> OnProgress:

@@ -83,7 +83,9 @@ def left_to_others(config: ClassifyConfig, results: Sequence[dict[str, Any]]) ->
 def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[str, dict[str, Any]]) -> bool:
     """Train a run, if that is still to be done, and add its result; False where another process is training it."""
     with _claimed(run, splits, state.is_main_process) as claim:
-        decision = _agreed(claim)
+        decision = processes.from_main(claim)  # in all processes
+        if isinstance(decision, ConfigError):
+            raise decision
         if decision == "busy":
             console.print(f"{run.name}: another process is training it", highlight=False)
             return False
@@ -260,15 +262,6 @@ def _classes_told(before: Any, now: Any) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_TOLD]) + (f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else "")
-
-
-def _agreed(claim: Decision | ConfigError | None) -> Decision:
-    """The main process's decision, in all processes."""
-    found = processes.from_main(claim)
-    if isinstance(found, ConfigError):
-        raise found
-    assert found is not None
-    return found
 
 
 @contextmanager
