@@ -26,7 +26,6 @@ from attnzoo.bench.summary import summarize
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
-from attnzoo.tasks.classify import page as training_page
 from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
@@ -35,6 +34,7 @@ from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels, report
+from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ def test_the_tables_of_trainings_are_those_of_the_committed_records(name, worklo
     assert {(record.phase, record.workload) for record in rows} == workloads
     assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
     assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
-    table = training_page.results_table(records).markdown()
+    table = results_table(records).markdown()
     assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == table
 
 

@@ -1,4 +1,4 @@
-"""What pages of trained classifiers show: how they learned, the table of the docs, and the worst mistakes."""
+"""What pages of trained classifiers show: how they learned, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -7,50 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from attnzoo.bench import words
 from attnzoo.bench.colors import DENSE
 from attnzoo.bench.html import Section, pictures
 from attnzoo.bench.plots import mean_curves, new_figure, to_svg
 from attnzoo.bench.record import Record
-from attnzoo.tables import Column, Table
 from attnzoo.tasks.classify.quality import Accuracy
 
 SHOWN_PIXELS = 96
 OTHER = "#0088CC"
 TOP1 = "top-1, % of the test images"
-
-
-def results_table(records: Sequence[Record]) -> Table:
-    """A row per attention: its accuracy and, where that was measured, what a training step costs.
-
-    Where there are several seeds, the mean and the standard deviation of their accuracies are given, else the 95%
-    interval over the images. A step is a forward and a backward at the fewest tokens measured.
-    """
-    steps = [record for record in records if record.cost is not None and record.phase == "training"]
-    fewest = min((record.tokens for record in steps), default=0)
-    costs = {record.label: record for record in steps if record.tokens == fewest}
-    head = (Column("attention", code=True), "top-1 %", "each seed", "top-5 %", "calibration error", "parameters")
-    table = Table(head + (("training step", "speed-up", "its memory") if costs else ()))
-    for label, quality in qualities_of(records).items():
-        table.add(
-            label,
-            quality.mean_of_seeds or f"{quality.each_seed} ({100 * quality.low:.2f}-{100 * quality.high:.2f})",
-            quality.each_seed,
-            "-" if quality.top5 is None else f"{100 * quality.top5:.2f}",
-            quality.calibration,
-            f"{quality.trainings[0].parameters or 0:,}",
-            *(_step(costs.get(label)) if costs else ()),
-        )
-    return table
-
-
-def _step(record: Record | None) -> list[str]:
-    if record is None or record.cost is None:
-        return ["-"] * 3
-    time = f"{record.cost.candidate.latency_ms.p50:.1f} ms"
-    if record.is_baseline:
-        return [time, "", ""]
-    return [time, words.times(record.cost.ratios.speedup), words.ratio(words.activation_ratio(record))]
 
 
 def qualities_of(records: Sequence[Record]) -> dict[str, Accuracy]:
