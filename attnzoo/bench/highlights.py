@@ -130,63 +130,43 @@ def speed(ratio: Quantiles, still: Quantiles | None = None, absolute: str = "") 
     return Figure(ratio.p50, low, high, words.speed_verdict(ratio, still), absolute=absolute)
 
 
-def need(ratio: float | None, verdict: Verdict | None = None, absolute: str = "") -> Figure | None:
-    """The figure of something of which less is better; None where there is none."""
-    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio), absolute=absolute)
-
-
-def quality(
-    value: float | None, low: float | None, high: float | None, verdict: Verdict | None = None
-) -> Figure | None:
-    """The figure of the quality kept; it is better or worse where its interval leaves 1 out."""
-    if value is None:
-        return None
-    own: Verdict = "same" if low is None or high is None else "better" if low > 1 else "worse" if high < 1 else "same"
-    return Figure(value, low, high, verdict or own)
-
-
-def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
-    """Leave out what was not measured."""
-    return {measure: figure for measure, figure in figures.items() if figure is not None}
+def _need(ratio: float | None, verdict: Verdict, size: int | None) -> Figure | None:
+    """The figure of something of which less is better, in bytes; None where there is none."""
+    return None if ratio is None else Figure(ratio, verdict=verdict, absolute=megabytes(size) if size else "")
 
 
 def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
-    found, figure = row.quality, None
+    found, figures = row.quality, dict[Measure, Figure | None]()
     if found is not None:
-        verdict = words.quality_verdict(found, dense)
-        figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
-        figure = figure if found.points is None else Figure(found.points, points=True)
-        figure = figure and replace(figure, absolute=found.figure)
+        kept = None if found.ratio is None else Figure(found.ratio, found.ratio_low, found.ratio_high)
+        kept = kept if found.points is None else Figure(found.points, points=True)
+        verdict = "same" if found.points is not None else words.quality_verdict(found, dense)
+        figures[QUALITY] = kept and replace(kept, verdict=verdict, absolute=found.figure)
+        figures[CACHE] = _need(found.cache_ratio, words.need_verdict(found.cache_ratio), None)
     metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
-    held = need(None if found is None else found.cache_ratio)
     about = ": ".join(filter(None, (metric, note)))
-    return _of(row, task, about, {QUALITY: figure, CACHE: held}, tokens=getattr(found, "tokens", 0))
+    return _of(row, task, about, figures, None, getattr(found, "tokens", 0))
 
 
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
-    figures: dict[Measure, Figure | None] = {}
+    figures = dict[Measure, Figure | None]()
     if row.cost is not None:
         ratios, side = row.cost.ratios, row.cost.candidate
         peak = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
-        held = side.memory.cache_held_bytes
+        held, less = side.memory.cache_held_bytes, words.need_verdict(ratios.cache_held)
         figures = {
             SPEED: speed(ratios.speedup, words.noise(group.rows), f"{words.figures(side.latency_ms.p50)} ms"),
-            PEAK: need(words.activation_ratio(row), words.memory_verdict(row), megabytes(peak) if peak else ""),
-            CACHE: need(ratios.cache_held, absolute=megabytes(held) if held else ""),
+            PEAK: _need(words.activation_ratio(row), words.memory_verdict(row), peak),
+            CACHE: _need(ratios.cache_held, less, held),
         }
     about = ["" if row.shapes is None else f"batch {row.shapes.batch}", row.dtype]
     told = ", ".join([group.title, *(word for word in about if word and word not in group.workload.split(", "))])
-    return _of(row, task, told, figures, row.phase)
+    return _of(row, task, told, figures, row.phase, 0)
 
 
 def _of(
-    row: Record,
-    task: str,
-    workload: str,
-    figures: Mapping[Measure, Figure | None],
-    phase: Phase | None = None,
-    tokens: int = 0,
+    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None, tokens: int
 ) -> Highlight:
     assert row.attention is not None
     return Highlight(
@@ -203,7 +183,7 @@ def _of(
         typical=row.scope == "model",
         status=row.status,
         message=row.message,
-        figures=measured(figures),
+        figures={measure: figure for measure, figure in figures.items() if figure is not None},
     )
 
 

@@ -46,20 +46,10 @@ def page(
     warning: str = "",
     config: str | None = None,
 ) -> str:
-    """Give a page.
+    """Give a page; sections that are None or empty are left out.
 
-    Parameters
-    ----------
-    title, sections
-        Its heading, and its parts in order; those that are None or empty are left out.
-    filters
-        Shown above the sections.
-    verdict, facts
-        What was found, in a sentence, and what was run where, by name.
-    warning
-        What a reader must know before trusting the figures.
-    config
-        As text; shown folded at the end.
+    `verdict` is what was found, in a sentence, `facts` what was run where, by name, `warning` what a reader must know
+    before trusting the figures. The filters stand above the sections; `config`, as text, is shown folded at the end.
     """
     shown = [one for one in sections if one is not None and (one.body or one.note)]
     if config is not None:

@@ -79,16 +79,8 @@ def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False
     On the CPU each is called three times; all resident sets come before the first look at the allocator, since that
     leaves holes in the heap.
 
-    Parameters
-    ----------
-    runs
-        What to measure.
-    device
-        Where they work.
-    warm
-        Whether each was called before, so that the first call of all can be spared.
-    exact
-        Look at the allocator even where the resident set could be measured, which takes another call.
+    `warm` says whether each was called before, so that the first call of all can be spared. With `exact` the allocator
+    is looked at even where the resident set could be measured, which takes another call.
     """
     for run in () if warm else runs:
         run()

@@ -57,18 +57,9 @@ GATES_NOTE = (
 
 
 def page_of(task: Task, records: Iterable[Any], config: str | None = None, folder: Path | None = None) -> str:
-    """Give the page of a task's records.
+    """Give the page of the records of one config; what its task has of its own replaces the engine's, or follows it.
 
-    Parameters
-    ----------
-    task
-        That measured them; what it has of its own takes the place of the engine's, or follows it.
-    records
-        Of one config.
-    config
-        The config as text, to be shown at the end.
-    folder
-        Where the records are, for what lies beside them.
+    `config`, as text, is its end; `folder` is where the records are, for what lies beside them.
     """
     records = list(records)
     summary = summarize(records)

@@ -6,8 +6,7 @@ import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnzoo.bench.colors import look
 from attnzoo.bench.record import Quantiles, Record
@@ -53,8 +52,7 @@ def _batch(record: Record) -> int:
     return 1 if record.shapes is None else record.shapes.batch
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """One marker: where it stands, its shape, and the ends of its horizontal bar."""
 
     x: float
@@ -63,8 +61,7 @@ class Spot:
     high: float
 
 
-@dataclass(frozen=True)
-class Trade:
+class Trade(NamedTuple):
     """What one attention trades: the quality kept, and the spots of what it costs, all at that height."""
 
     label: str
@@ -77,43 +74,41 @@ class Trade:
 
 def speed_trade_plot(summary: Summary) -> str:
     """Quality kept against speed-up, of each part at its largest token count, in all phases."""
-    tokens = _most_tokens(summary)
+    largest = _largest(summary)
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or group.tokens != tokens[group.part]:
+        if row.cost is None or group not in largest:
             return None
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], *(q.bounds or (q.p50, q.p50)))
 
-    largest = [group for part in summary.parts for group in summary.drawn(part) if group.tokens == tokens[part]]
     shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
 
 
 def memory_trade_plot(summary: Summary) -> str:
     """Quality kept against memory: the bytes that a cache holds after decoding or, without one, peak activations."""
-    tokens = _most_tokens(summary)
-    cached = {part for part in summary.parts if any(group.phase == "decode" for group in summary.of(part))}
-    groups = [group for part in summary.parts for group in reversed(summary.drawn(part))]
-    phases = {g.part: g.phase for g in groups if g.phase != "prefill" and g.tokens == tokens[g.part]}  # the first
+    cached = {group.part for group in summary.groups if group.phase == "decode"}
+    drawn = {g.part: g for g in reversed(_largest(summary)) if g.phase != "prefill"}  # the first of each part
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or group.phase != phases.get(group.part) or group.tokens != tokens[group.part]:
+        if row.cost is None or group is not drawn.get(group.part):
             return None
         x = row.cost.ratios.cache_held if group.part in cached else activation_ratio(row)
         return Spot(x, "s" if group.part in cached else "o", x, x) if x else None  # 0 has no place on a log axis
 
     shapes = {}
-    for part in summary.parts:
-        host = summary.of(part)[0].host
-        what = "cache held" if part in cached else f"peak activation memory, {tokens[part]:,} tokens"
-        shapes["s" if part in cached else "o"] = f"{host}: {what}"
+    for group in _largest(summary):
+        what = "cache held" if group.part in cached else f"peak activation memory, {group.tokens:,} tokens"
+        shapes["s" if group.part in cached else "o"] = f"{group.host}: {what}"
     return _trade(_trades(summary, spot), "memory, part of dense (left is less)", shapes, "memory-trade")
 
 
-def _most_tokens(summary: Summary) -> dict[str, int]:
-    """The largest token count of each part; that of a language model is its prompt's."""
-    return {part: max(group.tokens for group in summary.drawn(part)) for part in summary.parts}
+def _largest(summary: Summary) -> list[Group]:
+    """The groups of each part at its largest token count; that of a language model is its prompt's."""
+    drawn = [group for part in summary.parts for group in summary.drawn(part)]
+    most = {part: max(group.tokens for group in drawn if group.part == part) for part in summary.parts}
+    return [group for group in drawn if group.tokens == most[group.part]]
 
 
 def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> list[Trade]:

@@ -179,10 +179,7 @@ class Quality(Entry, ABC):
     `ratio` is what is kept: above 1 the row is better than dense. It is null where there is no dense baseline, or none
     that can be divided by, its interval also for the baseline itself. `note` says what was done on what data.
 
-    Attributes
-    ----------
-    METRIC
-        What the figure is, as a table says it.
+    `METRIC` is what the figure is, as a table says it.
     """
 
     METRIC: ClassVar[str] = "quality"
@@ -269,25 +266,10 @@ class Environment(Entry):
 class Row(Entry):
     """What a plan says of a row, and its record repeats: what is measured of which attention, in what.
 
-    Attributes
-    ----------
-    part
-        Names the rows that share a dense baseline.
-    kind
-        ``cost`` or ``quality`` (one per attention and workload, with `tokens` 0; rows of cost carry that without a
-        workload).
-    label, attention, options
-        What tables call it, the method's name, and what it is swapped in with.
-    is_baseline
-        Whether it is the dense baseline.
-    host, dtype
-        The model, as ``library:name``, and the dtype of its weights.
-    scope
-        Whether the whole model was run, or one attention layer alone.
-    tokens
-        The token count; of a language model that of its prompt.
-    workload
-        What sets rows apart besides, in words, such as ``batch 8`` or ``bfloat16``; empty where nothing does.
+    `part` names the rows that share a dense baseline. `kind` is ``cost`` or ``quality`` (one per attention and workload,
+    with `tokens` 0; rows of cost carry that without a workload). `label` is what tables call it, `host` the model, as
+    ``library:name``. `scope` says whether the whole model was run, or one attention layer alone. `workload` says in
+    words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
     """
 
     part: str
