@@ -72,7 +72,7 @@ def page_of(task: Task, records: Iterable[Any], config: str | None = None, folde
         table, how_to_read, found = task.columns(records), task.how_to_read, task.verdict(records)
         drawn, parts = [], []
     return page(
-        f"attnzoo benchmark: {summary.any.benchmark}",
+        f"attnzoo benchmark: {summary.records[0].benchmark}",
         [
             Section(figures([*drawn, *task.plots(records)])),
             Section(table.html(), "Cost", how_to_read) if summary.groups else None,

@@ -266,10 +266,10 @@ class Environment(Entry):
 class Row(Entry):
     """What a plan says of a row, and its record repeats: what is measured of which attention, in what.
 
-    `part` names the rows that share a dense baseline. `kind` is ``cost`` or ``quality`` (one per attention and workload,
-    with `tokens` 0; rows of cost carry that without a workload). `label` is what tables call it, `host` the model, as
-    ``library:name``. `scope` says whether the whole model was run, or one attention layer alone. `workload` says in
-    words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
+    `part` names the rows that share a dense baseline. `kind` is ``cost`` or ``quality`` (one per attention and
+    workload, with `tokens` 0; rows of cost carry that without a workload). `label` is what tables call it, `host` the
+    model, as ``library:name``. `scope` says whether the whole model was run, or one attention layer alone. `workload`
+    says in words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
     """
 
     part: str

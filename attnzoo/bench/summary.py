@@ -62,11 +62,6 @@ class Summary:
     labels: dict[str, tuple[str, ...]]
 
     @property
-    def any(self) -> Record:
-        """Some record, for what all have in common."""
-        return next((row for group in self.groups for row in group.rows), None) or self.quality[0]
-
-    @property
     def last(self) -> Record:
         """The record that was measured last, for the config and the command of a run that was added to."""
         return max(self.records, key=lambda record: record.utc)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attnzoo import files
-from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify import page, score
@@ -15,7 +15,7 @@ from attnzoo.tasks.classify.config import ClassifyConfig
 from attnzoo.tasks.classify.cost import measure_cost
 from attnzoo.tasks.classify.cost_config import BaselineConfig, HostConfig
 from attnzoo.tasks.classify.model import ABOUT
-from attnzoo.tasks.classify.workload import PART, Workload, cost_cells, row
+from attnzoo.tasks.classify.workload import PART, Workload, cost_cells
 from attnzoo.tasks.records import Record
 
 OWN = ("patch_size", "weight_init")  # an initialization may make the classifier zero, and that passes no gate
@@ -26,7 +26,7 @@ def plan(config: ClassifyConfig) -> list[Cell]:
     specs = {run.label: run.attention for run in config.runs()}
     cells = [
         Cell(
-            **row(spec, config.baseline),
+            **row_of(spec, config.baseline, PART),
             kind="quality",
             host=f"{config.model.library}:{config.model.name}",
             dtype="float32",

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import nn
 
-from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.task import Cell
 from attnzoo.tasks.classify.build import build_model, with_baseline
@@ -51,17 +51,6 @@ class Workload(Section):
         return with_baseline(model, self.fused).eval()
 
 
-def row(attention: AttentionConfig | None, baseline: str) -> dict[str, Any]:
-    """The part of a cell that says whose it is."""
-    return {
-        "part": PART,
-        "label": baseline if attention is None else attention.label,
-        "attention": None if attention is None else attention.name,
-        "options": {} if attention is None else attention.swap,
-        "is_baseline": attention is None,
-    }
-
-
 def cost_cells(
     config: RunConfig,
     costs: Sequence[CostConfig],
@@ -94,7 +83,7 @@ def cost_cells(
                     device=config.used_device,
                 )
                 words = _words(cost, size) if named else ""
-                cells.append(_cell(workload, row(attention, baseline.label), config.threads, words))
+                cells.append(_cell(workload, row_of(attention, baseline.label, PART), config.threads, words))
     return cells
 
 
