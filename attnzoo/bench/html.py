@@ -24,23 +24,11 @@ class Section:
     folded: bool = False
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A choice among the parts of a page, made without a script.
-
-    Of all elements that have the attribute ``data-NAME``, those without the choice among its words are hidden. Choices
-    are words without quotes; that of all parts comes by itself.
-    """
-
-    name: str
-    choices: tuple[str, ...]
-
-
 def page(
     title: str,
     sections: Iterable[Section | None],
     *,
-    filters: Sequence[Filter] = (),
+    filters: Mapping[str, Sequence[str]] | None = None,
     verdict: str = "",
     facts: Mapping[str, str] | None = None,
     warning: str = "",
@@ -49,13 +37,15 @@ def page(
     """Give a page; sections that are None or empty are left out.
 
     `verdict` is what was found, in a sentence, `facts` what was run where, by name, `warning` what a reader must know
-    before trusting the figures. The filters stand above the sections; `config`, as text, is shown folded at the end.
+    before trusting the figures. Of all elements that have the attribute ``data-NAME`` of a filter, those without
+    its choice among their words are hidden, without a script; choices are words without quotes, and that of all parts
+    comes by itself; `config`, as text, is shown folded at the end.
     """
     shown = [one for one in sections if one is not None and (one.body or one.note)]
     if config is not None:
         shown.append(Section(f"<pre>{escape(config)}</pre>", "Config", folded=True))
     about = {"title": title, "verdict": verdict, "facts": facts or {}, "warning": warning}
-    return _template("page").render(about, sections=shown, filters=filters) + "\n"
+    return _template("page").render(about, sections=shown, filters=filters or {}) + "\n"
 
 
 def fragment(name: str, **values: object) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import isabstract
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
@@ -188,6 +189,13 @@ class Quality(Entry, ABC):
     ratio_low: NonNegative | None = None
     ratio_high: NonNegative | None = None
     note: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_task(cls, data: Any) -> Any:
+        if isabstract(cls):
+            raise ValueError("the records of this task hold no quality")
+        return data
 
     @abstractmethod
     def against(self, dense: Self) -> Self:

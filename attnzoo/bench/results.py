@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from attnzoo import files
 from attnzoo.bench.highlights import CACHE, MEASURES, PEAK, QUALITY, SPEED, Figure, Highlight, Measure, Source
-from attnzoo.bench.html import Filter, Section, fragment, page
+from attnzoo.bench.html import Section, fragment, page
 from attnzoo.bench.words import one_line
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import REQUIRED, AttentionInfo, Kind, describe, list_attentions
@@ -90,7 +90,7 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
             Section(side_by_side, "Policies at one budget", POLICIES) if policies.rows else None,
             Section(others.html(), "Other records") if others.rows else None,
         ],
-        filters=[Filter("task", tuple(tasks)), Filter("kind", get_args(Kind))],
+        filters={"task": tasks, "kind": get_args(Kind)},
         verdict=_verdict(found, tasks),
         facts={"Records": f"{len(sources)} files", "Again": command},
     )

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import warnings
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from attnzoo.bench.record import Envelope
 from attnzoo.bench.store import RecordStore, read_records
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.records import Record
@@ -76,6 +78,16 @@ def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, make_rec
     path.write_bytes(good + b'{"another": "schema"}')
     with pytest.raises(AttnZooError, match="line 2"):
         read_records(path, Record)
+
+
+@pytest.mark.parametrize("quality", [{"ratio": None}, {"note": "of another task"}])
+def test_a_quality_where_a_task_has_none_is_an_error_that_names_the_line(tmp_path, make_record, quality):
+    """A quality has a class of its own per task, and there is none of the base class."""
+    path = tmp_path / "records.jsonl"
+    row = {**json.loads(lines_of(make_record(kind="quality", cost=None))), "quality": quality}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(AttnZooError, match=r"line 1.*quality: .*hold no quality"):
+        read_records(path, Envelope)
 
 
 def test_the_latest_record_of_a_row_counts(tmp_path, make_record):
