@@ -239,6 +239,12 @@ _HANDBOOK = DebianPackage(
     inside="usr/share/doc/debian-handbook/html/en-US",
 )
 _HANDBOOK_DEB = "pool/main/d/debian-handbook/debian-handbook_11.20220922_all.deb"
+_REFERENCE = DebianPackage(
+    "debian-reference-en",
+    "9f31d3a17df505de09689ca255512ea58c1fc47c59bb1b0c7bf1c23362e9743f",
+    inside="usr/share/debian-reference",
+)
+_REFERENCE_DEB = "pool/main/d/debian-reference/debian-reference-en_2.100_all.deb"
 
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _FASHION_FILES = {
@@ -343,6 +349,19 @@ ASSETS: tuple[Asset, ...] = (
             dataclasses.replace(_HANDBOOK, url=f"https://deb.debian.org/debian/{_HANDBOOK_DEB}"),
             dataclasses.replace(
                 _HANDBOOK, url=f"https://snapshot.debian.org/archive/debian/20230701T000000Z/{_HANDBOOK_DEB}"
+            ),
+        ),
+        advice="give any long text file of your own instead",
+    ),
+    Asset(
+        "debian_reference",
+        "Debian Reference (2023, English): a book of prose and shell commands, as HTML pages",
+        "GPL-2.0-or-later",
+        (
+            _REFERENCE,
+            dataclasses.replace(_REFERENCE, url=f"https://deb.debian.org/debian/{_REFERENCE_DEB}"),
+            dataclasses.replace(
+                _REFERENCE, url=f"https://snapshot.debian.org/archive/debian/20230701T000000Z/{_REFERENCE_DEB}"
             ),
         ),
         advice="give any long text file of your own instead",

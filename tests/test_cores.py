@@ -271,3 +271,16 @@ def test_capabilities_are_true(name):
     assert can.compile
     torch.testing.assert_close(compiled(), core(q, k, v, causal=True))
     assert set(dataclasses.asdict(can)) >= set(tries)
+
+
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(3, 8, 2), (5, 6, 1), (2, 9, 4)])
+def test_sdpa_leaves_a_later_block_to_flash_attention_without_a_mask(monkeypatch, queries, keys, kv_heads):
+    q = torch.randn(2, 4, queries, 8)
+    k, v = torch.randn(2, 2, kv_heads, keys, 8)
+    expected = oracle(q, k, v, None, True, 8**-0.5)
+    made = []
+    monkeypatch.setattr("attnzoo.cores.sdpa.with_causal", lambda *args: made.append(args))
+    monkeypatch.setattr("attnzoo.cores.sdpa._flash_runs", lambda *args: True)  # as on a GPU
+    out = build_core(describe("sdpa"), {})(q, k, v, causal=True)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    assert not made

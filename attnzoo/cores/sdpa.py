@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from attnzoo.checks import check_mask, check_qkv
 from attnzoo.cores.masks import with_causal
@@ -62,6 +65,11 @@ def torch_sdpa(
     queries, keys = q.shape[2], k.shape[2]
     if causal and queries == 1:
         causal = False  # the one query is the last: it sees every key
+    if causal and mask is None and queries < keys and _flash_runs(q, k, v, dropout):
+        bias = causal_lower_right(queries, keys)  # FlashAttention lines up the ends by itself: no mask is made
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     if causal and (mask is not None or queries != keys):
         mask, causal = with_causal(mask, queries, keys, q.device), False
     groups = q.shape[1] // k.shape[1]
@@ -73,3 +81,10 @@ def torch_sdpa(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
     )
+
+
+def _flash_runs(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> bool:
+    """Whether torch would run its FlashAttention on a GPU."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return False
+    return can_use_flash_attention(SDPAParams(q, k, v, None, dropout, False, q.shape[1] != k.shape[1]))

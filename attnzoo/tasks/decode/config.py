@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
 from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
@@ -88,8 +88,18 @@ class CanaryConfig(Section):
     worse_by: float = 0.1
 
 
+class Setting(Section):
+    """Options that are given to every attention, and what they add to its label."""
+
+    label: Annotated[str, Field(min_length=1)]
+    options: dict[str, Any]
+
+
 class LanguageConfig(Section):
-    """A causal language model whose cache policies bound, against the same model with transformers' own cache."""
+    """A causal language model whose cache policies bound, against the same model with transformers' own cache.
+
+    With a `grid` of settings every attention is measured once in each of them.
+    """
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     dtype: Dtype = "float32"
@@ -97,6 +107,7 @@ class LanguageConfig(Section):
     text: Annotated[str, Field(min_length=1)] | None = "debian_handbook"
     baseline: Annotated[str, Field(min_length=1, description="the dense baseline's label")] = "dense"
     attentions: Annotated[tuple[AttentionConfig, ...], Field(min_length=1)]
+    grid: tuple[Setting, ...] = Field(default=(), exclude=True)  # in `attentions`, once it is read
     nll: NllConfig | None = NllConfig()
     retrieval: RetrievalConfig | None = None
     cost: DecodeCostConfig | None = None
@@ -110,7 +121,7 @@ class LanguageConfig(Section):
         found = {*(data if isinstance(data, Mapping) else ()), *(f"cost.{key}" for key in cost or {})}
         if old := [told for name, told in OLD_NAMES.items() if name in found]:
             raise ValueError("; ".join(old))
-        return data
+        return {**data, "attentions": in_each_setting(data)} if isinstance(data, Mapping) and data.get("grid") else data
 
     @model_validator(mode="after")
     def _rows_and_windows_fit(self) -> LanguageConfig:
@@ -165,9 +176,25 @@ class DecodeConfig(LanguageConfig, RunConfig):
 load_config, validate_config = DecodeConfig.load, DecodeConfig.check
 
 
+def in_each_setting(data: Mapping[str, Any]) -> Any:
+    """The attentions of a config as written, each in every setting of its grid; as they are where either is wrong."""
+    attentions, grid = data.get("attentions"), data.get("grid")
+    try:
+        named = [AttentionConfig.model_validate(attention) for attention in attentions or ()]
+        settings = [Setting.model_validate(setting) for setting in grid or ()]
+    except ValidationError:
+        return attentions
+    return [_set(attention, setting) for setting in settings for attention in named] if settings else attentions
+
+
+def _set(attention: AttentionConfig, setting: Setting) -> dict[str, Any]:
+    changed = {"label": f"{attention.label} {setting.label}", "options": {**setting.options, **attention.options}}
+    return attention.model_copy(update=changed).model_dump()
+
+
 def language_problems(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What the registry says of the attentions of a language model; `prefix` comes before the keys that are named."""
-    problems = attention_problems(data.get("attentions"), f"{prefix}attentions", _option_problems)
+    problems = attention_problems(in_each_setting(data), f"{prefix}attentions", _option_problems)
     canary = data.get("canary")
     if isinstance(canary, Mapping) and "tiny" in canary:
         problems += attention_problems([canary["tiny"]], f"{prefix}canary.tiny", _option_problems)

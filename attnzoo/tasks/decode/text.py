@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ _VOID = "area base br col embed hr img input link meta source track wbr"
 _LEFT_OUT = "aside footer head nav pre script style table"
 BLOCKS, VOID, LEFT_OUT = (frozenset(names.split()) for names in (_BLOCKS, _VOID, _LEFT_OUT))
 MENUS = frozenset({"banner", "docnav", "footer", "legalnotice", "toc"})  # classes and ids, as DocBook's HTML names them
-HANDBOOK_START = "index.html"
+BOOKS = {"debian_handbook": "index.html", "debian_reference": "index.en.html"}  # their first pages
 TOPICS = "pydoc_topics"
 
 
@@ -46,8 +47,9 @@ def load_text(name: str) -> Text:
     Parameters
     ----------
     name
-        ``debian_handbook`` (The Debian Administrator's Handbook: English prose), ``pydoc_topics`` (the help topics of
-        the running CPython: dense and technical, another text in another version), or the path of a UTF-8 text file.
+        ``debian_handbook`` (The Debian Administrator's Handbook: English prose), ``debian_reference`` (Debian
+        Reference: prose among shell commands), ``pydoc_topics`` (the help topics of the running CPython: dense and
+        technical, another text in another version), or the path of a UTF-8 text file.
 
     Raises
     ------
@@ -108,7 +110,7 @@ def html_paragraphs(html: str) -> list[str]:
     return parser.finish()
 
 
-def book_pages(folder: Path, start: str = HANDBOOK_START) -> list[Path]:
+def book_pages(folder: Path, start: str = "index.html") -> list[Path]:
     """Give the pages of a book in the order of reading, as its own ``<link rel="next">`` tell it, without `start`.
 
     Raises
@@ -137,9 +139,9 @@ def _next_page(page: Path) -> str:
     return ""
 
 
-def _debian_handbook() -> str:
-    folder = assets.get("debian_handbook")
-    pages = book_pages(folder)
+def _book(name: str, start: str) -> str:
+    folder = assets.get(name)
+    pages = book_pages(folder, start)
     if not pages:
         raise ConfigError(f"{folder} does not hold the book's pages; remove that folder and run again")
     return "\n\n".join(part for page in pages for part in html_paragraphs(page.read_text(encoding="utf-8"))) + "\n"
@@ -151,7 +153,8 @@ def _pydoc_topics() -> str:
     return "\n\n".join(topics.topics[key].strip() for key in sorted(topics.topics)) + "\n"
 
 
-TEXTS: dict[str, Callable[[], str]] = {"debian_handbook": _debian_handbook, TOPICS: _pydoc_topics}
+TEXTS: dict[str, Callable[[], str]] = {name: partial(_book, name, start) for name, start in BOOKS.items()}
+TEXTS[TOPICS] = _pydoc_topics
 
 
 class _Paragraphs(HTMLParser):

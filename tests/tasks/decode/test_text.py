@@ -26,6 +26,18 @@ def test_pages_come_in_the_order_of_their_links(tmp_path):
         book_pages(tmp_path)
 
 
+def test_a_book_is_read_from_its_first_page_on(tmp_path, monkeypatch):
+    for name, following in (("index.en", "one.html"), ("one", "two.html"), ("two", "two.html")):
+        (tmp_path / f"{name}.html").write_text(PAGE.replace("{next}", following).replace("tail", name))
+    monkeypatch.setattr("attnzoo.assets.get", {"debian_reference": tmp_path}.__getitem__)
+    found = load_text("debian_reference").text.split("\n\n")
+    assert [found.index(word) for word in ("one", "two")] == [2, 7]
+    assert "index.en" not in found
+    (tmp_path / "one.html").unlink()
+    with pytest.raises(ConfigError, match="page of the book"):
+        load_text("debian_reference")
+
+
 def test_windows_are_whole_distinct_and_drawn_by_the_seed(text, tokenizer):
     many = windows(text, tokenizer, count=20, tokens=100, seed=3)
     ids = tokenizer(text.text).input_ids
