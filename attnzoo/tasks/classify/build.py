@@ -14,6 +14,7 @@ from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths
 from attnzoo.errors import AttnZooError, ConfigError, UnsupportedError
 from attnzoo.extras import require
+from attnzoo.tasks.classify.cost_config import HostConfig
 
 NEARLY_EQUAL = 0.03  # parameters of two models
 Dense = Callable[[Mapping[str, Any]], nn.Module]  # builds a model with its own attention, with further options
@@ -66,6 +67,14 @@ def with_baseline(model: nn.Module, fused: bool) -> nn.Module:
             raise UnsupportedError(f"{path} ({type(layer).__name__}) has no switch between fused and unfused attention")
         layer.fused_attn = fused
     return model
+
+
+def build_host(
+    host: HostConfig, image_size: int | tuple[int, int], seed: int, fused: bool, more: Mapping[str, Any]
+) -> nn.Module:
+    """Build a benchmark's model with its own attention, fused or not, and `more` options than its own."""
+    sizes = {"image_size": image_size, **host.model_dump(include={"patch_size", "channels", "classes"})}
+    return with_baseline(build_model(host.name, **sizes, options={**host.options, **more}, seed=seed), fused)
 
 
 def swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:

@@ -16,7 +16,7 @@ from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.classify.build import build_model, count_parameters, equal_parameters, swapped, with_baseline
+from attnzoo.tasks.classify.build import build_host, count_parameters, equal_parameters, swapped
 from attnzoo.tasks.classify.cost_config import QualityConfig, RecipeConfig
 from attnzoo.tasks.classify.evaluate import Answers, answers_of
 from attnzoo.tasks.classify.quality import Training, accuracy_of, listed
@@ -144,21 +144,13 @@ def measure_quality(
 ) -> Result:
     """Train once per seed with the attention `spec`, None being the model's own, and test on the held-out images."""
     images = load_images(quality.dataset, data, train_images=quality.train_images, std=quality.input_std)
-    host, recipe = quality.model, quality.recipe
+    host = quality.model.model_copy(update={"channels": images.channels, "classes": images.classes})
+    recipe = quality.recipe
     trainings, counted = [], []
     for seed in quality.seeds:
 
         def build(more: Mapping[str, Any], seed: int = seed) -> nn.Module:
-            model = build_model(
-                host.name,
-                image_size=images.side,
-                patch_size=host.patch_size,
-                channels=images.channels,
-                classes=images.classes,
-                options={**host.options, **more},
-                seed=seed,
-            )
-            return with_baseline(model, fused)
+            return build_host(host, images.side, seed, fused, more)
 
         def tell(epoch: int, loss: float, seed: int = seed) -> None:
             say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")

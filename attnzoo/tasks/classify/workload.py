@@ -11,7 +11,7 @@ from torch import nn
 from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.task import Cell
-from attnzoo.tasks.classify.build import build_model, with_baseline
+from attnzoo.tasks.classify.build import build_host
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, Size
 
 PART = "vision"
@@ -39,16 +39,8 @@ class Workload(Section):
         `more` are further options of the host.
         """
         height, width = self.pixels
-        model = build_model(
-            self.host.name,
-            image_size=height if height == width else self.pixels,
-            patch_size=self.host.patch_size,
-            channels=self.host.channels,
-            classes=self.host.classes,
-            options={**self.host.options, **(more or {})},
-            seed=self.seed,
-        )
-        return with_baseline(model, self.fused).eval()
+        size = height if height == width else self.pixels
+        return build_host(self.host, size, self.seed, self.fused, more or {}).eval()
 
 
 def cost_cells(
