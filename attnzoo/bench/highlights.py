@@ -65,6 +65,7 @@ class Highlight:
     quality is, a colon, and data and training. By `tokens` workloads are compared; they are 0 where it has none.
     `phase` is of a cost alone. It is `typical` where it is of a whole model against its usual baseline: what a reader
     wants to see before a layer alone. There are `figures` only where `status` is ``ok``, and only those measured.
+    `record` and `page` are links to its file and that file's page, on the results page.
     """
 
     task: str
@@ -81,6 +82,8 @@ class Highlight:
     status: str = "ok"
     message: str = ""
     figures: Mapping[Measure, Figure] = field(default_factory=dict)
+    record: str = ""
+    page: str = ""
 
     @property
     def budget(self) -> int | None:
