@@ -99,9 +99,7 @@ def mixer_gate(mixers: Mapping[str, nn.Module], dim: int, prefix: int, like: Ten
 
 def finite(gate: Gate, output: Tensor) -> Gate:
     """Fail `gate` where the output at the timed shape is not finite."""
-    if bool(torch.isfinite(output).all()):
-        return gate
-    return gate.model_copy(update={"passed": False, "detail": "the output at the timed shape is not finite"})
+    return refuse(gate, None if output.isfinite().all() else "the output at the timed shape is not finite")
 
 
 def refuse(gate: Gate, problem: str | None) -> Gate:
