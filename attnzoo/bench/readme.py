@@ -31,6 +31,7 @@ def markdown_table(records: Iterable[Any]) -> str:
 
 
 def _part_table(summary: Summary, part: str) -> str:
+    """The table of one host: speed-ups, then as much of the rest as there is room for, the quality kept last."""
     groups, metric = summary.of(part), _metric(summary, part)
     whole = [g for g in groups if 2 * sum(row.cost is not None for row in g.rows) >= len(summary.labels[part])]
     needs, about = groups[0], "prefill"  # where memory, FLOPs and size are told
@@ -55,7 +56,7 @@ def _part_table(summary: Summary, part: str) -> str:
             del cells["cache held, after decoding"]
         if all(row.quality is None for group in groups for row in group.rows):
             del cells[KEPT], cells[metric]
-        shown = sorted(list(cells)[: COLUMNS - 1 - len(timed)], key=lambda name: name == KEPT)  # the quality kept last
+        shown = sorted(list(cells)[: COLUMNS - 1 - len(timed)], key=lambda name: name == KEPT)
         heads = ["attention", *(f"speed-up, {group.title}" for group in timed), *shown]
         lines.append([f"`{label}`", *map(_speed, rows[-len(timed) :]), *(cells[name] for name in shown)])
     return f"**{groups[0].host}**\n\n{Table(heads, lines).markdown()}"
