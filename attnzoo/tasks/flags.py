@@ -28,7 +28,12 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
         what = _decoder(flags, name, given)
     else:
         what = _model(flags, library, given)
-    _refuse(given, flags.model)
+    if given:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
+        raise ConfigError(
+            f"{names}: no meaning for {flags.model}. A function's example input says how large it is, a language model "
+            "is timed by --repeats alone"
+        )
     what["cost"] |= {"repeats": flags.repeats, "timeout_seconds": flags.timeout}
     named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
     what["attentions"] = [attention(text) for text in named if text != "dense"]
@@ -68,15 +73,6 @@ def _model(flags: argparse.Namespace, library: str, given: set[str]) -> dict[str
 
 def _seconds(flags: argparse.Namespace) -> float:
     return 1.0 if flags.min_seconds is None else float(flags.min_seconds)
-
-
-def _refuse(given: set[str], model: str) -> None:
-    if given:
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
-        raise ConfigError(
-            f"{names}: no meaning for {model}. A function's example input says how large it is, a language model is "
-            "timed by --repeats alone"
-        )
 
 
 def attention(text: str) -> str | dict[str, Any]:
