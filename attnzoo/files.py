@@ -7,8 +7,9 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -107,3 +108,22 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote; `OSError` or `ValueError` if that is not there."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def set_aside(folder: Path, suffixes: Iterable[str]) -> None:
+    """Move what a folder holds, but for its lock, into a new one beside it.
+
+    Its name is that of the folder with the first of `suffixes` that is not taken: what was set aside before stays.
+    """
+    held = [entry for entry in folder.iterdir() if entry.name != LOCK]
+    if held:
+        aside = next(new for end in suffixes if not (new := folder.with_name(folder.name + end)).exists())
+        aside.mkdir()
+        for entry in held:
+            entry.rename(aside / entry.name)

@@ -49,7 +49,7 @@ COLORS = ("#808080", "#D55E00", "#0088CC", "#009E73")  # by number type and outp
 
 def draw(rows: Sequence[dict[str, Any]]) -> str:
     """Root mean square and largest magnitude by degree: the range over the layers, as SVG."""
-    from attnzoo.bench.plots import INK, add_legend, new_figure, to_svg
+    from attnzoo.bench.plots import INK, new_figure, to_svg
 
     figure, axes = new_figure()
     for index, (dtype, output) in enumerate((d, o) for o in OUTPUTS for d in DTYPES):
@@ -67,7 +67,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> str:
     axes.set_xticks(DEGREES)
     axes.set_xlabel("degree")
     axes.set_ylabel(f"what a layer adds: {LAYERS} layers")
-    add_legend(axes)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     return to_svg(figure, "activations").replace("currentColor", "#777777")  # an image of its own has no page's color
 
 

@@ -28,7 +28,6 @@ from attnzoo.errors import AssetError
 from attnzoo.registry import BUILT_IN, _table, unregister_attention
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify import config as classify
-from attnzoo.tasks.classify import page as training_page
 from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
@@ -37,6 +36,7 @@ from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels, report
+from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
 
 ROOT = Path(__file__).parents[1]
@@ -263,7 +263,7 @@ def test_the_tables_of_trainings_are_those_of_the_committed_records(name, worklo
     assert {(record.phase, record.workload) for record in rows} == workloads
     assert all(record.status == "ok" and record.gate.passed and not record.environment.dirty for record in rows)
     assert all(abs(record.cost.ratios.parameters - 1) <= 0.03 for record in rows)
-    table = training_page.results_table(records).markdown()
+    table = results_table(records).markdown()
     assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == table
 
 
@@ -479,7 +479,7 @@ def test_modules_run_as_commands():
     ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes", "fashion_mnist", "cifar10_cpu"],
 )
 def test_committed_pages_are_what_the_records_give_today(name):
-    from attnzoo.bench.publish import page_of
+    from attnzoo.bench.page import page_of
 
     path = ROOT / "docs/records" / f"{name}.jsonl"
     page = page_of(tasks.task_of(path), read_records(path), path.with_suffix(".yaml").read_text(encoding="utf-8"))

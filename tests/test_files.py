@@ -97,3 +97,18 @@ def test_a_folder_is_checked_before_work_and_not_made(tmp_path):
 def test_a_folder_that_takes_no_file_is_refused(below):
     with pytest.raises(ConfigError, match=r"^output=/proc\S* cannot be written into: .*; give another folder$"):
         files.check_folder(f"/proc/{below}", "output")
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "names"), [((".old", ".old2"), ["run.old", "run.old2"]), ("12", ["run1", "run2"])]
+)
+def test_what_a_folder_holds_is_set_aside_under_the_next_free_name(tmp_path, suffixes, names):
+    folder = tmp_path / "run"
+    with files.locked(folder):
+        for number, name in enumerate(names):
+            files.write_json(folder / "step.json", {"number": number})
+            files.set_aside(folder, suffixes)
+            assert [path.name for path in folder.iterdir()] == [files.LOCK]
+            assert files.read_json(tmp_path / name / "step.json") == {"number": number}
+        files.set_aside(folder, suffixes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", *names], "of nothing no folder is made"

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from attnzoo.bench.page import html_page
+from attnzoo.bench.page import page_of
 from attnzoo.bench.plots import memory_plot
 from attnzoo.bench.summary import summarize
-from attnzoo.tasks import read_records
+from attnzoo.tasks import find, read_records, task_of
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.units import MB, MIB, megabytes
 
@@ -34,7 +34,7 @@ def test_a_megabyte_is_a_million_bytes(count, text):
 
 def test_the_decode_tables_and_page_count_in_the_unit_of_the_docs():
     records = read_records(RECORDS / "prose.jsonl")
-    page = html_page(records)
+    page = page_of(find("decode"), records)
     for record in records:
         cache = record.quality.cache
         if record.workload:
@@ -46,9 +46,9 @@ def test_the_decode_tables_and_page_count_in_the_unit_of_the_docs():
 
 @pytest.mark.parametrize("name", ["mixers_cpu_glibc", "detr_r50_cost/records"])
 def test_the_pages_of_benchmarks_count_in_the_same_unit(name):
-    records = read_records(RECORDS / f"{name}.jsonl")
+    task, records = task_of(RECORDS / f"{name}.jsonl"), read_records(RECORDS / f"{name}.jsonl")
     peaks = {record.cost.candidate.memory.activation_peak_bytes for record in records if record.cost}
-    shown = set(re.findall(r"([\d.,]+) MB", html_page(records)))
+    shown = set(re.findall(r"([\d.,]+) MB", page_of(task, records)))
     assert {f"{peak / 1e6:,.{0 if peak >= 1e9 else 1 if peak >= 1e7 else 2}f}" for peak in peaks if peak} <= shown
 
 
@@ -80,7 +80,7 @@ def test_the_committed_pages_of_detectors_are_in_the_same_unit():
     for page in (RECORDS / "detr_r50_cost" / "report.html", RECORDS / "bccd_cpu" / "report.html"):
         records = read_records(page.with_name("records.jsonl"))
         sizes = re.compile(r"[\d.,]+ MB\b")
-        assert sizes.findall(page.read_text(encoding="utf-8")) == sizes.findall(html_page(records))
+        assert sizes.findall(page.read_text(encoding="utf-8")) == sizes.findall(page_of(find("detect"), records))
 
 
 def test_nothing_but_the_units_module_divides_bytes_for_a_reader():

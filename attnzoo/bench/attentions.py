@@ -55,6 +55,17 @@ class AttentionConfig(Section):
         return self.options if self.where is None else {**self.options, "where": self.where}
 
 
+def row_of(attention: AttentionConfig | None, baseline: str, part: str) -> dict[str, Any]:
+    """The fields of a `Row` that say whose it is: an attention's or, without one, the dense baseline's."""
+    return {
+        "part": part,
+        "label": baseline if attention is None else attention.label,
+        "attention": None if attention is None else attention.name,
+        "options": {} if attention is None else attention.swap,
+        "is_baseline": attention is None,
+    }
+
+
 def refuse_vision_keys(attentions: Sequence[AttentionConfig]) -> None:
     """Raise `ValueError` where an attention has keys that mean something for vision models of timm alone."""
     for index, attention in enumerate(attentions):

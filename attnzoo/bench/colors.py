@@ -38,13 +38,8 @@ def look(labels: Sequence[str], label: str) -> tuple[str, str]:
     marker = MARKERS[list(labels).index(label) % len(MARKERS)]
     if not method:
         return DENSE, marker
-    base = METHODS.get(method) or _of_name(method)
+    base = METHODS.get(method) or _hex(colorsys.hls_to_rgb(zlib.crc32(method.encode()) % 360 / 360, 0.42, 0.65))
     return _shaded(base, SHADES[rank % len(SHADES)]), marker
-
-
-def _of_name(method: str) -> str:
-    hue = zlib.crc32(method.encode()) % 360 / 360
-    return _hex(colorsys.hls_to_rgb(hue, 0.42, 0.65))
 
 
 def _shaded(color: str, shade: float) -> str:

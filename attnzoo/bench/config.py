@@ -29,6 +29,11 @@ PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_ty
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def digest(content: Any) -> str:
+    """16 hex digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys are refused and values cannot change later."""
 
@@ -64,10 +69,7 @@ class RunConfig(Section):
     def check_folder(self, *inside: str) -> None:
         """Check, before any work, that the folder and those `inside` can be written into.
 
-        Raises
-        ------
-        ConfigError
-            If one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
+        Raises `ConfigError` if one is a file, or cannot be written into; see `attnzoo.files.check_folder`.
         """
         for name in ("", *inside):
             files.check_folder(self.folder, "output", name)
@@ -75,7 +77,7 @@ class RunConfig(Section):
     @property
     def hash(self) -> str:
         """16 hex digits over the `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.identity())
 
     def identity(self) -> dict[str, Any]:
         """Everything that the results depend on, defaults and overrides included."""
@@ -98,10 +100,7 @@ class RunConfig(Section):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML config, apply overrides, as `read_yaml` does, and check it.
 
-        Raises
-        ------
-        ConfigError
-            With every problem of file and overrides that could be found, one per line.
+        Raises `ConfigError` with every problem of file and overrides that could be found, one per line.
         """
         return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
 
@@ -109,10 +108,7 @@ class RunConfig(Section):
     def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
         """Check plain data against the schema and `problems`.
 
-        Raises
-        ------
-        ConfigError
-            With every problem, one per line.
+        Raises `ConfigError` with every problem, one per line.
         """
         return validated(cls, data, cls.problems(data), source)
 
@@ -128,17 +124,10 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, and apply ``key=value`` overrides.
 
-    Parameters
-    ----------
-    path
-        A YAML file.
-    overrides
-        ``dotted.key=value``, the value in YAML; numbers reach into lists, as in ``attentions.0.options.degree=3``.
+    Raises `ConfigError` if the file cannot be read, is not YAML or no mapping, or an override does not fit.
 
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, is not YAML or no mapping, or an override does not fit.
+    These are ``dotted.key=value``, the value in YAML; numbers reach into lists, as in
+    ``attentions.0.options.degree=3``.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -161,19 +150,9 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], source: str) -> M:
     """Check plain data against a schema.
 
-    Parameters
-    ----------
-    model, data
-        The schema, and what should fit it.
-    more
-        Problems that the caller has found besides.
-    source
-        What to call the config in the message.
+    Raises `ConfigError` with every problem, one per line.
 
-    Raises
-    ------
-    ConfigError
-        With every problem, one per line.
+    `more` are problems that the caller has found besides, `source` what to call the config in the message.
     """
     problems: list[str] = []
     config = None
@@ -191,10 +170,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
 def parse_override(text: str) -> tuple[list[str], Any]:
     """Split ``a.b=value`` into its keys and its value, read as YAML.
 
-    Raises
-    ------
-    ConfigError
-        If there is no ``=``, a key is empty, or the value is not YAML.
+    Raises `ConfigError` if there is no ``=``, a key is empty, or the value is not YAML.
     """
     dotted, equals, raw = text.partition("=")
     keys = dotted.strip().split(".")
@@ -309,7 +285,8 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
         return f"{where}: {message}"
     message = PLAIN.get(kind, message)
     shown = repr(detail["input"])
-    return f"{where}: {shown if len(shown) <= 80 else shown[:77] + '...'} is not allowed; {_lower_first(message)}"
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"{where}: {shown} is not allowed; {message[:1].lower()}{message[1:]}"
 
 
 def _section_at(location: Iterable[str | int], model: type[BaseModel]) -> type[BaseModel] | None:
@@ -329,7 +306,3 @@ def _section_in(annotation: Any) -> Any:
     if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
         return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

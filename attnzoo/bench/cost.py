@@ -33,16 +33,8 @@ def cost_of(
 ) -> Cost:
     """Put together what a candidate and the dense model cost that were called in turn.
 
-    Parameters
-    ----------
-    models, times, traces, peaks, caches
-        Of the candidate first, then of the dense model.
-    layers
-        Paths of the attention layers.
-    items
-        How many images or tokens a call works on.
-    more
-        Further fields of `Cost`.
+    `models`, `times`, `traces`, `peaks` and `caches` are of the candidate first, then of the dense model; `layers` are
+    paths of the attention layers, `items` how many images or tokens a call works on, `more` further fields of `Cost`.
     """
     layers = list(layers)
     side, dense = (

@@ -79,16 +79,8 @@ def compare(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], name: str, 
 def mixer_gate(mixers: Mapping[str, nn.Module], dim: int, prefix: int, like: Tensor, seed: int) -> Gate:
     """Compare every mixer with its paper's equation in float64, on a small grid with odd sides.
 
-    Parameters
-    ----------
-    mixers
-        By the path of their layer; called ``mixer(x, grid=, prefix=, mask=None)``.
-    dim, prefix
-        Width of a token and number of prefix tokens.
-    like
-        A tensor of the timed dtype and device.
-    seed
-        Of the inputs.
+    `mixers` are by the path of their layer and called ``mixer(x, grid=, prefix=, mask=None)``, with inputs of `seed` of
+    width `dim` with `prefix` tokens, in the dtype and on the device of `like`.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, prefix + math.prod(ODD_GRID), dim, generator=generator).to(like)
@@ -107,9 +99,7 @@ def mixer_gate(mixers: Mapping[str, nn.Module], dim: int, prefix: int, like: Ten
 
 def finite(gate: Gate, output: Tensor) -> Gate:
     """Fail `gate` where the output at the timed shape is not finite."""
-    if bool(torch.isfinite(output).all()):
-        return gate
-    return gate.model_copy(update={"passed": False, "detail": "the output at the timed shape is not finite"})
+    return refuse(gate, None if output.isfinite().all() else "the output at the timed shape is not finite")
 
 
 def refuse(gate: Gate, problem: str | None) -> Gate:

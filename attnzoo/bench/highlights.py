@@ -61,32 +61,11 @@ class Figure:
 class Highlight:
     """One workload of one method, out of one line of a records file.
 
-    Attributes
-    ----------
-    task
-        Whose column it stands in.
-    method
-        A name of the registry.
-    label, options
-        Of the row in its record.
-    host
-        The model.
-    workload
-        What was run on it: phase, tokens and batch; or what a quality is, a colon, and data and training.
-    machine
-        Device and threads.
-    utc
-        When it was measured, as far as the record says.
-    tokens
-        The size by which workloads are compared; 0 where it has none.
-    phase
-        Of a cost; None for quality.
-    typical
-        Whether it is of a whole model against its usual baseline: what a reader wants to see before a layer alone.
-    status, message
-        As in its record; there are figures only where it is ``ok``.
-    figures
-        By measure; those that were not measured are left out.
+    `task` is that whose column it stands in; `workload` what was run on the host: phase, tokens and batch, or what a
+    quality is, a colon, and data and training. By `tokens` workloads are compared; they are 0 where it has none.
+    `phase` is of a cost alone. It is `typical` where it is of a whole model against its usual baseline: what a reader
+    wants to see before a layer alone. There are `figures` only where `status` is ``ok``, and only those measured.
+    `record` and `page` are links to its file and that file's page, on the results page.
     """
 
     task: str
@@ -103,6 +82,8 @@ class Highlight:
     status: str = "ok"
     message: str = ""
     figures: Mapping[Measure, Figure] = field(default_factory=dict)
+    record: str = ""
+    page: str = ""
 
     @property
     def budget(self) -> float | str | None:
@@ -133,14 +114,9 @@ class Source:
 
 
 def of_records(records: Sequence[Record], column: Callable[[Record], str]) -> list[Highlight]:
-    """Give the highlights of records that have the engine's own cost and quality.
+    """Give the highlights of a file's records that have the engine's own cost and quality, of dense baselines none.
 
-    Parameters
-    ----------
-    records
-        Of one file. Those of dense baselines give none.
-    column
-        Gives the task that a record is shown under.
+    `column` gives the task that a record is shown under.
     """
     summary = summarize(records)
     dense = {(row.part, row.workload): row.quality for row in summary.quality if row.is_baseline}
@@ -157,63 +133,43 @@ def speed(ratio: Quantiles, still: Quantiles | None = None, absolute: str = "") 
     return Figure(ratio.p50, low, high, words.speed_verdict(ratio, still), absolute=absolute)
 
 
-def need(ratio: float | None, verdict: Verdict | None = None, absolute: str = "") -> Figure | None:
-    """The figure of something of which less is better; None where there is none."""
-    return None if ratio is None else Figure(ratio, verdict=verdict or words.need_verdict(ratio), absolute=absolute)
-
-
-def quality(
-    value: float | None, low: float | None, high: float | None, verdict: Verdict | None = None
-) -> Figure | None:
-    """The figure of the quality kept; it is better or worse where its interval leaves 1 out."""
-    if value is None:
-        return None
-    own: Verdict = "same" if low is None or high is None else "better" if low > 1 else "worse" if high < 1 else "same"
-    return Figure(value, low, high, verdict or own)
-
-
-def measured(figures: Mapping[Measure, Figure | None]) -> dict[Measure, Figure]:
-    """Leave out what was not measured."""
-    return {measure: figure for measure, figure in figures.items() if figure is not None}
+def _need(ratio: float | None, verdict: Verdict, size: int | None) -> Figure | None:
+    """The figure of something of which less is better, in bytes; None where there is none."""
+    return None if ratio is None else Figure(ratio, verdict=verdict, absolute=megabytes(size) if size else "")
 
 
 def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
-    found, figure = row.quality, None
+    found, figures = row.quality, dict[Measure, Figure | None]()
     if found is not None:
-        verdict = words.quality_verdict(found, dense)
-        figure = quality(found.ratio, found.ratio_low, found.ratio_high, verdict)
-        figure = figure if found.points is None else Figure(found.points, points=True)
-        figure = figure and replace(figure, absolute=found.figure)
+        kept = None if found.ratio is None else Figure(found.ratio, found.ratio_low, found.ratio_high)
+        kept = kept if found.points is None else Figure(found.points, points=True)
+        verdict = "same" if found.points is not None else words.quality_verdict(found, dense)
+        figures[QUALITY] = kept and replace(kept, verdict=verdict, absolute=found.figure)
+        figures[CACHE] = _need(found.cache_ratio, words.need_verdict(found.cache_ratio), None)
     metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
-    held = need(None if found is None else found.cache_ratio)
     about = ": ".join(filter(None, (metric, note)))
-    return _of(row, task, about, {QUALITY: figure, CACHE: held}, tokens=getattr(found, "tokens", 0))
+    return _of(row, task, about, figures, None, getattr(found, "tokens", 0))
 
 
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
-    figures: dict[Measure, Figure | None] = {}
+    figures = dict[Measure, Figure | None]()
     if row.cost is not None:
         ratios, side = row.cost.ratios, row.cost.candidate
         peak = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
-        held = side.memory.cache_held_bytes
+        held, less = side.memory.cache_held_bytes, words.need_verdict(ratios.cache_held)
         figures = {
             SPEED: speed(ratios.speedup, words.noise(group.rows), f"{words.figures(side.latency_ms.p50)} ms"),
-            PEAK: need(words.activation_ratio(row), words.memory_verdict(row), megabytes(peak) if peak else ""),
-            CACHE: need(ratios.cache_held, absolute=megabytes(held) if held else ""),
+            PEAK: _need(words.activation_ratio(row), words.memory_verdict(row), peak),
+            CACHE: _need(ratios.cache_held, less, held),
         }
     about = ["" if row.shapes is None else f"batch {row.shapes.batch}", row.dtype]
     told = ", ".join([group.title, *(word for word in about if word and word not in group.workload.split(", "))])
-    return _of(row, task, told, figures, row.phase)
+    return _of(row, task, told, figures, row.phase, 0)
 
 
 def _of(
-    row: Record,
-    task: str,
-    workload: str,
-    figures: Mapping[Measure, Figure | None],
-    phase: Phase | None = None,
-    tokens: int = 0,
+    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None, tokens: int
 ) -> Highlight:
     assert row.attention is not None
     return Highlight(
@@ -230,7 +186,7 @@ def _of(
         typical=row.scope == "model",
         status=row.status,
         message=row.message,
-        figures=measured(figures),
+        figures={measure: figure for measure, figure in figures.items() if figure is not None},
     )
 
 

@@ -13,18 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
+    """A part of a page: HTML (a `Table.html`, `plots`, `pictures` or several) under a heading and a note in plain text.
 
-    Attributes
-    ----------
-    body
-        HTML: a `Table.html`, `plots`, `pictures`, or several.
-    title
-        Its heading, if it has one.
-    note
-        Plain text above the body.
-    folded
-        Shown by a click alone.
+    What is `folded` is shown by a click alone.
     """
 
     body: str
@@ -33,58 +24,28 @@ class Section:
     folded: bool = False
 
 
-@dataclass(frozen=True)
-class Filter:
-    """A choice among the parts of a page, made without a script.
-
-    Of all elements that have the attribute ``data-NAME``, those without the choice among its words are hidden.
-
-    Attributes
-    ----------
-    name
-        Of the attribute, and as a reader sees it.
-    choices
-        Words without quotes; that of all parts comes by itself.
-    """
-
-    name: str
-    choices: tuple[str, ...]
-
-
 def page(
     title: str,
     sections: Iterable[Section | None],
     *,
-    filters: Sequence[Filter] = (),
+    filters: Mapping[str, Sequence[str]] | None = None,
     verdict: str = "",
     facts: Mapping[str, str] | None = None,
     warning: str = "",
     config: str | None = None,
 ) -> str:
-    """Give a page.
+    """Give a page; sections that are None or empty are left out.
 
-    Parameters
-    ----------
-    title
-        Its heading.
-    sections
-        In order; those that are None or empty are left out.
-    filters
-        Shown above the sections.
-    verdict
-        What was found, in a sentence.
-    facts
-        What was run where, by name.
-    warning
-        What a reader must know before trusting the figures.
-    config
-        As text; shown folded at the end.
+    `verdict` is what was found, in a sentence, `facts` what was run where, by name, `warning` what a reader must know
+    before trusting the figures. Of all elements that have the attribute ``data-NAME`` of a filter, those without
+    its choice among their words are hidden, without a script; choices are words without quotes, and that of all parts
+    comes by itself; `config`, as text, is shown folded at the end.
     """
     shown = [one for one in sections if one is not None and (one.body or one.note)]
     if config is not None:
         shown.append(Section(f"<pre>{escape(config)}</pre>", "Config", folded=True))
     about = {"title": title, "verdict": verdict, "facts": facts or {}, "warning": warning}
-    return _template("page").render(about, sections=shown, filters=filters) + "\n"
+    return _template("page").render(about, sections=shown, filters=filters or {}) + "\n"
 
 
 def fragment(name: str, **values: object) -> str:
@@ -101,14 +62,9 @@ def plots(drawn: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(shown: Iterable[tuple[str, bytes, str]], width: int) -> str:
-    """Images with captions in a grid.
+    """Images with captions in a grid, whose columns are at least `width` pixels wide.
 
-    Parameters
-    ----------
-    shown
-        For each its name, its content as PNG or JPEG (empty where it could not be read), and its caption.
-    width
-        Of a column at least, in pixels.
+    Of each are given its name, its content as PNG or JPEG (empty where it could not be read), and its caption.
     """
     figures = ""
     for name, content, caption in shown:

@@ -30,17 +30,10 @@ LAST_WORDS = 2000
 
 @dataclass(frozen=True)
 class ChildResult:
-    """How a child ended.
+    """How a child ended, and what its function returned, or for a reader what happened.
 
-    Attributes
-    ----------
-    end
-        ``done`` (`answer` holds what the function gave), ``timeout``, ``oom`` (killed, and the kernel counted a kill
-        for want of memory), or ``crashed`` (anything else).
-    answer
-        What the function returned; empty unless it is done.
-    message
-        What happened, for a reader; empty if it is done.
+    `end` is ``done``, ``timeout``, ``oom`` (killed, and the kernel counted a kill for want of memory), or ``crashed``
+    (anything else).
     """
 
     end: Literal["done", "timeout", "oom", "crashed"]
@@ -80,18 +73,8 @@ class Isolation:
     ) -> ChildResult:
         """Call ``target(argument, say)`` in a child and wait for its end.
 
-        Parameters
-        ----------
-        target
-            A function of a module, so that the child can import it. What it gives to ``say`` reaches `on_word`.
-        argument
-            Its argument.
-        timeout
-            Seconds after which the child is killed.
-        on_word
-            Called with each word, for progress.
-        environ
-            Environment variables that the child sets before all else.
+        `target` is a function of a module, so that the child can import it; each word that it gives to ``say`` reaches
+        `on_word`. The child is killed after `timeout` seconds. It sets the variables `environ` before all else.
         """
         kills_before = _memory_kills()
         ours, theirs = self._context.Pipe(duplex=False)

@@ -23,61 +23,31 @@ def append_line(path: Path, entry: BaseModel) -> None:
         os.fsync(handle.fileno())
 
 
-def parse_lines(content: bytes, path: Path, model: type[M], schema: int) -> tuple[list[M], int]:
-    """Give the entries and the length of a torn last line, 0 if there is none.
-
-    Raises
-    ------
-    AttnZooError
-        If any other line is not an entry of `model`.
-    """
-    entries: list[M] = []
-    lines = content.split(b"\n")
-    last = len(lines) - 1
-    for number, line in enumerate(lines):
-        if number == last and not line:
-            break
-        try:
-            entries.append(model.model_validate_json(line))
-        except ValidationError as error:
-            if number == last and not _is_json(line):
-                return entries, len(line)
-            reason = error.errors()[0]
-            where = ".".join(map(str, reason["loc"])) or "line"
-            raise AttnZooError(
-                f"{path}, line {number + 1}: not a record of schema {schema}: {where}: {reason['msg']}"
-            ) from error
-    return entries, 0
-
-
 def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stacklevel: int = 2) -> list[M]:
     """Read a file of entries; a last line that a killed writer left torn is dropped with a warning.
 
-    Parameters
-    ----------
-    path, model, schema
-        The file, what its lines are, and the number of their schema for messages.
-    mend
-        Also take the torn line out of the file, and end a last line that has no end, so that more can be appended.
-    stacklevel
-        Of the warning.
+    Raises `OSError` if the file cannot be read; `AttnZooError` if a line is not an entry.
 
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    AttnZooError
-        If a line is not an entry.
+    With `mend` that line is also taken out of the file, and a last line that has no end is ended, so that more can be
+    appended. `schema` is the number of the lines' schema, for messages; `stacklevel` is of the warning.
     """
-    content = path.read_bytes()
-    entries, torn = parse_lines(content, path, model, schema)
-    if torn:
-        warnings.warn(
-            f"{path}: dropped a torn last line of {torn} bytes, left by a killed run", stacklevel=stacklevel + 1
-        )
-    if mend and torn:
-        os.truncate(path, len(content) - torn)
-    elif mend and content and not content.endswith(b"\n"):
+    content, entries = path.read_bytes(), list[M]()
+    *lines, last = content.split(b"\n")  # nothing follows the end of a last line that is whole
+    for number, line in enumerate([*lines, last] if last else lines, 1):
+        try:
+            entries.append(model.model_validate_json(line))
+        except ValidationError as error:
+            if number > len(lines) and not _is_json(line):
+                torn = f"{path}: dropped a torn last line of {len(line)} bytes, left by a killed run"
+                warnings.warn(torn, stacklevel=stacklevel + 1)
+                if mend:
+                    os.truncate(path, len(content) - len(line))
+                return entries
+            reason = error.errors()[0]
+            where = ".".join(map(str, reason["loc"])) or "line"
+            told = f"not a record of schema {schema}: {where}: {reason['msg']}"
+            raise AttnZooError(f"{path}, line {number}: {told}") from error
+    if mend and last:
         with open(path, "ab") as handle:
             handle.write(b"\n")
     return entries

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,18 +36,12 @@ class Interleaved:
 def quantiles(samples: Sequence[float], scale: float = 1.0) -> Quantiles:
     """The 20th, 50th and 80th percentile, linear between neighbors, times `scale`.
 
-    Raises
-    ------
-    ValueError
-        If there is no sample.
+    Raises `ValueError` if there is no sample.
     """
     if not samples:
         raise ValueError("no samples, no percentiles")
-    scaled = [sample * scale for sample in samples]
-    if len(scaled) == 1:
-        return Quantiles(p20=scaled[0], p50=scaled[0], p80=scaled[0], n=1)
-    cuts = statistics.quantiles(scaled, n=10, method="inclusive")
-    return Quantiles(p20=cuts[1], p50=cuts[4], p80=cuts[7], n=len(scaled))
+    p20, p50, p80 = (float(value) for value in np.quantile(samples, (0.2, 0.5, 0.8)) * scale)
+    return Quantiles(p20=p20, p50=p50, p80=p80, n=len(samples))
 
 
 def wall_clock(run: Run) -> float:
@@ -56,36 +51,15 @@ def wall_clock(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def cuda_clock(run: Run) -> float:
-    """Seconds between two events on the current CUDA stream, before and after one call."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def clock_for(device: torch.device) -> Clock:
-    """Pick the clock that sees the work of `device`."""
-    return cuda_clock if device.type == "cuda" else wall_clock
+    """Pick the clock that sees the work of `device`: on CUDA by events of its stream, before and after a call."""
+    return (lambda run: clock_parts(device, {}, run)[0]) if device.type == "cuda" else wall_clock
 
 
 def interleave(a: Run, b: Run, clock: Clock, *, warmup: int, repeats: int, min_seconds: float) -> Interleaved:
-    """Time A and B in turn.
+    """Time A and B in turn by `clock`, which gives the seconds of one call.
 
-    Parameters
-    ----------
-    a, b
-        What to time.
-    clock
-        Gives the seconds of one call.
-    warmup
-        Calls of each before the first that counts.
-    repeats
-        Pairs at least.
-    min_seconds
-        Goes on until the timed calls add up to this.
+    After `warmup` calls of each come `repeats` pairs at least, and more until the timed calls add up to `min_seconds`.
     """
     return Interleaved(*in_turn((a, b), clock, warmup=warmup, repeats=repeats, min_seconds=min_seconds))
 

@@ -7,7 +7,7 @@ import gc
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +46,12 @@ def map_buffers() -> None:
     what ran before, and one forward is seen to need 10 to 60 per cent more than it holds. This is a switch of
     the whole process, meant for a child that only measures. Other C libraries have none and are left alone.
     """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(M_MMAP_MAX, MOST_MAPPINGS)
-        libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, OWN_MAPPING_BYTES)
+    _mallopt({M_MMAP_MAX: MOST_MAPPINGS, M_MMAP_THRESHOLD: OWN_MAPPING_BYTES, M_TRIM_THRESHOLD: OWN_MAPPING_BYTES})
 
 
 def keep_buffers() -> None:
     """Undo `map_buffers` before timing: glibc keeps as much as its own adjustment would make it keep in the end."""
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST_THRESHOLD_BYTES)
+    _mallopt({M_MMAP_THRESHOLD: LARGEST_THRESHOLD_BYTES, M_TRIM_THRESHOLD: 2 * LARGEST_THRESHOLD_BYTES})
 
 
 def keep_all_buffers() -> None:
@@ -67,10 +60,13 @@ def keep_all_buffers() -> None:
     glibc maps a buffer of over 32 MiB again at each call, and the kernel clears it page by page; jemalloc, tcmalloc
     and CUDA's allocator in PyTorch do not.
     """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, NEVER)
+    _mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER})
+
+
+def _mallopt(settings: Mapping[int, int]) -> None:
+    if (libc := _glibc()) is not None:
+        for parameter, value in settings.items():
+            libc.mallopt(parameter, value)
 
 
 def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False, exact: bool = True) -> list[Peak]:
@@ -79,16 +75,8 @@ def peak_memory(runs: Sequence[Run], device: torch.device, *, warm: bool = False
     On the CPU each is called three times; all resident sets come before the first look at the allocator, since that
     leaves holes in the heap.
 
-    Parameters
-    ----------
-    runs
-        What to measure.
-    device
-        Where they work.
-    warm
-        Whether each was called before, so that the first call of all can be spared.
-    exact
-        Look at the allocator even where the resident set could be measured, which takes another call.
+    `warm` says whether each was called before, so that the first call of all can be spared. With `exact` the allocator
+    is looked at even where the resident set could be measured, which takes another call.
     """
     for run in () if warm else runs:
         run()

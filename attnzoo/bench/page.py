@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from attnzoo.bench import plots, words
 from attnzoo.bench.html import Section, page
@@ -22,6 +25,7 @@ from attnzoo.bench.summary import (
     verdict,
     versions,
 )
+from attnzoo.bench.task import Task
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -53,57 +57,52 @@ GATES_NOTE = (
     "that is worst."
 )
 
+PAIRS_NOTE = (
+    "The first row's figure minus the second's, window by window or prompt by prompt, with the 95% interval of the "
+    "bootstrap over these. Green where the first is better and red where it is worse, only where the whole interval "
+    "says so."
+)
 
-def html_page(
-    records: Iterable[Any],
-    config: str | None = None,
-    sections: Sequence[Section | None] = (),
-    drawn: Sequence[tuple[str, str]] = (),
-    table: Table | None = None,
-    how_to_read: str = HOW_TO_READ,
-    found: str = "",
-) -> str:
-    """Give the page.
 
-    Parameters
-    ----------
-    records
-        Of one config.
-    config
-        The config as text, to be shown at the end.
-    sections
-        Further parts, to be shown before gates and config.
-    drawn
-        Further plots, each a caption and a picture (SVG), to be shown after the page's own.
-    table
-        The table of cost, in place of the page's own; then the page has no plots, verdict or stages of its own.
-    how_to_read
-        What the columns of that table mean.
-    found
-        What that table shows, in a sentence.
+def page_of(task: Task, records: Iterable[Any], config: str | None = None, folder: Path | None = None) -> str:
+    """Give the page of the records of one config; what its task has of its own replaces the engine's, or follows it.
+
+    `config`, as text, is its end; `folder` is where the records are, for what lies beside them.
     """
+    records = list(records)
     summary = summarize(records)
     several = "These records were made by more than one version of the code or its libraries."
     warnings = [several if len(versions(summary)) > 1 else "", drifted(summary)]
-    own = table is None
-    stages = _stages(summary) if own else None
-    workloads = _workloads(summary) if own else None
+    if task.columns is None:
+        table, how_to_read, found = cost_table(summary), HOW_TO_READ, verdict(summary)
+        drawn, parts = _plots(summary), [_workloads(summary), _stages(summary)]
+    else:
+        table, how_to_read, found = task.columns(records), task.how_to_read, task.verdict(records)
+        drawn, parts = [], []
+    pairs = pairs_of(task, records, config)
     return page(
-        f"attnzoo benchmark: {summary.any.benchmark}",
+        f"attnzoo benchmark: {summary.records[0].benchmark}",
         [
-            Section(figures([*(_plots(summary) if own else ()), *drawn])),
-            Section((table or cost_table(summary)).html(), "Cost", how_to_read) if summary.groups else None,
-            Section(workloads.html(), "Workloads side by side", WORKLOADS_NOTE) if workloads is not None else None,
-            Section(stages.html(), "Stages", STAGES_NOTE) if stages is not None and stages.rows else None,
+            Section(figures([*drawn, *task.plots(records)])),
+            Section(table.html(), "Cost", how_to_read) if summary.groups else None,
+            *parts,
             *_quality(summary),
-            *sections,
-            Section(gates.html(), "Gates", GATES_NOTE, folded=True) if (gates := _gates(summary)).rows else None,
+            None if pairs is None else Section(pairs.html(), "Pairs", PAIRS_NOTE),
+            *task.sections(records),
+            *(() if folder is None else task.attached(records, folder)),
+            _gates(summary),
         ],
-        verdict=verdict(summary) if own else found,
+        verdict=found,
         facts=_what_was_run(summary),
         warning=" ".join(filter(None, warnings)),
         config=config,
     )
+
+
+def pairs_of(task: Task, records: Sequence[Any], config: str | None) -> Table | None:
+    """The rows that the config, as text, sets against each other."""
+    content = yaml.safe_load(config) if config else None
+    return task.pairs(records, content) if isinstance(content, dict) else None
 
 
 def _what_was_run(summary: Summary) -> dict[str, str]:
@@ -167,7 +166,7 @@ def _quality(summary: Summary) -> list[Section]:
     return found
 
 
-def _workloads(summary: Summary) -> Table | None:
+def _workloads(summary: Summary) -> Section | None:
     """How much each row gets done beside the dense row of its part's first workload; None where there is one alone."""
     table = Table(("attention", Column("workload", left=True), "per second", "of dense's"))
     for part in summary.parts:
@@ -187,7 +186,7 @@ def _workloads(summary: Summary) -> Table | None:
                     done = own * (1.0 if row.is_baseline else row.cost.ratios.speedup.p50)
                     share = f"{done / dense.candidate.throughput:.2f}x"
                     table.add(row.label, _named(one), f"{done:,.4g} {one.items}", share, base=row.is_baseline)
-    return table if table.rows else None
+    return Section(table.html(), "Workloads side by side", WORKLOADS_NOTE) if table.rows else None
 
 
 def _named(group: Group) -> str:
@@ -196,7 +195,7 @@ def _named(group: Group) -> str:
     return group.workload or (f"batch {shapes.batch}" if shapes is not None else "as it is")
 
 
-def _stages(summary: Summary) -> Table:
+def _stages(summary: Summary) -> Section | None:
     """What each stage of a model costs, where stages were told apart."""
     table = Table(STAGED)
     for group in summary.groups:
@@ -208,7 +207,7 @@ def _stages(summary: Summary) -> Table:
         for row in rows:
             for stage in row.cost.candidate.stages if row.cost is not None else ():
                 table.add(row.label, *_stage_cells(row, stage, rows, dense), base=row.is_baseline)
-    return table
+    return Section(table.html(), "Stages", STAGES_NOTE) if table.rows else None
 
 
 def _stage_cells(row: Record, stage: Stage, rows: Sequence[Record], dense: Side | None) -> list[Cell | str]:
@@ -226,7 +225,7 @@ def _stage_cells(row: Record, stage: Stage, rows: Sequence[Record], dense: Side 
     ]
 
 
-def _gates(summary: Summary) -> Table:
+def _gates(summary: Summary) -> Section | None:
     table = Table(("attention", "workload", *GATED, Column("what ran", left=True)))
     for group in summary.groups:
         if group.phase == "decode":
@@ -234,7 +233,7 @@ def _gates(summary: Summary) -> Table:
         for row in group.rows:
             ran = ", ".join(op.removeprefix("aten.") for op in row.backends) or "-"
             table.add(row.label, group.size, *gate_cells(row.gate), ran)
-    return table
+    return Section(table.html(), "Gates", GATES_NOTE, folded=True) if table.rows else None
 
 
 def gate_cells(gate: Gate | None) -> list[Cell | str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from attnzoo.bench.colors import look
 from attnzoo.bench.record import Quantiles, Record
@@ -16,6 +16,7 @@ from attnzoo.extras import require
 from attnzoo.units import MB
 
 INK = "#010203"  # stands for the page's text color, which is put in afterwards
+MOST_MARKED = 30  # places on a curve, for each to have its marker
 KEYED = 0.7  # the right end of axes that have their key beside them
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
 
@@ -51,8 +52,7 @@ def _batch(record: Record) -> int:
     return 1 if record.shapes is None else record.shapes.batch
 
 
-@dataclass(frozen=True)
-class Spot:
+class Spot(NamedTuple):
     """One marker: where it stands, its shape, and the ends of its horizontal bar."""
 
     x: float
@@ -61,8 +61,7 @@ class Spot:
     high: float
 
 
-@dataclass(frozen=True)
-class Trade:
+class Trade(NamedTuple):
     """What one attention trades: the quality kept, and the spots of what it costs, all at that height."""
 
     label: str
@@ -75,43 +74,41 @@ class Trade:
 
 def speed_trade_plot(summary: Summary) -> str:
     """Quality kept against speed-up, of each part at its largest token count, in all phases."""
-    tokens = _most_tokens(summary)
+    largest = _largest(summary)
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or group.tokens != tokens[group.part]:
+        if row.cost is None or group not in largest:
             return None
         q = row.cost.ratios.speedup
         return Spot(q.p50, SHAPES[group.phase], *(q.bounds or (q.p50, q.p50)))
 
-    largest = [group for part in summary.parts for group in summary.drawn(part) if group.tokens == tokens[part]]
     shapes = {SHAPES[group.phase]: f"{group.host}: {group.title}" for group in largest}
     return _trade(_trades(summary, spot), "speed-up over dense (right is faster)", shapes, "trade")
 
 
 def memory_trade_plot(summary: Summary) -> str:
     """Quality kept against memory: the bytes that a cache holds after decoding or, without one, peak activations."""
-    tokens = _most_tokens(summary)
-    cached = {part for part in summary.parts if any(group.phase == "decode" for group in summary.of(part))}
-    groups = [group for part in summary.parts for group in reversed(summary.drawn(part))]
-    phases = {g.part: g.phase for g in groups if g.phase != "prefill" and g.tokens == tokens[g.part]}  # the first
+    cached = {group.part for group in summary.groups if group.phase == "decode"}
+    drawn = {g.part: g for g in reversed(_largest(summary)) if g.phase != "prefill"}  # the first of each part
 
     def spot(group: Group, row: Record) -> Spot | None:
-        if row.cost is None or group.phase != phases.get(group.part) or group.tokens != tokens[group.part]:
+        if row.cost is None or group is not drawn.get(group.part):
             return None
         x = row.cost.ratios.cache_held if group.part in cached else activation_ratio(row)
         return Spot(x, "s" if group.part in cached else "o", x, x) if x else None  # 0 has no place on a log axis
 
     shapes = {}
-    for part in summary.parts:
-        host = summary.of(part)[0].host
-        what = "cache held" if part in cached else f"peak activation memory, {tokens[part]:,} tokens"
-        shapes["s" if part in cached else "o"] = f"{host}: {what}"
+    for group in _largest(summary):
+        what = "cache held" if group.part in cached else f"peak activation memory, {group.tokens:,} tokens"
+        shapes["s" if group.part in cached else "o"] = f"{group.host}: {what}"
     return _trade(_trades(summary, spot), "memory, part of dense (left is less)", shapes, "memory-trade")
 
 
-def _most_tokens(summary: Summary) -> dict[str, int]:
-    """The largest token count of each part; that of a language model is its prompt's."""
-    return {part: max(group.tokens for group in summary.drawn(part)) for part in summary.parts}
+def _largest(summary: Summary) -> list[Group]:
+    """The groups of each part at its largest token count; that of a language model is its prompt's."""
+    drawn = [group for part in summary.parts for group in summary.drawn(part)]
+    most = {part: max(group.tokens for group in drawn if group.part == part) for part in summary.parts}
+    return [group for group in drawn if group.tokens == most[group.part]]
 
 
 def _trades(summary: Summary, spot: Callable[[Group, Record], Spot | None]) -> list[Trade]:
@@ -173,17 +170,9 @@ def against_tokens(
 ) -> str:
     """Draw a figure of each row against its token count, as SVG; empty where there is one token count alone.
 
-    Parameters
-    ----------
-    summary
-        Its first part that was measured without a cache is drawn, in its first phase: forward and training are not one
-        line.
-    value
-        Gives a row's figure, with its spread from p20 to p80 where it has one.
-    title
-        Of the figures' axis.
-    bound
-        Gives a limit out of the dense row, dashed.
+    The first part that was measured without a cache is drawn, in its first phase: forward and training are not one
+    line. `value` gives a row's figure, with its spread from p20 to p80 where it has one; `title` is that of its axis;
+    `bound` gives a limit out of the dense row, dashed.
     """
     part = next((p for p in summary.parts if all(g.phase in ("forward", "training") for g in summary.of(p))), None)
     drawn_groups = [] if part is None else summary.drawn(part)
@@ -225,11 +214,28 @@ def against_tokens(
 
 def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
     """Draw a line per label, such as a loss by steps, as SVG; `x` and `y` name the axes. Empty without lines."""
-    if not lines:
+    return mean_curves({label: [dict(points)] for label, points in lines.items()}, x, y)
+
+
+def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y: str) -> str:
+    """Draw a line per label, the mean of its seeds, shaded from the lowest to the highest, as SVG.
+
+    Each seed gives figures by their places on the axis `x`, of which those that all seeds have are drawn. Labels
+    without figures are left out; empty where none has any.
+    """
+    shown = {label: each for label, each in seeds.items() if each and all(each)}
+    if not shown:
         return ""
-    figure, axes = new_figure(right=KEYED)
-    for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), color=look(tuple(lines), label)[0], label=label, lw=1.8)
+    figure, axes = new_figure(right=KEYED - 0.03, height=max(4.2, 0.6 + 0.21 * len(shown)))
+    for label, each in shown.items():
+        places = sorted(set.intersection(*map(set, each)))
+        values = [[one[place] for one in each] for place in places]
+        color, marker = look(tuple(shown), label)
+        if len(each) > 1:
+            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color=color, alpha=0.15, lw=0)
+        means, marked = list(map(statistics.fmean, values)), marker if len(places) <= MOST_MARKED else None
+        axes.plot(places, means, color=color, marker=marked, ms=5, label=label, lw=1.6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     add_key(axes)
@@ -269,11 +275,6 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
         shown = [float(tick) for tick in MaxNLocator(4).tick_values(bottom, top) if bottom <= tick <= top]
     axis.set_ticks(shown, [f"{tick:,.10g}" for tick in shown])
     axis.set_ticks([], minor=True)
-
-
-def add_legend(axes: Any) -> None:
-    """Add the key of what was drawn with a label."""
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
 def add_key(axes: Any) -> None:

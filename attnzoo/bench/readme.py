@@ -9,7 +9,7 @@ from typing import Any
 from attnzoo import files
 from attnzoo.bench import words
 from attnzoo.bench.record import Record
-from attnzoo.bench.summary import Group, Summary, keeps_freed_memory, machine, summarize
+from attnzoo.bench.summary import Summary, keeps_freed_memory, machine, summarize
 from attnzoo.errors import AttnZooError
 from attnzoo.tables import Table
 
@@ -31,55 +31,41 @@ def markdown_table(records: Iterable[Any]) -> str:
 
 
 def _part_table(summary: Summary, part: str) -> str:
-    groups, needs, cached = summary.of(part), _needs_group(summary, part), _has_cache(summary, part)
-    about = "prefill" if cached else needs.title.replace(", ", " at ", 1).removesuffix(" tokens")
-    metric = _metric(summary, part)
-    wanted = [KEPT, f"peak memory, {about}", "cache held, after decoding", metric, f"FLOPs, {about}", "parameters"]
-    if not cached:
-        wanted.remove("cache held, after decoding")
-    if all(row.quality is None for group in groups for row in group.rows):
-        wanted = [name for name in wanted if name not in (KEPT, metric)]
-    timed = groups[-(COLUMNS - 2) :]  # beside the attention and something else than speed
-    shown = wanted[: COLUMNS - 1 - len(timed)]
-    order = sorted(shown, key=lambda name: name == KEPT)  # the quality kept last
-    table = Table(("attention", *(f"speed-up, {group.title}" for group in timed), *order))
-    for label in summary.labels[part]:
-        cells = _part_cells(summary, part, label)
-        table.add(
-            f"`{label}`",
-            *(_speed_cell(row) for row in _rows_of(summary, part, label)[-len(timed) :]),
-            *(cells[name.partition(",")[0]] for name in order),
-        )
-    return f"**{groups[0].host}**\n\n{table.markdown()}"
-
-
-def _rows_of(summary: Summary, part: str, label: str) -> list[Record | None]:
-    return [next((row for row in group.rows if row.label == label), None) for group in summary.of(part)]
-
-
-def _part_cells(summary: Summary, part: str, label: str) -> dict[str, str]:
-    """Cells of an attention by what stands before the comma in the titles of their columns."""
-    rows, quality = _rows_of(summary, part, label), summary.quality_of(part, label)
-    needs = rows[summary.of(part).index(_needs_group(summary, part))]
-    held = rows[-1].cost.ratios if rows[-1] is not None and rows[-1].cost is not None else None
-    ratios = needs.cost.ratios if needs is not None and needs.cost is not None else None
-    return {
-        "peak memory": words.ratio(None if needs is None else words.activation_ratio(needs)),
-        "cache held": words.ratio(held.cache_held if held else None),
-        "FLOPs": words.ratio(ratios.flops if ratios else None),
-        "parameters": words.ratio(words.size_ratio(needs) if needs is not None else None),
-        _metric(summary, part): words.absolute(quality).removeprefix("ppl ").removeprefix("AP "),
-        KEPT: words.quality_kept(quality),
-    }
-
-
-def _needs_group(summary: Summary, part: str) -> Group:
-    """The group of which memory, FLOPs and size are told."""
-    groups = summary.of(part)
-    if _has_cache(summary, part):
-        return groups[0]
+    """The table of one host: speed-ups, then as much of the rest as there is room for, the quality kept last."""
+    groups, metric = summary.of(part), _metric(summary, part)
     whole = [g for g in groups if 2 * sum(row.cost is not None for row in g.rows) >= len(summary.labels[part])]
-    return (whole or groups)[-1]
+    needs, about = groups[0], "prefill"  # where memory, FLOPs and size are told
+    if not _has_cache(summary, part):
+        needs = (whole or groups)[-1]
+        about = needs.title.replace(", ", " at ", 1).removesuffix(" tokens")
+    timed = groups[-(COLUMNS - 2) :]  # beside the attention and something else than speed
+    heads, lines = list[str](), list[list[str]]()
+    for label in summary.labels[part]:
+        rows = [next((row for row in group.rows if row.label == label), None) for group in groups]
+        need, quality = rows[groups.index(needs)], summary.quality_of(part, label)
+        ratios, held = (None if row is None or row.cost is None else row.cost.ratios for row in (need, rows[-1]))
+        cells = {
+            KEPT: words.quality_kept(quality),
+            f"peak memory, {about}": words.ratio(None if need is None else words.activation_ratio(need)),
+            "cache held, after decoding": words.ratio(held.cache_held if held else None),
+            metric: words.absolute(quality).removeprefix("ppl ").removeprefix("AP "),
+            f"FLOPs, {about}": words.ratio(ratios.flops if ratios else None),
+            "parameters": words.ratio(None if need is None else words.size_ratio(need)),
+        }
+        if not _has_cache(summary, part):
+            del cells["cache held, after decoding"]
+        if all(row.quality is None for group in groups for row in group.rows):
+            del cells[KEPT], cells[metric]
+        shown = sorted(list(cells)[: COLUMNS - 1 - len(timed)], key=lambda name: name == KEPT)
+        heads = ["attention", *(f"speed-up, {group.title}" for group in timed), *shown]
+        lines.append([f"`{label}`", *map(_speed, rows[-len(timed) :]), *(cells[name] for name in shown)])
+    return f"**{groups[0].host}**\n\n{Table(heads, lines).markdown()}"
+
+
+def _speed(row: Record | None) -> str:
+    if row is None:
+        return "-"
+    return row.status if row.cost is None else words.times(row.cost.ratios.speedup)
 
 
 def _has_cache(summary: Summary, part: str) -> bool:
@@ -90,11 +76,6 @@ def _has_cache(summary: Summary, part: str) -> bool:
 def _metric(summary: Summary, part: str) -> str:
     """What the quality of a part's rows is."""
     return next((r.quality.METRIC for r in summary.quality if r.part == part and r.quality is not None), "quality")
-
-
-def _title(metric: str) -> str:
-    """A metric at the beginning of a sentence: ``Top-1``, ``AP``."""
-    return metric[0].upper() + metric[1:].removesuffix(" %")
 
 
 def markdown_section(records: Iterable[Any]) -> str:
@@ -117,8 +98,8 @@ def markdown_section(records: Iterable[Any]) -> str:
         text += ["", f"{_host_words(summary, part)}."]
         quality = next((r.quality for r in summary.quality if r.part == part and r.quality is not None), None)
         if quality is not None:
-            text[-1] += f" {_title(quality.METRIC)}: {quality.note}."
-    return "\n".join([*text, "", "Made by", "", "```sh", command(summary), "```"])
+            text[-1] += f" {quality.METRIC[0].upper()}{quality.METRIC[1:].removesuffix(' %')}: {quality.note}."
+    return "\n".join([*text, "", "Made by", "", "```sh", summary.last.command, "```"])
 
 
 def _host_words(summary: Summary, part: str) -> str:
@@ -146,18 +127,10 @@ def _host_words(summary: Summary, part: str) -> str:
     return f"`{group.rows[0].host}`{shapes}, {group.rows[0].dtype}{more}{same}"
 
 
-def command(summary: Summary) -> str:
-    """The command that made the records."""
-    return summary.last.command
-
-
 def read_marked(path: Path) -> str:
     """Give the text of a Markdown file that holds both markers.
 
-    Raises
-    ------
-    AttnZooError
-        If the file is not there, or does not hold both markers once, in order.
+    Raises `AttnZooError` if the file is not there, or does not hold both markers once, in order.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -171,17 +144,8 @@ def read_marked(path: Path) -> str:
 def rewrite_readme(path: Path, records: Iterable[Any]) -> None:
     """Put the section between the two markers of a Markdown file.
 
-    Raises
-    ------
-    AttnZooError
-        If the file is not there, or does not hold both markers once, in order.
+    Raises `AttnZooError` if the file is not there, or does not hold both markers once, in order.
     """
     text = read_marked(path)
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
     files.write(path, f"{before}\n{markdown_section(records)}\n{after}")
-
-
-def _speed_cell(row: Record | None) -> str:
-    if row is None:
-        return "-"
-    return row.status if row.cost is None else words.times(row.cost.ratios.speedup)

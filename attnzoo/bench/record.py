@@ -1,23 +1,18 @@
-"""Records: one JSON line per measurement under a strict schema, written whole or not at all."""
+"""Records: one JSON line per measurement, under a strict schema."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from inspect import isabstract
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
-from attnzoo import files
-from attnzoo.bench.jsonl import append_line, read_lines
-from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tables import Cell
 
-SCHEMA_VERSION = (
-    4  # 2 added the language model, 3 detection, 4 tasks; what they added has defaults: older lines are read
-)
+# 2 added the language model, 3 detection, 4 tasks; what they added has defaults: older lines are read
+SCHEMA_VERSION = 4
 RECORDS_FILE = "records.jsonl"
 CONFIG_FILE = "records.yaml"  # the whole config, defaults and overrides included, beside the records
 
@@ -179,16 +174,13 @@ class Cost(Entry):
     attention_share: Share | None = None
 
 
-class Quality(Entry):
+class Quality(Entry, ABC):
     """How well a row does its task, and what it keeps of the dense baseline's; each task has a class of its own.
 
     `ratio` is what is kept: above 1 the row is better than dense. It is null where there is no dense baseline, or none
     that can be divided by, its interval also for the baseline itself. `note` says what was done on what data.
 
-    Attributes
-    ----------
-    METRIC
-        What the figure is, as a table says it.
+    `METRIC` is what the figure is, as a table says it.
     """
 
     METRIC: ClassVar[str] = "quality"
@@ -198,9 +190,16 @@ class Quality(Entry):
     ratio_high: NonNegative | None = None
     note: str = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_task(cls, data: Any) -> Any:
+        if isabstract(cls):
+            raise ValueError("the records of this task hold no quality")
+        return data
+
+    @abstractmethod
     def against(self, dense: Self) -> Self:
         """The same with its ratio to the dense baseline's, and the ratio's interval where there is one."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is set against dense")
 
     def as_dense(self) -> Self:
         """The same as that of the dense baseline itself, whose ratio to itself is 1 where it can be divided by."""
@@ -217,9 +216,9 @@ class Quality(Entry):
         return self
 
     @property
+    @abstractmethod
     def figure(self) -> str:
         """The figure with its interval, as tables show it."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is shown")
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -272,16 +271,57 @@ class Environment(Entry):
     compiler: str = ""
 
 
-class Envelope(Entry):
+class Row(Entry):
+    """What a plan says of a row, and its record repeats: what is measured of which attention, in what.
+
+    `part` names the rows that share a dense baseline. `kind` is ``cost`` or ``quality`` (one per attention and
+    workload, with `tokens` 0; rows of cost carry that without a workload). `label` is what tables call it, `host` the
+    model, as ``library:name``. `scope` says whether the whole model was run, or one attention layer alone. `workload`
+    says in words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is empty where nothing does.
+    """
+
+    part: str
+    kind: Literal["cost", "quality"]
+    scope: Literal["model", "layer"] = "model"
+    label: str
+    attention: str | None
+    options: Mapping[str, Any] = Field(default_factory=dict)
+    is_baseline: bool
+    host: str
+    dtype: str
+    tokens: Count = 0
+    workload: str = ""
+
+
+class Outcome(Entry):
+    """How a measurement ended; what it did not get to is empty. `backends` are what ran."""
+
+    status: Status
+    message: str = ""
+    shapes: Shapes | None = None
+    gate: Gate | None = None
+    baseline_gate: Gate | None = None
+    backends: tuple[str, ...] = ()
+
+    @property
+    def failed_gates(self) -> dict[str, Gate]:
+        """Those that did not pass, by their names: then nothing may be timed."""
+        gates = {"gate": self.gate, "the baseline's gate": self.baseline_gate}
+        return {name: gate for name, gate in gates.items() if gate is not None and not gate.passed}
+
+    def refuse_ungated(self, cost: Any) -> Self:
+        """Raise `ValueError` where there is a cost, and not the gates that it must have passed."""
+        if cost and (self.gate is None or self.failed_gates):
+            raise ValueError(f"a cost needs a gate that passed in the same process: {self.failed_gates or 'none ran'}")
+        return self
+
+
+class Envelope(Row, Outcome):
     """One row: an attention and what was measured of it. A task's own class gives `cost` and `quality` their types.
 
     `task` is the name of the task that measured it, `measured` stands for all that its figures depend on, empty in
-    older records, where `config_hash` does. `part` names the rows that share a dense baseline. `kind` is ``cost`` or
-    ``quality`` (one per attention and workload, with `tokens` 0; rows of cost carry that without a workload). `scope`
-    and `phase` say what was run: the whole model or one attention layer alone; one forward at each token count, one
-    forward and backward (``training``), or the prefill of a language model's prompt of `tokens` tokens and the
-    decoding after it. `workload` says in words what sets rows apart besides, such as ``batch 8`` or ``bfloat16``; it is
-    empty where nothing does.
+    older records, where `config_hash` does. `phase` says what was run: one forward at each token count, one forward and
+    backward (``training``), or the prefill of a language model's prompt of `tokens` tokens and the decoding after it.
     """
 
     schema_version: Literal[1, 2, 3, 4] = 4
@@ -291,41 +331,17 @@ class Envelope(Entry):
     benchmark: str
     command: str
     part: str = "vision"
-    kind: Literal["cost", "quality"]
-    scope: Literal["model", "layer"] = "model"
     phase: Phase = "forward"
-    label: str
-    attention: str | None
-    options: dict[str, Any]
-    is_baseline: bool
-    status: Status
-    message: str
     utc: str
     seconds: NonNegative
     environment: Environment
-    host: str
-    dtype: str
-    tokens: Count
-    workload: str = ""
-    shapes: Shapes | None
-    gate: Gate | None
-    baseline_gate: Gate | None
-    backends: tuple[str, ...]
     cost: SerializeAsAny[Entry] | None
     quality: SerializeAsAny[Quality] | None
     quality_note: str
 
     @model_validator(mode="after")
     def _gate_before_clock(self) -> Self:
-        if self.cost is None:
-            return self
-        if (
-            self.gate is None
-            or not self.gate.passed
-            or (self.baseline_gate is not None and not self.baseline_gate.passed)
-        ):
-            raise ValueError("a cost needs a gate that passed in the same process")
-        return self
+        return self.refuse_ungated(self.cost)
 
     @property
     def key(self) -> Key:
@@ -337,118 +353,3 @@ class Record(Envelope):
     """A row whose cost is that of a candidate against the dense baseline."""
 
     cost: Cost | None
-
-
-R = TypeVar("R", bound=Envelope)
-
-
-def read_records(path: Path, model: type[R]) -> list[R]:
-    """Read a records file: the latest record of each row, in the order in which rows first appear.
-
-    A last line that a killed writer left torn is dropped with a warning.
-
-    Raises
-    ------
-    AttnZooError
-        If the file is missing or any other line is not a record of this schema.
-    """
-    try:
-        records = read_lines(path, model, SCHEMA_VERSION)
-    except OSError as error:
-        raise AttnZooError(f"records {str(path)!r} cannot be read: {error.strerror}") from error
-    return latest(records)
-
-
-def latest(records: Iterable[R]) -> list[R]:
-    """Keep the last record of each row."""
-    return list({record.key: record for record in records}.values())
-
-
-class RecordStore(Generic[R]):
-    """A folder that one process at a time writes records into.
-
-    Use it as a context manager: it takes a lock that the system lets go when the process ends, however it ends, and
-    reads what an earlier run left.
-
-    Parameters
-    ----------
-    folder
-        Made if it is not there.
-    model
-        The class of the records.
-    config_hash
-        Of the run that will write.
-    measured
-        By the key of each row that will be asked for, what stands for all that its figures depend on. Records stay
-        where theirs is the same, or the row is not asked for; any other makes the folder refused.
-    fresh
-        Set earlier records aside, as ``records.old.jsonl``.
-    changed
-        Names the keys of the config that differ from the folder's, for the message.
-    renewed
-        Rows that are measured again, rather than refused, where what they depend on is not the same any more.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        model: type[R],
-        config_hash: str,
-        measured: Mapping[Key, str] | None = None,
-        *,
-        fresh: bool = False,
-        changed: Callable[[], str] = lambda: "",
-        renewed: Collection[Key] = (),
-    ) -> None:
-        self.folder, self.model, self.config_hash = folder, model, config_hash
-        self.path = folder / RECORDS_FILE
-        self.measured: Mapping[Key, str] = measured or {}
-        self.fresh, self.changed, self.renewed = fresh, changed, renewed
-        self.records: dict[Key, R] = {}
-        self._lock = ExitStack()
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(files.locked(self.folder))
-            self._load()
-            self._lock = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.close()
-
-    def append(self, record: R) -> None:
-        """Put one record on disk, whole, before returning."""
-        append_line(self.path, record)
-        self.records[record.key] = record
-
-    def done(self, key: Key) -> bool:
-        """Whether a row needs no new measurement."""
-        return key in self.records and self.records[key].status in FINAL
-
-    def _load(self) -> None:
-        if self.fresh and self.path.exists():
-            os.replace(self.path, self.folder / "records.old.jsonl")
-        if not self.path.exists():
-            return
-        records = latest(read_lines(self.path, self.model, SCHEMA_VERSION, mend=True, stacklevel=4))
-        records = [r for r in records if r.key not in self.renewed or r.measured == self.measured.get(r.key)]
-        records = [r for r in records if r.status in FINAL or self._valid(r)]  # others have no figures to lose
-        other = next((record for record in records if not self._valid(record)), None)
-        if other is not None:
-            hashes = f"{other.config_hash}, this one is {self.config_hash}"
-            told = f"of another config ({hashes}): {other.label} was measured by it{self.changed()}"
-            if other.config_hash == self.config_hash:
-                told = f"of this config, but {other.label} was measured when a file that it names held something else"
-            raise ConfigError(
-                f"{self.folder} holds records {told}. Give another folder with output=PATH, or set them aside with "
-                "fresh=true."
-            )
-        self.records = {record.key: record for record in records}
-
-    def _valid(self, record: R) -> bool:
-        """Whether a record may stand beside those that this run will write."""
-        asked = self.measured.get(record.key)
-        if record.measured and asked is not None:
-            return record.measured == asked
-        return bool(record.measured) or record.config_hash == self.config_hash

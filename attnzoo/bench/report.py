@@ -109,10 +109,11 @@ def _cost_cells(row: Record, group: Group, dense: Quality | None) -> list[Cell]:
     side, ratios, peak = row.cost.candidate, row.cost.ratios, words.activation_ratio(row)
     held = side.memory.activation_peak_bytes or side.memory.allocator_peak_bytes
     kept = words.quality_verdict(row.quality, dense)
+    why = side.flops_note or row.cost.baseline.flops_note  # there is no ratio
     return [
         Cell(words.milliseconds(side.latency_ms), small=f"{side.throughput:,.1f} {group.items}/s"),
         Cell(words.times(ratios.speedup), words.speed_verdict(ratios.speedup, words.noise(group.rows))),
-        Cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), _flops_small(row.cost)),
+        Cell(words.ratio(ratios.flops), words.need_verdict(ratios.flops), why or giga(side.flops)),
         Cell(words.ratio(peak), words.memory_verdict(row), megabytes(held) if held else ""),
         Cell(words.ratio(ratios.cache_held), words.need_verdict(ratios.cache_held), _cache_small(row.cost)),
         Cell(words.ratio(words.size_ratio(row)), words.need_verdict(words.size_ratio(row)), f"{words.size(row):,}"),
@@ -127,11 +128,6 @@ def _cache_small(cost: Cost) -> str:
         return ""
     held, allocated = megabytes(memory.cache_held_bytes), megabytes(memory.cache_allocated_bytes)
     return f"{held}\n{words.ratio(cost.ratios.cache_allocated)} {allocated}"
-
-
-def _flops_small(cost: Cost) -> str:
-    """The candidate's FLOPs; where there is no ratio, why."""
-    return cost.candidate.flops_note or cost.baseline.flops_note or giga(cost.candidate.flops)
 
 
 def giga(flops: int | None) -> str:

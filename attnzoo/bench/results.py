@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from typing import Any, get_args
 from attnzoo import files
 from attnzoo.bench import words
 from attnzoo.bench.highlights import CACHE, MEASURES, PEAK, QUALITY, SPEED, Figure, Highlight, Measure, Source
-from attnzoo.bench.html import Filter, Section, fragment, page
+from attnzoo.bench.html import Section, fragment, page
 from attnzoo.bench.words import one_line
 from attnzoo.errors import AttnZooError
 from attnzoo.registry import REQUIRED, AttentionInfo, Kind, describe, list_attentions
@@ -21,7 +21,6 @@ from attnzoo.tables import Cell, Column, Table
 
 NAME = "results"
 BUILT_WITH = re.compile(r"\s*\([^()]*=[^()]*\)")
-Found = tuple[Highlight, Source]
 Shown = tuple[str, Measure]  # what a figure is called, and its measure
 IN_SHORT = (
     "Ratios to the dense attention of the same model in the same run: quality kept above 1x is better, a speed-up "
@@ -49,21 +48,10 @@ CSV_HEADS = (
 def write(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> list[Path]:
     """Write ``results.html``, ``results.csv`` and ``policies.csv`` into a folder and give their paths.
 
-    Parameters
-    ----------
-    sources
-        All files of records.
-    tasks
-        The columns, in order; tasks that only the highlights name follow them.
-    folder
-        Links are relative to it.
-    command
-        That makes both again.
+    Raises `AttnZooError` if a record is of a method that the registry does not know; then nothing is written.
 
-    Raises
-    ------
-    AttnZooError
-        If a record is of a method that the registry does not know; then nothing is written.
+    Links are relative to `folder`. `tasks` are the columns, in order; tasks that only the highlights name follow them.
+    `command` makes all again.
     """
     made = {
         folder / f"{NAME}.html": html(sources, tasks, folder, command),
@@ -85,12 +73,10 @@ POLICIES = (
 
 def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command: str) -> str:
     """Give the page: a row per method and a column per task."""
-    found = _methods(sources)
+    found = _methods(sources, folder)
     tasks = _columns(found, tasks)
-    views = {
-        task: _first_view([one for rows in found.values() for one in rows if one[0].task == task]) for task in tasks
-    }
-    methods = [_shown(describe(name), rows, views, folder) for name, rows in found.items()]
+    views = {task: _first_view([one for rows in found.values() for one in rows if one.task == task]) for task in tasks}
+    methods = [_shown(describe(name), rows, views) for name, rows in found.items()]
     others, policies = _others(sources, folder), policies_table(sources, folder)
     side_by_side = f'<div id="policies" class="more">{policies.html(labeled=True)}</div>'
     return page(
@@ -102,7 +88,7 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
             Section(side_by_side, "Policies at one budget", POLICIES) if policies.rows else None,
             Section(others.html(), "Other records") if others.rows else None,
         ],
-        filters=[Filter("task", tuple(tasks)), Filter("kind", get_args(Kind))],
+        filters={"task": tasks, "kind": get_args(Kind)},
         verdict=_verdict(found, tasks),
         facts={"Records": f"{len(sources)} files", "Again": command},
     )
@@ -110,22 +96,22 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
 
 def csv(sources: Sequence[Source], tasks: Sequence[str], folder: Path) -> str:
     """Give the same as CSV: a line per workload, and one per method and task of which nothing was measured."""
-    table, found = Table(CSV_HEADS), _methods(sources)
+    table, found = Table(CSV_HEADS), _methods(sources, folder)
     for name, rows in found.items():
         kind = describe(name).kind
         for task in _columns(found, tasks):
-            these = [one for one in rows if one[0].task == task]
+            these = [one for one in rows if one.task == task]
             if not these:
                 line = {"method": name, "kind": kind, "task": task, "status": "not measured"}
                 table.add(*(line.get(head, "") for head in CSV_HEADS))
-            for one, source in these:
+            for one in these:
                 options = json.dumps(dict(one.options), sort_keys=True)
                 about = (name, kind, task, one.label, options, one.host, one.workload)
                 sizes = (str(one.tokens or ""), str(one.budget or ""))
                 figures = [text for measure in MEASURES for text in _numbers(measure, one.figures.get(measure))]
-                links = (_link(source.path, folder), _link(source.page, folder))
-                figures.append(_points(one.figures.get(QUALITY)))
-                table.add(*about, *sizes, one.machine, one.utc, one.status, *figures, *links)
+                kept = one.figures.get(QUALITY)
+                points = "" if kept is None or not kept.points else f"{kept.value:.6g}"
+                table.add(*about, *sizes, one.machine, one.utc, one.status, *figures, points, one.record, one.page)
     return table.csv()
 
 
@@ -135,19 +121,15 @@ def _numbers(measure: Measure, figure: Figure | None) -> list[str]:
     return ["" if value is None else f"{value:.6g}" for value in kept]
 
 
-def _points(figure: Figure | None) -> str:
-    return "" if figure is None or not figure.points else f"{figure.value:.6g}"
-
-
-def _methods(sources: Sequence[Source]) -> dict[str, list[Found]]:
+def _methods(sources: Sequence[Source], folder: Path) -> dict[str, list[Highlight]]:
     """Give what was measured of every method of the registry, in its order.
 
     What several files tell alike, as the same training beside several costs, counts once.
     """
-    found: dict[str, list[Found]] = {name: [] for name in list_attentions()}
+    found: dict[str, list[Highlight]] = {name: [] for name in list_attentions()}
     seen = []
     for source in sources:
-        for one in source.highlights:
+        for one, placed in zip(source.highlights, _placed(source, folder), strict=True):
             if one.method not in found:
                 raise AttnZooError(
                     f"{source.path}: it measures {one.method!r}, which the registry does not know; install the package "
@@ -157,18 +139,24 @@ def _methods(sources: Sequence[Source]) -> dict[str, list[Found]]:
             if QUALITY in one.figures and same in seen:
                 continue
             seen.append(same)
-            found[one.method].append((one, source))
+            found[one.method].append(placed)
     return found
 
 
-def _columns(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([*tasks, *(one.task for rows in found.values() for one, _ in rows)]))
+def _placed(source: Source, folder: Path) -> list[Highlight]:
+    """The highlights of a file with their links."""
+    record, page = _link(source.path, folder), _link(source.page, folder)
+    return [replace(one, record=record, page=page) for one in source.highlights]
 
 
-def _first_view(found: Sequence[Found]) -> dict[Shown, dict[str, Found]]:
+def _columns(found: Mapping[str, Sequence[Highlight]], tasks: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*tasks, *(one.task for rows in found.values() for one in rows)]))
+
+
+def _first_view(found: Sequence[Highlight]) -> dict[Shown, dict[str, Highlight]]:
     """Choose what is shown first: for each figure of one task, the highlight of each method. See `HOW_TO_READ`."""
-    kinds = dict.fromkeys(kind for one, _ in found for kind in _kinds(one))
-    views = {kind: _chosen([one for one in found if kind in _kinds(one[0])], kind[1]) for kind in kinds}
+    kinds = dict.fromkeys(kind for one in found for kind in _kinds(one))
+    views = {kind: _chosen([one for one in found if kind in _kinds(one)], kind[1]) for kind in kinds}
     return dict(sorted(views.items(), key=lambda view: (MEASURES.index(view[0][1]), -len(view[1]))))
 
 
@@ -177,33 +165,32 @@ def _kinds(one: Highlight) -> list[Shown]:
     return [(one.kept if measure is QUALITY else measure.name, measure) for measure in one.figures]
 
 
-def _chosen(found: Sequence[Found], measure: Measure) -> dict[str, Found]:
-    places: dict[tuple[str | float | None, ...], list[Found]] = {}
-    for one, source in found:
-        place = (str(source.path), one.host, one.workload, one.tokens, one.budget)
-        places.setdefault(place, []).append((one, source))
-    methods = {one.method for one, _ in found}
+def _chosen(found: Sequence[Highlight], measure: Measure) -> dict[str, Highlight]:
+    places: dict[tuple[str | float | None, ...], list[Highlight]] = {}
+    for one in found:
+        places.setdefault((one.record, one.host, one.workload, one.tokens, one.budget), []).append(one)
+    methods = {one.method for one in found}
 
-    def worth(rows: Sequence[Found]) -> tuple[bool, bool, int, bool, int, float]:
+    def worth(rows: Sequence[Highlight]) -> tuple[bool, bool, int, bool, int, float]:
         """Of a workload: the more, the rather it is shown."""
-        one = rows[0][0]
-        broad = 2 * len({row.method for row, _ in rows}) >= len(methods)
+        one = rows[0]
+        broad = 2 * len({row.method for row in rows}) >= len(methods)
         usual = one.phase not in ("training", "prefill")
         entries = one.budget if isinstance(one.budget, int) else 0
         return one.typical, broad, one.tokens, usual, entries, _precision(rows, measure)
 
-    chosen: dict[str, Found] = {}
+    chosen: dict[str, Highlight] = {}
     for rows in sorted(places.values(), key=worth, reverse=True):
-        for row in sorted(rows, key=lambda row: _unusual(row[0])):
-            chosen.setdefault(row[0].method, row)
+        for row in sorted(rows, key=_unusual):
+            chosen.setdefault(row.method, row)
     return chosen
 
 
-def _precision(rows: Sequence[Found], measure: Measure) -> float:
+def _precision(rows: Sequence[Highlight], measure: Measure) -> float:
     """How narrow the intervals of a quality are; of costs nobody asks."""
     if measure is not QUALITY:
         return 0.0
-    bounds = [(one.figures[measure].low, one.figures[measure].high) for one, _ in rows]
+    bounds = [(one.figures[measure].low, one.figures[measure].high) for one in rows]
     widths = [high - low for low, high in bounds if low is not None and high is not None]
     return -sum(widths) / len(widths) if widths else float("-inf")
 
@@ -215,56 +202,43 @@ def _unusual(one: Highlight) -> int:
 
 
 def _shown(
-    info: AttentionInfo, rows: Sequence[Found], views: Mapping[str, Mapping[Shown, Mapping[str, Found]]], folder: Path
+    info: AttentionInfo, rows: Sequence[Highlight], views: Mapping[str, Mapping[Shown, Mapping[str, Highlight]]]
 ) -> dict[str, Any]:
     """What the template needs of a method."""
-    cells = {}
-    for task, view in views.items():
-        these = [one for one in rows if one[0].task == task]
-        if these:
-            cells[task] = _cell(info.name, these, view, folder)
+    by_task = {task: [one for one in rows if one.task == task] for task in views}
     return {
         "name": info.name,
         "kind": info.kind,
         "summary": info.summary,
-        "cells": cells,
+        "cells": {task: _cell(info.name, these, views[task]) for task, these in by_task.items() if these},
         "count": len(rows),
-        "table": _table(rows, views, folder).html(labeled=True) if rows else "",
+        "table": _table(by_task).html(labeled=True) if rows else "",
     }
 
 
-def _cell(name: str, rows: Sequence[Found], view: Mapping[Shown, Mapping[str, Found]], folder: Path) -> dict[str, Any]:
+def _cell(name: str, rows: Sequence[Highlight], view: Mapping[Shown, Mapping[str, Highlight]]) -> dict[str, Any]:
     """The figures of a method in a task, those of one workload together; then what only other methods have."""
-    groups: list[tuple[Found, list[dict[str, str]]]] = []
+    groups: list[tuple[Highlight, dict[str, Cell]]] = []
     for (head, measure), chosen in view.items():
-        if name not in chosen:
-            continue
-        one = chosen[name]
-        figure = one[0].figures[measure]
-        line = {"name": head, "text": figure.text, "verdict": figure.verdict}
-        place = next((lines for other, lines in groups if other[0] is one[0]), None)
-        if place is None:
-            groups.append((one, [line]))
-        else:
-            place.append(line)
+        if name in chosen:
+            one = chosen[name]
+            lines = next((lines for other, lines in groups if other is one), None)
+            if lines is None:
+                groups.append((one, lines := {}))
+            lines[head] = _figure_cell(one, measure)
     if not groups:
-        ended = _ended(rows[0][0])
-        groups.append((rows[0], [{"name": "", "text": ended.text, "verdict": ended.verdict}]))
+        groups.append((rows[0], {"": _ended(rows[0])}))
     has = {measure for (_, measure), chosen in view.items() if name in chosen}
-    missing = {measure.name: _without(measure, rows, folder) for _, measure in view if measure not in has}
-    shown: list[dict[str, Any]] = [
-        {"figures": lines, "link": _link(source.page, folder), "about": _about(one, name)}
-        for (one, source), lines in groups
-    ]
-    return {"shown": shown, "missing": missing}
+    missing = {measure.name: _without(measure, rows) for _, measure in view if measure not in has}
+    return {"shown": [{"figures": lines, "about": _about(one, name)} for one, lines in groups], "missing": missing}
 
 
-def _without(measure: Measure, rows: Sequence[Found], folder: Path) -> Cell:
+def _without(measure: Measure, rows: Sequence[Highlight]) -> Cell:
     """In the place of a figure that a method has not: how the row that should have given it ended, if there is one."""
-    for one, source in rows:
+    for one in rows:
         gives = measure is CACHE or (one.phase is None) == (measure is QUALITY)  # a cache's size is told by both kinds
         if gives and one.status != "ok":
-            return replace(_ended(one), link=_link(source.page, folder))
+            return _ended(one)
     return Cell("not measured")
 
 
@@ -275,19 +249,17 @@ def _about(one: Highlight, name: str) -> str:
     return f"{label}{one.host}: {BUILT_WITH.sub('', one.workload)}{budget}; {one.machine}"
 
 
-def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
+def _table(by_task: Mapping[str, Sequence[Highlight]]) -> Table:
     """All that was measured of a method, in sections by task."""
     heads = [Column(m.name, f"{m.low} to {m.high}" if m.low else "") for m in MEASURES]
     table = Table(("setting", "budget", *heads, Column("workload", left=True)))
-    for task in views:
-        these = [one for one in rows if one[0].task == task]
-        if these:
+    for task, rows in by_task.items():
+        if rows:
             table.section(task, tags={"task": task})
-        for one, source in these:
-            link = _link(source.page, folder)
-            figures = [_figure_cell(one.figures.get(measure), link) for measure in MEASURES]
+        for one in rows:
+            figures = [_figure_cell(one, measure) for measure in MEASURES]
             if not one.figures:
-                figures[0] = replace(_ended(one), link=link)
+                figures[0] = _ended(one)
             about = [one.workload, ", ".join(filter(None, (one.machine, one.utc[:10]))), one_line(one.message)]
             workload = Cell(one.host, small="\n".join(filter(None, about)))
             table.add(one.label, _budget(one), *figures, workload, tags={"task": task})
@@ -296,29 +268,26 @@ def _table(rows: Sequence[Found], views: Iterable[str], folder: Path) -> Table:
 
 def policies_table(sources: Sequence[Source], folder: Path) -> Table:
     """Eviction policies side by side: a section per run, model and budget, a column per figure that any of them has."""
-    groups: dict[tuple[Path, str, str], list[Found]] = {}
-    for source in sources:
-        for one in source.highlights:
-            if one.budget and describe(one.method).kind == "eviction":
-                groups.setdefault((source.path, one.host, _budget(one)), []).append((one, source))
-    found = [one for rows in groups.values() for one, _ in rows]
+    groups: dict[tuple[str, str, str], list[Highlight]] = {}
+    for one in (one for source in sources for one in _placed(source, folder)):
+        if one.budget and describe(one.method).kind == "eviction":
+            groups.setdefault((one.record, one.host, _budget(one)), []).append(one)
+    found = [one for rows in groups.values() for one in rows]
     heads = {_head(one, m): m for m in (CACHE, QUALITY, SPEED, PEAK) for one in found if m in one.figures}
     table = Table(("policy", "budget", *heads, Column("record", left=True)))
-    for (path, host, budget), rows in groups.items():
-        tags = {"task": rows[0][0].task, "kind": "eviction"}
-        about = dict.fromkeys([*(one.workload for one, _ in rows), *(one.machine for one, _ in rows)])
-        entries = " entries per head" if isinstance(rows[0][0].budget, int) else ""
+    for (record, host, budget), rows in groups.items():
+        tags = {"task": rows[0].task, "kind": "eviction"}
+        about = dict.fromkeys([*(one.workload for one in rows), *(one.machine for one in rows)])
+        entries = " entries per head" if isinstance(rows[0].budget, int) else ""
         table.section(f"{host}, budget {budget}{entries}", "; ".join(about), tags)
-        policies: dict[str, list[Found]] = {}
-        for row in rows:
-            policies.setdefault(row[0].label, []).append(row)
-        measured = {_head(one, measure) for one, _ in rows for measure in one.figures}
+        policies: dict[str, list[Highlight]] = {}
+        for one in rows:
+            policies.setdefault(one.label, []).append(one)
+        measured = {_head(one, measure) for one in rows for measure in one.figures}
         for label, own in sorted(policies.items(), key=_most_kept, reverse=True):
-            cells = [
-                _policy_cell(own, head, measure, folder) if head in measured else "" for head, measure in heads.items()
-            ]
-            record = Cell(_link(path.with_suffix(""), folder), link=_link(own[0][1].page, folder))
-            table.add(label, budget, *cells, record, tags=tags)
+            cells = [_policy_cell(own, head, measure) if head in measured else "" for head, measure in heads.items()]
+            source = Cell(record.removesuffix(".jsonl"), link=own[0].page)
+            table.add(label, budget, *cells, source, tags=tags)
     return table
 
 
@@ -329,20 +298,22 @@ def _head(one: Highlight, measure: Measure) -> str:
     return f"{measure.name}, {one.phase}" if measure is SPEED else measure.name
 
 
-def _most_kept(policy: tuple[str, Sequence[Found]]) -> float:
-    return next((one.figures[QUALITY].value for one, _ in policy[1] if QUALITY in one.figures), 0.0)
+def _most_kept(policy: tuple[str, Sequence[Highlight]]) -> float:
+    return next((one.figures[QUALITY].value for one in policy[1] if QUALITY in one.figures), 0.0)
 
 
-def _policy_cell(rows: Sequence[Found], head: str, measure: Measure, folder: Path) -> Cell:
+def _policy_cell(rows: Sequence[Highlight], head: str, measure: Measure) -> Cell:
     """A figure with what it is in absolute terms; of several batches the others below it; or why there is none."""
-    found = [row for row in rows if measure in row[0].figures and _head(row[0], measure) == head]
+    found = [one for one in rows if measure in one.figures and _head(one, measure) == head]
     if not found:
-        ended = [one for one, _ in rows if one.status != "ok" and (one.phase is None) == (measure is QUALITY)]
-        return replace(_ended(ended[0]), small=one_line(ended[0].message)) if ended else Cell("-", small="not measured")
-    (one, source), *others = found
-    below = [f"{other.figures[measure].text} {_apart(other, one)}" for other, _ in others if measure is SPEED]
+        ended = [one for one in rows if one.status != "ok" and (one.phase is None) == (measure is QUALITY)]
+        if not ended:
+            return Cell("-", small="not measured")
+        return replace(_ended(ended[0]), small=one_line(ended[0].message), link="")
+    one, *others = found
+    below = [f"{other.figures[measure].text} {_apart(other, one)}" for other in others if measure is SPEED]
     small = "\n".join(filter(None, [one.figures[measure].absolute, *below]))
-    return replace(_figure_cell(one.figures[measure], _link(source.page, folder)), small=small)
+    return replace(_figure_cell(one, measure), small=small)
 
 
 def _budget(one: Highlight) -> str:
@@ -354,15 +325,16 @@ def _apart(one: Highlight, other: Highlight) -> str:
     return ", ".join(word for word in one.workload.split(", ") if word not in other.workload.split(", "))
 
 
-def _figure_cell(figure: Figure | None, link: str) -> Cell:
-    return Cell("-") if figure is None else Cell(figure.text, figure.verdict, link=link)
+def _figure_cell(one: Highlight, measure: Measure) -> Cell:
+    figure = one.figures.get(measure)
+    return Cell("-") if figure is None else Cell(figure.text, figure.verdict, link=one.page)
 
 
 def _ended(one: Highlight) -> Cell:
     """In the place of figures: how the row ended, or that there is nothing to set it against."""
     if one.status == "ok":
-        return Cell("no ratio to dense")
-    return Cell(one.status, "worse")
+        return Cell("no ratio to dense", link=one.page)
+    return Cell(one.status, "worse", link=one.page)
 
 
 def _others(sources: Sequence[Source], folder: Path) -> Table:
@@ -373,9 +345,9 @@ def _others(sources: Sequence[Source], folder: Path) -> Table:
     return table
 
 
-def _verdict(found: Mapping[str, Sequence[Found]], tasks: Sequence[str]) -> str:
+def _verdict(found: Mapping[str, Sequence[Highlight]], tasks: Sequence[str]) -> str:
     """How much was measured of what."""
-    counts = [(task, sum(any(one.task == task for one, _ in rows) for rows in found.values())) for task in tasks]
+    counts = [(task, sum(any(one.task == task for one in rows) for rows in found.values())) for task in tasks]
     told = ", ".join(f"{count} {'were measured ' if i == 0 else ''}in {task}" for i, (task, count) in enumerate(counts))
     without = [name for name, rows in found.items() if not rows]
     never = f" Not measured in any: {', '.join(without)}." if without else ""

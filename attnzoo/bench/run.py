@@ -20,8 +20,9 @@ from attnzoo import files
 from attnzoo.bench import progress
 from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
-from attnzoo.bench.isolate import ChildResult, Isolation, set_threads
-from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Phase, Quality, R, RecordStore
+from attnzoo.bench.isolate import Isolation, set_threads
+from attnzoo.bench.record import CONFIG_FILE, Envelope, Environment, Key, Outcome, Phase, Quality, Row
+from attnzoo.bench.store import R, RecordStore
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.words import one_line
 from attnzoo.bench.work import Job, work, work_here
@@ -34,22 +35,12 @@ NAMED = 6  # differing keys that a message names
 def run(task: Task, config: RunConfig, command: str, console: Console | None = None) -> list[Envelope]:
     """Measure every cell of `config` that its folder does not hold yet, and give all records that it asks for.
 
-    Parameters
-    ----------
-    task, config
-        What to measure, and how.
-    command
-        What a reader would type to measure it again; it goes into the records.
-    console
-        Where progress is shown; stderr by default.
+    Raises `ConfigError` if something that the config asks for is not here, another run is writing into the folder, or
+    the folder holds records that cannot stand beside those of this config; `AssetError` if data, a model or a text
+    cannot be fetched.
 
-    Raises
-    ------
-    ConfigError
-        If something that the config asks for is not here, another run is writing into the folder, or the folder holds
-        records that cannot stand beside those of this config.
-    AssetError
-        If data, a model or a text cannot be fetched.
+    `command` is what a reader would type to measure it again, for the records; progress is shown on `console`, by
+    default stderr.
     """
     console = console or Console(stderr=True)
     config.check_folder()
@@ -185,7 +176,10 @@ class _Engine:
             job = Job(task=self.task.ref, config=self.config.model_dump_json(), cell=cell, given=self.given)
             with self._gpu() as environ:
                 ended = self.isolation.run(work, job.model_dump_json(), cell.timeout, say, environ)
-            result = _result_of(ended)
+            if ended.end == "done":
+                result = Result.model_validate_json(ended.answer)
+            else:
+                result = Result(status="failed" if ended.end == "crashed" else ended.end, message=ended.message)
         else:
             result = work_here(self.task, self.config, cell, self.given, say)
         return result, time.monotonic() - start
@@ -219,14 +213,8 @@ class _Engine:
             self.barred[part] = reason
             for record in (self.store.records.get(key) for key in self.keys if key[0] == part):
                 if record is not None and record.status == "ok":
-                    update = {
-                        "status": "failed",
-                        "message": reason,
-                        "quality": None,
-                        "quality_note": reason,
-                        "cost": None,
-                    }
-                    self.store.append(record.model_copy(update=update))
+                    why = {"status": "failed", "message": reason, "quality_note": reason}
+                    self.store.append(record.model_copy(update={**why, "quality": None, "cost": None}))
 
     def _keep(self, cell: Cell, result: Result, seconds: float, console: Console) -> None:
         """Write a cell's records, and say so where nobody watches the bars or something went wrong."""
@@ -266,32 +254,17 @@ class _Engine:
             quality, note = self._quality_of(cell.part, cell.label)
             quality = None if quality is None else quality.brief
         record = self.task.record(
+            **{name: getattr(cell, name) for name in Row.model_fields},
+            **{name: getattr(result, name) for name in Outcome.model_fields},
             task=self.task.name,
             measured=cell.measured,
             config_hash=self.config.hash,
             benchmark=self.config.name,
             command=self.command,
-            part=cell.part,
-            kind=cell.kind,
-            scope=cell.scope,
             phase=phase,
-            label=cell.label,
-            attention=cell.attention,
-            options=dict(cell.options),
-            is_baseline=cell.is_baseline,
-            status=result.status,
-            message=result.message,
             utc=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(seconds, 3),
             environment=Environment(**{**dict(self._place(cell.threads)), **result.environment}),
-            host=cell.host,
-            dtype=cell.dtype,
-            tokens=cell.tokens,
-            workload=cell.workload,
-            shapes=result.shapes,
-            gate=result.gate,
-            baseline_gate=result.baseline_gate,
-            backends=result.backends,
             cost=result.costs.get(phase),
             quality=quality,
             quality_note=note,
@@ -358,12 +331,6 @@ def _whole(cell: Cell, result: Result) -> Result:
     if cell.kind == "cost" and set(result.costs) != set(cell.phases):
         raise ValueError(f"the task gave costs of {sorted(result.costs)}, asked for were {sorted(cell.phases)}")
     return Result.model_validate(dict(result))
-
-
-def _result_of(ended: ChildResult) -> Result:
-    if ended.end == "done":
-        return Result.model_validate_json(ended.answer)
-    return Result(status="failed" if ended.end == "crashed" else ended.end, message=ended.message)
 
 
 def _teller(bars: Progress, bar: TaskID, title: str) -> OnProgress:

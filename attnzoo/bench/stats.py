@@ -18,10 +18,7 @@ BOOTSTRAP_SEED = 0
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
     """95% interval of a share of `n` independent samples (Wilson 1927), both ends between 0 and 1.
 
-    Raises
-    ------
-    ValueError
-        Unless ``0 <= hits <= n`` and there are samples.
+    Raises `ValueError` unless ``0 <= hits <= n`` and there are samples.
     """
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n} samples are no share")
@@ -53,10 +50,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], resamples: int = R
     The samples' own difficulty cancels, so small differences show. The percentile bootstrap (Efron 1979) is somewhat
     narrow for fewer than about 10 samples. Of one sample the interval is the mean itself, which says nothing.
 
-    Raises
-    ------
-    ValueError
-        If the two differ in length, there is no sample, or a value is not finite.
+    Raises `ValueError` if the two differ in length, there is no sample, or a value is not finite.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"pairs are needed, got {len(a)} and {len(b)} samples")
@@ -80,10 +74,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], resamples: int = R
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Two-sided exact p-value that A and B hit equally often (McNemar 1947): a sign test of the pairs that differ.
 
-    Raises
-    ------
-    ValueError
-        If the two differ in length.
+    Raises `ValueError` if the two differ in length.
     """
     if len(a) != len(b):
         raise ValueError(f"pairs are needed, got {len(a)} and {len(b)} samples")

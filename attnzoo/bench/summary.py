@@ -52,24 +52,14 @@ class Group:
 class Summary:
     """The records of one benchmark, in the order of first appearance.
 
-    Attributes
-    ----------
-    groups
-        Rows of cost by part, then by token count, ascending, then by workload and phase: prefill before decoding.
-    quality
-        Rows of quality, one per attention, part and workload.
-    labels
-        Attentions of each part, the dense baseline first.
+    `groups` are rows of cost by part, then by token count, ascending, then by workload and phase: prefill before
+    decoding. `quality` are rows of quality, one per attention, part and workload. `labels` are the attentions of each
+    part, the dense baseline first.
     """
 
     groups: tuple[Group, ...]
     quality: list[Record]
     labels: dict[str, tuple[str, ...]]
-
-    @property
-    def any(self) -> Record:
-        """Some record, for what all have in common."""
-        return next((row for group in self.groups for row in group.rows), None) or self.quality[0]
 
     @property
     def last(self) -> Record:
@@ -109,10 +99,8 @@ class Summary:
 def summarize(records: Iterable[Any]) -> Summary:
     """Put records in order.
 
-    Raises
-    ------
-    AttnZooError
-        If there is none, or they are of several configs and do not say what of each their figures depend on.
+    Raises `AttnZooError` if there is none, or they are of several configs and do not say what of each their figures
+    depend on.
     """
     records = list(records)
     if not records:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from attnzoo.bench.config import RunConfig
+from attnzoo.bench.config import RunConfig, digest
 from attnzoo.bench.gate import gate_message
 from attnzoo.bench.html import Section
 from attnzoo.bench.isolate import OnProgress
-from attnzoo.bench.record import Count, Entry, Envelope, Gate, Key, Phase, Record, Shapes, Status
+from attnzoo.bench.record import Envelope, Key, Outcome, Phase, Record, Row
 from attnzoo.tables import Table
 
 if TYPE_CHECKING:
     from attnzoo.bench.highlights import Highlight
 
 
-class Cell(Entry):
+class Cell(Row):
     """One piece of work: an attention's cost at one workload, or its quality.
 
     Attributes
     ----------
-    part, kind, label, tokens, workload, phases
-        What makes its row: see `Record`. A cell gives a record per phase.
-    attention, options, is_baseline, host, dtype, scope
-        As in its records.
+    phases
+        A cell gives a record per phase.
     depends_on
         All that its figures depend on, as plain data: a record of an earlier run is kept where this is the same.
     asks
@@ -55,18 +51,7 @@ class Cell(Entry):
         A guess at the time it takes, in arbitrary units, for the time left.
     """
 
-    part: str
-    kind: Literal["cost", "quality"]
-    label: str
-    tokens: Count = 0
-    workload: str = ""
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = ("forward",)
-    attention: str | None
-    options: Mapping[str, Any] = Field(default_factory=dict)
-    is_baseline: bool
-    host: str
-    dtype: str
-    scope: Literal["model", "layer"] = "model"
     depends_on: Mapping[str, Any]
     asks: Mapping[str, Any] = Field(default_factory=dict)
     stage: str
@@ -86,7 +71,7 @@ class Cell(Entry):
     @property
     def measured(self) -> str:
         """16 hex digits over `depends_on`."""
-        return hashlib.sha256(json.dumps(self.depends_on, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.depends_on)
 
     @property
     def title(self) -> str:
@@ -95,40 +80,26 @@ class Cell(Entry):
         return f"{self.label}{at}{f', {self.workload}' if self.workload else ''}"
 
 
-class Result(Entry):
-    """What a cell gave; what it did not get to is empty.
+class Result(Outcome):
+    """What a cell gave.
 
     `environment` holds fields of `Environment` that were not those of this process where it was measured. `costs` are
     by phase. Nothing that has a cost can be made without the gates that it passed in the same process.
     """
 
-    status: Status
-    message: str = ""
-    shapes: Shapes | None = None
-    gate: Gate | None = None
-    baseline_gate: Gate | None = None
-    backends: tuple[str, ...] = ()
     environment: Mapping[str, Any] = Field(default_factory=dict)
     costs: Mapping[str, Any] = Field(default_factory=dict)
     quality: Any = None
 
     @model_validator(mode="after")
     def _gate_before_clock(self) -> Self:
-        if not self.costs:
-            return self
-        for name, gate in (("gate", self.gate), ("the baseline's gate", self.baseline_gate)):
-            if gate is None and name == "gate":
-                raise ValueError("a cost without a gate: nothing may be timed before it was compared with its oracle")
-            if gate is not None and not gate.passed:
-                raise ValueError(f"a cost although {name} did not pass")
-        return self
+        return self.refuse_ungated(self.costs)
 
     @property
     def refused(self) -> Result | None:
         """The same as failed, with the reason, where a gate did not pass: then nothing may be timed."""
-        for name, gate in (("gate", self.gate), ("the baseline's gate", self.baseline_gate)):
-            if gate is not None and not gate.passed:
-                return self.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
+        for name, gate in self.failed_gates.items():
+            return self.model_copy(update={"status": "failed", "message": gate_message(name, gate)})
         return None
 
 

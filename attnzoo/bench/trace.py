@@ -20,21 +20,8 @@ Shape = tuple[int, ...]
 BY_PRODUCT = 1  # how `torch.cdist` hands down compute_mode="use_mm_for_euclid_dist"; 0 and None: where there are many
 MANY_ROWS = 25  # above which `torch.cdist` makes Euclidean distances of a product, unless told not to
 MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
-MOVES = frozenset(
-    {
-        "_to_copy",
-        "_unsafe_view",
-        "cat",
-        "clone",
-        "copy_",
-        "detach",
-        "empty",
-        "empty_like",
-        "fill_",
-        "new_empty",
-        "zeros",
-    }
-)
+MOVES = frozenset({"_to_copy", "_unsafe_view", "cat", "clone", "copy_", "detach", "empty", "empty_like", "fill_",
+                   "new_empty", "zeros"})  # fmt: skip
 """Operators of ATen that only make or move data, besides the views."""
 
 
@@ -93,18 +80,10 @@ MULTIPLIES = re.compile(
 
 @dataclass(frozen=True)
 class Trace:
-    """What one call ran.
+    """What one call ran: its operators, and those of them that no formula counts.
 
-    Attributes
-    ----------
-    flops
-        Floating-point operations, a multiply and an add being two; None if something that counts had no formula.
-    flops_note
-        Why `flops` is None; empty if it is not.
-    ops
-        The operators that ran.
-    uncounted
-        Those that no formula counts.
+    `flops` are floating-point operations, a multiply and an add being two; None if something that counts had no
+    formula, and then `flops_note` says what.
     """
 
     flops: int | None

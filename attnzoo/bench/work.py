@@ -35,10 +35,7 @@ class Job(Entry):
 def load(ref: str) -> Task:
     """Import a task by its ``module:NAME``.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such module, or no task of this name in it.
+    Raises `ConfigError` if there is no such module, or no task of this name in it.
     """
     module, _, name = ref.partition(":")
     if not module or not name or module.startswith("."):

@@ -30,10 +30,7 @@ TASKS = {
 def find(name: str) -> Task:
     """Give a task by its name here, or by the ``module:NAME`` of another package's.
 
-    Raises
-    ------
-    ConfigError
-        If there is none of this name.
+    Raises `ConfigError` if there is none of this name.
     """
     from attnzoo.bench.work import load
 
@@ -57,10 +54,7 @@ def load(path: Path, overrides: Sequence[str] = (), default: str = "suite") -> t
     `default` is the task of a config that names none. Python configs are mmengine's, of detectors; further ones to
     compare may stand among the overrides.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such task, or with every problem of the config.
+    Raises `ConfigError` if there is no such task, or with every problem of the config.
     """
     from attnzoo.bench.config import read_yaml
 
@@ -88,13 +82,10 @@ def task_of(records: Path) -> Task:
 
 
 def read_records(path: Path) -> list[Any]:
-    """Read a records file of any task; see `attnzoo.bench.record.read_records`.
+    """Read a records file of any task; see `attnzoo.bench.store.read_records`.
 
-    Raises
-    ------
-    AttnZooError
-        If the file cannot be read, or is not of its task's records.
+    Raises `AttnZooError` if the file cannot be read, or is not of its task's records.
     """
-    from attnzoo.bench.record import read_records
+    from attnzoo.bench.store import read_records
 
     return read_records(path, task_of(path).record)

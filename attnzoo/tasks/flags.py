@@ -18,10 +18,7 @@ VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by defau
 def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     """Give the config, as plain data, that measures what the flags say; its key `task` names the task.
 
-    Raises
-    ------
-    ConfigError
-        If a flag has no meaning for the model.
+    Raises `ConfigError` if a flag has no meaning for the model.
     """
     library, name = models.split(flags.model)
     given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
@@ -31,7 +28,12 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
         what = _decoder(flags, name, given)
     else:
         what = _model(flags, library, given)
-    _refuse(given, flags.model)
+    if given:
+        names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
+        raise ConfigError(
+            f"{names}: no meaning for {flags.model}. A function's example input says how large it is, a language model "
+            "is timed by --repeats alone"
+        )
     what["cost"] |= {"repeats": flags.repeats, "timeout_seconds": flags.timeout}
     named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
     what["attentions"] = [attention(text) for text in named if text != "dense"]
@@ -73,22 +75,10 @@ def _seconds(flags: argparse.Namespace) -> float:
     return 1.0 if flags.min_seconds is None else float(flags.min_seconds)
 
 
-def _refuse(given: set[str], model: str) -> None:
-    if given:
-        names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
-        raise ConfigError(
-            f"{names}: no meaning for {model}. A function's example input says how large it is, a language model is "
-            "timed by --repeats alone"
-        )
-
-
 def attention(text: str) -> str | dict[str, Any]:
     """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML.
 
-    Raises
-    ------
-    ConfigError
-        If an option does not read so.
+    Raises `ConfigError` if an option does not read so.
     """
     name, *options = text.split(":")
     if not options:

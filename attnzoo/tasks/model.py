@@ -13,7 +13,7 @@ from torch import Tensor
 import attnzoo
 from attnzoo import models
 from attnzoo.bench import gate as gates
-from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys, row_of
 from attnzoo.bench.config import Dtype, RunConfig, Section, refuse_twins
 from attnzoo.bench.cost import attention_paths, cost_of
 from attnzoo.bench.isolate import is_out_of_memory
@@ -100,10 +100,7 @@ def load(config: ModelConfig, tokens: int) -> Call:
 def check(config: ModelConfig) -> None:
     """Build the model at every size, look for attention layers and call it at the smallest.
 
-    Raises
-    ------
-    ConfigError
-        If it cannot be built or called, or has no attention layer that can be swapped.
+    Raises `ConfigError` if it cannot be built or called, or has no attention layer that can be swapped.
     """
     require("matplotlib")
     for tokens in sorted(config.cost.tokens, reverse=True) or [0]:
@@ -130,14 +127,10 @@ def plan(config: ModelConfig) -> list[Cell]:
     workload = load(config, 0).shape if config.is_function else f"batch {config.cost.batch}"
     return [
         Cell(
-            part="model",
+            **row_of(spec, config.baseline, "model"),
             kind="cost",
-            label=config.baseline if spec is None else spec.label,
             tokens=tokens,
             workload=workload,
-            attention=None if spec is None else spec.name,
-            options={} if spec is None else spec.swap,
-            is_baseline=spec is None,
             host=f"function:{config.model}" if config.is_function else config.model,
             dtype=config.cost.dtype,
             depends_on={

@@ -26,10 +26,7 @@ SHARED = frozenset({"benchmark", "kind", "attention"})  # of the engine's own re
 def gather(folder: Path) -> list[Source]:
     """Read all files of records in a folder and the folders in it.
 
-    Raises
-    ------
-    AttnZooError
-        That names the file, if one is of no known kind, broken or cut off; or if there is none.
+    Raises `AttnZooError` that names the file, if one is of no known kind, broken or cut off; or if there is none.
     """
     paths = sorted(folder.rglob("*.jsonl"))
     paths = [path for path in paths if not any(fnmatch(path.name, pattern) for pattern in LEFT_OUT)]

@@ -13,23 +13,14 @@ from attnzoo.command import OK, check_rows, output_console, run_script
 from attnzoo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from attnzoo.bench.record import Envelope
     from attnzoo.bench.task import Task
 
 
 def run_task(script: str, about: str | None, arguments: Sequence[str] | None = None, task: str = "suite") -> int:
     """Run a script's command line; give the exit status, as in `attnzoo.command`.
 
-    Parameters
-    ----------
-    script
-        Its path, for the command in the records.
-    about
-        Its docstring.
-    arguments
-        Those of the command line by default.
-    task
-        Of configs that name none.
+    `script` is its path, for the command in the records, `about` its docstring; `arguments` are those of the command
+    line by default; `task` is of configs that name none.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,13 +37,15 @@ def run_task(script: str, about: str | None, arguments: Sequence[str] | None = N
 
     def body() -> int:
         from attnzoo import tasks
+        from attnzoo.bench.publish import publish
 
         if parsed.report is not None:
-            report(tasks.task_of(parsed.report), parsed.report, parsed.readme)
-            return 0
+            shown, records = tasks.task_of(parsed.report), tasks.read_records(parsed.report)
+            publish(shown, records, parsed.report, output_console(), parsed.readme)
+            return OK
         if parsed.so_far:
             so_far(*tasks.load(parsed.config, parsed.overrides, task))
-            return 0
+            return OK
         lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
         command = shlex.join(["python", script, *lasting])
         return measure(*tasks.load(parsed.config, parsed.overrides, task), command, parsed.readme)
@@ -63,19 +56,16 @@ def run_task(script: str, about: str | None, arguments: Sequence[str] | None = N
 def measure(task: Task, config: Any, command: str, readme: Path | None) -> int:
     """Measure what a config asks for, report, and give the exit status: 1 where a row did not end as expected."""
     from attnzoo import processes
-    from attnzoo.bench.readme import read_marked
+    from attnzoo.bench.publish import check_readme, publish
     from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import run
 
-    if readme is not None and task.columns is not None:
-        raise ConfigError(f"--readme is for tables of attentions; {task.name} has its own")
+    check_readme(task, readme)  # rather now than after an hour
     if task.assist(config):
         processes.leave()
         return OK
-    if readme is not None:
-        read_marked(readme)  # rather now than after an hour
     records = run(task, config, command)
-    report(task, config.folder / RECORDS_FILE, readme, records)
+    publish(task, records, config.folder / RECORDS_FILE, output_console(), readme)
     processes.leave()
     unsupported = task.expected(config)
     return check_rows(records, lambda row: (row.part, row.label) in unsupported)
@@ -83,8 +73,10 @@ def measure(task: Task, config: Any, command: str, readme: Path | None) -> int:
 
 def so_far(task: Task, config: Any) -> None:
     """Show what a run of a config has done."""
-    from attnzoo.bench.record import RECORDS_FILE, read_records
+    from attnzoo.bench.publish import publish
+    from attnzoo.bench.record import RECORDS_FILE
     from attnzoo.bench.run import asked
+    from attnzoo.bench.store import read_records
 
     path = config.folder / RECORDS_FILE
     if not path.is_file():
@@ -95,15 +87,6 @@ def so_far(task: Task, config: Any) -> None:
         print(f"{len(records) - len(own)} rows of the folder are left out: this config does not ask for them")
     if not own:
         raise ConfigError(f"--so-far: no row in {config.folder} is one that this config asks for")
-    report(task, path, None, own)
+    publish(task, own, path, output_console())
     whole = sum(len(cell.keys) for cell in task.plan(config))
     print(f"{len(own)} of {whole} rows so far")
-
-
-def report(task: Task, path: Path, readme: Path | None, records: Sequence[Envelope] | None = None) -> None:
-    """Print the table and write the page of records, by default of all in the file at `path`."""
-    from attnzoo.bench.publish import publish
-    from attnzoo.bench.record import read_records
-
-    console = output_console()
-    publish(task, read_records(path, task.record) if records is None else records, path, console, readme)

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, model_validator
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
 from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
-from attnzoo.bench.highlights import Highlight, of_records
+from attnzoo.bench.highlights import of_records
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import AssetError, ConfigError, MissingExtraError
 from attnzoo.tasks.classify import cells as vision
@@ -127,7 +127,11 @@ load_config, validate_config = SuiteConfig.load, SuiteConfig.check
 
 def plan(config: SuiteConfig) -> list[Cell]:
     """All cells: quality first, for rows of cost carry it; those of cost by token count."""
-    found = [*vision.plan(config), *_language_cells(config)]
+    found = vision.plan(config)
+    if config.language is not None:
+        own = {"threads": config.language.threads or config.threads}
+        cells = language.plan(decoding(config))
+        found += [cell.model_copy(update=own) if cell.kind == "quality" else cell for cell in cells]
     return sorted(found, key=lambda cell: cell.kind == "cost")
 
 
@@ -138,21 +142,10 @@ def decoding(config: SuiteConfig) -> DecodeConfig:
     return DecodeConfig(**shared, **config.language.model_dump(exclude={"threads"}))
 
 
-def _language_cells(config: SuiteConfig) -> list[Cell]:
-    if config.language is None:
-        return []
-    own = {"threads": config.language.threads or config.threads}
-    cells = language.plan(decoding(config))
-    return [cell.model_copy(update=own) if cell.kind == "quality" else cell for cell in cells]
-
-
 def check(config: SuiteConfig) -> None:
     """Check hosts, data and models before any work.
 
-    Raises
-    ------
-    ConfigError
-        With every problem, one per line.
+    Raises `ConfigError` with every problem, one per line.
     """
     problems = vision.problems(config)
     if config.language is not None:
@@ -191,19 +184,9 @@ def measure(config: SuiteConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
     return vision.measure(config, cell, given, say)
 
 
-def preload(config: SuiteConfig) -> tuple[str, ...]:
-    """Modules that the processes need."""
-    return (*vision.PRELOAD, *(language.PRELOAD if config.language is not None else ()))
-
-
 def plots(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The curves of training, and the plots of language models."""
     return [("Training loss", trained.loss_plot(trained.qualities_of(records))), *language_plots(records)]
-
-
-def highlights(records: Sequence[Record]) -> list[Highlight]:
-    """What the results page shows: each part under the task that it is of."""
-    return of_records(records, lambda record: PARTS.get(record.part, record.task))
 
 
 TASK = Task(
@@ -215,9 +198,9 @@ TASK = Task(
     prepare=prepare,
     check=check,
     record=Record,
-    preload=preload,
+    preload=lambda config: (*vision.PRELOAD, *(language.PRELOAD if config.language is not None else ())),
     expected=lambda config: config.unsupported,
     plots=plots,
     pairs=lambda records, config: pairs_table(records, config.get("language") or {}),
-    highlights=highlights,
+    highlights=lambda records: of_records(records, lambda record: PARTS.get(record.part, record.task)),
 )

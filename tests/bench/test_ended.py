@@ -155,7 +155,7 @@ def test_what_is_expected_of_one_part_is_not_of_the_other(folder, tmp_path, monk
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     rows = [Row("sdpa", "ok", part="vision"), Row("sdpa", "unsupported", "refused", part="language")]
     monkeypatch.setattr("attnzoo.bench.run.run", lambda task, config, command: rows)
-    monkeypatch.setattr("attnzoo.tasks.script.report", lambda task, path, readme, records: None)
+    monkeypatch.setattr("attnzoo.bench.publish.publish", lambda task, records, path, console, readme: None)
     assert bench.main([str(tmp_path / "tiny.yaml")]) == status
     assert ("note: sdpa is expected to be unsupported" in capsys.readouterr().err) is (expecting == "vision")
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import warnings
@@ -7,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from attnzoo.bench.record import RecordStore, read_records
+from attnzoo.bench.record import Envelope
+from attnzoo.bench.store import RecordStore, read_records
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.tasks.records import Record
 from tests.bench.data import HASH, record_data
@@ -78,6 +80,16 @@ def test_damage_anywhere_else_is_an_error_that_names_the_line(tmp_path, make_rec
         read_records(path, Record)
 
 
+@pytest.mark.parametrize("quality", [{"ratio": None}, {"note": "of another task"}])
+def test_a_quality_where_a_task_has_none_is_an_error_that_names_the_line(tmp_path, make_record, quality):
+    """A quality has a class of its own per task, and there is none of the base class."""
+    path = tmp_path / "records.jsonl"
+    row = {**json.loads(lines_of(make_record(kind="quality", cost=None))), "quality": quality}
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(AttnZooError, match=r"line 1.*quality: .*hold no quality"):
+        read_records(path, Envelope)
+
+
 def test_the_latest_record_of_a_row_counts(tmp_path, make_record):
     (tmp_path / "r.jsonl").write_bytes(
         lines_of(make_record(status="failed", cost=None), make_record(tokens=64), make_record(status="ok"))
@@ -131,7 +143,7 @@ def test_rows_that_are_renewed_are_measured_again_where_what_they_depend_on_has_
 
 def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not(tmp_path):
     code = (
-        "import sys, pathlib; from attnzoo.bench.record import Record, RecordStore\n"
+        "import sys, pathlib; from attnzoo.bench.record import Record; from attnzoo.bench.store import RecordStore\n"
         f"with RecordStore(pathlib.Path({str(tmp_path)!r}), Record, {HASH!r}):\n"
         " print('in', flush=True); sys.stdin.read()"
     )

@@ -10,7 +10,7 @@ import attnzoo
 from attnzoo.bench import plots
 from attnzoo.bench.colors import DENSE, METHODS, look
 from attnzoo.bench.highlights import of_records
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
 from attnzoo.bench.record import Interval, Quantiles
 from attnzoo.bench.report import print_report

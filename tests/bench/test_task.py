@@ -15,7 +15,7 @@ from rich.console import Console
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench.highlights import QUALITY, of_records
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.record import Gate
 from attnzoo.bench.run import run, visible_gpus
 from attnzoo.bench.task import Result

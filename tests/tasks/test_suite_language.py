@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.page import html_page
+from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import markdown_table
 from attnzoo.bench.record import Gate
 from attnzoo.bench.run import run
@@ -105,7 +105,7 @@ def test_a_whole_run_puts_both_parts_into_one_record_one_table_and_one_page(fold
     assert costs["language", "prefill", "keydiff"].cost.candidate.flops > 0
     assert costs["vision", "forward", "dense"].cost.ratios.cache_held is None
     assert run(TASK, config, "again") == records
-    page = html_page(records, config.to_yaml())
+    page = page_of(TASK, records, config.to_yaml())
     assert page.count("<table>") == 3, "one of cost, one of perplexities, one of gates"
     assert "Canary: streaming" in page
     vision, language = (table.splitlines() for table in markdown_table(records).split("\n\n**"))
@@ -123,7 +123,7 @@ def test_a_canary_that_lives_fails_every_row_of_the_language_model_and_no_other(
         assert record.part == "vision" or "canary" in record.message
         assert record.part == "vision" or (record.cost is None and record.quality is None)
     assert len(records) == 2 + 3 + 6
-    html_page(records)
+    page_of(TASK, records)
 
 
 class Wrong:

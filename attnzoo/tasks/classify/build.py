@@ -14,6 +14,7 @@ from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths
 from attnzoo.errors import AttnZooError, ConfigError, UnsupportedError
 from attnzoo.extras import require
+from attnzoo.tasks.classify.cost_config import HostConfig
 
 NEARLY_EQUAL = 0.03  # parameters of two models
 Dense = Callable[[Mapping[str, Any]], nn.Module]  # builds a model with its own attention, with further options
@@ -42,12 +43,7 @@ def build_model(
 ) -> nn.Module:
     """Build a timm model, initialized from `seed` or, if `pretrained`, with timm's weights.
 
-    Raises
-    ------
-    MissingExtraError
-        If timm is not installed.
-    ConfigError
-        If timm has no such model, or cannot build it.
+    Raises `MissingExtraError` if timm is not installed; `ConfigError` if timm has no such model, or cannot build it.
     """
     check_model_name(model)
     import timm
@@ -73,6 +69,14 @@ def with_baseline(model: nn.Module, fused: bool) -> nn.Module:
     return model
 
 
+def build_host(
+    host: HostConfig, image_size: int | tuple[int, int], seed: int, fused: bool, more: Mapping[str, Any]
+) -> nn.Module:
+    """Build a benchmark's model with its own attention, fused or not, and `more` options than its own."""
+    sizes = {"image_size": image_size, **host.model_dump(include={"patch_size", "channels", "classes"})}
+    return with_baseline(build_model(host.name, **sizes, options={**host.options, **more}, seed=seed), fused)
+
+
 def swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Module:
     """Put the attention of `spec` into `model`, in place; what it adds is initialized from `seed`."""
     if spec is None:
@@ -84,15 +88,8 @@ def swapped(model: nn.Module, spec: AttentionConfig | None, seed: int) -> nn.Mod
 def equal_parameters(dense: Dense, spec: AttentionConfig, seed: int) -> dict[str, Any]:
     """Find the width of the MLPs with which a swapped timm model has the parameters of the dense one, to 3%.
 
-    Returns
-    -------
-    dict
-        The option, ``mlp_ratio``: the width as a multiple of the model's.
-
-    Raises
-    ------
-    UnsupportedError
-        If the attention alone has too many parameters.
+    It is given as the option ``mlp_ratio``, a multiple of the model's width. Raises `UnsupportedError` if the attention
+    alone has too many parameters.
     """
 
     def count(ratio: float) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnzoo.bench.attentions import row_of
 from attnzoo.bench.cost import attention_paths
 from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import AttnZooError, ConfigError
@@ -13,7 +14,7 @@ from attnzoo.extras import require
 from attnzoo.tasks.classify.build import check_model_name
 from attnzoo.tasks.classify.cost import measure_cost
 from attnzoo.tasks.classify.small import IMAGE_SIDE, measure_quality
-from attnzoo.tasks.classify.workload import Workload, cost_cells, row
+from attnzoo.tasks.classify.workload import PART, Workload, cost_cells
 
 if TYPE_CHECKING:
     from attnzoo.tasks.suite import SuiteConfig
@@ -30,7 +31,8 @@ def plan(config: SuiteConfig) -> list[Cell]:
 
 
 def _quality_cell(config: SuiteConfig, index: int | None) -> Cell:
-    quality, whose = config.quality, row(None if index is None else config.attentions[index], config.baseline.label)
+    quality, spec = config.quality, None if index is None else config.attentions[index]
+    whose = row_of(spec, config.baseline.label, PART)
     assert quality is not None
     how = quality.model_dump(mode="json", exclude={"workers", "timeout_seconds"})
     about = {"attention": whose["attention"], "options": whose["options"]}

@@ -8,7 +8,6 @@ size and SHA-256, so that one that was cut short or altered is known.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import warnings
@@ -40,19 +39,10 @@ def all_checkpoints(parent: Path) -> list[Path]:
 def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Give a folder to write into, which becomes `folder`, whole, when all is written.
 
-    Parameters
-    ----------
-    folder
-        What it will be called; one that is there is replaced.
-    kept
-        What is left if it fails, for the message.
-    main, wait
-        Whether this is the process that makes and renames the folder, and how processes wait for one another.
+    Raises `TrainingError` if it cannot be written, because the disk is full or another reason; nothing of it is left.
 
-    Raises
-    ------
-    TrainingError
-        If it cannot be written, because the disk is full or another reason; nothing of it is left.
+    A `folder` that is there is replaced; `kept` tells what is left if it fails. `main` says whether this is the process
+    that makes and renames the folder, `wait` has processes wait for one another.
     """
     part = folder.with_name(PART + folder.name)
     try:
@@ -81,7 +71,7 @@ def writing(folder: Path, kept: str, main: bool = True, wait: Callable[[], None]
 def problem(folder: Path) -> str | None:
     """Say what is wrong with a folder that was written here, or give None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        manifest = files.read_json(folder / MANIFEST)["files"]
         listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
@@ -101,10 +91,7 @@ def problem(folder: Path) -> str | None:
 def newest_good(parent: Path) -> Path | None:
     """The newest checkpoint that is whole, or None where none was written; a warning names each that is refused.
 
-    Raises
-    ------
-    ConfigError
-        If checkpoints were written and none of them is whole.
+    Raises `ConfigError` if checkpoints were written and none of them is whole.
     """
     refused: dict[Path, str] = {}
     for folder in reversed(all_checkpoints(parent)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
-from attnzoo.bench.config import CONFIG_VERSION, RunConfig, Section, refuse_twins
+from attnzoo.bench.config import CONFIG_VERSION, RunConfig, Section, digest, refuse_twins
 from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
@@ -333,22 +332,20 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """What training wrote at its end."""
-        found: dict[str, Any] = json.loads((self.final / RESULT).read_text(encoding="utf-8"))
-        return found
+        return files.read_json(self.final / RESULT)
 
     @property
     def weights(self) -> str | None:
         """SHA-256 of the trained weights, as written beside them; None where it is not trained yet."""
-        manifest = self.final / MANIFEST
         try:
-            return str(json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS][1])
+            return str(files.read_json(self.final / MANIFEST)["files"][WEIGHTS][1])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     @property
     def hash(self) -> str:
         """16 hex digits over the `identity`."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(self.identity)
 
     @property
     def identity(self) -> dict[str, Any]:

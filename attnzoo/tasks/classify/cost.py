@@ -42,14 +42,13 @@ def measure_cost(work: Workload, say: OnProgress) -> Result:
     shapes = _shapes(dense, layers, x, work.tokens)
     with torch.inference_mode():
         say("gate")
-        checks = _Checks(work, layers, shapes, x)
-        gate, baseline_gate, traced, traced_dense = checks.run(candidate, dense)
+        gate, baseline_gate, traced, traced_dense = _gates(work, candidate, dense, layers, shapes, x)
         result = Result(status="ok", shapes=shapes, gate=gate, baseline_gate=baseline_gate, backends=traced.backends)
         if failed := result.refused:
             return failed
     path = next(iter(swapped_layers(candidate)), layers[0])  # of what is timed alone
     if cost.gradient:
-        gate, baseline_gate = (_gradient_gate(model, path, x, checks.tolerance) for model in (candidate, dense))
+        gate, baseline_gate = (_gradient_gate(model, path, x) for model in (candidate, dense))
         result = result.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
         if failed := result.refused:
             return failed
@@ -86,69 +85,61 @@ def measure_cost(work: Workload, say: OnProgress) -> Result:
     return Result(**{**dict(result), "costs": {"training" if cost.gradient else "forward": found}})
 
 
-class _Checks:
-    """The gates of one row: the candidate's and the dense baseline's, on exactly the inputs that will be timed."""
+def _gates(
+    work: Workload, candidate: nn.Module, dense: nn.Module, layers: list[str], shapes: Shapes, x: Tensor
+) -> tuple[Gate, Gate, Trace, Trace]:
+    """The gates of the candidate and of the dense baseline on exactly the inputs that will be timed, and both traces.
 
-    def __init__(self, work: Workload, layers: list[str], shapes: Shapes, x: Tensor) -> None:
-        self.work, self.layers, self.shapes, self.x = work, layers, shapes, x
-        self.tolerance = gates.TOLERANCE[x.dtype]
-        self.spec = spec = work.attention
-        self.kind = None if spec is None else attnzoo.describe(spec.name).kind
-
-    def run(self, candidate: nn.Module, dense: nn.Module) -> tuple[Gate, Gate, Trace, Trace]:
-        """Give both gates and both traces; the forwards of the traces are those whose outputs are checked."""
-        oracle = self._softmax_core()
-        with gates.noted(dense, self.layers) as got_dense:
-            traced_dense = trace(lambda: dense(self.x))
-        baseline_gate = gates.compare(got_dense, oracle, f"{ORACLE} core, same weights and inputs", self.tolerance)
-        del got_dense
-        with gates.noted(candidate, self.layers) as got:
-            traced = trace(lambda: candidate(self.x))
-        gate = gates.finite(self._candidate_gate(candidate, got, oracle), got[gates.OUTPUT])
-        if self.spec is not None and self.spec.name in MUST_RUN:
-            gate = gates.refuse(gate, missing_op(traced.backends, MUST_RUN[self.spec.name]))
-        return gate, baseline_gate, traced, traced_dense
-
-    def _candidate_gate(self, candidate: nn.Module, got: dict[str, Tensor], oracle: dict[str, Tensor]) -> Gate:
-        if self.spec is not None and self.kind == "mixer":
+    The forwards of the traces are those whose outputs are checked.
+    """
+    spec, tolerance, name = work.attention, gates.TOLERANCE[x.dtype], f"{ORACLE} core, same weights and inputs"
+    oracle = _softmax_core(work, layers, x)
+    with gates.noted(dense, layers) as got_dense:
+        traced_dense = trace(lambda: dense(x))
+    baseline_gate = gates.compare(got_dense, oracle, name, tolerance)
+    del got_dense
+    with gates.noted(candidate, layers) as got:
+        traced = trace(lambda: candidate(x))
+    first = {at: tensor[:1] for at, tensor in got.items()}
+    if spec is not None and attnzoo.describe(spec.name).kind == "mixer":
+        gate = gates.compare(first, _double(candidate, layers, x), "itself in float64, first image", tolerance)
+        if "tokens" not in spec.options:  # else it was built for one number of tokens and takes no other
             mixers = {path: layer.get_submodule("mixer") for path, layer in swapped_layers(candidate).items()}
-            small = None
-            if "tokens" not in self.spec.options:  # else it was built for one number of tokens and takes no other
-                small = gates.mixer_gate(mixers, self.shapes.dim, self.shapes.prefix, self.x, self.work.seed)
-            double = copy.deepcopy(candidate).double()
-            with gates.noted(double, self.layers) as expected:
-                double(self.x[:1].double())
-            first = {name: tensor[:1] for name, tensor in got.items()}
-            timed = gates.compare(first, expected, "itself in float64, first image", self.tolerance)
-            return timed if small is None or (small.passed and not timed.passed) else small
-        if self.spec is not None and self.spec.name == ORACLE:
-            first = {name: tensor[:1] for name, tensor in got.items()}
-            return gates.compare(
-                first, self._double(), "the host's own attention in float64, first image", self.tolerance
-            )
-        return gates.compare(got, oracle, f"{ORACLE} core, same weights and inputs", self.tolerance)
+            small = gates.mixer_gate(mixers, shapes.dim, shapes.prefix, x, work.seed)
+            gate = gate if small.passed and not gate.passed else small
+    elif spec is not None and spec.name == ORACLE:
+        own = _double(with_baseline(work.build(), fused=False).to(x), layers, x)
+        gate = gates.compare(first, own, "the host's own attention in float64, first image", tolerance)
+    else:
+        gate = gates.compare(got, oracle, name, tolerance)
+    gate = gates.finite(gate, got[gates.OUTPUT])
+    if spec is not None and spec.name in MUST_RUN:
+        gate = gates.refuse(gate, missing_op(traced.backends, MUST_RUN[spec.name]))
+    return gate, baseline_gate, traced, traced_dense
 
-    def _softmax_core(self) -> dict[str, Tensor]:
-        """Outputs of the softmax core on the host's weights, image by image, for it needs much memory."""
-        model = swapped(self.work.build(), AttentionConfig(name=ORACLE), self.work.seed).to(self.x)
-        parts: list[dict[str, Tensor]] = []
-        try:
-            for one in self.x.split(1):
-                with gates.noted(model, self.layers) as found:
-                    model(one)
-                parts.append(found)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise OracleError(f"the oracle ran out of memory, so nothing was checked or timed: {error}") from error
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _double(self) -> dict[str, Tensor]:
-        """Outputs of the host with its own attention, not fused, in float64, on the first image."""
-        model = with_baseline(self.work.build(), fused=False).to(self.x).double()
-        with gates.noted(model, self.layers) as found:
-            model(self.x[:1].double())
-        return found
+def _softmax_core(work: Workload, layers: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Outputs of the softmax core on the host's weights, image by image, for it needs much memory."""
+    model = swapped(work.build(), AttentionConfig(name=ORACLE), work.seed).to(x)
+    parts: list[dict[str, Tensor]] = []
+    try:
+        for one in x.split(1):
+            with gates.noted(model, layers) as found:
+                model(one)
+            parts.append(found)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OracleError(f"the oracle ran out of memory, so nothing was checked or timed: {error}") from error
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _double(model: nn.Module, layers: list[str], x: Tensor) -> dict[str, Tensor]:
+    """Outputs of a copy of `model` in float64, on the first image."""
+    double = copy.deepcopy(model).double()
+    with gates.noted(double, layers) as found:
+        double(x[:1].double())
+    return found
 
 
 def _inputs(work: Workload) -> Tensor:
@@ -182,7 +173,7 @@ def _cotangent(module: nn.Module, inputs: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=generator).to(out)
 
 
-def _gradient_gate(model: nn.Module, path: str, x: Tensor, tolerance: float) -> Gate:
+def _gradient_gate(model: nn.Module, path: str, x: Tensor) -> Gate:
     """Compare each gradient of the attention layer, by its input and every parameter, with its own in float64."""
     module, inputs = model.get_submodule(path), _input_of(model, path, x)[:1]
     cotangent = _cotangent(module, inputs)
@@ -196,7 +187,7 @@ def _gradient_gate(model: nn.Module, path: str, x: Tensor, tolerance: float) -> 
 
     expected = gradients(copy.deepcopy(module).double(), inputs.double(), cotangent.double())
     oracle = "gradients of the layer itself in float64, first image, after its outputs passed"
-    return gates.compare(gradients(module, inputs, cotangent), expected, oracle, tolerance)
+    return gates.compare(gradients(module, inputs, cotangent), expected, oracle, gates.TOLERANCE[x.dtype])
 
 
 def _input_of(model: nn.Module, path: str, x: Tensor) -> Tensor:

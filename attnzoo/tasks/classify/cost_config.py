@@ -120,10 +120,7 @@ class CostConfig(Section):
     def sizes(self, patch: int) -> list[Size]:
         """All sizes, for a model with patches of `patch` pixels.
 
-        Raises
-        ------
-        ConfigError
-            If the patches do not divide an image.
+        Raises `ConfigError` if the patches do not divide an image.
         """
         sides = [(math.isqrt(n) * patch,) * 2 for n in self.tokens]
         sides += [size if isinstance(size, tuple) else (size, size) for size in self.image_sizes]

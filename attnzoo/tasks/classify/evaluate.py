@@ -20,22 +20,12 @@ BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Answers:
-    """A classifier's answers, image by image, in the order of the images.
+    """A classifier's answers, image by image, in the order of the images; all arrays are ``(N,)``.
 
-    Attributes
-    ----------
-    index, target, answer
-        ``(N,)``: an image's place in the data set, its class, and the class given to it.
-    confidence
-        ``(N,)``: the probability that was given to the answer.
-    loss
-        ``(N,)``: cross-entropy in nats.
-    among_five
-        ``(N,)``: whether the class is among the first five answers.
-    unreadable
-        Places of the further images that could not be read, and are not in these.
-    reasons
-        Why images could not be read, by their places, where it was told.
+    `index`, `target` and `answer` are an image's place in the data set, its class, and the class given to it;
+    `confidence` is the probability of the answer, `loss` the cross-entropy in nats, `among_five` whether the class is
+    among the first five answers. `unreadable` are places of further images that could not be read and are not in these,
+    `reasons` why, by their places, where it was told.
     """
 
     index: np.ndarray
@@ -84,17 +74,9 @@ def answers_of(
 ) -> Answers:
     """Ask `model` for the classes of images; its mode is as before afterwards.
 
-    Parameters
-    ----------
-    model
-        Its output is ``(B, classes)`` or has ``.logits``.
-    batches
-        Each images ``(B, C, H, W)``, classes ``(B,)`` and places ``(B,)``, as `TestImages` gives them, and perhaps the
-        reasons why images cannot be used.
-    device
-        Where the model is.
-    gather
-        Puts the rows ``(B, 6)`` of all processes together.
+    Its output is ``(B, classes)`` or has ``.logits``. Batches are images ``(B, C, H, W)``, classes ``(B,)`` and places
+    ``(B,)``, as `TestImages` gives them, and perhaps the reasons why images cannot be used. `gather` puts the rows
+    ``(B, 6)`` of all processes together.
     """
     training = model.training
     model.eval()
@@ -119,23 +101,10 @@ def answers_of(
 
 
 def evaluate(model: nn.Module, images: TestImages | TestStream, batch: int, workers: int, accelerator: Any) -> Answers:
-    """Test `model` on `images`, of which each of Accelerate's processes takes its share.
+    """Test `model`, as Accelerate prepared it, on `images`, of which each of its processes takes a share.
 
-    Parameters
-    ----------
-    model
-        As Accelerate prepared it.
-    images
-        Of all processes.
-    batch, workers
-        Images at a time in one process, and its processes that read them.
-    accelerator
-        Accelerate's, for the device and to gather what the processes found.
-
-    Raises
-    ------
-    TrainingError
-        If more than 1% of the images cannot be read, or one is of a class that the model does not have.
+    Each process reads `batch` images at a time. Raises `TrainingError` if more than 1% of the images cannot be read, or
+    one is of a class that the model does not have.
     """
     loader = share_of(images, batch, workers, accelerator.process_index, accelerator.num_processes)
     found = answers_of(model, loader, accelerator.device, accelerator.gather)

@@ -45,26 +45,22 @@ class LeftOut:
 class ImageFolder:
     """A split's images, class by class.
 
+    Every folder in `folder` is a class, and every image at any depth below that is of the class. Links are followed,
+    but not to what is read anyway. Hidden files and folders are left out, such as ``.ipynb_checkpoints``, and so are
+    files in the split's own folder and files that are not images; `left_out` counts them.
+
+    Raises `ConfigError` if the folder cannot be read, a class has no image, links of two classes lead to one folder, or
+    `class_map` is no numbering from 0 on.
+
     Parameters
     ----------
-    folder
-        The split: every folder in it is a class, and every image at any depth below that is of the class. Links are
-        followed, but not to what is read anyway. Hidden files and folders are left out, such as
-        ``.ipynb_checkpoints``, and so are files in the split's own folder and files that are not images; `left_out`
-        counts them.
-    mode
-        ``"L"`` or ``"RGB"``; see `attnzoo.pixels.to_mode`.
+    folder, mode
+        The split, and ``"L"`` or ``"RGB"``; see `attnzoo.pixels.to_mode`.
     class_map
         Numbers of classes by name; by default they are sorted as timm does, without regard to case, ``img2`` before
         ``img10``.
     suffixes
         Read files with these endings alone; by default every format that PIL decodes.
-
-    Raises
-    ------
-    ConfigError
-        If the folder cannot be read, a class has no image, links of two classes lead to one folder, or `class_map` is
-        no numbering from 0 on.
     """
 
     def __init__(
@@ -160,10 +156,7 @@ class ImageFolder:
     def _read_anyway(self, path: str, name: str) -> bool:
         """Whether a folder beyond a link is in the split, around it, or read by another link of the class `name`.
 
-        Raises
-        ------
-        ConfigError
-            If it is read by a link of another class.
+        Raises `ConfigError` if it is read by a link of another class.
         """
         real = os.path.realpath(path)
         if os.path.commonpath([real, self._own]) in (real, self._own):

@@ -247,10 +247,7 @@ class Unreadable:
     def note(self, indices: Iterable[int], reasons: Sequence[str] = ()) -> None:
         """Take note of some, and of the reasons where they are told; -1 stands for none.
 
-        Raises
-        ------
-        TrainingError
-            If they are too many.
+        Raises `TrainingError` if they are too many.
         """
         indices = list(indices)
         self.reasons.update(zip(indices, reasons, strict=False))

@@ -54,15 +54,7 @@ class Progress:
 
 
 class Training:
-    """One run, from where its newest good checkpoint left it.
-
-    Parameters
-    ----------
-    run, splits
-        What to train on what.
-    accelerator
-        Accelerate's, made for this run.
-    """
+    """One run, from where its newest good checkpoint left it; `accelerator` is Accelerate's, made for this run."""
 
     def __init__(self, run: Run, splits: Splits, accelerator: Any) -> None:
         from timm.data import Mixup
@@ -119,17 +111,11 @@ class Training:
     def fit(self, tell: Tell, say: Callable[[str], None]) -> dict[str, Any]:
         """Train to the end; give the result that is then also in ``final/result.json``.
 
-        Parameters
-        ----------
-        tell
-            Called after each step with the steps done, those of the whole run, and the loss in words.
-        say
-            Called with a line when an interrupted run resumes, and after each epoch.
+        Raises `TrainingError` if loss or gradients become NaN or infinite, too many images cannot be read, or nothing
+        can be written.
 
-        Raises
-        ------
-        TrainingError
-            If loss or gradients become NaN or infinite, too many images cannot be read, or nothing can be written.
+        `tell` is called after each step with the steps done, those of the whole run, and the loss in words; `say` with
+        a line when an interrupted run resumes, and after each epoch.
         """
         self._resume()
         progress, recipe = self.progress, self.config.recipe
@@ -320,7 +306,7 @@ class Training:
         if newest is None:
             return
         accelerator.load_state(str(newest))
-        self.progress = Progress(**json.loads((newest / PROGRESS).read_text(encoding="utf-8")))
+        self.progress = Progress(**files.read_json(newest / PROGRESS))
         self.unreadable.found = set(self.progress.unreadable)
         if self.average is not None:
             self.average.module.load_state_dict(load_file(newest / AVERAGED))
@@ -328,6 +314,7 @@ class Training:
     def _finish(self, found: dict[str, Any], epochs: int) -> dict[str, Any]:
         accelerator, progress = self.accelerator, self.progress
         state = _on_cpu(accelerator.get_state_dict(self.model))
+        on_cuda = accelerator.device.type == "cuda"  # of a CPU it is not known
         result: dict[str, Any] = {
             "label": self.run.label,
             "seed": self.run.seed,
@@ -341,7 +328,7 @@ class Training:
             "seconds": round(progress.seconds, 1),
             "processes": accelerator.num_processes,
             "environment": environment(accelerator.device.type, torch.get_num_threads()).model_dump(),
-            "peak_memory_bytes": peak_of_cuda(accelerator.device),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(accelerator.device) if on_cuda else None,
             "unreadable": self.unreadable.names(),
             "left_out": list(self.splits.left_out),
         }
@@ -363,10 +350,7 @@ class Training:
 def steps_an_epoch(config: ClassifyConfig, splits: Splits) -> int:
     """Whole batches an epoch.
 
-    Raises
-    ------
-    ConfigError
-        If there are fewer images than a batch has.
+    Raises `ConfigError` if there are fewer images than a batch has.
     """
     steps = splits.train_images // config.recipe.batch
     if steps == 0:
@@ -379,10 +363,8 @@ def steps_an_epoch(config: ClassifyConfig, splits: Splits) -> int:
 def local_batch(config: ClassifyConfig, processes: int) -> int:
     """Images of one step in one process.
 
-    Raises
-    ------
-    ConfigError
-        If the batch cannot be cut into so many equal parts, or into parts of an even number where images are mixed.
+    Raises `ConfigError` if the batch cannot be cut into so many equal parts, or into parts of an even number where
+    images are mixed.
     """
     recipe = config.recipe
     if recipe.batch % (processes * recipe.accumulate):
@@ -394,11 +376,6 @@ def local_batch(config: ClassifyConfig, processes: int) -> int:
     if config.augment is not None and config.augment.mixes and local % 2:
         raise ConfigError(f"augment.mixup and cutmix pair images, and a process has {local} of a batch, an odd number")
     return local
-
-
-def peak_of_cuda(device: torch.device) -> int | None:
-    """The most bytes that PyTorch's CUDA allocator gave this process; None on a CPU, where that is not known."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

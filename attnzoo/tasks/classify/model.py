@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo import files
 from attnzoo.errors import AttnZooError, ConfigError, TrainingError, WeightsError
 from attnzoo.extras import require
 from attnzoo.tasks.classify.build import build_model, equal_parameters, logits, swapped
@@ -29,17 +29,9 @@ AVERAGED, ABOUT = "averaged.safetensors", "model.json"
 def build(run: Run, classes: int) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model of a run, the same for the same seed: its weights, then its attention.
 
-    Returns
-    -------
-    nn.Module, dict
-        The model, and what is needed to build it again, which goes beside its weights as ``model.json``.
-
-    Raises
-    ------
-    ConfigError
-        If the library cannot build it, its patches do not divide the image, or the weights do not fit.
-    SwapError, UnsupportedError, OptionError
-        If the attention cannot stand in it.
+    Also give what is needed to build it again, which goes beside its weights as ``model.json``. Raises `ConfigError` if
+    the library cannot build it, its patches do not divide the image, or the weights do not fit; an error of a swap if
+    the attention cannot stand in it.
     """
     config = run.config
     more: dict[str, Any] = {}
@@ -69,24 +61,21 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
     Class names and what an image goes through are where each library has them: in timm's ``pretrained_cfg``, which
     ``timm.data.resolve_model_data_config`` reads, and in transformers' ``config.id2label``.
 
+    Raises `TrainingError` if one of the files is missing, or they do not fit together.
+
     Parameters
     ----------
     folder
         A run's ``final`` folder, or one of its checkpoints: it holds ``model.json`` and ``model.safetensors``.
     averaged
         Take the weights averaged over the steps, of a ``final`` folder whose recipe had `ema_decay`.
-
-    Raises
-    ------
-    TrainingError
-        If one of the files is missing, or they do not fit together.
     """
     require("safetensors", extra="train")
     from safetensors.torch import load_file
 
     folder = Path(folder)
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = files.read_json(folder / ABOUT)
         state = load_file(folder / (AVERAGED if averaged else WEIGHTS))
     except Exception as error:  # safetensors has errors of its own
         raise TrainingError(f"{folder} holds no trained model that can be read: {error}") from error
@@ -220,10 +209,7 @@ def _load(model: nn.Module, state: Mapping[str, Tensor], config: ModelConfig, cl
 def check_all(config: ClassifyConfig, classes: int) -> None:
     """Build every model of a config once, and show it an image, so that what cannot stand is told before any training.
 
-    Raises
-    ------
-    ConfigError
-        With every problem, one per line.
+    Raises `ConfigError` with every problem, one per line.
     """
     problems, seen = _recipe_problems(config), set()
     for run in config.runs():

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 def first_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     """Run `forward` again and name the first layer of `model` that made values that are not finite.
 
-    A layer is a module without children; for one whose parameters are already not finite, that is said.
-
-    Returns
-    -------
-    str
-        Path and class of the layer, or the path of the first such parameter where every output is finite.
+    That is its path and class. For one whose parameters or inputs are already not finite, that is said.
     """
     found: list[str] = []
 

@@ -1,58 +1,21 @@
-"""What pages of trained classifiers show: how they learned, the table of the docs, and the worst mistakes."""
+"""What pages of trained classifiers show: how they learned, and the worst mistakes."""
 
 from __future__ import annotations
 
 import base64
-import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from attnzoo.bench import words
-from attnzoo.bench.colors import DENSE, look
+from attnzoo.bench.colors import DENSE
 from attnzoo.bench.html import Section, pictures
-from attnzoo.bench.plots import INK, add_legend, new_figure, to_svg
+from attnzoo.bench.plots import mean_curves, new_figure, to_svg
 from attnzoo.bench.record import Record
-from attnzoo.tables import Column, Table
 from attnzoo.tasks.classify.quality import Accuracy
 
 SHOWN_PIXELS = 96
 OTHER = "#0088CC"
-MOST_INSIDE, COLUMNS = 5, 3  # of the key's entries: inside the axes, and in a line below them
 TOP1 = "top-1, % of the test images"
-
-
-def results_table(records: Sequence[Record]) -> Table:
-    """A row per attention: its accuracy and, where that was measured, what a training step costs.
-
-    Where there are several seeds, the mean and the standard deviation of their accuracies are given, else the 95%
-    interval over the images. A step is a forward and a backward at the fewest tokens measured.
-    """
-    steps = [record for record in records if record.cost is not None and record.phase == "training"]
-    fewest = min((record.tokens for record in steps), default=0)
-    costs = {record.label: record for record in steps if record.tokens == fewest}
-    head = (Column("attention", code=True), "top-1 %", "each seed", "top-5 %", "calibration error", "parameters")
-    table = Table(head + (("training step", "speed-up", "its memory") if costs else ()))
-    for label, quality in qualities_of(records).items():
-        table.add(
-            label,
-            quality.mean_of_seeds or f"{quality.each_seed} ({100 * quality.low:.2f}-{100 * quality.high:.2f})",
-            quality.each_seed,
-            "-" if quality.top5 is None else f"{100 * quality.top5:.2f}",
-            quality.calibration,
-            f"{quality.trainings[0].parameters or 0:,}",
-            *(_step(costs.get(label)) if costs else ()),
-        )
-    return table
-
-
-def _step(record: Record | None) -> list[str]:
-    if record is None or record.cost is None:
-        return ["-"] * 3
-    time = f"{record.cost.candidate.latency_ms.p50:.1f} ms"
-    if record.is_baseline:
-        return [time, "", ""]
-    return [time, words.times(record.cost.ratios.speedup), words.ratio(words.activation_ratio(record))]
 
 
 def qualities_of(records: Sequence[Record]) -> dict[str, Accuracy]:
@@ -116,44 +79,17 @@ def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
 
 def loss_plot(qualities: Mapping[str, Accuracy]) -> str:
     """Mean training loss in each epoch."""
-    return _curves({label: [t.epoch_losses for t in q.trainings] for label, q in qualities.items()}, "training loss")
+    losses = {label: [_by_epoch(t.epoch_losses) for t in q.trainings] for label, q in qualities.items()}
+    return mean_curves(losses, "epoch", "training loss")
 
 
 def learning_plot(qualities: Mapping[str, Accuracy]) -> str:
     """Test accuracy after each epoch."""
     counted = {
-        label: [[t.percent(correct) for correct in t.epoch_correct] for t in q.trainings]
-        for label, q in qualities.items()
+        label: [_by_epoch(map(t.percent, t.epoch_correct)) for t in q.trainings] for label, q in qualities.items()
     }
-    return _curves(counted, TOP1)
+    return mean_curves(counted, "epoch", TOP1)
 
 
-def _curves(curves: Mapping[str, Sequence[Sequence[float]]], title: str) -> str:
-    """One line per attention, the mean of its seeds, with their range shaded."""
-    shown = {label: seeds for label, seeds in curves.items() if min(map(len, seeds))}
-    if not shown:
-        return ""
-    below = 0.2 * math.ceil(len(shown) / COLUMNS) if len(shown) > MOST_INSIDE else 0.0  # inches for the key
-    figure, axes = new_figure(height=4.2 + below)
-    figure.subplots_adjust(bottom=(0.55 + below) / (4.2 + below))
-    longest = 0
-    for label, seeds in shown.items():
-        each = list(zip(*seeds, strict=False))
-        epochs = range(1, len(each) + 1)
-        longest = max(longest, len(each))
-        color, marker = look(list(shown), label)
-        if len(seeds) > 1:
-            axes.fill_between(
-                epochs, *zip(*((min(v), max(v)) for v in each), strict=True), color=color, alpha=0.15, lw=0
-            )
-        means = [statistics.fmean(values) for values in each]
-        axes.plot(epochs, means, color=color, marker=marker if longest <= 30 else None, ms=5, label=label, lw=1.6)
-    if longest <= 12:
-        axes.set_xticks(range(1, longest + 1))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(title)
-    if below:
-        figure.legend(loc="lower center", ncols=COLUMNS, frameon=False, labelcolor=INK, fontsize=8)
-    else:
-        add_legend(axes)
-    return to_svg(figure, title)
+def _by_epoch(values: Iterable[float]) -> dict[float, float]:
+    return dict(enumerate(values, 1))

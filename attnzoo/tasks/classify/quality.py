@@ -125,17 +125,7 @@ class Accuracy(Quality):
 def accuracy_of(
     trainings: Sequence[Training], counted: Sequence[Mapping[str, Any]], classes: int | None, note: str
 ) -> Accuracy:
-    """Put the trainings of one attention together; the ratio to dense is left open.
-
-    Parameters
-    ----------
-    trainings, counted
-        Of each seed, and what `Answers.counted` gives of it.
-    classes
-        How many there are; with five or fewer there is no top-5.
-    note
-        What was done on what data.
-    """
+    """Put the trainings of an attention together, with what `Answers.counted` gives of each; the ratio is left open."""
     correct, images = sum(t.correct for t in trainings), sum(t.images for t in trainings)
     low, high = wilson_interval(correct, images)
     return Accuracy(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,14 +40,8 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     A run that another process is training is left to it, so that the same command, started twice, shares the work; it
     is looked at once more at the end. See `left_to_others`.
 
-    Raises
-    ------
-    ConfigError
-        If the data or a model are not as the config says, or a folder holds a run of another config.
-    AssetError
-        If an asset cannot be fetched.
-    TrainingError
-        If a training cannot go on.
+    Raises `ConfigError` if the data or a model are not as the config says, or a folder holds a run of another config;
+    `AssetError` if an asset cannot be fetched; `TrainingError` if a training cannot go on.
     """
     in_extra = [tracker for tracker in config.trackers if tracker != "wandb"]
     require("timm", "accelerate", "safetensors", *in_extra, extra="train")
@@ -60,7 +52,8 @@ def train_all(config: ClassifyConfig, console: Console | None = None) -> list[di
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     state = PartialState(cpu=config.device == "cpu")
-    check_device(config, state.device)
+    if config.device == "cuda" and state.device.type != "cuda":
+        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError("precision: fp16 is not for CPUs, where it would train in float32; give bf16 or no")
     console = console or Console(stderr=True)
@@ -90,7 +83,9 @@ def left_to_others(config: ClassifyConfig, results: Sequence[dict[str, Any]]) ->
 def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[str, dict[str, Any]]) -> bool:
     """Train a run, if that is still to be done, and add its result; False where another process is training it."""
     with _claimed(run, splits, state.is_main_process) as claim:
-        decision = _agreed(claim)
+        decision = processes.from_main(claim)  # in all processes
+        if isinstance(decision, ConfigError):
+            raise decision
         if decision == "busy":
             console.print(f"{run.name}: another process is training it", highlight=False)
             return False
@@ -101,12 +96,6 @@ def _done(run: Run, splits: Splits, state: Any, console: Console, results: dict[
                 console.print(f"{run.name}: {said(run.result)}", highlight=False)
         results[run.name] = run.result
     return True
-
-
-def check_device(config: ClassifyConfig, device: torch.device) -> None:
-    """Raise `ConfigError` where a config asks for a device that Accelerate did not find."""
-    if config.device == "cuda" and device.type != "cuda":
-        raise ConfigError(f"device: PyTorch {torch.__version__} sees no CUDA device here; device=cpu, or auto")
 
 
 def said(result: dict[str, Any]) -> str:
@@ -181,10 +170,10 @@ def _claimed(run: Run, splits: Splits, main: bool) -> Iterator[Decision | Config
 
 def _decision(run: Run, splits: Splits) -> Decision | ConfigError:
     if run.config.resume == "never":
-        _set_aside(run.folder)
+        files.set_aside(run.folder, map(".old-{}".format, itertools.count(1)))
     about, known = run.folder / RUN, facts(run.config, splits)
     begun = run.final.is_dir() or bool(checkpoint.all_checkpoints(run.folder / CHECKPOINTS))
-    what = odd(run, json.loads(about.read_text(encoding="utf-8")), known) if begun and about.exists() else ""
+    what = odd(run, files.read_json(about), known) if begun and about.exists() else ""
     if what:
         return ConfigError(
             f"{run.folder} holds a run of {what}. Give another folder with output=PATH, or set it aside with "
@@ -273,28 +262,6 @@ def _classes_told(before: Any, now: Any) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_TOLD]) + (f" and {len(names) - MOST_TOLD} more" if len(names) > MOST_TOLD else "")
-
-
-def _set_aside(folder: Path) -> None:
-    """Move what a run's folder holds into a new one beside it; none that was set aside before is touched."""
-    held = [path for path in folder.iterdir() if path.name != ".lock"]
-    if not held:
-        return
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    old.mkdir()
-    for path in held:
-        os.replace(path, old / path.name)
-
-
-def _agreed(claim: Decision | ConfigError | None) -> Decision:
-    """The main process's decision, in all processes."""
-    found = processes.from_main(claim)
-    if isinstance(found, ConfigError):
-        raise found
-    assert found is not None
-    return found
 
 
 @contextmanager

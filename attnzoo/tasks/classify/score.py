@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from attnzoo import processes
+from attnzoo import files, processes
 from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import AttnZooError, ConfigError, DataError, TrainingError
 from attnzoo.extras import require
@@ -34,11 +33,8 @@ SMALL = 32  # pixels; pictures of larger images are JPEG
 def check(config: ClassifyConfig) -> None:
     """Check that every run is trained, by this config and with these data.
 
-    Raises
-    ------
-    ConfigError
-        If a run is not trained, or not by this config, or the data have other classes or images than it was trained
-        with.
+    Raises `ConfigError` if a run is not trained, or not by this config, or the data have other classes or images than
+    it was trained with.
     """
     runs = config.runs()
     untrained = [run.name for run in runs if not (run.final / RESULT).is_file()]
@@ -64,12 +60,12 @@ def _check_run(run: Run, known: Mapping[str, Any]) -> None:
     if wrong is not None:
         raise ConfigError(f"{run.final} cannot be used: {wrong}; {again}")
     try:
-        begun = _read(run.folder / RUN)
+        begun = files.read_json(run.folder / RUN)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{run.folder / RUN}, which says what data the run was trained with, cannot be read ({error}); {again}"
         ) from error
-    about = _read(run.final / ABOUT)  # the classes that its weights are of
+    about = files.read_json(run.final / ABOUT)  # the classes that its weights are of
     own = {"classes": about["class_names"] or about["classes"], "run_hash": run.result["run_hash"]}
     what = odd(run, {**begun, **own}, known)
     if what:
@@ -103,7 +99,7 @@ def measure_quality(config: ClassifyConfig, label: str, say: OnProgress) -> Resu
     images = test_images(config.data, config.augment, source)
     trainings, counted = [], []
     runs = [run for run in config.runs() if run.label == label]
-    about = _read(runs[0].final / ABOUT)
+    about = files.read_json(runs[0].final / ABOUT)
     for run in runs:
         say(f"test seed {run.seed}")
         model = load_trained(run.final).to(accelerator.device)
@@ -167,11 +163,6 @@ def _picture(image: Image.Image) -> str:
     content = io.BytesIO()
     image.save(content, "PNG" if small else "JPEG")
     return base64.b64encode(content.getvalue()).decode()
-
-
-def _read(path: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
 
 
 def _accelerator(config: ClassifyConfig) -> Any:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
-from attnzoo.tasks.classify.build import build_model, count_parameters, equal_parameters, swapped, with_baseline
+from attnzoo.tasks.classify.build import build_host, count_parameters, equal_parameters, swapped
 from attnzoo.tasks.classify.cost_config import QualityConfig, RecipeConfig
 from attnzoo.tasks.classify.evaluate import Answers, answers_of
 from attnzoo.tasks.classify.quality import Training, accuracy_of, listed
@@ -29,14 +29,8 @@ IMAGE_SIDE = {"digits": 8, "fashion_mnist": 28}
 class Images:
     """A classification data set in memory.
 
-    Attributes
-    ----------
-    train_x, test_x
-        ``(N, channels, side, side)``, float32, standardized by the training images' mean and deviation, times `std`.
-    train_y, test_y
-        ``(N,)``, int64.
-    classes
-        Number of classes.
+    `train_x` and `test_x` are ``(N, channels, side, side)``, float32, standardized by the training images' mean and
+    deviation, times `std`; `train_y` and `test_y` ``(N,)``, int64.
     """
 
     train_x: Tensor
@@ -56,8 +50,7 @@ class Images:
         return self.train_x.shape[-1]
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """Mean training loss of each epoch, and the seconds that training took."""
 
     epoch_losses: tuple[float, ...]
@@ -65,24 +58,11 @@ class Trained:
 
 
 def load_images(dataset: str, folder: Path, *, train_images: int | None = None, std: float = 1.0) -> Images:
-    """Read a data set that `attnzoo.assets.get` gave.
+    """Read a data set that `attnzoo.assets.get` gave: ``digits``, or ``fashion_mnist`` as its authors split it.
 
-    Parameters
-    ----------
-    dataset
-        ``digits`` (1,200 training and 597 test images of 8x8, a fixed stratified split) or ``fashion_mnist`` (60,000
-        and 10,000 of 28x28, the authors' split).
-    folder
-        Where the asset is.
-    train_images
-        Keep that many training images, drawn with a fixed seed; all by default.
-    std
-        Deviation of the pixels of the training images that come back.
-
-    Raises
-    ------
-    ConfigError
-        If there is no such data set, it has fewer training images, or `std` is not above 0.
+    `train_images` of its training images are kept, drawn with a fixed seed, all by default; `std` is the deviation of
+    their pixels. Raises `ConfigError` if there is no such data set, it has fewer training images, or `std` is not above
+    0.
     """
     if not 0 < std < math.inf:
         raise ConfigError(f"std: the deviation of the pixels must be above 0 and finite, not {std}")
@@ -109,20 +89,9 @@ def train(
     device: torch.device | str = "cpu",
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> Trained:
-    """Train `model` in place on the training images.
+    """Train `model` in place on the training images, and tell `on_epoch` the epochs done and the last one's mean loss.
 
     The order of the images depends on `seed` alone, so that every model of one seed sees the same batches.
-
-    Parameters
-    ----------
-    model, images, recipe
-        What, on what, how.
-    seed
-        Of the order of the images.
-    device
-        Where to train.
-    on_epoch
-        Called with the number of epochs done and the last one's mean loss.
     """
     require("timm")
     from timm.optim import create_optimizer_v2
@@ -173,35 +142,15 @@ def answers(model: nn.Module, images: Images, batch: int = 256, device: torch.de
 def measure_quality(
     quality: QualityConfig, spec: AttentionConfig | None, fused: bool, data: Path, device: str, say: OnProgress
 ) -> Result:
-    """Train once per seed and test on the held-out images.
-
-    Parameters
-    ----------
-    quality, spec
-        What to train, with which attention; None is the model's own.
-    fused
-        Whether the model's own attention is its fused kernel.
-    data
-        The folder of the data set.
-    device, say
-        Where to train, and how to tell how far it is.
-    """
+    """Train once per seed with the attention `spec`, None being the model's own, and test on the held-out images."""
     images = load_images(quality.dataset, data, train_images=quality.train_images, std=quality.input_std)
-    host, recipe = quality.model, quality.recipe
+    host = quality.model.model_copy(update={"channels": images.channels, "classes": images.classes})
+    recipe = quality.recipe
     trainings, counted = [], []
     for seed in quality.seeds:
 
         def build(more: Mapping[str, Any], seed: int = seed) -> nn.Module:
-            model = build_model(
-                host.name,
-                image_size=images.side,
-                patch_size=host.patch_size,
-                channels=images.channels,
-                classes=images.classes,
-                options={**host.options, **more},
-                seed=seed,
-            )
-            return with_baseline(model, fused)
+            return build_host(host, images.side, seed, fused, more)
 
         def tell(epoch: int, loss: float, seed: int = seed) -> None:
             say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,7 @@ ASSETS = {
 
 
 Names = tuple[str, ...] | None  # of classes
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -74,20 +75,10 @@ class Splits:
 def open_splits(data: DataConfig, processes: int = 1) -> Splits:
     """Open both splits of a config's data, and fetch them first where they are an asset.
 
-    Parameters
-    ----------
-    data
-        What to open.
-    processes
-        That will share the images.
+    Raises `ConfigError` if there is no such folder or data set, the splits' classes differ, their number is not known
+    or less than two, or images have pixels of an unknown range; `AssetError` if an asset cannot be fetched.
 
-    Raises
-    ------
-    ConfigError
-        If there is no such folder or data set, the splits' classes differ, their number is not known or less than two,
-        or images have pixels of an unknown range.
-    AssetError
-        If an asset cannot be fetched.
+    `processes` will share the images.
     """
     train, test = open_split(data, training=True), open_split(data, training=False)
     if isinstance(test, IterableDataset) and processes > 1:
@@ -108,7 +99,7 @@ def open_splits(data: DataConfig, processes: int = 1) -> Splits:
         if data.train_images > images:
             raise ConfigError(f"data.train_images: {data.train_images} asked for, but there are {images}")
         chosen = np.random.default_rng(seed_of(SUBSET)).permutation(images)[: data.train_images]
-        train, images = _Subset(train, np.sort(chosen)), data.train_images
+        train, images = _subset(train, np.sort(chosen), _mode(data)), data.train_images
     for split, source in ((data.train, train), (data.test, test)):
         if not isinstance(source, IterableDataset):
             left_out += _look(source, split)
@@ -352,17 +343,11 @@ class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
 
-class _Subset:
+def _subset(source: Source, chosen: np.ndarray, mode: Mode) -> Indexed:
     """Some images of a source."""
+    read, name = partial(_at, source.read, chosen), partial(_at, source.name, chosen)
+    return Indexed(len(chosen), read, mode, source.classes, name)
 
-    def __init__(self, source: Source, chosen: np.ndarray) -> None:
-        self.source, self.chosen, self.classes = source, chosen, source.classes
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        return self.source.read(int(self.chosen[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.chosen[index]))
+def _at(give: Callable[[int], T], places: np.ndarray, index: int) -> T:
+    return give(int(places[index]))

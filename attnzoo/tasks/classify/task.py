@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from attnzoo.bench.attentions import AttentionConfig
+from attnzoo import files
+from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify import page, score
@@ -15,7 +15,7 @@ from attnzoo.tasks.classify.config import ClassifyConfig
 from attnzoo.tasks.classify.cost import measure_cost
 from attnzoo.tasks.classify.cost_config import BaselineConfig, HostConfig
 from attnzoo.tasks.classify.model import ABOUT
-from attnzoo.tasks.classify.workload import PART, Workload, cost_cells, row
+from attnzoo.tasks.classify.workload import PART, Workload, cost_cells
 from attnzoo.tasks.records import Record
 
 OWN = ("patch_size", "weight_init")  # an initialization may make the classifier zero, and that passes no gate
@@ -26,7 +26,7 @@ def plan(config: ClassifyConfig) -> list[Cell]:
     specs = {run.label: run.attention for run in config.runs()}
     cells = [
         Cell(
-            **row(spec, config.baseline),
+            **row_of(spec, config.baseline, PART),
             kind="quality",
             host=f"{config.model.library}:{config.model.name}",
             dtype="float32",
@@ -65,7 +65,7 @@ def _classes(config: ClassifyConfig) -> int:
     """How many classes the trained models tell apart; before there is one, what the config says, or ImageNet's."""
     for run in config.runs():
         if (run.final / ABOUT).is_file():
-            return int(json.loads((run.final / ABOUT).read_text(encoding="utf-8"))["classes"])
+            return int(files.read_json(run.final / ABOUT)["classes"])
     return config.data.classes or 1000
 
 

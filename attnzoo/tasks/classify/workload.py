@@ -8,10 +8,10 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import nn
 
-from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.config import RunConfig, Section, Seed
 from attnzoo.bench.task import Cell
-from attnzoo.tasks.classify.build import build_model, with_baseline
+from attnzoo.tasks.classify.build import build_host
 from attnzoo.tasks.classify.cost_config import BaselineConfig, CostConfig, HostConfig, Size
 
 PART = "vision"
@@ -39,27 +39,8 @@ class Workload(Section):
         `more` are further options of the host.
         """
         height, width = self.pixels
-        model = build_model(
-            self.host.name,
-            image_size=height if height == width else self.pixels,
-            patch_size=self.host.patch_size,
-            channels=self.host.channels,
-            classes=self.host.classes,
-            options={**self.host.options, **(more or {})},
-            seed=self.seed,
-        )
-        return with_baseline(model, self.fused).eval()
-
-
-def row(attention: AttentionConfig | None, baseline: str) -> dict[str, Any]:
-    """The part of a cell that says whose it is."""
-    return {
-        "part": PART,
-        "label": baseline if attention is None else attention.label,
-        "attention": None if attention is None else attention.name,
-        "options": {} if attention is None else attention.swap,
-        "is_baseline": attention is None,
-    }
+        size = height if height == width else self.pixels
+        return build_host(self.host, size, self.seed, self.fused, more or {}).eval()
 
 
 def cost_cells(
@@ -73,19 +54,10 @@ def cost_cells(
 ) -> list[Cell]:
     """Give a cell for each attention in each workload, the dense baseline first.
 
-    Parameters
-    ----------
-    config
-        Whose seed weights and images have, and where they are.
-    costs, host, baseline, attentions
-        What is timed. An attention is timed at its own `tokens` alone, where it has them.
-    named
-        Whether rows say their workload in words, because there may be several with as many tokens.
+    Raises `ConfigError` if the host's patches do not divide an image.
 
-    Raises
-    ------
-    ConfigError
-        If the host's patches do not divide an image.
+    An attention is timed at its own `tokens` alone, where it has them. With `named`, rows say their workload in words,
+    because there may be several with as many tokens.
     """
     cells = []
     for cost in costs:
@@ -103,7 +75,7 @@ def cost_cells(
                     device=config.used_device,
                 )
                 words = _words(cost, size) if named else ""
-                cells.append(_cell(workload, row(attention, baseline.label), config.threads, words))
+                cells.append(_cell(workload, row_of(attention, baseline.label, PART), config.threads, words))
     return cells
 
 

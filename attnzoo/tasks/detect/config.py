@@ -25,10 +25,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Values are YAML, and numbers reach into lists. The `work_dir`, where none was given, is ``runs/detect/NAME/seedS``.
 
-    Raises
-    ------
-    ConfigError
-        If the file cannot be read, or an override sets what the config does not have.
+    Raises `ConfigError` if the file cannot be read, or an override sets what the config does not have.
     """
     mmcv_ext.ensure()
     from mmengine.config import Config

@@ -124,7 +124,10 @@ def check_metrics(config: Any, part: str) -> None:
     Other metrics, and annotation files of other data sets than COCO's, such as LVIS, are left alone.
     """
     read = {annotations_of(one): is_of(one, "CocoDataset") for one in read_by(config, part)}
-    copies = {file: _copy_of(config, file) for file in read}
+    scored_in, copies = Path(config.work_dir) / "scored", {}
+    for file in read:
+        name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]
+        copies[file] = scored_in / f"{file.stem}-{name}.json"
     for metric in metrics(config.get(f"{part}_evaluator")):
         told = Path(metric.get("ann_file") or "")
         if told == Path("") or not read or told in copies.values():
@@ -140,12 +143,6 @@ def check_metrics(config: Any, part: str) -> None:
             if scored["annotations"] != content["annotations"]:
                 files.write_json(copies[told], scored)
                 metric["ann_file"] = str(copies[told])
-
-
-def _copy_of(config: Any, file: Path) -> Path:
-    """Where a copy of an annotation file goes that holds what is scored."""
-    name = f"{file.stem}-{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}.json"
-    return Path(config.work_dir) / "scored" / name
 
 
 def dataset(config: Mapping[str, Any]) -> list[coco.Checked]:

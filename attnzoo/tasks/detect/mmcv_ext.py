@@ -28,10 +28,7 @@ INSTALL = "pip install --no-binary onedl-mmcv --no-build-isolation onedl-mmcv, w
 def ensure() -> None:
     """Put the stand-in in place, unless mmcv has its compiled operators or the stand-in is there already.
 
-    Raises
-    ------
-    MissingExtraError
-        If mmcv or mmdet is not installed at all.
+    Raises `MissingExtraError` if mmcv or mmdet is not installed at all.
     """
     require("mmcv", "mmdet", "mmengine", "pycocotools", extra="detection")
     if NAME not in sys.modules and importlib.util.find_spec(NAME) is None:
@@ -76,10 +73,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
 def roi_align_forward(x: Tensor, rois: Tensor, output: Tensor, *argmax: Tensor, **how: Any) -> None:
     """Write the mean of each bin of regions `rois` ``(R, 5)`` of `x` into `output` ``(R, C, h, w)``.
 
-    Raises
-    ------
-    UnsupportedError
-        For the maximum of each bin (`pool_mode` 0), which torchvision does not have.
+    Raises `UnsupportedError` for the maximum of each bin (`pool_mode` 0), which torchvision does not have.
     """
     output.copy_(_roi_align(x, rois, **how))
 

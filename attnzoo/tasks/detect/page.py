@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import statistics
 from collections.abc import Sequence
 from functools import partial
 from html import escape
@@ -13,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo import files
-from attnzoo.bench.colors import look
 from attnzoo.bench.html import Section, pictures
-from attnzoo.bench.plots import KEYED, add_key, against_tokens, new_figure, to_svg
+from attnzoo.bench.plots import against_tokens, mean_curves
 from attnzoo.bench.record import Quantiles
 from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.summary import summarize
@@ -63,24 +60,15 @@ def _bound(dense: Measured) -> float | None:
 def curves(records: Sequence[Record]) -> str:
     """AP50 on the test images after each epoch, a line per attention; empty where none was tested on the way."""
     found = {one.label: one.quality for one in records if one.kind == "quality" and one.quality is not None}
-    trained = {label: [one for one in quality.trainings if one.epochs] for label, quality in found.items()}
-    shown = {label: seeds for label, seeds in trained.items() if seeds}
-    if not shown:
-        return ""
-    figure, axes = new_figure(right=KEYED)
-    for label, seeds in shown.items():
-        color, marker = look(list(shown), label)
-        told = [dict(zip(one.epochs, one.epoch_ap50, strict=True)) for one in seeds]
-        epochs = sorted(set.intersection(*map(set, told)))
-        each = [[100 * one[epoch] for one in told] for epoch in epochs]
-        if len(seeds) > 1:
-            axes.fill_between(epochs, [min(v) for v in each], [max(v) for v in each], color=color, alpha=0.15, lw=0)
-        marked = marker if len(epochs) <= 30 else None
-        axes.plot(epochs, [statistics.fmean(v) for v in each], color=color, marker=marked, ms=5, label=label, lw=1.6)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("AP50, % of the test images")
-    add_key(axes)
-    return to_svg(figure, "ap-curves")
+    told = {
+        label: [
+            {float(epoch): 100 * ap for epoch, ap in zip(one.epochs, one.epoch_ap50, strict=True)}
+            for one in quality.trainings
+            if one.epochs
+        ]
+        for label, quality in found.items()
+    }
+    return mean_curves(told, "epoch", "AP50, % of the test images")
 
 
 def draw_boxes(folder: Path, label: str, found: Scores, names: Sequence[str]) -> None:
@@ -100,7 +88,7 @@ def draw_boxes(folder: Path, label: str, found: Scores, names: Sequence[str]) ->
 def _drawn(folder: Path) -> dict[str, Any]:
     """By label and heading: name, JPEG in base64, and caption of each image."""
     path = folder / BOXES_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return files.read_json(path) if path.is_file() else {}
 
 
 def boxes(records: Sequence[Record], folder: Path) -> list[Section | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import uuid
 import zipfile
@@ -91,7 +90,7 @@ def train(config: Any) -> Path:
         raise ConfigError(f"load_from={given!r} does not exist")
     with files.locked(folder) if is_main() else contextlib.nullcontext():
         if not config.resume and is_main():
-            _set_aside(folder)
+            files.set_aside(folder, itertools.chain([".old"], map(".old{}".format, itertools.count(2))))
         barrier()
         begun = last_checkpoint(config) is not None
         changed = changes(config) if begun else []
@@ -114,22 +113,12 @@ def train(config: Any) -> Path:
     return folder
 
 
-def _set_aside(folder: Path) -> None:
-    """Move what a folder holds into a new one beside it; the lock stays."""
-    held = [entry for entry in folder.iterdir() if entry.name != ".lock"]
-    names = itertools.chain([f"{folder.name}.old"], (f"{folder.name}.old{number}" for number in itertools.count(2)))
-    aside = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
-    for entry in held:
-        aside.mkdir(exist_ok=True)
-        entry.rename(aside / entry.name)
-
-
 def changes(config: Any, ignore: Sequence[str] = ()) -> list[str]:
     """What differs from the config by which the run's folder was trained: ``key: before -> now``; empty if nothing."""
     kept = Path(config.work_dir) / TRAINED_BY
     if not kept.is_file():
         return []
-    before, now = _leaves(json.loads(kept.read_text(encoding="utf-8"))), _leaves(_trained_by(config))
+    before, now = _leaves(files.read_json(kept)), _leaves(_trained_by(config))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in ignore]
     return [f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}" for key in keys]
 

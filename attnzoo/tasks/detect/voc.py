@@ -169,10 +169,7 @@ def convert(
     `names`, without ending, are those to take, by default all that are annotated; `classes` are in their order, whether
     they occur or not, by default those that occur, in the alphabet's.
 
-    Raises
-    ------
-    DataError
-        If a file is missing or cannot be read, there is none, or a box is of another class.
+    Raises `DataError` if a file is missing or cannot be read, there is none, or a box is of another class.
     """
     chosen = sorted(path.stem for path in annotations.glob("*.xml")) if names is None else list(names)
     if not chosen:

@@ -35,24 +35,10 @@ BACKENDS = {
 class Work:
     """One case, ready to run.
 
-    Attributes
-    ----------
-    shapes
-        Of the inputs, with the deviation of their values.
-    run
-        The operation; a tensor or several of the inputs.
-    rivals
-        Name and function of what PyTorch has, on the same inputs.
-    oracle
-        Called with the inputs in float64; the outputs of `run` must be close to its.
-    checked
-        How many of the first images the oracle is asked for; None for all.
-    bytes, flops
-        The fewest, forward alone; None where nobody counted.
-    backward
-        Whether a call is a forward and a backward; bytes and flops then say nothing.
-    modules
-        What must go to the device.
+    `shapes` are of the inputs, with the deviation of their values. `rivals` are what PyTorch has, by name, on the same
+    inputs. The `oracle` is called with the inputs in float64, with the first `checked` images, all by default; the
+    outputs of `run` must be close to its. `bytes` and `flops` are the fewest that a forward takes, None where nobody
+    counted; they say nothing where a call is a forward and a `backward`. The `modules` must go to the device.
     """
 
     shapes: Sequence[tuple[tuple[int, ...], float]]
@@ -196,10 +182,10 @@ def _module(config: OperationsConfig, case: ModuleCase) -> Work:
     )
 
 
-def _under(backend: SDPBackend, layer: nn.Module) -> Function:
-    def run(x: Tensor) -> Any:
+def _under(backend: SDPBackend, function: Function) -> Function:
+    def run(*x: Tensor) -> Any:
         with sdpa_kernel(backend):
-            return layer(x)
+            return function(*x)
 
     return run
 
@@ -215,13 +201,6 @@ def _scored(config: OperationsConfig, case: ScoredCase) -> Work:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=not case.decode, enable_gqa=kv_heads < config.heads)
 
-    def under(backend: SDPBackend) -> Function:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return attend(q, k, v)
-
-        return run
-
     one = (batch, kv_heads, case.keys, width)
     asked = (batch, config.heads, queries, width)
     seen = queries * (2 * case.keys - queries + 1) // 2
@@ -231,7 +210,7 @@ def _scored(config: OperationsConfig, case: ScoredCase) -> Work:
     return Work(
         shapes=[(asked, 1.0), (one, 1.0), (one, 1.0)],
         run=run,
-        rivals={f"attention alone, {name}": under(backend) for name, backend in BACKENDS.items()},
+        rivals={f"attention alone, {name}": _under(backend, attend) for name, backend in BACKENDS.items()},
         oracle=run,  # in float64 it goes by chunks
         checked=1,
         bytes=2 * (math.prod(one) + math.prod(asked)) * _size(config) + 2 * 4 * heads * case.keys,

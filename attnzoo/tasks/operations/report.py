@@ -10,17 +10,8 @@ from attnzoo.bench.words import milliseconds, one_line, speed_verdict, times
 from attnzoo.tables import Column, Table
 from attnzoo.tasks.operations.record import Record
 
-HEADS = (
-    "operation",
-    "ms",
-    Column("fastest rival", left=True),
-    "its ms",
-    "speed-up",
-    "of bandwidth",
-    "of arithmetic",
-    Column("path", left=True),
-    "error",
-)
+HEADS = ("operation", "ms", Column("fastest rival", left=True), "its ms", "speed-up", "of bandwidth", "of arithmetic",
+         Column("path", left=True), "error")  # fmt: skip
 HOW_TO_READ = (
     "Speed-up is the rival's time over the operation's, round by round: p50 (p20-p80); above 1x the operation is "
     "faster. Shares are of what the device reached (below), by the fewest bytes and operations that the work takes. "

@@ -49,29 +49,28 @@ METHODS = {"module": "padre", "scored": "flash_scored"}  # the method that is ti
 
 def highlights(records: Sequence[Record]) -> list[Highlight]:
     """What the results page shows: speed-ups of attention layers and of scored attention over PyTorch's fastest."""
-    return [_highlight(record) for record in records if record.options["op"] in METHODS]
-
-
-def _highlight(record: Record) -> Highlight:
-    asked, cost = record.options, record.cost
-    fused = asked.get("beside", "fused") == "fused"
-    beside = "" if cost is None or cost.fastest is None else f" beside {cost.fastest}"
-    return Highlight(
-        task="operations",
-        method=METHODS[asked["op"]],
-        label=record.label,
-        host=record.host,
-        workload=f"{record.phase}{beside}, {record.dtype}",
-        machine=machine(record.environment),
-        options={"degree": asked["degree"]} if "degree" in asked else {},
-        utc=record.utc,
-        tokens=asked.get("tokens") or asked["keys"],
-        phase=record.phase,
-        typical=fused,
-        status=record.status,
-        message=record.message,
-        figures={} if cost is None or cost.speedup is None else {SPEED: speed(cost.speedup)},
-    )
+    found = []
+    for record in (record for record in records if record.options["op"] in METHODS):
+        asked, cost = record.options, record.cost
+        beside = "" if cost is None or cost.fastest is None else f" beside {cost.fastest}"
+        one = Highlight(
+            task="operations",
+            method=METHODS[asked["op"]],
+            label=record.label,
+            host=record.host,
+            workload=f"{record.phase}{beside}, {record.dtype}",
+            machine=machine(record.environment),
+            options={"degree": asked["degree"]} if "degree" in asked else {},
+            utc=record.utc,
+            tokens=asked.get("tokens") or asked["keys"],
+            phase=record.phase,
+            typical=asked.get("beside", "fused") == "fused",
+            status=record.status,
+            message=record.message,
+            figures={} if cost is None or cost.speedup is None else {SPEED: speed(cost.speedup)},
+        )
+        found.append(one)
+    return found
 
 
 TASK = Task(

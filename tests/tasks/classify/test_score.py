@@ -12,7 +12,6 @@ from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.classify.config import validate_config
 from attnzoo.tasks.classify.evaluate import BINS, Answers
-from attnzoo.tasks.classify.page import results_table
 from attnzoo.tasks.classify.quality import Training
 from attnzoo.tasks.classify.run import table, train_all
 from attnzoo.tasks.classify.task import plan
@@ -24,6 +23,7 @@ from tests.bench.data import cost, record_data
 from train.classify import main as train
 
 from .conftest import evaluated, tiny, write_images, written
+from .tables import results_table
 
 COST = {"batch": 2, "image_sizes": [8], "repeats": 3, "min_seconds": 0}
 

@@ -13,7 +13,7 @@ from rich.console import Console
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench import run as engine
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.cores.softmax import Softmax
 from attnzoo.errors import AssetError, ConfigError
@@ -447,7 +447,10 @@ def test_the_script_reports_a_table_and_a_page_and_refuses_with_2(settings, tmp_
     assert {r.command for r in records} == {f"python eval/decode.py {path} retrieval.samples.single=2"}
     alone = {**data, "workers": 1, "output": str(tmp_path / "alone")}
     alone["retrieval"] = {"tokens": 500, "samples": {"single": 2}}
-    key = lambda r: (r["workload"], r["label"])  # noqa: E731
+
+    def key(row):
+        return row["workload"], row["label"]
+
     for a, b in zip(sorted(figures(records), key=key), sorted(figures(run(alone)), key=key), strict=True):
         assert a == b
     for main in (decode.main, bench.main):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench import run as engine
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.errors import AssetError, ConfigError
 from attnzoo.hosts.versions import facts, output_cache
 from attnzoo.tasks.decode import lm as decode

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.stats import paired_difference
 from attnzoo.bench.task import Task
 from attnzoo.errors import ConfigError

@@ -10,7 +10,7 @@ import pytest
 
 import attnzoo
 from attnzoo import tasks
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import markdown_table
 from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs

@@ -9,8 +9,9 @@ import pytest
 
 from attnzoo.bench import results
 from attnzoo.bench.highlights import QUALITY, Source, of_records
-from attnzoo.bench.page import html_page
+from attnzoo.bench.page import page_of
 from attnzoo.bench.words import quality_kept
+from attnzoo.tasks import find
 from attnzoo.tasks.detect import score
 from attnzoo.tasks.detect.quality import CHANCE, Detecting, Detection, Record
 from tests.bench.data import record_data
@@ -40,7 +41,7 @@ def test_a_ratio_only_where_dense_is_above_chance(tmp_path, dense, own, kept):
     assert (qualities["padre"].ratio is None, qualities["padre"].points is None) == (not above, above)
     records = [record(label, one, kind) for kind in ("cost", "quality") for label, one in qualities.items()]
     records = [Record.model_validate_json(one.model_dump_json()) for one in records]
-    page = unescape(html_page(records))
+    page = unescape(page_of(find("detect"), records))
     assert kept in page.split("</svg>")[-1]
     assert page.count("Dense's AP is not above 5%") == (not above)
     assert (f"keeping {kept} of dense's" if above else f"its AP {kept} from dense's") in page.split("<svg")[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnzoo.bench.publish import page_of
+from attnzoo.bench.page import page_of
 from attnzoo.bench.run import run as engine
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
