@@ -143,7 +143,7 @@ def test_the_total_is_held_at_every_blocks_end(name, budgets, profile):
     budget = [layer.budget for layer in attnzoo.swap_report(model).layers]
     assert sum(budget) == 20 * LAYERS
     assert (len(set(budget)) > 1) == (budgets in ("pyramid", "measured"))
-    for cache in at_block_ends(model, 136):
+    for cache in at_block_ends(model, 144, blocks=2):
         assert all(layer.entries[0] <= most for layer, most in zip(cache.layers, budget, strict=True))
         held = sum(int((layer.positions >= 0).sum()) for layer in cache.layers)
         assert held <= 20 * LAYERS * 2
