@@ -138,7 +138,7 @@ def criticalkv(row, base="h2o", base_options=None, first_stage=0.5, epsilon=1e-4
 def divprune(row, recent=None):
     recent = row.budget // 5 if recent is None else recent
     entries = len(row.keys)
-    distance = [[1 - torch.cosine_similarity(a, b, 0).item() for b in row.keys] for a in row.keys]
+    distance = (1 - torch.cosine_similarity(row.keys[:, None], row.keys, dim=-1)).tolist()
     chosen = list(range(entries - recent, entries))
     if not chosen:
         others = [[distance[i][j] for j in range(entries) if j != i] for i in range(entries)]

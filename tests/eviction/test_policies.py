@@ -328,7 +328,7 @@ def test_sink_and_recent_always_stay(name):
         ({"budget": 8, "sink": -1}, "sink must be"),
         ({"budget": 8, "sink": 5, "recent": 4}, "sink=5 .* recent=4 is over budget=8"),
         ({"budget": 8, "recent": 9}, "recent=9 is over budget=8"),
-        ({"budget": 8, "budgets": 8}, "no option 'budgets'; did you mean 'budget'"),
+        ({"budget": 8, "budge": 8}, "no option 'budge'; did you mean 'budget'"),
         ({"budget": 8, "core": "padre"}, "core='padre' is not a core"),
     ],
 )
