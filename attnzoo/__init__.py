@@ -15,6 +15,7 @@ from attnzoo.registry import (
 )
 from attnzoo.saving import load, save
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
+from attnzoo.visual_tokens import prune_visual_tokens
 from attnzoo.weights import load_weights
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "load_cache",
     "load_weights",
+    "prune_visual_tokens",
     "register_attention",
     "replace_attention",
     "restore_attention",

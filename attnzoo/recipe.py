@@ -25,6 +25,8 @@ _TUPLE = "__tuple__"  # JSON has lists alone
 def recipe_of(model: nn.Module) -> Recipe:
     """Give the recipe of the swaps that a model holds; an empty list where it holds none.
 
+    Layers whose options differ by the budget of a policy alone are one entry, with the list of their budgets.
+
     Raises
     ------
     OptionError
@@ -33,6 +35,7 @@ def recipe_of(model: nn.Module) -> Recipe:
         If the model is itself a swapped layer.
     """
     entries: dict[str, dict[str, Any]] = {}
+    budgets: dict[int, list[Any]] = {}
     for path, layer in swapped_layers(model).items():
         record: Any = vars(layer)["attnzoo_swap"]
         if not path:
@@ -44,7 +47,14 @@ def recipe_of(model: nn.Module) -> Recipe:
             "class": target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}",
             "options": {name: to_json(value, record.info.name, name) for name, value in record.options.items()},
         }
-        entries.setdefault(json.dumps(entry, sort_keys=True), {**entry, "layers": []})["layers"].append(path)
+        budget = entry["options"].get("budget") if record.info.kind == "eviction" else None
+        alike = {**entry, "options": {**entry["options"], "budget": None}} if budget is not None else entry
+        found = entries.setdefault(json.dumps(alike, sort_keys=True), {**entry, "layers": []})
+        found["layers"].append(path)
+        budgets.setdefault(id(found), []).append(budget)
+    for entry in entries.values():
+        if len(set(map(repr, budgets[id(entry)]))) > 1:  # 1 is an entry, 1.0 the whole text
+            entry["options"] = {**entry["options"], "budget": budgets[id(entry)]}
     return list(entries.values())
 
 

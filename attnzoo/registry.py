@@ -386,6 +386,30 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "Adds up the squared output error that the eviction of an entry would make for each of the last queries.",
         "DropKV, https://openreview.net/forum?id=MqfNzH3TVH",
     ),
+    _policy(
+        "criticalkv",
+        "CriticalKV",
+        "Keeps the best half by the scores of a base policy, the rest by them times the size of the projected value.",
+        "CriticalKV, https://arxiv.org/abs/2502.03805",
+    ),
+    _policy(
+        "defensive",
+        "Defensive",
+        "Keeps the entries with the most attention from any one of the last 32 queries, average-pooled over neighbors.",
+        "DefensiveKV, https://arxiv.org/abs/2510.13334",
+    ),
+    _policy(
+        "qfilters",
+        "QFilters",
+        "Keeps the entries whose keys point along the direction of their head's queries, found in a text beforehand.",
+        "Q-Filters, https://arxiv.org/abs/2503.02812",
+    ),
+    _policy(
+        "divprune",
+        "DivPrune",
+        "Keeps the entries whose keys are farthest apart.",
+        "DivPrune, https://arxiv.org/abs/2503.02175",
+    ),
 )
 
 _table: dict[str, AttentionInfo] = {info.name: info for info in BUILT_IN}

@@ -9,16 +9,18 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from attnzoo.errors import OptionError, SwapError, UnsupportedError, short
+from attnzoo.eviction.budgets import share_out
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
-from attnzoo.registry import AttentionInfo, build_core, build_policy, describe, list_attentions
+from attnzoo.registry import AttentionInfo, build_core, build_policy, cores_with, describe, list_attentions
+from attnzoo.units import megabytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,6 +41,9 @@ class LayerReport:
         Numbers of parameters of the layer: before the swap, after it, shared by both, new.
     note
         Why an eviction policy leaves the layer out: a sliding window bounds its cache already.
+    held_bytes
+        Bytes that an eviction policy lets the layer hold per row of a batch at the end of a block, in the dtype that
+        the model had at the swap; None for other methods, and where the budget is a share of the text.
     """
 
     path: str
@@ -50,6 +55,12 @@ class LayerReport:
     parameters_after: int
     reused: int
     note: str = ""
+    held_bytes: int | None = None
+
+    @property
+    def budget(self) -> int | float | None:
+        """What an eviction policy has in this layer: entries per key/value head, or a share; else None."""
+        return self.options.get("budget")
 
     @property
     def added(self) -> int:
@@ -93,15 +104,18 @@ class SwapReport:
         return sum(layer.added for layer in self.swapped)
 
     def __str__(self) -> str:
-        rows = [("layer", "was", "is", "parameters", "reused", "added")]
+        bounded = [layer for layer in self.swapped if layer.budget is not None]
+        heads = ("layer", "was", "is", "parameters", "reused", "added", *(("budget", "cache") if bounded else ()))
+        rows = [heads]
         for layer in self.layers:
             options = ", ".join(f"{k}={v!r}" for k, v in layer.options.items())
             own = f"(its own; {layer.note})" if layer.note else "(its own)"
             now = own if layer.attention is None else layer.attention + (f"({options})" if options else "")
             change = f"{layer.parameters_before:,} -> {layer.parameters_after:,}"
             counts = ("-", "-") if layer.attention is None else (f"{layer.reused:,}", f"{layer.added:,}")
-            rows.append((layer.path, layer.host_class, now, change, *counts))
-        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+            kept = (_budget(layer.budget), megabytes(layer.held_bytes)) if bounded else ()
+            rows.append((layer.path, layer.host_class, now, change, *counts, *kept))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         return "\n".join(
@@ -110,9 +124,25 @@ class SwapReport:
                 f"{len(self.layers)} attention layers found, {len(self.swapped)} swapped; "
                 f"parameters of the model {self.parameters_before:,} -> {self.parameters_after:,} "
                 f"(reused {self.reused:,}, added {self.added:,})",
+                *([_held(bounded)] if bounded else []),
                 *(["left alone: " + _told(self.standing)] if self.standing else []),
             ]
         )
+
+
+def _budget(budget: int | float | None) -> str:
+    """What a layer got, for a reader."""
+    if isinstance(budget, float):
+        return f"{budget:.3g} of the tokens"
+    return "-" if budget is None else "1 entry" if budget == 1 else f"{budget:,} entries"
+
+
+def _held(bounded: Sequence[LayerReport]) -> str:
+    """What the caches of bounded layers hold together."""
+    sizes = [layer.held_bytes for layer in bounded]
+    known = [size for size in sizes if size is not None]
+    size = megabytes(sum(known)) if len(known) == len(sizes) else "a size that depends on the text"
+    return f"budgets are per key/value head; at the end of a block the swapped layers hold, per row, {size}"
 
 
 def _told(standing: Sequence[LayerReport]) -> str:
@@ -174,6 +204,7 @@ def replace_attention(
     host_options, options = _split_host_options(info, options)
     info.check_options(options)
     info.require_options(options)
+    budgets, options = _budget_per_layer(info, options)
     bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
@@ -184,10 +215,11 @@ def replace_attention(
     if where is None:
         _warn_of_standing(found)
     _check_host_options(host_options, sites)
-    core = build_core(info, options) if info.kind == "core" else bounded
+    core = build_core(info, options) if info.kind == "core" else None
+    plans = [_Plan(given, core)] * len(sites) if bounded is None else _shared_out(bounded, given, sites, budgets)
     swaps = [
-        (site, _substitute(site, info, options, given, core, keep_original, places[site.path].training))
-        for site in sites
+        (site, _substitute(site, info, options, plan, keep_original, places[site.path].training))
+        for site, plan in zip(sites, plans, strict=True)
     ]
     # nothing below can fail: the model changes here, and whole
     for site in left:
@@ -260,6 +292,7 @@ def swap_report(model: nn.Module) -> SwapReport:
                     record.parameters_before,
                     record.parameters_after,
                     record.reused,
+                    held_bytes=record.held_bytes,
                 )
             )
     after = _parameters(model)
@@ -397,6 +430,12 @@ def _bounded(info: AttentionInfo, options: dict[str, Any]) -> BoundedAttention:
     core = describe(policy.core)
     if core.kind != "core":
         raise OptionError(f"core={policy.core!r} is not a core; cores are {', '.join(list_attentions('core'))}")
+    if policy.budgets == "adaptive" and not core.capabilities.mask:
+        able = ", ".join(cores_with(["mask", "causal"]))
+        raise OptionError(
+            f"core={policy.core!r} takes no mask, which budgets='adaptive' needs: in one head the rows of a batch hold "
+            f"different numbers of entries; cores that do: {able}"
+        )
     return BoundedAttention(info.name, policy, build_core(core, {}))
 
 
@@ -456,15 +495,60 @@ def _pattern(paths: list[str], others: list[str]) -> str | list[str]:
     return paths
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is put at a layer: the options that make it, its core (None for mixers), and what its cache will hold."""
+
+    options: dict[str, Any]
+    core: Core | BoundedAttention | None
+    held_bytes: int | None = None
+
+
+def _budget_per_layer(info: AttentionInfo, options: dict[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Take a list of budgets out of `options`, which then have the first of them."""
+    listed = options.get("budget")
+    if info.kind != "eviction" or not isinstance(listed, (list, tuple)):
+        return None, options
+    if not listed or any(isinstance(one, str) for one in listed):
+        raise OptionError(f"budget as a list is numbers, one per swapped layer, not {short(listed)}")
+    if options.get("budgets", "uniform") in ("pyramid", "measured"):
+        raise OptionError(f"budget lists what each layer gets, which budgets={options['budgets']!r} would decide")
+    return list(listed), {**options, "budget": listed[0]}
+
+
+def _shared_out(
+    bounded: BoundedAttention, given: dict[str, Any], sites: Sequence[Site], budgets: list[Any] | None
+) -> list[_Plan]:
+    """Give every layer its own budget, by which a saved model is swapped again; `budgets` are those listed."""
+    if budgets is None:
+        policies = share_out(bounded.policy, [site.shape for site in sites])
+    elif len(budgets) == len(sites):
+        policies = [replace(bounded.policy, budget=budget) for budget in budgets]
+    else:
+        raise OptionError(f"budget lists {len(budgets)} numbers, and the layers to swap are {len(sites)}")
+    plans = []
+    asked = {name: value for name, value in given.items() if name not in ("budgets", "profile")}
+    for site, policy in zip(sites, policies, strict=True):
+        options = {**asked, "budget": policy.budget}
+        if policy.budgets != "uniform":
+            options["budgets"] = policy.budgets
+        held = None
+        if site.shape is not None and isinstance(policy.budget, int):
+            always, entry = site.shape.bytes_held(policy)
+            held = always + entry * policy.budget
+        plans.append(_Plan(options, replace(bounded, policy=policy), held))
+    return plans
+
+
 def _substitute(
     site: Site,
     info: AttentionInfo,
     options: dict[str, Any],
-    given: dict[str, Any],
-    core: Core | BoundedAttention | None,
+    plan: _Plan,
     keep_original: bool,
     training: bool,
 ) -> nn.Module:
+    core = plan.core
     if core is not None:
         layer = site.put_bounded(core) if isinstance(core, BoundedAttention) else site.put_core(core)
         layer.training = training  # its children are the host's own, each in its own mode
@@ -474,13 +558,14 @@ def _substitute(
     after = {id(p): p.numel() for p in layer.parameters()}
     layer.__dict__["attnzoo_swap"] = Swapped(
         info=info,
-        options=given,
+        options=plan.options,
         host=site.host,
         host_class=type(site.module).__name__,
         original=site.module if keep_original else None,
         parameters_before=sum(before.values()),
         parameters_after=sum(after.values()),
         reused=sum(n for i, n in before.items() if i in after),
+        held_bytes=plan.held_bytes,
     )
     return layer
 

@@ -16,6 +16,7 @@ METHODS = {
     "dropkv": "#9C6B00", "zipcache": "#3F7CAC",
     "keyformer": "#7E57C2", "lagkv": "#00838F", "rkv": "#AD5C2B", "lsh": "#5D7A12",
     "expected_attention": "#B0356B",
+    "criticalkv": "#6D4C41", "defensive": "#0D47A1", "divprune": "#558B2F", "qfilters": "#BF360C",
 }  # fmt: skip
 SHADES = (0.0, -0.17, 0.17, -0.3, 0.28)  # added to the lightness, in the order of a method's labels
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

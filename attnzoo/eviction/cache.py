@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attnzoo import files
-from attnzoo.errors import AssetError, UnsupportedError
+from attnzoo.errors import AssetError, AttnZooError, UnsupportedError, short
 from attnzoo.eviction.layers import BoundedLayer, MakesBounded, SwappedCacheLayer
 from attnzoo.hosts import versions
 from attnzoo.registry import build_policy, describe
@@ -165,6 +165,8 @@ def load_cache(path: str | Path, device: str | torch.device | None = None) -> Bo
             raise ValueError(f"format {content['format']}, expected {FILE_FORMAT}")
         layers = [_layer_from(state, index) for index, state in enumerate(content["layers"])]
         real = content.get("real")
+    except AttnZooError as error:  # of a policy, which may need a file of its own
+        raise AssetError(f"the cache {str(path)!r} cannot be used here: {error}") from error
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise AssetError(f"{str(path)!r} is not a cache saved by attnzoo, or is damaged ({why})") from error
@@ -201,7 +203,13 @@ def _layer_state(layer: Any) -> dict[str, Any]:
         options = {field.name: getattr(layer.policy, field.name) for field in fields(layer.policy)}
         if options.get("base_options") is not None:
             options["base_options"] = dict(options["base_options"])
-        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in layer.store.state().items()}
+        for name, value in options.items():
+            if not _is_plain(value):
+                raise UnsupportedError(
+                    f"a cache of {layer.name!r} with {name}={short(value)} cannot be saved: swap with the path of a "
+                    "file, or with names and numbers"
+                )
+        state = _copy_tensors(layer.store.state())
         return {"kind": "bounded", "name": layer.name, "options": options, "columns": layer.columns, "store": state}
     if type(layer) is DynamicLayer:
         return {"kind": "plain", "keys": layer.keys, "values": layer.values}
@@ -215,6 +223,15 @@ def _layer_state(layer: Any) -> dict[str, Any]:
         }
     what = f"state of {layer.maker.name!r}" if isinstance(layer, SwappedCacheLayer) else type(layer).__name__
     raise UnsupportedError(f"a cache with a {what} cannot be saved; copy() keeps one in memory")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file can hold an option: None, a name, a number, and lists and mappings of these."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _layer_from(state: dict[str, Any], index: int) -> Any:

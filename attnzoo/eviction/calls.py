@@ -26,8 +26,8 @@ from attnzoo.errors import ShapeError, UnsupportedError
 from attnzoo.eviction.cache import BoundedCache
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.layers import Maker, SwappedCacheLayer
+from attnzoo.eviction.ragged import store_for
 from attnzoo.eviction.scan import BoundedAttention, Padding
-from attnzoo.eviction.store import Store
 from attnzoo.hosts import versions
 
 NAME = "attnzoo_bounded"  # in transformers' attention interface
@@ -157,7 +157,7 @@ def bounded_attention(
     layer = None if call.cache is None else call.cache.layers[module.layer_idx]
     if layer is not None:
         layer.take(key, value)
-    store = Store(attention.policy, module.layer_idx) if layer is None else layer.store
+    store = store_for(attention.policy, module.layer_idx) if layer is None else layer.store
     data: LayerData = module.attnzoo_layer
     store.data, store.projection = data, OutputProjection(module, data.output or "")
     out = attention(store, query, key, value, call.padding, scale=scaling, dropout=dropout, softcap=softcap)

@@ -41,6 +41,11 @@ class DropKV(Policy):
         check_int("window", self.window, minimum=1)
 
     @property
+    def comparable(self) -> bool:
+        """How far the output moves."""
+        return True
+
+    @property
     def queries_kept(self) -> int:
         """The window."""
         return self.window

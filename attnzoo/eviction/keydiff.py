@@ -42,6 +42,11 @@ class KeyDiff(Policy):
         object.__setattr__(self, "anchor", renamed_choice("anchor", self.anchor, "normalised", "normalized"))
         check_choice("anchor", self.anchor, ("normalized", "raw"))
 
+    @property
+    def comparable(self) -> bool:
+        """Cosines are."""
+        return True
+
     def default_recent(self, sink: int) -> int:
         """A fifth of the budget."""
         return int(self.budget) // RECENT_SHARE

@@ -78,7 +78,8 @@ class Keyformer(H2O):
         """Noise of each query head, query and entry, ``(B, H, w, S)``, float64."""
         assert view.queries is not None
         assert view.query_positions is not None
-        heads = torch.arange(view.queries.shape[1], device=view.queries.device)[:, None, None]
-        entries = view.positions.repeat_interleave(view.queries.shape[1] // view.kv_heads, 1)[:, :, None]
+        group = view.queries.shape[1] // view.kv_heads
+        heads = torch.arange(view.queries.shape[1], device=view.queries.device)[:, None, None] + view.first_head * group
+        entries = view.positions.repeat_interleave(group, 1)[:, :, None]
         asked = view.query_positions[:, None, :, None]
         return gumbel(self.seed, torch.tensor(view.layer, device=heads.device), heads, asked, entries)

@@ -16,8 +16,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.policy import Policy
+from attnzoo.eviction.ragged import store_for
 from attnzoo.eviction.size import CacheBytes
-from attnzoo.eviction.store import Store
 from attnzoo.hosts import versions
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ class BoundedLayer(SwappedCacheLayer):
     Attributes
     ----------
     keys, values
-        ``(B, Hkv, held, D)`` in time order; None before the first call.
+        ``(B, Hkv, held, D)`` in time order; None before the first call. Where the heads share a budget, a copy, in
+        which heads that hold fewer entries than another have empty slots, of zeros.
     positions
         ``(B, Hkv, held)``, int32: which real token of its row an entry is, -1 for an empty slot.
     name, policy
@@ -170,7 +171,7 @@ class BoundedLayer(SwappedCacheLayer):
     def __init__(self, maker: MakesBounded, index: int) -> None:
         super().__init__(maker)
         self.name, self.policy = maker.name, maker.policy
-        self.store = Store(self.policy, index)
+        self.store = store_for(self.policy, index)
         self._call: weakref.ref[Call] | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
 
@@ -198,6 +199,11 @@ class BoundedLayer(SwappedCacheLayer):
     def batch_size(self) -> int:
         """Number of rows, -1 before the first call."""
         return self.store.batch or -1
+
+    @property
+    def entries(self) -> list[int]:
+        """Entries per key/value head that each row holds; the mean, where the heads share a budget."""
+        return self.store.entries
 
     def bytes(self) -> CacheBytes:
         """Bytes held and allocated; see `attnzoo.kv_bytes`."""
@@ -263,7 +269,7 @@ class BoundedLayer(SwappedCacheLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.store, self.columns, self.torn = Store(self.policy, self.store.layer), 0, False
+        self.store, self.columns, self.torn = store_for(self.policy, self.store.layer), 0, False
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows."""

@@ -80,7 +80,7 @@ class Lsh(Policy):
         """The projections of a layer, ``(Hkv, D, bits)``, float64."""
         device = view.keys.device
         layer = torch.tensor(view.layer, device=device)
-        heads = torch.arange(view.kv_heads, device=device)[:, None, None]
+        heads = torch.arange(view.first_head, view.first_head + view.kv_heads, device=device)[:, None, None]
         channels = torch.arange(view.keys.shape[3], device=device)[:, None]
         return normal(self.seed, layer, heads, channels, torch.arange(self.bits, device=device))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.weights import attention_weights
+from attnzoo.units import parse_bytes
+
+if TYPE_CHECKING:
+    from attnzoo.eviction.layer_profile import Profile
 
 Scope = Literal["head", "layer"]
 SCHEDULES = ("block", "prompt", "step")
 AGGREGATES = ("mean", "max", "sum")
+BUDGETS = ("uniform", "pyramid", "measured", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class CacheView:
         ``(B,)``: real tokens that each row has seen.
     layer
         Index of the layer.
+    first_head
+        Which of the layer's key/value heads the first one here is: where heads share a budget, each comes alone.
     sums
         ``(B, H, S)``: attention, or `Policy.weights`, that each entry got from all queries since it came, for policies
         that accumulate.
@@ -55,6 +63,7 @@ class CacheView:
     positions: Tensor
     counts: Tensor
     layer: int = 0
+    first_head: int = 0
     sums: Tensor | None = None
     queries: Tensor | None = None
     query_positions: Tensor | None = None
@@ -72,12 +81,18 @@ class CacheView:
     def output_weight(self) -> Tensor:
         """The output projection, ``(H, Dv, C)``: what each channel of each query head's output adds to a token.
 
+        Of the view's heads alone.
+
         Raises
         ------
         UnsupportedError
             If the cache has no model to ask, having been read from a file: call the model first.
         """
-        return self.projection.weight(0 if self.data is None else self.data.query_heads, self.values)
+        if self.data is None:
+            return self.projection.weight(0, self.values)  # which refuses
+        weight = self.projection.weight(self.data.query_heads, self.values)
+        group = self.data.query_heads // self.data.kv_heads
+        return weight[self.first_head * group : (self.first_head + self.kv_heads) * group]
 
     def visible(self) -> Tensor:
         """Whether a query sees an entry, one up to its own position: boolean, ``(B, H, w, S)``."""
@@ -106,7 +121,13 @@ class Policy(ABC):
     budget
         Entries kept per key/value head at the end of a block: a whole number, or as a share above 0 and at most 1 of
         the real tokens that a row has seen by then, so that the cache grows with the text. `sink` and `recent` stay
-        whatever the share.
+        whatever the share. Or bytes, such as ``"64MiB"``, that all swapped layers together hold per row at the end of a
+        block: the swap turns them into entries.
+    budgets
+        How the budget is shared out; see `attnzoo.eviction.budgets`. ``uniform``: the same for each layer and head.
+        ``pyramid`` and ``measured``: another for each layer. ``adaptive``: heads of a layer share its budget.
+    profile
+        For ``measured``: the file that ``python -m attnzoo.eviction.profile`` wrote, or a `Profile`.
     block_size
         Tokens between evictions.
     schedule
@@ -127,7 +148,9 @@ class Policy(ABC):
         For a value that cannot be, or if `sink` and `recent`, given explicitly, do not fit in the budget.
     """
 
-    budget: int | float
+    budget: int | float | str
+    budgets: str = "uniform"
+    profile: str | Path | Profile | None = None
     block_size: int = 128
     schedule: str = "block"
     sink: int | None = None
@@ -138,24 +161,60 @@ class Policy(ABC):
         if isinstance(self.budget, float):
             if not 0 < self.budget <= 1:
                 raise OptionError(f"budget must be a whole number, or a share above 0 and at most 1, not {self.budget}")
+        elif isinstance(self.budget, str):
+            parse_bytes("budget", self.budget)
         else:
             check_int("budget", self.budget, minimum=1)
+        self._check_budgets()
         check_int("block_size", self.block_size, minimum=1)
         check_choice("schedule", self.schedule, SCHEDULES)
         for name in ("sink", "recent"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), minimum=0)
-        if not isinstance(self.budget, float) and (self.sink or 0) + (self.recent or 0) > self.budget:
+        if isinstance(self.budget, int) and (self.sink or 0) + (self.recent or 0) > self.budget:
             raise OptionError(
                 f"sink={self.sink or 0} + recent={self.recent or 0} is over budget={self.budget}: protected entries "
                 "must fit in it"
             )
 
+    def _check_budgets(self) -> None:
+        check_choice("budgets", self.budgets, BUDGETS)
+        if self.budgets == "measured" and self.profile is None:
+            raise OptionError(
+                "budgets='measured' needs profile=, a file that is made once for a model: "
+                "python -m attnzoo.eviction.profile MODEL TEXT --out FILE"
+            )
+        if self.budgets != "measured" and self.profile is not None:
+            raise OptionError(f"profile= is for budgets='measured', and budgets is {self.budgets!r}")
+        if self.budgets == "adaptive":
+            why = self.not_adaptive()
+            if why:
+                raise OptionError(f"budgets='adaptive' compares the scores of the heads of a layer, and {why}")
+
+    def not_adaptive(self) -> str:
+        """Say why the heads of a layer cannot share its budget by this policy's scores; empty if they can."""
+        if self.scope == "layer":
+            return "this policy keeps the same entries in all heads of a layer; use another, or budgets by layer"
+        if type(self).keep is not Policy.keep:
+            return "this policy does not choose by scores; use another, or budgets by layer"
+        if not self.comparable:
+            return (
+                f"those of {type(self).__name__} mean nothing from head to head; use a policy that scores by attention "
+                "(a policy of your own can say that its scores do, by a property `comparable` that is True)"
+            )
+        return ""
+
     def entries_at(self, count: int) -> int:
-        """Entries kept per key/value head of a row that has seen `count` real tokens."""
-        if not isinstance(self.budget, float):
+        """Entries kept per key/value head of a row that has seen `count` real tokens; a mean, if heads share them."""
+        assert not isinstance(self.budget, str), "the swap turns bytes into entries"
+        if isinstance(self.budget, int):
             return self.budget
-        return max(1, (self.sink or 0) + (self.recent or 0), int(self.budget * count))
+        return max(1, self.pinned, int(self.budget * count))
+
+    @property
+    def pinned(self) -> int:
+        """Entries that `sink` and `recent`, where the user gives them, protect."""
+        return (self.sink or 0) + (self.recent or 0)
 
     def most_at(self, count: int) -> int:
         """The most entries that a row of `count` real tokens may hold between calls, once the prompt is over."""
@@ -197,6 +256,11 @@ class Policy(ABC):
     def sums_window(self) -> bool:
         """Whether of the window the sums of its attention are needed, not the attention of each query."""
         return self.queries_kept > 0
+
+    @property
+    def comparable(self) -> bool:
+        """Whether scores of different heads of a layer mean the same, so that ``budgets="adaptive"`` is possible."""
+        return False
 
     @property
     def uses_output_weight(self) -> bool:
@@ -243,18 +307,25 @@ class Policy(ABC):
     def keep(self, view: CacheView) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order; the budget is a number of entries."""
         assert isinstance(self.budget, int)
-        sink, recent = self.protected
+        return highest(self.guarded_score(view), self.budget)
+
+    def guarded_score(self, view: CacheView) -> Tensor:
+        """Give `score`, ``(B, Hkv, S)``, with infinity for the protected entries and for no others."""
         scores = _checked(self, "score", self.score(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
-        most = torch.finfo(scores.dtype).max  # infinity is for protected entries alone
+        most = torch.finfo(scores.dtype).max
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
-        safe = (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
-        return highest(scores.masked_fill(safe, float("inf")), self.budget)
+        return scores.masked_fill(self.protects(view), float("inf"))
+
+    def protects(self, view: CacheView) -> Tensor:
+        """Which entries are never evicted, ``(B, Hkv, S)``."""
+        sink, recent = self.protected
+        return (view.positions < sink) | (view.positions >= (view.counts - recent)[:, None, None])
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPolicy(Policy):
-    """Base of the policies that score by attention; the wrappers `vatp` and `caote` take any of them.
+    """Base of the policies that score by attention; the wrappers `vatp`, `caote` and `criticalkv` take any of them.
 
     Parameters
     ----------
@@ -268,6 +339,11 @@ class AttentionPolicy(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("aggregate", self.aggregate, AGGREGATES)
+
+    @property
+    def comparable(self) -> bool:
+        """Attention sums to 1 in each head."""
+        return True
 
     @abstractmethod
     def attention_scores(self, view: CacheView) -> Tensor:

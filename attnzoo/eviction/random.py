@@ -39,5 +39,5 @@ class Random(Policy):
     def score(self, view: CacheView) -> Tensor:
         """A number in [0, 1) for each entry."""
         device = view.positions.device
-        heads = torch.arange(view.kv_heads, device=device)[:, None]
+        heads = torch.arange(view.first_head, view.first_head + view.kv_heads, device=device)[:, None]
         return uniform(self.seed, torch.tensor(view.layer, device=device), heads, view.positions)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnzoo.errors import ShapeError
 from attnzoo.eviction.policy import Policy
+from attnzoo.eviction.ragged import AnyStore
 from attnzoo.eviction.store import Store, pairs
 
 
@@ -52,7 +53,7 @@ class BoundedAttention:
 
     def __call__(
         self,
-        store: Store,
+        store: AnyStore,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -91,8 +92,8 @@ class BoundedAttention:
             store.start(q, k, v, scale, softcap)
         if q.shape[2] == 1:
             store.end_prompt()
-        read = [x for x in (q, k, v, store.keys, store.values) if x is not None]
-        store.recording = torch.is_grad_enabled() and any(x.requires_grad for x in read)
+        followed = store.requires_grad or any(x.requires_grad for x in (q, k, v))
+        store.recording = torch.is_grad_enabled() and followed
         if store.batch != len(q):
             raise ShapeError(f"the cache holds {store.batch} rows, the call has {len(q)}")
         options: dict[str, Any] = {"scale": scale, "dropout": dropout}
@@ -102,7 +103,7 @@ class BoundedAttention:
             return self._together(store, q, k, v, options)
         return self._apart(store, q, k, v, padding, options)
 
-    def _together(self, store: Store, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    def _together(self, store: AnyStore, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """All rows take the same steps, and need no mask."""
         parts = []
         start = 0
@@ -110,12 +111,12 @@ class BoundedAttention:
             t = min(store.until_eviction(0), q.shape[2] - start)
             part, taken = slice(start, start + t), [t] * store.batch
             store.append(k[:, :, part], v[:, :, part], taken)
-            parts.append(self._step(store, q[:, :, part], taken, None, options))
+            parts.append(self._step(store, q[:, :, part], taken, options))
             start += t
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _apart(
-        self, store: Store, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, options: dict[str, Any]
+        self, store: AnyStore, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, options: dict[str, Any]
     ) -> Tensor:
         """Each row takes its own steps: padding is left out, and blocks end where the row's own tokens say."""
         rows, tokens, device = len(q), q.shape[2], q.device
@@ -127,11 +128,8 @@ class BoundedAttention:
             taken = [min(store.until_eviction(row), left[row]) for row in range(rows)]
             new = torch.arange(max(taken), device=device)
             columns = order.gather(1, (torch.tensor(done, device=device)[:, None] + new).clamp(max=tokens - 1))
-            before = torch.tensor(store.held, device=device)[:, None]
             store.append(_take(k, columns), _take(v, columns), taken)
-            last = (before + new).clamp(max=max(store.held) - 1)  # what stands at columns not taken means nothing
-            slots = torch.arange(max(store.held), device=device)
-            part = self._step(store, _take(q, columns), taken, (slots <= last[..., None])[:, None], options)
+            part = self._step(store, _take(q, columns), taken, options)
             row, j = pairs(taken, device)
             if out is None:
                 out = part.new_zeros(*q.shape[:3], v.shape[3])  # of the core's dtype, which autocast may choose
@@ -140,35 +138,46 @@ class BoundedAttention:
             left = [d - n for d, n in zip(left, taken, strict=True)]
         return q.new_zeros(*q.shape[:3], v.shape[3]) if out is None else out
 
-    def _step(
-        self, store: Store, q: Tensor, taken: list[int], visible: Tensor | None, options: dict[str, Any]
-    ) -> Tensor:
+    def _step(self, store: AnyStore, q: Tensor, taken: list[int], options: dict[str, Any]) -> Tensor:
         """Attend for entries just put in, let the policy see it, and evict the rows that came to a block's end."""
         due = [row for row, n in enumerate(taken) if n and store.is_due(row)]
-        asked = self._asked(store, taken, due, options)
-        if asked is None:
-            out, sums = self._attend(q, store, visible, options), None
-        else:
-            lengths = None if visible is None else store.lengths(taken, q.device)
-            keys, values = store.attended()
-            wanted = {key: value for key, value in options.items() if key != "dropout"}
-            out, sums, _ = self.core.scored(q, keys, values, window=asked, causal=True, lengths=lengths, **wanted)
-        store.observe(q, taken, sums if self.policy.accumulates else None)
-        store.evict(due, None if self.policy.accumulates else sums)
-        return out
+        over = [row for row in due if store.is_over(row)]
+        outs: list[Tensor] = []
+        told: list[Tensor | None] = []
+        for lane, heads in store.lanes(q.shape[1]):
+            out, sums = self._look(lane, q[:, heads], taken, over, options)
+            lane.observe(q[:, heads], taken, sums if self.policy.accumulates else None)
+            outs.append(out)
+            told.append(None if self.policy.accumulates else sums)
+        store.evict(due, *told)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def _asked(self, store: Store, taken: list[int], due: list[int], options: dict[str, Any]) -> int | None:
+    def _look(
+        self, lane: Store, q: Tensor, taken: list[int], over: list[int], options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, and give with the output the sums of attention that the core was asked for."""
+        whole = lane.uniform and all(n == q.shape[2] for n in taken)
+        asked = self._asked(lane, taken, over, options)
+        if asked is None:
+            return self._attend(q, lane, None if whole else _visible(lane, taken, q.device), options), None
+        keys, values = lane.attended()
+        wanted = {key: value for key, value in options.items() if key != "dropout"}
+        lengths = None if whole else lane.lengths(taken, q.device)
+        out, sums, _ = self.core.scored(q, keys, values, window=asked, causal=True, lengths=lengths, **wanted)
+        return out, sums
+
+    def _asked(self, lane: Store, taken: list[int], over: list[int], options: dict[str, Any]) -> int | None:
         """Over how many of the last queries the core is to sum what each key got; None if that is not asked of it.
 
-        Under autocast it would sum in the lower precision, and other entries would be kept.
+        Under autocast it would sum in the lower precision, and other entries would be kept. `over` are the rows that
+        are evicted in this step.
         """
-        device = store.attended()[0].device.type
+        device = lane.attended()[0].device.type
         if not hasattr(self.core, "scored") or options["dropout"] > 0 or torch.is_autocast_enabled(device):
             return None
         if self.policy.accumulates:
             return None if self.policy.own_weights else max(taken)
         window = self.policy.queries_kept
-        over = [row for row in due if store.is_over(row)]
         return window if self.policy.sums_window and over and all(taken[row] >= window for row in over) else None
 
     def _attend(self, q: Tensor, store: Store, visible: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -179,6 +188,14 @@ class BoundedAttention:
         # one query a head: those that share keys become queries of one head, so that no core repeats the keys
         out = self.core(q.squeeze(2).unflatten(1, (keys.shape[1], -1)), keys, values, mask=visible, **options)
         return out.flatten(1, 2).unsqueeze(2)
+
+
+def _visible(lane: Store, taken: list[int], device: torch.device) -> Tensor:
+    """Which entries a new query sees, ``(B, 1, t, held)``; what stands at columns not taken means nothing."""
+    new, slots = torch.arange(max(taken), device=device), torch.arange(max(lane.held), device=device)
+    before = torch.tensor([held - n for held, n in zip(lane.held, taken, strict=True)], device=device)
+    last = (before[:, None] + new).clamp(max=max(lane.held) - 1)
+    return (slots <= last[..., None])[:, None]
 
 
 def _take(x: Tensor, columns: Tensor) -> Tensor:

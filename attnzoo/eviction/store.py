@@ -10,6 +10,7 @@ saved them, in this call or an earlier one, and where one made under `torch.infe
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,8 +29,8 @@ _BY_ENTRY = ("_keys", "_values", "_positions", "_sums")
 _BUFFERS = (*_BY_ENTRY, "_queries", "_query_positions")
 
 
-class Store:
-    """Entries of one layer.
+class Timetable(ABC):
+    """When rows are due for an eviction, and over their budget; base of `Store` and `RaggedStore`.
 
     Parameters
     ----------
@@ -42,25 +43,92 @@ class Store:
     ----------
     counts
         Real tokens that each row has seen.
-    held
-        Entries that each row holds.
     prompting
         Whether the prompt is still being read and the policy waits for its end.
     data, projection
         What the model that was called last tells of the layer; see `CacheView`.
+    """
+
+    counts: list[int]
+
+    def __init__(self, policy: Policy, layer: int = 0) -> None:
+        self.policy, self.layer = policy, layer
+        self.prompting = policy.schedule == "prompt"
+        self.data: LayerData | None = None
+        self.projection = OutputProjection()
+
+    @property
+    @abstractmethod
+    def entries(self) -> list[int]:
+        """Entries per key/value head that each row holds."""
+
+    @property
+    def batch(self) -> int:
+        """Number of rows; 0 before the first call."""
+        return len(self.counts)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have seen, and hold, equally many, so that they take the same steps."""
+        return len(set(self.counts)) == len(set(self.entries)) == 1
+
+    def until_eviction(self, row: int) -> int:
+        """Tokens that a row still takes before it comes to a block's end at which something goes."""
+        if self.prompting:
+            return sys.maxsize
+        count, held, block = self.counts[row], self.entries[row], self.policy.every
+        over = count + max(self.policy.entries_at(count) - held, 0) + 1  # the count at which it would hold too many
+        return -(-over // block) * block - count
+
+    def is_due(self, row: int) -> bool:
+        """Whether a row has come to the end of a block."""
+        return not self.prompting and self.counts[row] % self.policy.every == 0
+
+    def is_over(self, row: int) -> bool:
+        """Whether a row holds more than its budget."""
+        return self.entries[row] > self.policy.entries_at(self.counts[row])
+
+    def end_prompt(self) -> None:
+        """Evict, where the end of the prompt was waited for, and let go of the room that it took."""
+        if self.prompting:
+            self.prompting = False
+            self.evict(range(self.batch))
+            self.trim()
+
+    @abstractmethod
+    def evict(self, rows: Sequence[int]) -> None:
+        """Cut `rows` down to the budget."""
+
+    @abstractmethod
+    def trim(self) -> None:
+        """Let go of room that no entry stands in."""
+
+
+class Store(Timetable):
+    """Entries of one layer, or of some of its heads.
+
+    Parameters
+    ----------
+    policy, layer
+        See `Timetable`.
+    first_head
+        Which of the layer's key/value heads the first one here is.
+
+    Attributes
+    ----------
+    held
+        Entries that each row holds.
     recording
         Whether autograd records the call under way: the attention then saves what it reads.
     """
 
-    def __init__(self, policy: Policy, layer: int = 0) -> None:
-        self.policy, self.layer = policy, layer
+    def __init__(self, policy: Policy, layer: int = 0, first_head: int = 0) -> None:
+        super().__init__(policy, layer)
+        self.first_head = first_head
         self.counts: list[int] = []
         self.held: list[int] = []
         self.scale: float | None = None
         self.softcap: float | None = None
-        self.prompting = policy.schedule == "prompt"
-        self.data: LayerData | None = None
-        self.projection = OutputProjection()
         self.recording = False
         self._saved: set[str] = set()
         self._keys: Tensor | None = None
@@ -71,14 +139,18 @@ class Store:
         self._query_positions: Tensor | None = None
 
     @property
-    def batch(self) -> int:
-        """Number of rows; 0 before the first call."""
-        return len(self.counts)
+    def entries(self) -> list[int]:
+        """Entries per key/value head that each row holds."""
+        return self.held
 
     @property
-    def uniform(self) -> bool:
-        """Whether all rows have seen, and hold, equally many."""
-        return all(c == self.counts[0] for c in self.counts) and all(h == self.held[0] for h in self.held)
+    def requires_grad(self) -> bool:
+        """Whether autograd follows keys or values back to what made them."""
+        return any(x is not None and x.requires_grad for x in (self._keys, self._values))
+
+    def lanes(self, heads: int) -> list[tuple[Store, slice]]:
+        """The parts whose heads hold equally many entries, and which of the `heads` query heads each serves: one."""
+        return [(self, slice(0, heads))]
 
     @property
     def keys(self) -> Tensor | None:
@@ -119,29 +191,9 @@ class Store:
             self._queries = q.new_zeros(rows, heads, window, q.shape[3])
             self._query_positions = q.new_full((rows, window), -1, dtype=torch.int32)
 
-    def until_eviction(self, row: int) -> int:
-        """Tokens that a row still takes before it comes to a block's end at which something goes."""
-        if self.prompting:
-            return sys.maxsize
-        count, held, block = self.counts[row], self.held[row], self.policy.every
-        over = count + max(self.policy.entries_at(count) - held, 0) + 1  # the count at which it would hold too many
-        return -(-over // block) * block - count
-
-    def is_due(self, row: int) -> bool:
-        """Whether a row has come to the end of a block."""
-        return not self.prompting and self.counts[row] % self.policy.every == 0
-
-    def is_over(self, row: int) -> bool:
-        """Whether a row holds more than its budget."""
-        return self.held[row] > self.policy.entries_at(self.counts[row])
-
-    def end_prompt(self) -> None:
-        """Evict, where the end of the prompt was waited for, and let go of the room that it took."""
-        if not self.prompting:
-            return
-        self.prompting = False
-        self.evict(range(self.batch))
-        room = max(self.held, default=0)
+    def trim(self, room: int | None = None) -> None:
+        """Let go of room that no entry stands in; all but `room` entries per row of it, where that is given."""
+        room = max(self.held, default=0) if room is None else room
         for name in _BY_ENTRY:
             buffer: Tensor | None = getattr(self, name)
             if buffer is not None and buffer.shape[2] > room:
@@ -211,6 +263,7 @@ class Store:
                 positions=self.positions,
                 counts=counts,
                 layer=self.layer,
+                first_head=self.first_head,
                 queries=q[:, :, part],
                 query_positions=asked.masked_fill(part >= new[:, None], -1),
                 scale=self.scale,
@@ -227,32 +280,41 @@ class Store:
         for row in filter(self.is_over, rows):
             over.setdefault((self.held[row], self.policy.entries_at(self.counts[row])), []).append(row)
         for held, budget in sorted(over):
-            self._evict(over[held, budget], held, budget, window_sums)
+            some = over[held, budget]
+            view = self.view(some, window_sums)
+            with torch.no_grad(), torch.autocast(view.keys.device.type, enabled=False):
+                keep = self.policy.at(self.counts[some[0]]).keep(view)
+            self.cut(some, keep)
 
-    def _evict(self, rows: list[int], held: int, budget: int, window_sums: Tensor | None) -> None:
-        """Cut rows that all hold `held` entries down to `budget`."""
+    @torch.no_grad()
+    def view(self, rows: list[int], window_sums: Tensor | None = None) -> CacheView:
+        """What a policy sees of rows that all hold equally many entries."""
         assert self._keys is not None
         assert self._values is not None
         assert self._positions is not None
-        device = self._keys.device
-        index: Rows = slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            view = CacheView(
-                keys=self._keys[index, :, :held],
-                values=self._values[index, :, :held],
-                positions=self._positions[index, :, :held],
-                counts=torch.tensor([self.counts[row] for row in rows], device=device),
-                layer=self.layer,
-                sums=None if self._sums is None else self._sums[index, :, :held],
-                queries=None if self._queries is None else self._queries[index],
-                query_positions=None if self._query_positions is None else self._query_positions[index],
-                window_sums=None if window_sums is None else window_sums[index, :, :held],
-                scale=self.scale,
-                softcap=self.softcap,
-                data=self.data,
-                projection=self.projection,
-            )
-            keep = self.policy.at(self.counts[rows[0]]).keep(view)
+        held, device = self.held[rows[0]], self._keys.device
+        index = self._index(rows, device)
+        return CacheView(
+            keys=self._keys[index, :, :held],
+            values=self._values[index, :, :held],
+            positions=self._positions[index, :, :held],
+            counts=torch.tensor([self.counts[row] for row in rows], device=device),
+            layer=self.layer,
+            first_head=self.first_head,
+            sums=None if self._sums is None else self._sums[index, :, :held],
+            queries=None if self._queries is None else self._queries[index],
+            query_positions=None if self._query_positions is None else self._query_positions[index],
+            window_sums=None if window_sums is None else window_sums[index, :, :held],
+            scale=self.scale,
+            softcap=self.softcap,
+            data=self.data,
+            projection=self.projection,
+        )
+
+    def cut(self, rows: list[int], keep: Tensor) -> None:
+        """Keep of rows that all hold equally many only the entries `keep` ``(b, Hkv, n)``, in time order."""
+        held, left = self.held[rows[0]], keep.shape[2]
+        index = self._index(rows, keep.device)
         heads = 1 if self._sums is None else self._sums.shape[1] // keep.shape[1]
         for name in _BY_ENTRY:
             old: Tensor | None = getattr(self, name)
@@ -260,10 +322,13 @@ class Store:
                 continue
             kept = _pick(old, rows, keep.repeat_interleave(heads, 1) if name == "_sums" else keep)
             buffer = self._writable(name)
-            buffer[index, :, :budget] = kept
-            buffer[index, :, budget:held] = -1 if name == "_positions" else 0
+            buffer[index, :, :left] = kept
+            buffer[index, :, left:held] = -1 if name == "_positions" else 0
         for row in rows:
-            self.held[row] = budget
+            self.held[row] = left
+
+    def _index(self, rows: list[int], device: torch.device) -> Rows:
+        return slice(None) if len(rows) == self.batch else torch.tensor(rows, device=device)
 
     def bytes(self) -> CacheBytes:
         """Bytes held and allocated."""
@@ -298,7 +363,7 @@ class Store:
 
     def copy(self) -> Store:
         """A store of its own with the same content, cut off from autograd."""
-        other = Store(self.policy, self.layer)
+        other = Store(self.policy, self.layer, self.first_head)
         other.load_state(self.state())
         other.data, other.projection = self.data, self.projection
         for name in _BUFFERS:

@@ -1,4 +1,4 @@
-"""What `vatp` and `caote` share: they take the scores of an attention-based policy and bring the values in."""
+"""What `vatp`, `caote` and `criticalkv` share: they take the scores of an attention-based policy and add the values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, Scope
 from attnzoo.registry import build_policy, describe, list_attentions
 
-_OWN = ("budget", "block_size", "schedule", "sink", "recent", "core")
+_OWN = ("budget", "budgets", "profile", "block_size", "schedule", "sink", "recent", "core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Wrapper(Policy):
     base
         Name of an attention-based policy.
     base_options
-        Options of the base; `budget`, `block_size`, `schedule`, `sink`, `recent` and `core` are the wrapper's.
+        Options of the base; `budget`, `budgets`, `profile`, `block_size`, `schedule`, `sink`, `recent` and `core` are
+        the wrapper's.
 
     Raises
     ------
@@ -65,6 +66,11 @@ class Wrapper(Policy):
     def scope(self) -> Scope:
         """The base's."""
         return self.inner.scope
+
+    @property
+    def comparable(self) -> bool:
+        """If the base's are."""
+        return self.inner.comparable
 
     @property
     def accumulates(self) -> bool:

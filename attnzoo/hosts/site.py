@@ -16,6 +16,9 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.registry import AttentionInfo, build_mixer, cores_with
 
+if TYPE_CHECKING:
+    from attnzoo.eviction.budgets import LayerShape
+
 NOBODY = "attnzoo does not know this class"
 Core = Callable[..., Tensor]
 M = TypeVar("M", bound=nn.Module)
@@ -78,6 +81,11 @@ class Site:
     prefix: int = 0
 
     note: str = ""
+
+    @property
+    def shape(self) -> LayerShape | None:
+        """What the layer keeps of a token, once an eviction policy was tried here; None if that could not be told."""
+        return None
 
     @property
     def accepted_options(self) -> frozenset[str]:
@@ -272,6 +280,8 @@ class Swapped:
         The host's own module; None if it was not kept.
     parameters_before, parameters_after, reused
         Numbers of parameters: of the host's own module, of this one, and those that both share.
+    held_bytes
+        Bytes that an eviction policy lets the layer hold per row at the end of a block, where they can be told.
     """
 
     info: AttentionInfo
@@ -282,6 +292,7 @@ class Swapped:
     parameters_before: int
     parameters_after: int
     reused: int
+    held_bytes: int | None = None
 
 
 def swapped_record(module: nn.Module) -> Swapped | None:

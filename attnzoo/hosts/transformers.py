@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -32,6 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from attnzoo.cores.masks import causal_mask
 from attnzoo.errors import AttnZooError, UnsupportedError
 from attnzoo.eviction import calls
+from attnzoo.eviction.budgets import LayerShape
 from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.layers import MakesBounded
 from attnzoo.eviction.policy import Policy
@@ -39,7 +41,7 @@ from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.hooks import holds_swapped
-from attnzoo.hosts.layer_data import Probed, layer_data, probe
+from attnzoo.hosts.layer_data import Probed, identity_of, layer_data, probe
 from attnzoo.hosts.site import (
     Core,
     HostOptions,
@@ -170,6 +172,7 @@ class TransformersSite(Site):
     between: list[Any] = field(default_factory=list)
     own_cache: Any = None
     shares_place: bool = False
+    tried: trial.Attend | None = None
     patches: vision_mixer.Patches | None = None
     detector: detector_mixer.DetectorLayer | None = None
     positions: bool = True
@@ -248,7 +251,23 @@ class TransformersSite(Site):
         if info.kind == "mixer":
             return DecoderMixer(trial.PassOn(), module)
         policy = build_policy(describe("knorm"), {"budget": 2 * sum(trial.TOKENS)})  # any: the model is on trial
-        return twin.put_bounded(BoundedAttention("trial", policy, trial.attend))
+        self.tried = trial.Attend()
+        return twin.put_bounded(BoundedAttention("trial", policy, self.tried))
+
+    @property
+    def shape(self) -> LayerShape | None:
+        """What the layer keeps of a token, as its trial showed."""
+        if self.tried is None or self.tried.seen is None:
+            return None
+        return LayerShape(self.module.layer_idx, *self.tried.seen, self._dtype(), identity_of(self.owner.config))
+
+    def _dtype(self) -> torch.dtype:
+        """That of the keys and values: of the layer's weights, or of the model's where those are packed."""
+        for module in (self.module, self.owner):
+            kinds = {p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+            if kinds:
+                return max(kinds, key=lambda kind: kind.itemsize)
+        return torch.get_default_dtype()
 
     def _decoder_problem(self, what: str) -> str | None:
         """Say why this layer cannot have a cache layer of its own, or give None."""

@@ -145,6 +145,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     return q.new_zeros(*q.shape[:3], v.shape[3])
 
 
+class Attend:
+    """`attend`, which notes what heads it is given.
+
+    Attributes
+    ----------
+    seen
+        Query heads, key/value heads, width of keys and of values of the first call; None before it.
+    """
+
+    seen: tuple[int, int, int, int] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Give zeros ``(B, H, N, Dv)``."""
+        self.seen = self.seen or (q.shape[1], k.shape[1], k.shape[3], v.shape[3])
+        return attend(q, k, v, **options)
+
+
 class PassOn(nn.Module):
     """A causal mixer that mixes nothing, to try the calls of a mixer."""
 

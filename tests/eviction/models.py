@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +12,15 @@ import transformers
 from torch import Tensor, nn
 
 import attnzoo
+from attnzoo.eviction.directions import Directions
+from attnzoo.hosts.layer_data import identity_of
 from attnzoo.hosts.versions import facts
 from attnzoo.hosts.versions import output_cache as cache_of
+from attnzoo.registry import build_policy, describe
 
 CACHE = facts().cache_argument  # what this release of transformers calls the cache of a call
 POLICIES = attnzoo.list_attentions("eviction")
-BY_COORDINATE = {"lagkv", "lsh"}  # look at single coordinates of keys, which a shift of all positions turns
+BY_COORDINATE = {"lagkv", "lsh", "qfilters"}  # look at single coordinates of keys, which a shift of all positions turns
 VOCABULARY = 53
 TEXT = {
     "vocab_size": VOCABULARY,
@@ -51,9 +57,38 @@ def language_model(name: str = "llama", dtype: torch.dtype = torch.float64, seed
     return model.to(dtype)
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()  # kept, and so not deleted, for as long as the process lives
+
+
+def directions_of(host: str = "llama", **options: Any) -> str:
+    """A file of random directions for the models that `language_model` gives."""
+    config = CONFIGS[host][0](**{**TEXT, **CONFIGS[host][1], **options})
+    heads, identity = config.num_attention_heads, identity_of(config)
+    path = Path(_folder().name) / identity.digest
+    if not path.exists():
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+        shape = kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+        generator = torch.Generator().manual_seed(0)
+        layers = {index: torch.randn(shape, generator=generator) for index in range(config.num_hidden_layers)}
+        Directions(layers, identity, 1, "").save(path)
+    return str(path)
+
+
+def needed(name: str, host: str = "llama", **options: Any) -> dict[str, Any]:
+    """The options without which a policy cannot be swapped into a model that `language_model` gives."""
+    return {"filters": directions_of(host, **options)} if name == "qfilters" else {}
+
+
+def is_adaptive(name: str, **options: Any) -> bool:
+    """Whether heads can share a budget by the scores of a policy."""
+    return not build_policy(describe(name), {"budget": 1, **needed(name), **options}).not_adaptive()
+
+
 def bounded(name: str, host: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
     """A model swapped for the policy `name`."""
-    return attnzoo.replace_attention(language_model(host, dtype, seed), name, **options)
+    return attnzoo.replace_attention(language_model(host, dtype, seed), name, **{**needed(name, host), **options})
 
 
 def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -87,3 +122,6 @@ def feed(model: nn.Module, ids: Tensor, cuts: list[list[int]], padding: list[lis
         done = [d + n for d, n in zip(done, cut, strict=True)]
     assert done == [length] * rows
     return torch.stack([torch.cat(parts) for parts in logits]), cache, most
+
+
+ADAPTIVE = [name for name in POLICIES if is_adaptive(name)]

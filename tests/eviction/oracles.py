@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnzoo.eviction.directions import Directions
 from tests.eviction import noise
 
 
@@ -13,7 +14,8 @@ class Row:
     """One row of one layer, read as one block, and the key/value head that is asked about.
 
     `keys` ``(S, D)`` and `values` ``(S, D)`` are that head's; `queries` ``(G, S, D)`` and `attention` ``(G, S, S)``
-    those of the query heads that share it, which are `heads` among all; `rotary` is Llama's rotary embedding.
+    those of the query heads that share it, which are `heads` among all; `rotary` is Llama's rotary embedding,
+    `projection` ``(G, D, C)`` the heads' part of the output projection.
     """
 
     keys: Tensor
@@ -24,6 +26,7 @@ class Row:
     heads: range
     budget: int
     rotary: nn.Module
+    projection: Tensor
 
 
 AGGREGATE = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "sum": lambda x: x.sum(0)}
@@ -93,6 +96,59 @@ def lsh(row, bits=16, seed=0):
     return [-n / len(asked) for n in differ], 4, row.budget // 2
 
 
+def averaged(row, kernel):
+    """Each list of numbers pooled over neighbors, with zeros around it, and scaled back to its sum."""
+    half = kernel // 2
+    sums = [sum(row[max(0, j - half) : j + half + 1]) for j in range(len(row))]
+    return [number * sum(row) / sum(sums) for number in sums]
+
+
+def worst(row, window, kernel, aggregate="max"):
+    """The worst that the window's queries saw of each entry before it, at least the mean, and of each entry in it."""
+    before = len(row.keys) - window
+    heads = []
+    for head in row.attention[:, -window:].tolist():
+        rows = [averaged(query[:before], kernel) + query[before:] for query in head]
+        heads.append([max(column) for column in zip(*rows, strict=True)])
+    together = AGGREGATE[aggregate](torch.tensor(heads, dtype=row.keys.dtype)).tolist()
+    mean = sum(together[:before]) / before
+    return [max(score, mean) for score in together[:before]] + together[before:]
+
+
+def defensive(row, window=32, kernel=5, aggregate="max"):
+    return worst(row, window, kernel, aggregate), 0, min(window, row.budget)
+
+
+def criticalkv(row, base="h2o", base_options=None, first_stage=0.5, epsilon=1e-4):
+    """Entries of the first stage have a score above all others, the protected ones among them."""
+    entries, options = len(row.keys), base_options or {}
+    if base == "h2o":
+        sums = (row.attention.sum(1) / torch.arange(entries, 0, -1)).mean(0).tolist()
+        recent = row.budget // 2
+    else:
+        sums, _, recent = {"zipcache": zipcache, "defensive": defensive}[base](row, **options)
+    norms = [(value @ row.projection).abs().sum(-1).mean().item() for value in row.values]
+    product = [(score / sum(sums) + epsilon) * norm for score, norm in zip(sums, norms, strict=True)]
+    rest = sorted(range(entries - recent), key=lambda j: (sums[j], j), reverse=True)
+    for j in rest[: max(int(row.budget * first_stage) - recent, 0)]:
+        product[j] = float("inf")
+    return product, 0, recent
+
+
+def divprune(row, recent=None):
+    recent = row.budget // 5 if recent is None else recent
+    entries = len(row.keys)
+    distance = (1 - torch.cosine_similarity(row.keys[:, None], row.keys, dim=-1)).tolist()
+    chosen = list(range(entries - recent, entries))
+    if not chosen:
+        others = [[distance[i][j] for j in range(entries) if j != i] for i in range(entries)]
+        chosen.append(max(range(entries), key=lambda i: min(others[i])))
+    while len(chosen) < row.budget:
+        left = [i for i in range(entries) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance[i][j] for j in chosen)))
+    return [float(j in chosen) for j in range(entries)], 0, recent
+
+
 def turns(rotary, positions, width):
     """Llama's rotations to `positions` as matrices ``(N, D, D)`` in float64: x at position p is matrix times x."""
     angles = torch.outer(positions.double(), rotary.inv_freq.double())
@@ -115,3 +171,8 @@ def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0
         found.append(logits.softmax(-1))
     scores = AGGREGATE[aggregate](torch.stack(found)) + epsilon
     return (scores * row.values.norm(dim=-1)).tolist(), 4, row.budget // 2
+
+
+def qfilters(row, filters, recent=None):
+    direction = Directions.load(filters).layers[0][row.kv_head].to(row.keys)
+    return [float(key @ direction) for key in row.keys], 0, row.budget // 5 if recent is None else recent

@@ -24,14 +24,22 @@ from tests.eviction.models import (
     bounded,
     cache_of,
     feed,
+    is_adaptive,
     language_model,
+    needed,
     token_ids,
 )
 from tests.zoo import fingerprint
 
 pytestmark = pytest.mark.compat
 
-WRAPPED = [("vatp", {"base": "tova"}), ("caote", {"base": "snapkv"}), ("caote", {"base": "scissorhands", "fast": True})]
+WRAPPED = [
+    ("vatp", {"base": "tova"}),
+    ("caote", {"base": "snapkv"}),
+    ("caote", {"base": "scissorhands", "fast": True}),
+    ("criticalkv", {"base": "defensive"}),
+    ("criticalkv", {"base": "tova"}),
+]
 METHODS = [*((name, {}) for name in POLICIES), *WRAPPED]
 
 
@@ -45,7 +53,7 @@ def test_dense_limit(host, dtype):
         expected = dense(ids).logits
         text = dense.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
     for name, options in METHODS:
-        model = attnzoo.replace_attention(language_model(host, dtype), name, budget=78, block_size=16, **options)
+        model = bounded(name, host, dtype, budget=78, block_size=16, **options)
         with torch.no_grad():
             one = model(ids).logits
             first = model(ids[:, :33])
@@ -120,18 +128,20 @@ def test_fuzz(part):
         kv_heads, groups = chance.choice([1, 2, 3]), chance.choice([1, 2, 4])
         block, budget = chance.choice([1, 2, 3, 8, 16]), chance.choice([chance.randint(1, 40), chance.uniform(0.01, 1)])
         rows, length = chance.randint(1, 4), 3 * block + chance.randint(0, 40)
-        model = language_model(
-            chance.choice(["llama", "qwen3"]),
-            dtype,
-            num_hidden_layers=chance.choice([2, 3]),
-            num_attention_heads=kv_heads * groups,
-            num_key_value_heads=kv_heads,
-            hidden_size=kv_heads * groups * 4,
-            head_dim=4,
-        )
+        host = chance.choice(["llama", "qwen3"])
+        shape = {
+            "num_hidden_layers": chance.choice([2, 3]),
+            "num_attention_heads": kv_heads * groups,
+            "num_key_value_heads": kv_heads,
+            "hidden_size": kv_heads * groups * 4,
+            "head_dim": 4,
+        }
+        model = language_model(host, dtype, **shape)
         core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
-        attnzoo.replace_attention(model, name, core=core, **policy, **options)
+        budgets = ["uniform", "uniform", "pyramid", *["adaptive"] * is_adaptive(name, **options)]
+        policy["budgets"] = chance.choice(budgets)
+        attnzoo.replace_attention(model, name, core=core, **policy, **options, **needed(name, host, **shape))
         left, cuts, padding = [length] * rows, [], []
         while any(left):
             cut = [min(n, chance.choice([0, 1, 5, 30])) for n in left]
@@ -142,19 +152,22 @@ def test_fuzz(part):
         with torch.no_grad():
             logits, cache, most = feed(model, token_ids(rows, length), cuts, padding)
         assert logits.isfinite().all()
+        budgets = [layer.budget for layer in attnzoo.swap_report(model).layers]
         if schedule == "prompt":
             assert most <= length
             cache.flush()
             block = 1
         else:
             block = 1 if schedule == "step" else block
-            assert most <= max(entries_of(budget, n, block) for n in range(length + 1))
-        for layer in cache.layers:
+            heads = kv_heads if policy["budgets"] == "adaptive" else 1  # one may hold what is meant for all
+            assert most <= max(heads * entries_of(max(budgets), n, block) for n in range(length + 1))
+        for layer, mine in zip(cache.layers, budgets, strict=True):
             assert layer.keys.isfinite().all()
             assert layer.values.isfinite().all()
             held = (layer.positions >= 0).sum(-1)
-            assert (held == held[:, :1]).all()
-            assert (held <= entries_of(budget, length, block)).all()
+            assert policy["budgets"] == "adaptive" or (held == held[:, :1]).all()
+            assert (held.sum(-1) <= kv_heads * entries_of(mine, length, block)).all()
+            assert held.sum(-1).tolist() == [kv_heads * n for n in layer.entries]
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -18,6 +18,8 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.hosts.layer_data import identity_of
 from tests.eviction.models import CACHE, CONFIGS, TEXT, cache_of, language_model, token_ids
 
+pytestmark = pytest.mark.compat
+
 
 class Watching(Policy):
     """Keeps the last entries, and what it was told."""

@@ -12,13 +12,14 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import attnzoo
 from attnzoo.errors import OptionError, ShapeError, UnknownNameError
 from attnzoo.eviction.caote import output_error
+from attnzoo.eviction.divprune import nearest_distance
 from attnzoo.eviction.keydiff import KeyDiff
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, highest
 from attnzoo.eviction.random import Random
 from attnzoo.eviction.weights import attention_weights
 from attnzoo.registry import build_policy, describe
 from tests.eviction import noise, oracles
-from tests.eviction.models import POLICIES, cache_of, language_model, token_ids
+from tests.eviction.models import POLICIES, bounded, cache_of, language_model, needed, token_ids
 from tests.eviction.oracles import AGGREGATE, noisy_sums, pooled
 
 BUDGET, BLOCK = 24, 64
@@ -63,15 +64,16 @@ def removal_errors(attention, values):
     return errors
 
 
-def oracle(name, options, keys, values, attention, kv_head, groups, queries, rotary):
+def oracle(name, options, keys, values, attention, kv_head, groups, queries, rotary, projection):
     """Score, sink and recent of one row and key/value head: keys ``(S, D)``, attention ``(H, N, S)``.
 
-    `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together; `queries` ``(H, N, D)``.
+    `values` are ``(Hkv, S, D)``, for some methods choose for all heads of a layer together; `queries` ``(H, N, D)``,
+    `projection` ``(H, D, C)``.
     """
     heads = slice(kv_head * groups, (kv_head + 1) * groups)
     if hasattr(oracles, name):
         parts = keys, values[kv_head], queries[heads], attention[heads], kv_head, range(BLOCK)[heads], BUDGET, rotary
-        return getattr(oracles, name)(oracles.Row(*parts), **options)
+        return getattr(oracles, name)(oracles.Row(*parts, projection[heads]), **options)
     base = options.get("base", "h2o")
     aggregate = AGGREGATE[options.get("aggregate", "mean")]
     seen = torch.arange(BLOCK, 0, -1)  # queries that have seen each entry
@@ -135,6 +137,13 @@ CASES = [
     *((name, {"aggregate": how}) for name in ("h2o", "snapkv", "tova", "vatp") for how in ("max", "sum")),
     ("scissorhands", {"aggregate": "max"}),
     ("dropkv", {"window": 8}),
+    ("defensive", {"window": 8, "kernel": 3}),
+    ("defensive", {"window": 5, "kernel": 1, "aggregate": "mean"}),
+    ("criticalkv", {"base": "zipcache", "base_options": {"window": 8}}),
+    ("criticalkv", {"base": "zipcache", "first_stage": 0, "epsilon": 0.05}),
+    ("criticalkv", {"base": "defensive", "base_options": {"window": 8}, "first_stage": 0.75}),
+    ("divprune", {"recent": 0}),
+    ("qfilters", {"recent": 0}),
     ("zipcache", {"window": 8}),
     ("lagkv", {"lag": 9}),
     ("rkv", {"window": 5, "kernel": 3, "weight": 0.9, "threshold": 0.2}),
@@ -159,12 +168,16 @@ CASES = [
 def test_what_the_first_layer_keeps(name, options, heads, kv_heads):
     model, ids, keys, values, attention, queries = dense_layer(heads, kv_heads)
     rotary = model.model.rotary_emb
+    projection = model.model.layers[0].self_attn.o_proj.weight.detach().T.unflatten(0, (heads, -1))
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 48}
+    options = {**needed(name, **shape), **options}
     attnzoo.replace_attention(model, name, budget=BUDGET, block_size=BLOCK, **options)
     with torch.no_grad():
         layer = cache_of(model(ids)).layers[0]
     for row, head in itertools.product(range(2), range(kv_heads)):
         parts = keys[row, head], values[row], attention[row]
-        score, sink, recent = oracle(name, options, *parts, head, heads // kv_heads, queries[row], rotary)
+        asked = head, heads // kv_heads, queries[row], rotary, projection
+        score, sink, recent = oracle(name, options, *parts, *asked)
         expected = kept_by(score, sink, recent)
         assert layer.positions[row, head].tolist() == expected
         torch.testing.assert_close(layer.keys[row, head], keys[row, head, expected])
@@ -280,6 +293,10 @@ def test_protection():
     assert build_policy(describe("lsh"), {"budget": 6}).protected == (3, 3)
     assert build_policy(describe("zipcache"), {"budget": 100}).protected == (0, 50)
     assert build_policy(describe("rkv"), {"budget": 100}).protected == (0, 8)
+    assert build_policy(describe("defensive"), {"budget": 100}).protected == (0, 32)
+    assert build_policy(describe("criticalkv"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
+    assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 20)
+    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 20)
     for name in ("tova", "knorm", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
@@ -288,8 +305,7 @@ def test_protection():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_sink_and_recent_always_stay(name):
-    model, ids, *_ = dense_layer(4, 2)
-    attnzoo.replace_attention(model, name, budget=12, block_size=16, sink=5, recent=7)
+    model, ids = bounded(name, budget=12, block_size=16, sink=5, recent=7), token_ids(2, BLOCK)
     with torch.no_grad():
         cache = cache_of(model(ids))
     expected = [*range(5), *range(BLOCK - 7, BLOCK)]
@@ -314,18 +330,18 @@ def test_sink_and_recent_always_stay(name):
         ({"budget": 8, "sink": -1}, "sink must be"),
         ({"budget": 8, "sink": 5, "recent": 4}, "sink=5 .* recent=4 is over budget=8"),
         ({"budget": 8, "recent": 9}, "recent=9 is over budget=8"),
-        ({"budget": 8, "budgets": 8}, "no option 'budgets'; did you mean 'budget'"),
+        ({"budget": 8, "budge": 8}, "no option 'budge'; did you mean 'budget'"),
         ({"budget": 8, "core": "padre"}, "core='padre' is not a core"),
     ],
 )
 def test_bad_options(name, options, message):
     model = language_model()
     with pytest.raises(OptionError, match=message):
-        attnzoo.replace_attention(model, name, **options)
+        attnzoo.replace_attention(model, name, **needed(name), **options)
     assert not attnzoo.swap_report(model).swapped
 
 
-@pytest.mark.parametrize("name", ["vatp", "caote"])
+@pytest.mark.parametrize("name", ["vatp", "caote", "criticalkv"])
 def test_bad_bases(name):
     model = language_model()
     with pytest.raises(OptionError, match="base='keydiff' does not score by attention; those that do: h2o, tova"):
@@ -367,6 +383,12 @@ def test_bad_bases(name):
         ("rkv", {"weight": 1.5}),
         ("rkv", {"threshold": "high"}),
         ("lsh", {"bits": 0}),
+        ("criticalkv", {"first_stage": 1.5}),
+        ("criticalkv", {"first_stage": True}),
+        ("criticalkv", {"epsilon": -1.0}),
+        ("criticalkv", {"epsilon": float("nan")}),
+        ("defensive", {"window": 0}),
+        ("defensive", {"kernel": 4}),
         ("keyformer", {"temperature": 0.5}),
         ("keyformer", {"temperature": float("inf")}),
         ("keyformer", {"steps": 0}),
@@ -411,7 +433,7 @@ def test_scores_of_another_shape_are_refused(scores):
             cls(budget=4).keep(view)
 
 
-@pytest.mark.parametrize("name", ["vatp", "caote"])
+@pytest.mark.parametrize("name", ["vatp", "caote", "criticalkv"])
 def test_a_wrapper_refuses_scores_of_another_shape(name):
     class Wrong(AttentionPolicy):
         def attention_scores(self, view):
@@ -451,3 +473,58 @@ def test_the_former_spelling_swaps_and_loads_as_a_model_saved_with_it_does(tmp_p
     new = attnzoo.replace_attention(language_model(), "keydiff", budget=6, block_size=2, anchor="normalized")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, new.eval()(ids).logits)
+
+
+def test_criticalkv_keeps_the_same_for_all_heads_where_its_base_does():
+    model, ids, *_ = dense_layer(6, 2)
+    attnzoo.replace_attention(model, "criticalkv", base="tova", budget=BUDGET, block_size=BLOCK)
+    with torch.no_grad():
+        cache = cache_of(model(ids))
+    for layer in cache.layers:
+        assert torch.equal(layer.positions[:, :1].expand_as(layer.positions), layer.positions)
+
+
+def test_criticalkv_of_values_of_one_size_keeps_what_its_base_does():
+    """With epsilon 0, a projection of equal columns and values of norm 1 leave the base's order as it is."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(1, 2, 40, generator=generator, dtype=torch.float64)
+    values = torch.nn.functional.normalize(torch.randn(1, 2, 40, 1, generator=generator, dtype=torch.float64), dim=-1)
+
+    class Known(AttentionPolicy):
+        def attention_scores(self, view):
+            return scores
+
+    class Ones:
+        def weight(self, heads, values):
+            return torch.ones(2, 1, 5, dtype=torch.float64)
+
+    view = CacheView(values, values, torch.arange(40).expand(1, 2, 40), torch.tensor([40]), projection=Ones())
+    attnzoo.register_attention("known", "eviction", Known)
+    try:
+        options = {"budget": 10, "base": "known", "epsilon": 0.0}
+        kept = [build_policy(describe("criticalkv"), {**options, "first_stage": share}).keep(view) for share in (0, 1)]
+        assert torch.equal(kept[0], Known(budget=10).keep(view))
+        assert torch.equal(kept[1], kept[0])
+    finally:
+        attnzoo.unregister_attention("known")
+
+
+def test_divprune_keeps_one_key_of_each_direction():
+    """Copies of few directions, however often and long: one of each is kept before any is kept twice, the latest."""
+    directions = torch.eye(6, dtype=torch.float64)
+    which = torch.tensor([0, 0, 1, 0, 2, 2, 3, 1, 4, 0, 5, 5, 0, 0])
+    keys = (directions[which] * torch.arange(1, 15)[:, None])[None, None]
+    view = CacheView(keys, keys, torch.arange(14).view(1, 1, 14), torch.tensor([14]))
+    kept = build_policy(describe("divprune"), {"budget": 6, "recent": 0}).keep(view)[0, 0]
+    assert sorted(which[kept].tolist()) == [0, 1, 2, 3, 4, 5]
+    kept = build_policy(describe("divprune"), {"budget": 8, "recent": 2}).keep(view)[0, 0]
+    assert set(which[kept].tolist()) == {0, 1, 2, 3, 4, 5}
+    assert kept[-2:].tolist() == [12, 13]
+
+
+def test_divprune_of_more_keys_than_are_compared_at_a_time():
+    """Chunks make no difference to the nearest distance."""
+    keys = torch.nn.functional.normalize(torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    among = torch.rand(2, 300, generator=torch.Generator().manual_seed(1)) < 0.3
+    expected = (1 - keys @ keys.mT).masked_fill(torch.eye(300, dtype=torch.bool) | ~among[:, None], 9.0).amin(-1)
+    torch.testing.assert_close(nearest_distance(keys, among), expected)

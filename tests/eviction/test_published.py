@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 from attnzoo.registry import build_policy, describe
-from tests.eviction.models import POLICIES
+from tests.eviction.models import POLICIES, needed
 
 PAGE = Path(__file__).parents[2] / "docs/eviction.md"
 
@@ -15,7 +15,7 @@ def published_options() -> str:
     for name in POLICIES:
         module = importlib.import_module(describe(name).target.partition(":")[0])
         if hasattr(module, "AS_PUBLISHED"):
-            build_policy(describe(name), {"budget": 64, **module.AS_PUBLISHED})
+            build_policy(describe(name), {"budget": 64, **needed(name), **module.AS_PUBLISHED})
             told = ", ".join(f"{key}={value!r}" for key, value in module.AS_PUBLISHED.items()).replace("'", '"')
             lines.append(f"| `{name}` | `{told}` |")
     return "\n".join(lines)

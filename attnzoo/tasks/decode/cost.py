@@ -17,6 +17,7 @@ from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate, Shapes
 from attnzoo.bench.task import OnProgress, Result
 from attnzoo.bench.trace import Trace, trace
+from attnzoo.eviction.budgets import ample
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig
 from attnzoo.tasks.decode.decoder import Decoder, decode_in_turn, load_dense, policy_of, read, swapped_twin
@@ -95,7 +96,7 @@ def measure_cost(
 def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, prompts: Tensor) -> tuple[Gate, Gate]:
     """Compare, on the first tokens of a prompt, the candidate with the dense model and that with the softmax core.
 
-    A policy gets a budget past those tokens, if it has less: it then evicts nothing, and any difference is a mistake.
+    A policy gets a budget of those tokens: it then evicts nothing, and any difference is a mistake.
     Outputs of all attention layers are compared, the logits of the prompt and those of single steps after it.
     """
     ids = prompts[:1, : GATE_TOKENS + GATE_STEPS]
@@ -105,11 +106,11 @@ def check(dense: Any, layers: Sequence[str], spec: AttentionConfig | None, promp
     baseline = gates.compare(own, core, "softmax core, same weights and tokens", tolerance)
     if spec is None:
         return baseline, baseline
-    policy, oracle = policy_of(spec), "transformers' own attention and cache, same weights and tokens"
-    if policy is not None:
-        budget = max(policy.entries_at(ids.shape[1]), ids.shape[1])
-        spec = spec.model_copy(update={"options": {**spec.options, "budget": budget}})
-        oracle += f", budget {budget} of {ids.shape[1]} tokens"
+    oracle = "transformers' own attention and cache, same weights and tokens"
+    if policy_of(spec) is not None:
+        options = ample(spec.options, ids.shape[1])
+        spec = spec.model_copy(update={"options": options})
+        oracle += f", budget {options['budget']} of {ids.shape[1]} tokens"
     return gates.compare(_outputs(swapped_twin(dense, spec), layers, ids), own, oracle, tolerance), baseline
 
 

@@ -122,13 +122,14 @@ class Decoder:
             self.step_bytes = largest(self.step_bytes, size)
         if self.policy is None:
             return
-        held = max(layer.keys.shape[-2] for layer in cache.own)
-        self.most = max(self.most, held)
         waits = self.policy.schedule == "prompt" and seen == self.prompts.shape[1]
-        allowed = seen if waits else self.policy.most_at(seen)
-        self.limit = max(self.limit, seen if waits else self.policy.entries_at(seen) + self.policy.every - 1)
-        if held > allowed and not self.broken:
-            self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
+        for layer in cache.own:
+            held, policy = max(layer.entries), layer.policy
+            allowed = seen if waits else policy.most_at(seen)
+            self.most = max(self.most, held)
+            self.limit = max(self.limit, seen if waits else policy.entries_at(seen) + policy.every - 1)
+            if held > allowed and not self.broken:
+                self.broken = f"a layer held {held} entries after {seen} tokens, {allowed} are allowed"
 
     def bounded(self, gate: Gate) -> Gate:
         """Put the bound into a gate, which fails where it was broken."""

@@ -11,6 +11,7 @@ import attnzoo
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.task import OnProgress, Result
 from attnzoo.errors import AttnZooError
+from attnzoo.eviction.budgets import ample
 from attnzoo.tasks.decode import lm
 from attnzoo.tasks.decode.config import DecodeConfig
 from attnzoo.tasks.decode.decoder import load_dense, swapped_twin
@@ -73,8 +74,8 @@ def measure_retrieval(
 
 def unbounded(spec: AttentionConfig, tokens: int) -> AttentionConfig:
     """Give the same method with a budget that a text of `tokens` tokens does not fill; a core stays as it is."""
-    more = {"budget": tokens} if attnzoo.describe(spec.name).kind == "eviction" else {}
-    options = dict(sorted({**spec.options, **more}.items()))
+    evicts = attnzoo.describe(spec.name).kind == "eviction"
+    options = dict(sorted((ample(spec.options, tokens) if evicts else spec.options).items()))
     return AttentionConfig(name=spec.name, options=options, where=spec.where)
 
 
