@@ -177,9 +177,9 @@ class Retrieval(Read):
     `by_depth` says of each number asked for, prompt by prompt, how deep it was hidden and whether it was found; `low`
     and `high` are the 95% Wilson interval of the `recall`, which takes the numbers of one prompt for independent.
     `said` are the answers. `difference` is in recall, prompt by prompt; `p_value` that of McNemar's exact test over the
-    numbers asked for. `dense_recall` is the ceiling; `ratio` is recall over it (Katz et al. 1978), null where dense
-    itself finds less than `DENSE_FLOOR`. `held` says of each prompt what share of the needles' entries was still in the
-    cache once it was read.
+    numbers asked for. `dense_recall` is the ceiling, and says nothing of policies where it is below `DENSE_FLOOR`;
+    `ratio` is recall over it (Katz et al. 1978). `held` says of each prompt what share of the needles' entries was
+    still in the cache once it was read.
     """
 
     METRIC: ClassVar[str] = "numbers found %"
@@ -210,8 +210,7 @@ class Retrieval(Read):
     def against(self, dense: Self) -> Self:
         """The same with its difference and its ratio to dense, over pairs of prompts."""
         own, other = self.hits, dense.hits
-        shares = sum(own), len(own), sum(other), len(other)
-        ratio, low, high = (None, None, None) if dense.recall < DENSE_FLOOR else ratio_of_shares(*shares)
+        ratio, low, high = ratio_of_shares(sum(own), len(own), sum(other), len(other))
         update = {
             "difference": paired_difference(self.recalls, dense.recalls),
             "p_value": mcnemar(own, other),
@@ -250,9 +249,10 @@ class Retrieval(Read):
 
     @property
     def figure(self) -> str:
-        """In percent, with its interval: ``88 (76-94)``."""
+        """In percent, with its interval: ``88 (76-94)``; where dense itself fails, with dense's."""
         ends = f" ({self.low * 100:.0f}-{self.high * 100:.0f})" if bounds(self.low, self.high, len(self.hits)) else ""
-        return f"{self.recall * 100:.0f}{ends}"
+        ceiling = f", dense {self.dense_recall:.0%}" if self.dense_fails and self.difference is not None else ""
+        return f"{self.recall * 100:.0f}{ends}{ceiling}"
 
     @property
     def interval(self) -> tuple[float, float]:

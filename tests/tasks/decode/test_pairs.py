@@ -178,8 +178,9 @@ def test_a_kind_at_which_dense_itself_fails_is_flagged():
     better = asked([True] * 8, [0.75] * 8)
     judged = [better.against(dense).minus(policy.against(dense)) for dense in (good, bad)]
     assert [[cell[1] for cell in one.values()] for one in judged] == [["better", "better"], ["same", "better"]]
-    assert (policy.against(good).ratio, policy.against(bad).ratio) == (0.0, None)
-    assert (good.as_dense().ratio, bad.as_dense().ratio) == (1.0, None)
+    assert policy.against(good).figure == "0 (0-32)"
+    assert policy.against(bad).figure == "0 (0-32), dense 62%"
+    assert bad.as_dense().figure == "62 (31-86)"
     assert bad.as_dense().details["two hops to dense (95%)"].text == "dense fails"
     assert "Dense itself finds 62%, less than 75%" in bad.as_dense().remark
     assert good.as_dense().details["two hops held, %"] == "-"
