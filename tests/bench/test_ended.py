@@ -197,9 +197,9 @@ def test_an_output_that_is_a_file_is_a_sentence(tmp_path, capsys, task, folder):
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
-    from attnzoo.bench import record
+    from attnzoo.bench import store
 
-    append, room = record.append_line, 1
+    append, room = store.append_line, 1
 
     def full(path, entry):
         nonlocal room
@@ -208,7 +208,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
         room -= 1
         append(path, entry)
 
-    monkeypatch.setattr(record, "append_line", full)
+    monkeypatch.setattr(store, "append_line", full)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run")), encoding="utf-8")
     assert bench.main([str(path)]) == 1
