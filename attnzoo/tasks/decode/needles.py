@@ -55,8 +55,8 @@ SYNONYMS = tuple(tuple(pair.split(":")) for pair in _SYNONYMS.split())
 
 # All words were chosen on the dense SmolLM2-135M-Instruct alone, those of the first three kinds among five wordings,
 # with and without the chat template (8 prompts of 2,000 tokens of each: 8 of 8, 8 of 8 and 13 of 24 numbers found). Of
-# a few prompts of 1,200 tokens it finds nearly all that the other kinds ask for, but for `tracking` and `synonym`, which
-# it followed in no wording that was tried.
+# a few prompts of 1,200 tokens it finds nearly all that the other kinds ask for, but for `tracking` and `synonym`: it
+# followed them in no wording that was tried.
 INSTRUCTION = "A special magic number is hidden within the following text. Remember it: you will be asked for it."
 SEVERAL = "Some numbers are hidden within the following text. Remember them: you will be asked for them."
 NEEDLE = "The special magic number for {} is {}."
