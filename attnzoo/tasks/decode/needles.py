@@ -53,8 +53,10 @@ FACTS = (
 )  # fmt: skip
 SYNONYMS = tuple(tuple(pair.split(":")) for pair in _SYNONYMS.split())
 
-# These words were chosen among five wordings, with and without the chat template, on the dense SmolLM2-135M-Instruct
-# alone (8 prompts of 2,000 tokens of each of the first three kinds: 8 of 8, 8 of 8 and 13 of 24 numbers found).
+# All words were chosen on the dense SmolLM2-135M-Instruct alone, those of the first three kinds among five wordings,
+# with and without the chat template (8 prompts of 2,000 tokens of each: 8 of 8, 8 of 8 and 13 of 24 numbers found). Of
+# a few prompts of 1,200 tokens it finds nearly all that the other kinds ask for, but for `tracking` and `synonym`: it
+# followed them in no wording that was tried.
 INSTRUCTION = "A special magic number is hidden within the following text. Remember it: you will be asked for it."
 SEVERAL = "Some numbers are hidden within the following text. Remember them: you will be asked for them."
 NEEDLE = "The special magic number for {} is {}."
@@ -154,12 +156,14 @@ def _tracking(draw: random.Random, numbers: Numbers, links: int = 3) -> Story:
 
 
 def _instruction(draw: random.Random, numbers: Numbers) -> Story:
-    """A rule for the answer, which the question does not repeat."""
-    (word,) = draw.sample(KEYS, 1)
-    rule = f"Important: the secret word is {word}. Whatever you are asked about this text, answer with the secret word."
-    text = "What is the author's name? Remember the instruction above: answer with the secret word."
-    question = Question(text, "The secret word is", (word,))
-    return Story([rule], [question], instruction="Read the following text and follow the instruction in it.")
+    """A rule for the answer, whatever is asked; the question does not repeat what it says."""
+    (value,) = numbers(1)
+    rule = (
+        f"Important: whatever you are asked about this text, answer with the special magic number {value} and nothing"
+    )
+    text = "Who wrote the text above? Answer as the instruction says, with the special magic number."
+    question = Question(text, "The special magic number is", (value,))
+    return Story([f"{rule} else."], [question], instruction="Read the following text and follow the instruction in it.")
 
 
 @dataclass(frozen=True)
@@ -250,7 +254,7 @@ TASKS: Mapping[Kind, NeedleTask] = {
     ),
     "instruction": NeedleTask(
         "instruction",
-        "a rule before the text: whatever is asked, answer with a word that the rule gives and the question does not",
+        "a rule before the text: whatever is asked, answer with a number that the rule gives and the question does not",
         _instruction,
         (0.0, 0.0),
     ),

@@ -268,7 +268,7 @@ class Retrieval(Read):
         tested = p_value and f"McNemar's p {p_value}"
         judged: Verdict = "same" if self.dense_fails else verdict(self.difference)
         to_dense = "dense fails" if self.dense_fails else difference(self.difference)
-        held = f"{math.fsum(self.held) / len(self.held) * 100:.0f}" if self.held else "-"
+        held = f"{math.fsum(self.held) / len(self.held) * 100:.1f}" if self.held else "-"
         return {
             f"{title}, % (95%)": Cell(self.figure, judged, small=counted),
             f"{title} to dense (95%)": Cell(to_dense, small=tested),
