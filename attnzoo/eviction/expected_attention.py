@@ -13,7 +13,8 @@ none, is refused at the swap. The mean and variance of k_j R q over the queries 
 
 Differs from the paper: it takes the statistics from all tokens of the prompt but the first few; here from the last
 `window` queries, whose rotation is reverted. Evicts after each block of `block_size` tokens, in decoding too. Query
-heads that share a key/value head are averaged, as in kvpress. A soft cap on the logits is left out.
+heads that share a key/value head are averaged, as in kvpress. Half the budget is kept for recent entries by default,
+for that loses less; ``recent=0`` is the paper's. A soft cap on the logits is left out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from attnzoo.eviction.layer_data import Rotary
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, wide
 from attnzoo.eviction.weights import attention_logits
 
-AS_PUBLISHED = {"schedule": "prompt"}
+AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,10 @@ class ExpectedAttention(AttentionPolicy):
     def default_sink(self) -> int:
         """As in the authors' code."""
         return 4
+
+    def default_recent(self, sink: int) -> int:
+        """Half the budget."""
+        return int(self.budget) // 2
 
     def attention_scores(self, view: CacheView) -> Tensor:
         """The expected attention, which sums to 1 for each query head.

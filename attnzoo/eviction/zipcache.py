@@ -8,7 +8,9 @@ https://arxiv.org/abs/2405.14256
 Differs from the paper: it ranks entries by this to quantize the lower ones to fewer bits; here those are evicted. Its
 probes are recent and random tokens, a twentieth of the prompt each; here they are the last `window` queries, which is
 what is left of them at an eviction. The authors' code divides by the number of all queries that could see an entry, not
-of probes. The attention is that over the entries still there, after each block of `block_size` tokens.
+of probes. The attention is that over the entries still there, after each block of `block_size` tokens. Half the budget
+is kept for recent entries by default, as in `h2o`, for that loses less; the paper, which evicts nothing, has no such
+window.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from attnzoo.checks import check_int
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
-AS_PUBLISHED = {"schedule": "prompt"}
+AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class ZipCache(AttentionPolicy):
         Number of last queries that are asked.
     """
 
-    window: int = 64
+    window: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +45,10 @@ class ZipCache(AttentionPolicy):
     def queries_kept(self) -> int:
         """The window."""
         return self.window
+
+    def default_recent(self, sink: int) -> int:
+        """Half the budget."""
+        return int(self.budget) // 2
 
     def attention_scores(self, view: CacheView) -> Tensor:
         """What an entry got from the window's queries that see it, per query."""

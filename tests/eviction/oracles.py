@@ -37,9 +37,9 @@ def pooled(row, kernel=7):
     return [max(row[max(0, j - half) : j + half + 1]) for j in range(len(row))]
 
 
-def zipcache(row, window=64, aggregate="mean"):
+def zipcache(row, window=128, aggregate="mean"):
     seen = torch.arange(len(row.keys), 0, -1).clamp(max=window)  # of the window's queries, those that see each entry
-    return AGGREGATE[aggregate](row.attention[:, -window:].sum(1) / seen).tolist(), 0, 0
+    return AGGREGATE[aggregate](row.attention[:, -window:].sum(1) / seen).tolist(), 0, row.budget // 2
 
 
 def noisy_sums(attention, heads, temperature=2.0, steps=1024, seed=0):
@@ -56,7 +56,7 @@ def noisy_sums(attention, heads, temperature=2.0, steps=1024, seed=0):
 def keyformer(row, normalize=True, aggregate="mean", **how):
     sums = noisy_sums(row.attention, row.heads, **how)
     seen = torch.arange(len(row.keys), 0, -1) if normalize else 1
-    return AGGREGATE[aggregate](sums / seen).tolist(), 0, row.budget * 3 // 10
+    return AGGREGATE[aggregate](sums / seen).tolist(), 0, row.budget // 2
 
 
 def lagkv(row, lag=None):
@@ -93,7 +93,7 @@ def lsh(row, bits=16, seed=0):
     drawn = [[noise.normal(seed, 0, row.kv_head, d, b) for b in range(bits)] for d in range(width)]
     codes, *asked = (x @ torch.tensor(drawn, dtype=x.dtype) >= 0 for x in (row.keys, *row.queries[:, -1:]))
     differ = [sum(int((code != query[0]).sum()) for query in asked) for code in codes]
-    return [-n / len(asked) for n in differ], 0, 0
+    return [-n / len(asked) for n in differ], 4, row.budget // 2
 
 
 def averaged(row, kernel):
@@ -136,7 +136,7 @@ def criticalkv(row, base="h2o", base_options=None, first_stage=0.5, epsilon=1e-4
 
 
 def divprune(row, recent=None):
-    recent = row.budget // 5 if recent is None else recent
+    recent = row.budget // 2 if recent is None else recent
     entries = len(row.keys)
     distance = (1 - torch.cosine_similarity(row.keys[:, None], row.keys, dim=-1)).tolist()
     chosen = list(range(entries - recent, entries))
@@ -170,9 +170,9 @@ def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0
             logits = logits + (row.keys @ spread * row.keys).sum(-1) / width / 2
         found.append(logits.softmax(-1))
     scores = AGGREGATE[aggregate](torch.stack(found)) + epsilon
-    return (scores * row.values.norm(dim=-1)).tolist(), 4, 0
+    return (scores * row.values.norm(dim=-1)).tolist(), 4, row.budget // 2
 
 
 def qfilters(row, filters, recent=None):
     direction = Directions.load(filters).layers[0][row.kv_head].to(row.keys)
-    return [float(key @ direction) for key in row.keys], 0, row.budget // 5 if recent is None else recent
+    return [float(key @ direction) for key in row.keys], 0, row.budget // 2 if recent is None else recent

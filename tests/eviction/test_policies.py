@@ -82,7 +82,7 @@ def oracle(name, options, keys, values, attention, kv_head, groups, queries, rot
         if base == "keyformer":
             accumulated = noisy_sums(attention, range(len(attention))) / seen
         own = {"tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}.get(base, accumulated)
-        recent = {"h2o": BUDGET // 2, "keyformer": BUDGET * 3 // 10, "scissorhands": 10}.get(base, 0)
+        recent = {"tova": 0, "scissorhands": 10}.get(base, BUDGET // 2)
         chosen = range(len(own)) if base == "tova" else range(*heads.indices(99))
         of_head = [values[head // groups] for head in range(len(own))]
     if name == "vatp":
@@ -286,16 +286,18 @@ def test_protection():
     assert build_policy(describe("keydiff"), {"budget": 4}).protected == (0, 0)
     assert build_policy(describe("vatp"), {"budget": 16}).protected == (0, 8)
     assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    assert build_policy(describe("keyformer"), {"budget": 100}).protected == (0, 30)
+    assert build_policy(describe("keyformer"), {"budget": 100}).protected == (0, 50)
     assert build_policy(describe("lagkv"), {"budget": 100}).protected == (4, 25)
     assert build_policy(describe("lagkv"), {"budget": 2048}).protected == (4, 128)
-    assert build_policy(describe("expected_attention"), {"budget": 100}).protected == (4, 0)
+    assert build_policy(describe("expected_attention"), {"budget": 100}).protected == (4, 50)
+    assert build_policy(describe("lsh"), {"budget": 6}).protected == (3, 3)
+    assert build_policy(describe("zipcache"), {"budget": 100}).protected == (0, 50)
     assert build_policy(describe("rkv"), {"budget": 100}).protected == (0, 8)
     assert build_policy(describe("defensive"), {"budget": 100}).protected == (0, 32)
     assert build_policy(describe("criticalkv"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 20)
-    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 20)
-    for name in ("tova", "zipcache", "knorm", "lsh", "random"):
+    assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 50)
+    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 50)
+    for name in ("tova", "knorm", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
     assert build_policy(describe("h2o"), {"budget": 10, "sink": 10}).protected == (10, 0)
