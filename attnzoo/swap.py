@@ -523,7 +523,7 @@ def _shared_out(
     if budgets is None:
         policies = share_out(bounded.policy, [site.shape for site in sites])
     elif len(budgets) == len(sites):
-        policies = [replace(bounded.policy, budget=budget) for budget in budgets]
+        policies = [bounded.policy.changed(budget=budget) for budget in budgets]
     else:
         raise OptionError(f"budget lists {len(budgets)} numbers, and the layers to swap are {len(sites)}")
     plans = []

@@ -18,7 +18,7 @@ layer gets at least one entry more than `sink` and `recent` that the user gives.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class LayerShape:
         A store is asked, on PyTorch's meta device.
         """
         kind = "adaptive" if policy.budgets == "adaptive" else "uniform"
-        store = store_for(replace(policy, budget=AMPLE, budgets=kind, profile=None), self.index)
+        store = store_for(policy.changed(budget=AMPLE, budgets=kind, profile=None), self.index)
         q = torch.empty(1, self.heads, 1, self.key_width, dtype=self.dtype, device="meta")
         k, v = (q.new_empty(1, self.kv_heads, 1, width) for width in (self.key_width, self.value_width))
         store.start(q, k, v, None, None)
@@ -128,7 +128,7 @@ def share_out(policy: Policy, layers: Sequence[LayerShape | None]) -> list[Polic
             _whole(amounts, costs, total) if policy.budgets in ("pyramid", "measured") else list(map(int, amounts))
         )
     kind = "adaptive" if policy.budgets == "adaptive" else "uniform"
-    return [replace(policy, budget=budget, budgets=kind, profile=None) for budget in budgets]
+    return [policy.changed(budget=budget, budgets=kind, profile=None) for budget in budgets]
 
 
 def ample(options: Mapping[str, Any], tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         directions = calibrate(*model_and_tokens(parsed), window=parsed.window)
+        directions = replace(directions, model=replace(directions.model, name=parsed.model))
         directions.save(parsed.out)
         print(f"{parsed.out}: {len(directions.layers)} layers of {directions.model.name}, {directions.tokens:,} tokens")
         return 0

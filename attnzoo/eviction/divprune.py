@@ -12,8 +12,8 @@ An eviction chooses entries one after the other, a small operation on all entrie
 policies that score them all at once.
 
 Differs from the paper: it prunes the tokens of an image once, before the language model, by their embeddings; here
-keys, of whatever token, after each block. The most recent entries take a fifth of the budget by default, as for
-`keydiff`, which also looks at the directions of keys alone; ``recent=0`` is the paper's rule.
+keys, of whatever token, after each block. The most recent entries take half the budget by default, for that loses less;
+``recent=0`` is the paper's rule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
-RECENT_SHARE = 5
 AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
 _CHUNK = 256  # entries whose distances to all others are held at a time
 
@@ -36,8 +35,8 @@ class DivPrune(Policy):
     """Distance of a key from those already chosen."""
 
     def default_recent(self, sink: int) -> int:
-        """A fifth of the budget."""
-        return int(self.budget) // RECENT_SHARE
+        """Half the budget."""
+        return int(self.budget) // 2
 
     def score(self, view: CacheView) -> Tensor:
         """The order in which entries are chosen, the first the highest; 0 for those that are not."""

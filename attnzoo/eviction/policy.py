@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +15,9 @@ from torch import Tensor
 from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
+from attnzoo.eviction.layer_profile import Profile
 from attnzoo.eviction.weights import attention_weights
 from attnzoo.units import parse_bytes
-
-if TYPE_CHECKING:
-    from attnzoo.eviction.layer_profile import Profile
 
 Scope = Literal["head", "layer"]
 SCHEDULES = ("block", "prompt", "step")
@@ -184,7 +183,9 @@ class Policy(ABC):
                 "budgets='measured' needs profile=, a file that is made once for a model: "
                 "python -m attnzoo.eviction.profile MODEL TEXT --out FILE"
             )
-        if self.budgets != "measured" and self.profile is not None:
+        if self.budgets == "measured":
+            Profile.of(self.profile)  # so that a bad file is refused at once
+        elif self.profile is not None:
             raise OptionError(f"profile= is for budgets='measured', and budgets is {self.budgets!r}")
         if self.budgets == "adaptive":
             why = self.not_adaptive()
@@ -222,7 +223,15 @@ class Policy(ABC):
 
     def at(self, count: int) -> Self:
         """The policy with its budget as a number of entries, for a row that has seen `count` real tokens."""
-        return replace(self, budget=self.entries_at(count)) if isinstance(self.budget, float) else self
+        return self.changed(budget=self.entries_at(count)) if isinstance(self.budget, float) else self
+
+    def changed(self, **values: Any) -> Self:
+        """A policy with other values of its fields, checked anew, whatever its constructor takes."""
+        other = object.__new__(type(self))
+        kept = {k: v for k, v in vars(self).items() if not isinstance(getattr(type(self), k, None), cached_property)}
+        other.__dict__.update(kept | values)
+        other.__post_init__()
+        return other
 
     @property
     def every(self) -> int:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def _curve(store: Store) -> LayerCurve:
         left = left / left.sum(-1, keepdim=True).clamp_min(1e-30)
         there = values.gather(2, kept[..., None].expand(-1, -1, -1, values.shape[-1]))
         error = (left @ there[:, :, None] - whole).square().sum() / whole.square().sum().clamp_min(1e-30)
-        errors.append(min(float(error), 1.0))
+        errors.append(round(min(float(error), 1.0), 6))
     return LayerCurve(store.layer, view.kv_heads, tuple(errors))
 
 
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
     def body() -> int:
-        profile = profile_layers(*model_and_tokens(parsed))
+        profile = replace(profile_layers(*model_and_tokens(parsed)), model=parsed.model)
         profile.save(parsed.out)
         print(f"{parsed.out}: {len(profile.layers)} layers of {profile.model}, measured on {profile.tokens:,} tokens")
         return 0

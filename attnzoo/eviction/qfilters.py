@@ -9,8 +9,7 @@ https://arxiv.org/abs/2503.02812
 Only keys are looked at, so any fast attention will do. The directions are made once per model, see
 `attnzoo.eviction.calibrate`.
 
-The most recent entries take a fifth of the budget by default, as for `keydiff`, which loses less; ``recent=0`` leaves
-all to the score.
+The most recent entries take half the budget by default, for that loses less; ``recent=0`` leaves all to the score.
 
 Differs from the paper: evicts after each block of `block_size` tokens, in the prompt too.
 """
@@ -29,7 +28,6 @@ from attnzoo.eviction.directions import MAKE, Directions
 from attnzoo.eviction.layer_data import LayerData
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
-RECENT_SHARE = 5
 AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
 
 
@@ -80,8 +78,8 @@ class QFilters(Policy):
         self.directions.check_layer(data)
 
     def default_recent(self, sink: int) -> int:
-        """A fifth of the budget."""
-        return int(self.budget) // RECENT_SHARE
+        """Half the budget."""
+        return int(self.budget) // 2
 
     def score(self, view: CacheView) -> Tensor:
         """Keys projected on the directions of their heads."""

@@ -104,7 +104,7 @@ class BoundedAttention:
         return self._apart(store, q, k, v, padding, options)
 
     def _together(self, store: AnyStore, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        """All rows take the same steps, and need no mask."""
+        """All rows take the same steps."""
         parts = []
         start = 0
         while start < q.shape[2]:

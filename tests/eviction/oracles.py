@@ -136,7 +136,7 @@ def criticalkv(row, base="h2o", base_options=None, first_stage=0.5, epsilon=1e-4
 
 
 def divprune(row, recent=None):
-    recent = row.budget // 5 if recent is None else recent
+    recent = row.budget // 2 if recent is None else recent
     entries = len(row.keys)
     distance = (1 - torch.cosine_similarity(row.keys[:, None], row.keys, dim=-1)).tolist()
     chosen = list(range(entries - recent, entries))
@@ -175,4 +175,4 @@ def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0
 
 def qfilters(row, filters, recent=None):
     direction = Directions.load(filters).layers[0][row.kv_head].to(row.keys)
-    return [float(key @ direction) for key in row.keys], 0, row.budget // 5 if recent is None else recent
+    return [float(key @ direction) for key in row.keys], 0, row.budget // 2 if recent is None else recent

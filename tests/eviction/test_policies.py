@@ -296,8 +296,8 @@ def test_protection():
     assert build_policy(describe("rkv"), {"budget": 10}).protected == (0, 8)
     assert build_policy(describe("defensive"), {"budget": 100}).protected == (0, 32)
     assert build_policy(describe("criticalkv"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
-    assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 20)
-    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 20)
+    assert build_policy(describe("divprune"), {"budget": 100}).protected == (0, 50)
+    assert build_policy(describe("qfilters"), {"budget": 100, **needed("qfilters")}).protected == (0, 50)
     for name in ("tova", "knorm", "random"):
         assert build_policy(describe(name), {"budget": 100}).protected == (0, 0)
     assert build_policy(describe("keydiff"), {"budget": 10, "sink": 4, "recent": 6}).protected == (4, 6)
