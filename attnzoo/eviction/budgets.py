@@ -97,7 +97,7 @@ def share_out(policy: Policy, layers: Sequence[LayerShape | None]) -> list[Polic
     OptionError
         If the bytes are too few, or shapes that are needed are not known, or the profile is of another model.
     """
-    if policy.budgets in ("uniform", "adaptive") and not isinstance(policy.budget, str):
+    if not policy.by_layer:
         return [policy] * len(layers)
     shapes = [layer for layer in layers if layer is not None]
     if len(shapes) < len(layers):

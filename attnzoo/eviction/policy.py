@@ -213,6 +213,11 @@ class Policy(ABC):
         return max(1, self.pinned, int(self.budget * count))
 
     @property
+    def by_layer(self) -> bool:
+        """Whether only the swap can tell what a layer gets."""
+        return isinstance(self.budget, str) or self.budgets in ("pyramid", "measured")
+
+    @property
     def pinned(self) -> int:
         """Entries that `sink` and `recent`, where the user gives them, protect."""
         return (self.sink or 0) + (self.recent or 0)

@@ -124,7 +124,9 @@ class Decoder:
             return
         waits = self.policy.schedule == "prompt" and seen == self.prompts.shape[1]
         for layer in cache.own:
-            held, policy = max(layer.entries), layer.policy
+            held, policy = max(layer.entries), self.policy
+            if policy.by_layer:
+                policy = layer.policy
             allowed = seen if waits else policy.most_at(seen)
             self.most = max(self.most, held)
             self.limit = max(self.limit, seen if waits else policy.entries_at(seen) + policy.every - 1)
