@@ -68,7 +68,7 @@ class Directions:
             Without safetensors.
         """
         require("safetensors", extra="llm")
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         told = {
@@ -82,7 +82,7 @@ class Directions:
             raise AssetError(f"directions cannot be written to {str(path)!r}, a folder: name a file in it")
         try:
             with files.atomic(path) as part:
-                save_file({f"{_LAYER}{i}": x.float().cpu().contiguous() for i, x in self.layers.items()}, part, told)
+                part.write_bytes(save({f"{_LAYER}{i}": x.float().cpu() for i, x in self.layers.items()}, told))
         except OSError as error:
             raise AssetError(f"directions cannot be written to {str(path)!r}: {error.strerror or error}") from error
 

@@ -12,7 +12,7 @@ is looked at, so any fast attention will do.
 
 Differs from the paper: it takes a share of each part once and leaves what was kept alone, so that its cache grows with
 the text; here what was kept is cut into parts again at each eviction, and of entries of equal rank the later stays. The
-parts are a quarter of a small budget, for with parts of 128 it would keep nothing but recent entries. A channel that is
+parts are a third of a small budget, for with parts of 128 it would keep nothing but recent entries. A channel that is
 the same throughout the next part is divided by the smallest step of the number format, not by 0.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from attnzoo.checks import check_int
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
-LAG, LAG_SHARE = 128, 4  # the paper's; one part in so many of the budget
+LAG, LAG_SHARE = 128, 3  # the paper's; one part in so many of the budget
 AS_PUBLISHED = {"sink": 16, "lag": 128, "schedule": "prompt"}
 
 
@@ -37,7 +37,7 @@ class LagKV(Policy):
     Parameters
     ----------
     lag
-        Entries of a part, at least 2. None is 128, but at most a quarter of the budget.
+        Entries of a part, at least 2. None is 128, but at most a third of the budget.
     """
 
     lag: int | None = None

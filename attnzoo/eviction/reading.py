@@ -117,4 +117,5 @@ def model_and_tokens(parsed: argparse.Namespace) -> tuple[Any, Sequence[int]]:
         model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot load {parsed.model!r}: {error}") from error
+    model.config._name_or_path = parsed.model  # what the file calls it: not where an asset lies on this machine
     return model.eval(), tokenizer(text)["input_ids"][: parsed.tokens]

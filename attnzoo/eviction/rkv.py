@@ -7,7 +7,8 @@ Paper: Cai et al., R-KV: Redundancy-aware KV Cache Compression for Reasoning Mod
     s_j = weight * I_j - (1 - weight) * R_j        (the softmax of I is over the entries before the window, which stays)
 
 Differs from the paper: evicts after each block of `block_size` tokens, in the prompt too; neighbors in the pooling are
-neighbors in the cache. For an i with no similar key nothing is set to 0; the authors' code sets the first entry's.
+neighbors in the cache. For an i with no similar key nothing is set to 0; the authors' code sets the first entry's. Half
+the budget is kept for recent entries by default, for that loses less; the paper keeps the window.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attnzoo.eviction.policy import CacheView, Policy, wide
 from attnzoo.eviction.weights import attention_logits, visible_softmax
 
 ROWS = 256  # of the matrix of cosines, made at a time
-AS_PUBLISHED = {"schedule": "prompt"}
+AS_PUBLISHED = {"recent": 8, "schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class RKV(Policy):
     Parameters
     ----------
     window
-        Number of last queries that are asked; as many recent entries are kept.
+        Number of last queries that are asked; as many recent entries have the highest score.
     kernel
         Width of the max-pooling, odd.
     weight
@@ -65,8 +66,8 @@ class RKV(Policy):
         return False
 
     def default_recent(self, sink: int) -> int:
-        """The window."""
-        return self.window
+        """Half the budget, or the window if that is more."""
+        return max(int(self.budget) // 2, self.window)
 
     def score(self, view: CacheView) -> Tensor:
         """Importance less redundancy, weighted; as high as can be inside the window."""

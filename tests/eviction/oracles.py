@@ -60,7 +60,7 @@ def keyformer(row, normalize=True, aggregate="mean", **how):
 
 
 def lagkv(row, lag=None):
-    lag = row.budget // 4 if lag is None else lag
+    lag = row.budget // 3 if lag is None else lag
     ranks = []
     for start in range(4, len(row.keys) - 2 * lag + 1, lag):
         total = torch.zeros(lag, dtype=row.keys.dtype)
@@ -85,7 +85,7 @@ def rkv(row, window=8, kernel=7, weight=0.1, threshold=0.5):
         sums += cosines
     redundancy = (sums / entries).softmax(-1).tolist()
     before = [weight * a - (1 - weight) * b for a, b in zip(importance, redundancy, strict=False)]
-    return before + [1.0] * window, 0, window
+    return before + [1.0] * window, 0, row.budget // 2
 
 
 def lsh(row, bits=16, seed=0):

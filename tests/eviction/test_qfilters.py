@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +230,16 @@ def test_the_command(tmp_path, capsys):
         said = capsys.readouterr().err
         assert re.search(message, said), said
         assert "Traceback" not in said
+
+
+def test_the_committed_file_is_of_smollm2():
+    """Of each layer and head, unit vectors averaged over 3 query heads, made without a path of the machine in it."""
+    directions = Directions.load(
+        Path(__file__).parents[2] / "configs/decode/directions/smollm2_135m_instruct.safetensors"
+    )
+    assert directions.model.name == "smollm2_135m_instruct"
+    assert sorted(directions.layers) == list(range(30))
+    for found in directions.layers.values():
+        assert found.shape == (3, 64)
+        assert (found.norm(dim=-1) <= 1 + 1e-6).all()
+    assert directions.tokens == 16_384
