@@ -23,6 +23,14 @@ MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft")
 MOVES = frozenset({"_to_copy", "_unsafe_view", "cat", "clone", "copy_", "detach", "empty", "empty_like", "fill_",
                    "new_empty", "zeros"})  # fmt: skip
 """Operators of ATen that only make or move data, besides the views."""
+FUSED = (
+    "flash_attention_for_cpu",
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+    "fused_attention_overrideable",
+)
+"""Backends of torch's attention. Up to torch 2.11 its own formulas refuse grouped queries, where these count them."""
 
 
 def _convolution_backward(
@@ -60,9 +68,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     aten = torch.ops.aten
     own: dict[str, Callable[..., int]] = {
         "convolution_backward": _convolution_backward,
-        "_scaled_dot_product_flash_attention_for_cpu": _attention,
-        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-        "_scaled_dot_product_fused_attention_overrideable": _attention,
+        **{f"_scaled_dot_product_{backend}": _attention for backend in FUSED},
+        **{f"_scaled_dot_product_{backend}_backward": _attention_backward for backend in FUSED},
         "_cdist_forward": _distances,
         "_euclidean_dist": _euclidean,
     }

@@ -52,6 +52,17 @@ def test_every_fused_operator_of_every_device_has_a_formula():
             assert getattr(aten, operator) in {**flop_registry, **FORMULAS}
 
 
+@pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn"])
+def test_grouped_queries_of_a_gpu_are_counted_as_all_heads(backend):
+    """Which torch's own formulas refuse up to 2.11."""
+    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{backend}_attention")
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{backend}_attention_backward")
+    q, k, v = (B, 6, N, D), (B, 2, 3 * N, D), (B, 2, 3 * N, 5)
+    product = 2 * B * 6 * N * 3 * N
+    assert FORMULAS[forward](q, k, v, None, out_val=None) == product * (D + 5)
+    assert FORMULAS[backward](q, q, k, v, None, out_val=None) == product * (3 * D + 2 * 5)
+
+
 def test_gradients_of_flash_attention_are_counted_by_hand():
     """Backward, the scores are computed again: five products of the size of each of the two of the forward."""
     flash = trace(lambda: sdpa(SDPBackend.FLASH_ATTENTION, grad=True).sum().backward())

@@ -39,7 +39,7 @@ def test_a_gpu_keeps_what_a_cpu_keeps(name, options):
     logits, held = read(model, ids, DEVICE)
     for own, other in zip(held, kept, strict=True):
         assert torch.equal(own, other)
-    torch.testing.assert_close(logits, expected, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # rotary angles are of float32
 
 
 @pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(128, 1152, 8), (65, 300, 2), (128, 640, 1)])
