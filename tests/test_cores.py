@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnzoo
+from attnzoo.bench.trace import trace
 from attnzoo.cores.flash import Flash
 from attnzoo.cores.softmax import Softmax
 from attnzoo.errors import MissingExtraError, OptionError, ShapeError, UnsupportedError
@@ -281,6 +282,8 @@ def test_sdpa_leaves_a_later_block_to_flash_attention_without_a_mask(monkeypatch
     made = []
     monkeypatch.setattr("attnzoo.cores.sdpa.with_causal", lambda *args: made.append(args))
     monkeypatch.setattr("attnzoo.cores.sdpa._flash_runs", lambda *args: True)  # as on a GPU
-    out = build_core(describe("sdpa"), {})(q, k, v, causal=True)
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    core = build_core(describe("sdpa"), {})
+    torch.testing.assert_close(core(q, k, v, causal=True).double(), expected, atol=1e-5, rtol=1e-5)
+    traced = trace(lambda: core(q, k, v, causal=True))  # as before it is timed
+    assert traced.flops == 2 * q.numel() * keys * 2
     assert not made

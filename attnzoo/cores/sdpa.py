@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnzoo.checks import check_mask, check_qkv
 from attnzoo.cores.masks import with_causal
@@ -66,7 +67,8 @@ def torch_sdpa(
     if causal and queries == 1:
         causal = False  # the one query is the last: it sees every key
     if causal and mask is None and queries < keys and _flash_runs(q, k, v, dropout):
-        bias = causal_lower_right(queries, keys)  # FlashAttention lines up the ends by itself: no mask is made
+        with _disable_current_modes():  # under one, as of a FLOP counter, torch cannot make this object
+            bias = causal_lower_right(queries, keys)  # FlashAttention lines up the ends by itself: no mask is made
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
