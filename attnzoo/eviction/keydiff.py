@@ -9,6 +9,8 @@ less; ``recent=0`` is its base method.
 
 Differs from the paper: its experiments take the mean of the raw keys, which it finds as good; that is ``anchor="raw"``,
 and the default here is the equation's. The keys are those after rotary embedding, which the paper does not say.
+Cosines are rounded to steps of a millionth, so that rounding does not choose between equal ones, as those of two
+entries to their own mean are: the later entry stays.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from attnzoo.checks import check_choice, renamed_choice
 from attnzoo.eviction.policy import CacheView, Policy, wide
 
 RECENT_SHARE = 5
+STEPS = 2**20  # to each unit of the cosine
 AS_PUBLISHED = {"anchor": "raw", "recent": 0}
 
 
@@ -52,8 +55,8 @@ class KeyDiff(Policy):
         return int(self.budget) // RECENT_SHARE
 
     def score(self, view: CacheView) -> Tensor:
-        """Minus the cosine with the anchor."""
+        """Minus the cosine with the anchor, in steps."""
         keys = wide(view.keys)
         directions = F.normalize(keys, dim=-1)
         anchor = (directions if self.anchor == "normalized" else keys).mean(2, keepdim=True)
-        return -(directions * F.normalize(anchor, dim=-1)).sum(-1)
+        return -((directions * F.normalize(anchor, dim=-1)).sum(-1) * STEPS).round()

@@ -763,3 +763,13 @@ def test_batch_operations():
         cache.reset()
         assert cache.get_seq_length() == 0
         torch.testing.assert_close(model(ids, **{CACHE: cache}).logits[:, 27:], expected)
+
+
+@pytest.mark.parametrize("anchor", ["normalized", "raw"])
+@pytest.mark.parametrize("seed", range(4))
+def test_two_entries_that_are_as_far_from_their_mean_are_not_told_apart_by_rounding(anchor, seed):
+    def read(cuts):
+        model = bounded("keydiff", seed=1, budget=0.01, block_size=1, recent=0, anchor=anchor)
+        return feed(model, token_ids(1, 9, seed), cuts, [[0]] * len(cuts))[0]
+
+    torch.testing.assert_close(read([[9]]), read([[2], *[[1]] * 7]), atol=1e-9, rtol=1e-9)
