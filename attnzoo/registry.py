@@ -375,6 +375,12 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "VATP, https://arxiv.org/abs/2406.12335",
     ),
     _policy(
+        "auto",
+        "Auto",
+        "The policy that lost least in the comparison of this project: CAOTE over H2O.",
+        "CAOTE, https://arxiv.org/abs/2504.14051",
+    ),
+    _policy(
         "caote",
         "Caote",
         "Keeps the entries whose eviction would change the attention output most, by the scores of a base policy.",

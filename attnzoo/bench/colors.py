@@ -12,7 +12,7 @@ METHODS = {
     "padre": "#C2185B", "conv2former": "#E69F00", "hyena": "#00695C", "sima": "#5E35B1", "linear_angular": "#8D6E63",
     "mamba": "#2E7D32", "conv": "#0277BD", "mlp_mixer": "#AD8B00", "pooling": "#546E7A",
     "streaming": "#2F7F2F", "h2o": "#6A3D9A", "tova": "#17A2A2", "snapkv": "#B15928", "scissorhands": "#A6A000",
-    "knorm": "#4682B4", "keydiff": "#1F78B4", "random": "#E6550D", "vatp": "#C71585", "caote": "#843C39",
+    "knorm": "#4682B4", "keydiff": "#1F78B4", "random": "#E6550D", "vatp": "#C71585", "caote": "#843C39", "auto": "#5E2B29",
     "dropkv": "#9C6B00", "zipcache": "#3F7CAC",
     "keyformer": "#7E57C2", "lagkv": "#00838F", "rkv": "#AD5C2B", "lsh": "#5D7A12",
     "expected_attention": "#B0356B",

@@ -78,7 +78,7 @@ def oracle(name, options, keys, values, attention, kv_head, groups, queries, rot
     aggregate = AGGREGATE[options.get("aggregate", "mean")]
     seen = torch.arange(BLOCK, 0, -1)  # queries that have seen each entry
     accumulated = attention.sum(1) / (seen if options.get("normalize", True) else 1)
-    if name in ("vatp", "caote"):
+    if name in ("vatp", "caote", "auto"):
         if base == "keyformer":
             accumulated = noisy_sums(attention, range(len(attention))) / seen
         own = {"tova": attention[:, -1], "scissorhands": attention[:, -32:].mean(1)}.get(base, accumulated)
@@ -88,7 +88,7 @@ def oracle(name, options, keys, values, attention, kv_head, groups, queries, rot
     if name == "vatp":
         products = [own[head] * of_head[head].abs().sum(-1) for head in chosen]
         return aggregate(torch.stack(products)).tolist(), 0, recent
-    if name == "caote":
+    if name in ("caote", "auto"):
         squares = []
         for head in chosen:
             share = own[head][None] / own[head].sum()

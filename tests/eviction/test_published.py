@@ -24,4 +24,4 @@ def published_options() -> str:
 def test_the_options_as_published_are_those_of_the_files():
     listed = PAGE.read_text(encoding="utf-8").partition("<!-- published:begin -->\n")[2]
     assert listed.partition("\n<!-- published:end -->")[0] == published_options()
-    assert set(POLICIES) - {line.split("`")[1] for line in published_options().splitlines()[2:]} == {"random"}
+    assert set(POLICIES) - {line.split("`")[1] for line in published_options().splitlines()[2:]} == {"random", "auto"}
