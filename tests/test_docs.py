@@ -38,6 +38,7 @@ from attnzoo.units import megabytes
 from eval import kernels, report
 from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
+from tests.tasks.decode.tables import lost_table, pairs_by_setting
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -498,3 +499,23 @@ def test_the_page_of_keys_is_that_of_the_schemas():
         assert row in text
     assert "As `model`." in text, "a section that comes again is not told again"
     assert {f"## {name}" for name in tasks.TASKS} <= set(keys().splitlines())
+
+
+CLAIMS = {"claims": "claims.jsonl", "claims-reference": "claims_reference.jsonl"}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_tables_of_what_policies_lose_are_those_of_the_committed_records(name):
+    records = read_records(ROOT / "docs/records" / CLAIMS[name])
+    pairs = read_yaml(ROOT / "configs/decode/claims.yaml")["pairs"]
+    assert between(ROOT / "docs/eviction.md", name) == lost_table(records).markdown()
+    assert between(ROOT / "docs/eviction.md", f"{name}-pairs") == pairs_by_setting(records, pairs).markdown()
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_recipe_of_auto_is_what_lost_least(name):
+    records = read_records(ROOT / "docs/records" / CLAIMS[name])
+    lost = {record.label: record.quality.nll for record in records if not record.is_baseline}
+    for setting in ("128 block", "256 block"):
+        assert lost[f"caote {setting}"] == min(nll for label, nll in lost.items() if label.endswith(setting))
+        assert lost[f"auto {setting}"] == lost[f"caote {setting}"]

@@ -5,8 +5,8 @@ docs/records/claims_reference.jsonl.
 
     CAOTE over H2O's attention per query that saw the entry; half the budget recent
 
-Chosen on one text at budgets of 12.5 and 25%, confirmed on another; tests/test_docs.py holds it to these records. It may
-become another recipe in a later version: name `caote` for one that stays.
+Chosen on one text at budgets of 12.5 and 25%, confirmed on another; tests/test_docs.py holds it to these records. It
+may become another recipe in a later version: name `caote` for one that stays.
 """
 
 from __future__ import annotations
