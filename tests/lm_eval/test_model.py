@@ -173,7 +173,7 @@ def test_the_results_say_what_was_evaluated(folder):
     base = {"normalize": False}
     arguments = {"pretrained": str(folder / "model"), "attention": "caote", "budget": 0.5, "base_options": base}
     found = harness.evaluate("attnzoo", arguments, ["tiny_choice"], str(folder / "tasks"))["config"]
-    assert found["attention"].startswith("Caote(budget=0.5, block_size=128, schedule='block'")
+    assert found["attention"].startswith("Caote(budget=0.5, budgets='uniform', profile=None, block_size=128")
     assert "base_options={'normalize': False}" in found["attention"]
     assert found["attnzoo_version"] == metadata.version("attnzoo")
 

@@ -419,7 +419,7 @@ def test_the_config_survives_its_own_yaml(settings, tmp_path):
     assert load_config(path, ["output=elsewhere", "fresh=true"]).hash == config.hash
 
 
-OTHERS = {"kvpress", "train_bytes"}  # of other scripts, whose tests read them
+OTHERS = {"kvpress", "kvpress_prompt", "train_bytes"}  # of other scripts, whose tests read them
 CONFIGS = sorted(path for path in (ROOT / "configs" / "decode").glob("*.yaml") if path.stem not in OTHERS)
 
 
