@@ -6,7 +6,6 @@ from typing import Any
 from attnzoo.bench.record import Record
 from attnzoo.bench.words import difference
 from attnzoo.tables import Cell, Column, Table
-from attnzoo.tasks.decode.config import paired_labels
 
 
 def settings_of(records: Sequence[Record]) -> list[str]:
@@ -29,15 +28,16 @@ def lost_table(records: Sequence[Record]) -> Table:
 
 
 def pairs_by_setting(records: Sequence[Record], pairs: Sequence[Sequence[str]]) -> Table:
-    """NLL of one policy minus that of another on the same windows, in each setting."""
+    """NLL of one policy minus that of another on the same windows, in each setting; of pairs that were measured."""
     quality: Mapping[str, Any] = {record.label: record.quality for record in records if not record.is_baseline}
     settings = settings_of(records)
     table = Table((Column("pair", code=True), *(f"{setting} (95%)" for setting in settings)))
     for first, second in pairs:
+        if not {f"{first} {settings[0]}", f"{second} {settings[0]}"} <= quality.keys():
+            continue
         cells = []
         for setting in settings:
-            ((one, other),) = paired_labels([(f"{first} {setting}", f"{second} {setting}")], list(quality))
-            interval, verdict = quality[one].minus(quality[other])["NLL"]
+            interval, verdict = quality[f"{first} {setting}"].minus(quality[f"{second} {setting}"])["NLL"]
             cells.append(Cell(difference(interval), verdict))
         table.add(f"{first} - {second}", *cells)
     return table
