@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnzoo.errors import OptionError, short
+from attnzoo.checks import check_number
 from attnzoo.eviction.policy import CacheView, by_group, combined, highest, wide
 from attnzoo.eviction.wrapper import Wrapper
 
@@ -45,8 +45,8 @@ class CriticalKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("first_stage", self.first_stage, most=1)
-        _check_number("epsilon", self.epsilon)
+        check_number("first_stage", self.first_stage, minimum=0, maximum=1)
+        check_number("epsilon", self.epsilon, minimum=0)
 
     @property
     def comparable(self) -> bool:
@@ -75,11 +75,3 @@ def projected_norms(view: CacheView) -> Tensor:
     groups = len(weight) // view.kv_heads
     norms = [(values[:, h // groups] @ weight[h].to(values)).abs().sum(-1) for h in range(len(weight))]
     return torch.stack(norms, 1)
-
-
-def _check_number(name: str, value: object, most: float = float("inf")) -> None:
-    """Raise `OptionError` unless `value` is a number from 0 to `most`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= float(value) <= most:  # type: ignore[arg-type]
-        upto = "of at least 0" if most == float("inf") else f"from 0 to {most}"
-        raise OptionError(f"{name} must be a number {upto}, not {short(value)}")
