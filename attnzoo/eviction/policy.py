@@ -254,12 +254,12 @@ class Policy(ABC):
         return False
 
     def weights(self, view: CacheView) -> Tensor:
-        """What each entry gets from each new query, ``(B, H, w, S)``, where the policy has `own_weights`.
+        """What each entry gets from each new query, ``(B, H, w, S)``; asked where the policy has `own_weights`.
 
         `view` has the new queries, of which some may have position -1 and must give nothing, and `Store` may hold empty
         entries of position -1, which must get nothing: see `CacheView.visible`.
         """
-        raise NotImplementedError
+        return view.window_attention()
 
     @property
     def queries_kept(self) -> int:

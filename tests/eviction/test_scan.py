@@ -13,8 +13,9 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.h2o import H2O
 from attnzoo.eviction.scan import BoundedAttention, Padding
 from attnzoo.eviction.store import Store
-from attnzoo.registry import build_core, build_policy, describe
+from attnzoo.registry import build_core, build_policy, describe, register_attention, unregister_attention
 from tests.eviction import noise
+from tests.eviction.models import bounded, cache_of, token_ids
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -342,3 +343,19 @@ def test_the_core_is_asked_for_sums_where_the_policy_wants_them():
         with record_paths() as paths:
             attention(Store(attention.policy), *qkv(44))
         assert paths["scored_attention", "chunks"] == steps, name
+
+
+def test_weights_are_the_attention_where_a_policy_says_nothing_else():
+    class Asked(H2O):
+        own_weights = True
+
+    ids = token_ids(2, 40)
+    register_attention("asked", "eviction", Asked)
+    try:
+        kept = [
+            [layer.positions for layer in cache_of(bounded(name, budget=8, block_size=4)(ids)).layers]
+            for name in ("asked", "h2o")
+        ]
+    finally:
+        unregister_attention("asked")
+    assert all(torch.equal(own, other) for own, other in zip(*kept, strict=True))
