@@ -148,12 +148,13 @@ def run(library: str, release: str, wanted: dict[str, object]) -> Outcome:
             [*command, f"--junitxml={report}"], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
         )
     outcome.seconds = time.monotonic() - began
-    if report.is_file():
-        for name, passed in _results(report):
-            if passed:
-                outcome.passed += 1
-            else:
-                outcome.failed.append(name)
+    try:
+        results = list(_results(report)) if report.is_file() else []
+    except ElementTree.ParseError as error:
+        outcome.error = f"{report.relative_to(ROOT)} is broken off ({error}); is the disk full?"
+        return outcome
+    outcome.passed = sum(passed for _, passed in results)
+    outcome.failed = [name for name, passed in results if not passed]
     if ended.returncode != (1 if outcome.failed else 0):  # 1: tests failed; all else ended the run before its end
         outcome.error = f"pytest ended with {ended.returncode}; see {log.relative_to(ROOT)}"
     return outcome

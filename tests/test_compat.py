@@ -49,6 +49,18 @@ def test_a_known_failure_hides_no_crash(matrix, monkeypatch, cases, status, prob
     assert outcome.problem == problem
 
 
+@pytest.mark.parametrize("written", ["", "<testsuites><testsuite><testcase classname="])
+def test_a_report_that_breaks_off_is_an_error_of_its_release(matrix, monkeypatch, written):
+    def ended(command, **options):
+        (matrix / "timm-1.xml").write_text(written)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compat, "_beside", lambda *arguments: (sys.executable, []))
+    monkeypatch.setattr(compat.subprocess, "run", ended)
+    problem = compat.run("timm", "1", {"beside": True}).problem
+    assert problem.startswith("timm-1.xml is broken off (") and problem.endswith("); is the disk full?")
+
+
 @pytest.mark.parametrize(
     ("wanted", "chosen"), [({}, ["-m", "compat"]), ({"tests": ["tests/kernels"]}, ["tests/kernels"])]
 )
