@@ -139,7 +139,8 @@ class Policy(ABC):
         First and last tokens that are never evicted, whatever their score. None is the policy's own default, cut to
         fit a small budget.
     core
-        Name of the core that computes the attention.
+        Name of the core that computes the attention. The default also returns how much attention each key got, which
+        policies that score by attention then need not compute a second time.
 
     Raises
     ------
@@ -154,7 +155,7 @@ class Policy(ABC):
     schedule: str = "block"
     sink: int | None = None
     recent: int | None = None
-    core: str = "sdpa"
+    core: str = "flash_scored"
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, float):

@@ -157,7 +157,7 @@ class BoundedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Attend, and give with the output the sums of attention that the core was asked for."""
         whole = lane.uniform and all(n == q.shape[2] for n in taken)
-        asked = self._asked(lane, taken, over, options)
+        asked = self._asked(q.device.type, taken, over, options)
         if asked is None:
             return self._attend(q, lane, None if whole else _visible(lane, taken, q.device), options), None
         keys, values = lane.attended()
@@ -166,13 +166,12 @@ class BoundedAttention:
         out, sums, _ = self.core.scored(q, keys, values, window=asked, causal=True, lengths=lengths, **wanted)
         return out, sums
 
-    def _asked(self, lane: Store, taken: list[int], over: list[int], options: dict[str, Any]) -> int | None:
+    def _asked(self, device: str, taken: list[int], over: list[int], options: dict[str, Any]) -> int | None:
         """Over how many of the last queries the core is to sum what each key got; None if that is not asked of it.
 
         Under autocast it would sum in the lower precision, and other entries would be kept. `over` are the rows that
         are evicted in this step.
         """
-        device = lane.attended()[0].device.type
         if not hasattr(self.core, "scored") or options["dropout"] > 0 or torch.is_autocast_enabled(device):
             return None
         if self.policy.accumulates:
