@@ -38,7 +38,7 @@ from attnzoo.units import megabytes
 from eval import kernels, report
 from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
-from tests.tasks.decode.tables import lost_table, pairs_by_setting
+from tests.tasks.decode.tables import TABLES, lost_table, pairs_by_setting
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -504,12 +504,14 @@ def test_the_page_of_keys_is_that_of_the_schemas():
 CLAIMS = {"claims": "claims.jsonl", "claims-reference": "claims_reference.jsonl"}
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", TABLES)
 def test_the_tables_of_what_policies_lose_are_those_of_the_committed_records(name):
-    records = read_records(ROOT / "docs/records" / CLAIMS[name])
-    pairs = read_yaml(ROOT / "configs/decode/claims.yaml")["pairs"]
-    assert between(ROOT / "docs/eviction.md", name) == lost_table(records).markdown()
-    assert between(ROOT / "docs/eviction.md", f"{name}-pairs") == pairs_by_setting(records, pairs).markdown()
+    file, config, settings = TABLES[name]
+    records = read_records(ROOT / "docs/records" / f"{file}.jsonl")
+    pairs = read_yaml(ROOT / f"configs/decode/{config}.yaml")["pairs"]
+    assert between(ROOT / "docs/eviction.md", name) == lost_table(records, settings).markdown()
+    found = pairs_by_setting(records, settings, pairs).markdown()
+    assert between(ROOT / "docs/eviction.md", f"{name}-pairs") == found
 
 
 @pytest.mark.parametrize("name", CLAIMS)

@@ -1,39 +1,47 @@
 """The tables of eviction policies that the docs show, made from their records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.bench.record import Record
 from attnzoo.bench.words import difference
 from attnzoo.tables import Cell, Column, Table
 
+MILD = ("128 block", "256 block", "128 prompt", "256 prompt")
+ENDS = ("64 block", "64 prompt", "512 block", "512 prompt")
+# the name of a table in docs/eviction.md: its record, its config, and the settings that it shows
+TABLES = {
+    "claims": ("claims", "claims", MILD),
+    "claims-reference": ("claims_reference", "claims", MILD),
+}
 
-def settings_of(records: Sequence[Record]) -> list[str]:
-    """The settings of a grid that were measured for all policies, by the end of the labels: ``128 block``."""
-    rows = [record.label.rsplit(" ", 2) for record in records if not record.is_baseline]
-    found = dict.fromkeys(" ".join(setting) for _, *setting in rows)
-    names = {name for name, *_ in rows}
-    return [setting for setting in found if names == {name for name, *of in rows if " ".join(of) == setting}]
+
+def measured(records: Sequence[Record], settings: Sequence[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Give qualities by label, and the names of the rows and the `settings` that the records have, as they come.
+
+    A row's label is its name and its setting, such as ``caote 128 block``. Left out is a setting that a row lacks.
+    """
+    quality: dict[str, Any] = {record.label: record.quality for record in records if not record.is_baseline}
+    rows = [label.rsplit(" ", 2) for label in quality]
+    names = list(dict.fromkeys(name for name, *setting in rows if " ".join(setting) in settings))
+    return quality, names, [one for one in settings if names and all(f"{name} {one}" in quality for name in names)]
 
 
-def lost_table(records: Sequence[Record]) -> Table:
+def lost_table(records: Sequence[Record], settings: Sequence[str]) -> Table:
     """NLL above dense of each policy in each setting, the least in the first setting first."""
-    quality: Mapping[str, Any] = {record.label: record.quality for record in records if not record.is_baseline}
-    settings = settings_of(records)
-    names = dict.fromkeys(label.rsplit(" ", 2)[0] for label in quality)
+    quality, names, settings = measured(records, settings)
     table = Table((Column("policy", code=True), *settings))
     for name in sorted(names, key=lambda name: quality[f"{name} {settings[0]}"].nll):
         table.add(name, *(difference(quality[f"{name} {setting}"].difference) for setting in settings))
     return table
 
 
-def pairs_by_setting(records: Sequence[Record], pairs: Sequence[Sequence[str]]) -> Table:
+def pairs_by_setting(records: Sequence[Record], settings: Sequence[str], pairs: Sequence[Sequence[str]]) -> Table:
     """NLL of one policy minus that of another on the same windows, in each setting; of pairs that were measured."""
-    quality: Mapping[str, Any] = {record.label: record.quality for record in records if not record.is_baseline}
-    settings = settings_of(records)
+    quality, names, settings = measured(records, settings)
     table = Table((Column("pair", code=True), *(f"{setting} (95%)" for setting in settings)))
     for first, second in pairs:
-        if not {f"{first} {settings[0]}", f"{second} {settings[0]}"} <= quality.keys():
+        if not {first, second} <= set(names):
             continue
         cells = []
         for setting in settings:
