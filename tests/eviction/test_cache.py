@@ -85,7 +85,7 @@ def entries_of(budget, length, block):
     st.sampled_from(METHODS),
     st.one_of(st.integers(4, 256), st.sampled_from([0.01, 0.25, 0.5, 1.0])),
     st.integers(1, 64),
-    st.sampled_from(["sdpa", "softmax", "flash"]),
+    st.sampled_from(["sdpa", "softmax", "flash", "flash_scored"]),
     st.integers(0, 99),
 )
 def test_cuts_padding_and_batch_make_no_difference(schedule, method, budget, block, core, seed):
@@ -130,7 +130,7 @@ def test_fuzz(part):
             "head_dim": 4,
         }
         model = language_model(host, dtype, **shape)
-        core, schedule = chance.choice(["sdpa", "softmax"]), chance.choice(["block", "block", "prompt", "step"])
+        core, schedule = chance.choice(["sdpa", "softmax", "flash_scored"]), chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
         budgets = ["uniform", "uniform", "pyramid", *["adaptive"] * is_adaptive(name, **options)]
         policy["budgets"] = chance.choice(budgets)
