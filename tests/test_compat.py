@@ -58,7 +58,8 @@ def test_a_report_that_breaks_off_is_an_error_of_its_release(matrix, monkeypatch
     monkeypatch.setattr(compat, "_beside", lambda *arguments: (sys.executable, []))
     monkeypatch.setattr(compat.subprocess, "run", ended)
     problem = compat.run("timm", "1", {"beside": True}).problem
-    assert problem.startswith("timm-1.xml is broken off (") and problem.endswith("); is the disk full?")
+    assert problem.startswith("timm-1.xml is broken off (")
+    assert problem.endswith("); is the disk full?")
 
 
 @pytest.mark.parametrize(

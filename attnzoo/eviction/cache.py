@@ -59,6 +59,12 @@ class BoundedCache(DynamicCache):
         for layer in self.own:
             layer.end_prompt()
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take tokens back, or leave all layers as they are where one cannot."""
+        for layer in self.own:
+            layer.crop(*args, **kwargs)
+        super().crop(*args, **kwargs)
+
     @property
     def is_initialized(self) -> bool:
         """Whether every layer took tokens in."""

@@ -111,10 +111,13 @@ class CacheHook:
             )
         for index, maker in own_layers(model):
             layer = cache.layers[index] if index < len(cache.layers) else None
-            if not isinstance(layer, SwappedCacheLayer) or layer.maker != maker:
+            if isinstance(layer, SwappedCacheLayer):
+                differs = maker.mismatch(layer.maker)
+            else:
+                differs = f"{layer!r}, and the model has {maker}"
+            if differs:
                 raise UnsupportedError(
-                    f"this cache was made by another swap: its layer {index} is {layer!r}, the model's is {maker}; "
-                    "give the call its own cache"
+                    f"this cache was made by another swap: layer {index} is of {differs}; give the call its own cache"
                 )
         cache.check_whole()
         for layer in cache.own:

@@ -9,9 +9,9 @@ https://arxiv.org/abs/2502.03805
 The norms are computed head by head: all together would take up as much as the entries times the model's width.
 
 Differs from the paper: evicts after each block of `block_size` tokens, in decoding too; a base's scores are divided by
-their sum, so that epsilon means the same for every base (the paper's are attention weights); protected entries count in
-the first half, as the observation window does in kvpress. Over a base that chooses for a whole layer (``base="tova"``)
-the mean is over all heads.
+their sum, so that epsilon means the same for every base (the paper's are attention weights), and what a base itself
+makes of the values is left out; protected entries count in the first half, as the observation window does in kvpress.
+Over a base that chooses for a whole layer (``base="tova"``) the mean is over all heads.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class CriticalKV(Wrapper):
         """No: the first stage takes its share of each head's own budget."""
         return False
 
+    def not_adaptive(self) -> str:
+        """Say why not."""
+        return "the first stage of CriticalKV takes a share of each head's own budget; use its base alone"
+
     @property
     def uses_output_weight(self) -> bool:
         """The projected values."""
@@ -60,7 +64,7 @@ class CriticalKV(Wrapper):
 
     def score(self, view: CacheView) -> Tensor:
         """Infinite for the first stage, else scores times norms."""
-        scores = wide(self.inner.score(view))
+        scores = wide(self.inner.aggregated(view))
         scores = scores / scores.sum(-1, keepdim=True).clamp_min(1e-30)
         norms = combined(by_group(projected_norms(view), view.kv_heads), "mean", self.scope)
         protected = scores.masked_fill(self.protects(view), float("inf"))

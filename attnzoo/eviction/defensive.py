@@ -70,7 +70,7 @@ class Defensive(AttentionPolicy):
         worst = self._worst(view)
         return self._with_prior(worst, view, worst.shape[1] // view.kv_heads)
 
-    def score(self, view: CacheView) -> Tensor:
+    def aggregated(self, view: CacheView) -> Tensor:
         """The worst of the query heads together, at least the mean."""
         worst = combined(by_group(self._worst(view), view.kv_heads), self.aggregate, self.scope)
         return self._with_prior(worst, view, 1)
@@ -94,5 +94,4 @@ class Defensive(AttentionPolicy):
 
     def _before(self, view: CacheView, groups: int) -> Tensor:
         """Which entries came before the window, ``(B, Hkv * groups, S)``."""
-        before = view.positions < (view.counts - self.window)[:, None, None]
-        return before.repeat_interleave(groups, 1)
+        return view.before(self.window).repeat_interleave(groups, 1)

@@ -111,7 +111,7 @@ class ExpectedAttention(AttentionPolicy):
 
     def score(self, view: CacheView) -> Tensor:
         """Expected attention, aggregated, times the l2 norm of the value."""
-        return (super().score(view) + self.epsilon) * wide(view.values).norm(dim=-1)
+        return (self.aggregated(view) + self.epsilon) * wide(view.values).norm(dim=-1)
 
 
 def ahead(queries: Tensor, back: Tensor, rotary: Rotary, future: int) -> Tensor:

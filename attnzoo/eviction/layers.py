@@ -8,13 +8,13 @@ from __future__ import annotations
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import UnsupportedError, short
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.ragged import store_for
 from attnzoo.eviction.size import CacheBytes
@@ -123,7 +123,7 @@ class SwappedCacheLayer(CacheLayerMixin):
 
 
 class Maker(Protocol):
-    """Makes the cache layer of a swapped module, which carries it as ``attnzoo_cache``; compared by what it says."""
+    """Makes the cache layer of a swapped module, which carries it as ``attnzoo_cache``."""
 
     @property
     def name(self) -> str:
@@ -131,6 +131,9 @@ class Maker(Protocol):
 
     def __call__(self, index: int) -> SwappedCacheLayer:
         """Make an empty one."""
+
+    def mismatch(self, other: Maker) -> str:
+        """Say how a layer that `other` made differs from those of this one; empty if it can stand for them."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,14 @@ class MakesBounded:
     def __call__(self, index: int) -> BoundedLayer:
         """Make an empty one."""
         return BoundedLayer(self, index)
+
+    def mismatch(self, other: Maker) -> str:
+        """Say which options differ; another core does not matter, which keeps the same entries up to rounding."""
+        if not isinstance(other, MakesBounded) or type(other.policy) is not type(self.policy):
+            return f"{other}, and the model has {self}"
+        ours, theirs = vars(self.policy), vars(other.policy)
+        differ = [one.name for one in fields(self.policy) if one.name != "core" and ours[one.name] != theirs[one.name]]
+        return "; ".join(f"{self.name} with {n}={short(theirs[n])}, the model has {short(ours[n])}" for n in differ)
 
     def __str__(self) -> str:
         return f"{self.name} with budget {self.policy.budget}"

@@ -16,7 +16,7 @@ from attnzoo.checks import check_choice, check_int
 from attnzoo.errors import OptionError, ShapeError, short
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.layer_profile import Profile
-from attnzoo.eviction.weights import attention_weights
+from attnzoo.eviction.weights import attention_weights, score_dtype
 from attnzoo.units import parse_bytes
 
 Scope = Literal["head", "layer"]
@@ -101,6 +101,10 @@ class CacheView:
         held = self.positions[:, :, None, :] >= 0  # which all are at an eviction
         return (seen & held).repeat_interleave(self.queries.shape[1] // self.kv_heads, 1)
 
+    def before(self, window: int) -> Tensor:
+        """Whether an entry is older than the last `window` tokens: boolean, ``(B, Hkv, S)``."""
+        return self.positions < (self.counts - window)[:, None, None]
+
     def window_attention(self) -> Tensor:
         """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet."""
         assert self.queries is not None
@@ -139,8 +143,8 @@ class Policy(ABC):
         First and last tokens that are never evicted, whatever their score. None is the policy's own default, cut to
         fit a small budget.
     core
-        Name of the core that computes the attention. The default also returns how much attention each key got, which
-        policies that score by attention then need not compute a second time.
+        Name of the core that computes the attention. The default also returns how much attention each key got from
+        the queries together, so that `h2o` and the like need not compute it a second time.
 
     Raises
     ------
@@ -201,8 +205,8 @@ class Policy(ABC):
             return "this policy does not choose by scores; use another, or budgets by layer"
         if not self.comparable:
             return (
-                f"those of {type(self).__name__} mean nothing from head to head; use a policy that scores by attention "
-                "(a policy of your own can say that its scores do, by a property `comparable` that is True)"
+                f"those of {type(self).__name__} mean nothing from head to head; use another policy that scores by "
+                "attention (a policy of your own can say that its scores do, by a property `comparable` that is True)"
             )
         return ""
 
@@ -364,9 +368,13 @@ class AttentionPolicy(Policy):
     def attention_scores(self, view: CacheView) -> Tensor:
         """Give every entry a score of at least 0 for each query head, ``(B, H, S)``."""
 
+    def aggregated(self, view: CacheView) -> Tensor:
+        """Give `attention_scores`, aggregated over the heads that choose together, ``(B, Hkv, S)``; of no values."""
+        return combined(by_group(self.checked_attention_scores(view), view.kv_heads), self.aggregate, self.scope)
+
     def score(self, view: CacheView) -> Tensor:
         """`attention_scores`, aggregated over the query heads that share a key/value head or, in scope, a layer."""
-        return combined(by_group(self.checked_attention_scores(view), view.kv_heads), self.aggregate, self.scope)
+        return self.aggregated(view)
 
     def checked_attention_scores(self, view: CacheView) -> Tensor:
         """Give `attention_scores`, ``(B, H, S)``.
@@ -437,4 +445,4 @@ def by_group(scores: Tensor, kv_heads: int) -> Tensor:
 
 def wide(x: Tensor) -> Tensor:
     """Float64 stays, everything else becomes float32: scores are computed in it."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(score_dtype(x.dtype))

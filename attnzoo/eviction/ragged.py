@@ -3,12 +3,14 @@
 Paper: Feng et al., Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation, https://arxiv.org/abs/2407.11550
 
     of the H heads of a layer with a budget of b entries each, the H * b entries with the highest scores stay, whichever
-    heads they are in; but each head keeps at least the floor(alpha * b) highest of its own        (alpha = 0.2)
+    heads they are in; but each head keeps at least some of its own        (alpha = 0.2)
 
 Every head has a `Store` of its own, as long as what it holds, so that memory that one head gives back another may take.
 The protected entries of a policy stay in each head. Of equal scores the later entry stays.
 
-Differs from the paper: evicts after each block, in decoding too. The paper's scores are SnapKV's; here those of any
+Differs from the paper: a head keeps at least its floor(alpha * b) highest, as in kvpress, and else what it wins; the
+authors' code draws all heads to b instead, with (1 - alpha) * (entries that it wins) + alpha * b each. Evicts after
+each block, in decoding too. The paper's scores are SnapKV's; here those of any
 policy whose heads can be compared (`Policy.comparable`).
 """
 

@@ -72,7 +72,7 @@ class RKV(Policy):
     def score(self, view: CacheView) -> Tensor:
         """Importance less redundancy, weighted; as high as can be inside the window."""
         assert view.queries is not None
-        before = view.positions < (view.counts - self.window)[:, None, None]  # (B, Hkv, S)
+        before = view.before(self.window)  # (B, Hkv, S)
         logits = attention_logits(view.queries, view.keys, view.scale, view.softcap)  # (B, H, w, S)
         logits = logits.unflatten(1, (view.kv_heads, -1)).amax(2)  # (B, Hkv, w, S)
         importance = visible_softmax(logits, before[:, :, None].expand_as(logits)).mean(2)

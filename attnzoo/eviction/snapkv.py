@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnzoo.checks import check_choice, check_int
-from attnzoo.errors import OptionError
+from attnzoo.checks import check_choice, check_int, check_odd
 from attnzoo.eviction.policy import AttentionPolicy, CacheView
 
 AS_PUBLISHED = {"schedule": "prompt"}
@@ -45,10 +44,8 @@ class SnapKV(AttentionPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("window", self.window, minimum=1)
-        check_int("kernel", self.kernel, minimum=1)
+        check_odd("kernel", self.kernel)
         check_choice("pooling", self.pooling, ("max", "avg"))
-        if self.kernel % 2 == 0:
-            raise OptionError(f"kernel must be odd, not {self.kernel}")
 
     @property
     def queries_kept(self) -> int:
@@ -63,7 +60,7 @@ class SnapKV(AttentionPolicy):
         """Sums over the window's queries, pooled before the window and plain inside it."""
         sums = view.attention_of_window()
         groups = sums.shape[1] // view.kv_heads
-        before = view.positions < (view.counts - self.window)[:, None, None]
+        before = view.before(self.window)
         before = before.repeat_interleave(groups, 1)
         earlier = sums.masked_fill(~before, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

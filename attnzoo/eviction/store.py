@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.policy import CacheView, Policy
 from attnzoo.eviction.size import CacheBytes
-from attnzoo.eviction.weights import attention_sums
+from attnzoo.eviction.weights import attention_sums, score_dtype
 
 Rows = slice | Tensor
 _GROWTH = 64  # entries by which a buffer grows at least
@@ -185,8 +186,7 @@ class Store(Timetable):
         self._keys, self._values = k.new_zeros(*k.shape[:2], 0, k.shape[3]), v.new_zeros(*v.shape[:2], 0, v.shape[3])
         self._positions = k.new_zeros(*k.shape[:2], 0, dtype=torch.int32)
         if self.policy.accumulates:
-            dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-            self._sums = q.new_zeros(rows, heads, 0, dtype=dtype)
+            self._sums = q.new_zeros(rows, heads, 0, dtype=score_dtype(q.dtype))
         if window:
             self._queries = q.new_zeros(rows, heads, window, q.shape[3])
             self._query_positions = q.new_full((rows, window), -1, dtype=torch.int32)
@@ -201,6 +201,7 @@ class Store(Timetable):
 
     def append(self, k: Tensor, v: Tensor, taken: Sequence[int]) -> None:
         """Put the first ``taken[b]`` of the new entries ``(B, Hkv, t, D)`` behind those of row b."""
+        self._check_dtype(k)
         self._reserve(max(h + n for h, n in zip(self.held, taken, strict=True)))
         keys, values, positions = (self._writable(name) for name in ("_keys", "_values", "_positions"))
         t = k.shape[2]
@@ -218,6 +219,16 @@ class Store(Timetable):
             positions[rows, :, slots] = counts.to(positions.dtype)[:, None].expand(-1, k.shape[1])
         self.held = [h + n for h, n in zip(self.held, taken, strict=True)]
         self.counts = [c + n for c, n in zip(self.counts, taken, strict=True)]
+
+    def _check_dtype(self, k: Tensor) -> None:
+        """Raise `UnsupportedError` if the model was cast to another dtype since; autocast may change it on the way."""
+        assert self._keys is not None
+        held = self._keys.dtype
+        if k.dtype != held and not torch.is_autocast_enabled(k.device.type):
+            raise UnsupportedError(
+                f"this cache holds {held} and the model gives {k.dtype}: it was cast, or autocast was left, since the "
+                "cache was begun; give the call a new cache"
+            )
 
     @torch.no_grad()
     def observe(self, q: Tensor, taken: Sequence[int], sums: Tensor | None = None) -> None:

@@ -32,13 +32,18 @@ def attention_weights(
 def attention_logits(q: Tensor, k: Tensor, scale: float | None, softcap: float | None = None) -> Tensor:
     """What `attention_weights` takes the softmax of, ``(B, H, N, S)``."""
     heads, kv_heads = q.shape[1], k.shape[1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = score_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         grouped = (q.to(wide) * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)
         logits = grouped @ k.to(wide).transpose(-2, -1)
         logits = logits.unflatten(2, (heads // kv_heads, q.shape[2])).flatten(1, 2)
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores of tensors of `dtype` are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def visible_softmax(logits: Tensor, visible: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.calls import CALL, Call
-from attnzoo.eviction.layers import SwappedCacheLayer
+from attnzoo.eviction.layers import Maker, SwappedCacheLayer
 from attnzoo.eviction.size import CacheBytes
 from attnzoo.hosts.site import MixerLayer
 
@@ -33,6 +33,10 @@ class MakesState:
     def __call__(self, index: int) -> StateLayer:
         """Make an empty one."""
         return StateLayer(self)
+
+    def mismatch(self, other: Maker) -> str:
+        """Another mixer, or none."""
+        return "" if self == other else f"{other}, and the model has {self}"
 
     def __str__(self) -> str:
         return self.mixer

@@ -130,7 +130,8 @@ def test_fuzz(part):
             "head_dim": 4,
         }
         model = language_model(host, dtype, **shape)
-        core, schedule = chance.choice(["sdpa", "softmax", "flash_scored"]), chance.choice(["block", "block", "prompt", "step"])
+        core = chance.choice(["sdpa", "softmax", "flash_scored"])
+        schedule = chance.choice(["block", "block", "prompt", "step"])
         policy = {"budget": budget, "block_size": block, "schedule": schedule}
         budgets = ["uniform", "uniform", "pyramid", *["adaptive"] * is_adaptive(name, **options)]
         policy["budgets"] = chance.choice(budgets)

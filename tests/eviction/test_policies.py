@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import attnzoo
 from attnzoo.errors import OptionError, ShapeError, UnknownNameError
 from attnzoo.eviction.caote import output_error
+from attnzoo.eviction.criticalkv import projected_norms
 from attnzoo.eviction.divprune import nearest_distance
 from attnzoo.eviction.keydiff import KeyDiff
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, Policy, highest
@@ -483,6 +484,21 @@ def test_criticalkv_keeps_the_same_for_all_heads_where_its_base_does():
         cache = cache_of(model(ids))
     for layer in cache.layers:
         assert torch.equal(layer.positions[:, :1].expand_as(layer.positions), layer.positions)
+
+
+def test_criticalkv_takes_the_attention_of_a_base_without_the_values_that_it_makes_use_of():
+    """Expected attention multiplies by the norm of the values, which criticalkv does itself."""
+    model = language_model()
+    attnzoo.replace_attention(model, "criticalkv", base="expected_attention", budget=16, block_size=8)
+    with torch.no_grad():
+        (layer, *_) = cache_of(model(token_ids(2, 30))).own
+    view, inner = layer.store.view([0, 1]), layer.policy.inner
+    attention = inner.aggregated(view)
+    torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+    torch.testing.assert_close(inner.score(view), attention * view.values.norm(dim=-1))
+    whole = layer.policy.changed(first_stage=0.0, epsilon=0.0, sink=0, recent=0)
+    norms = projected_norms(view).unflatten(1, (view.kv_heads, -1)).mean(2)
+    torch.testing.assert_close(whole.score(view), attention / attention.sum(-1, keepdim=True) * norms)
 
 
 def test_criticalkv_of_values_of_one_size_keeps_what_its_base_does():

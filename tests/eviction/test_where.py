@@ -121,6 +121,20 @@ def test_the_core_must_be_able_to_stand_there():
         assert cache_of(model(ids)).layers[1].store.softcap == model.config.attn_logit_softcapping
 
 
+def test_a_cache_of_other_options_is_refused_by_their_names_but_for_the_core():
+    ids = token_ids(2, 20)
+    with torch.no_grad():
+        cache = cache_of(bounded("snapkv", budget=8, block_size=4, window=4)(ids[:, :15]))
+        with pytest.raises(
+            UnsupportedError,
+            match=r"layer 0 is of snapkv with recent=None, the model has 2; .*window=4, the model has 5; ",
+        ):
+            bounded("snapkv", budget=8, block_size=4, window=5, recent=2)(ids[:, 15:], **{CACHE: cache})
+        same = bounded("snapkv", budget=8, block_size=4, window=4)(ids[:, 15:], **{CACHE: cache.copy()}).logits
+        other = bounded("snapkv", budget=8, block_size=4, window=4, core="softmax")
+        torch.testing.assert_close(other(ids[:, 15:], **{CACHE: cache}).logits, same)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_bounded_layer_gives_no_weights_and_the_others_do(implementation):
     """Layers without weights are left out of `attentions`, as by transformers' own sdpa."""
@@ -245,7 +259,10 @@ def test_what_a_call_cannot_have():
         mine = cache_of(model(ids))
         with pytest.raises(UnsupportedError, match="bounded by attnzoo and can only be used by a model swapped"):
             language_model()(ids, **{CACHE: mine})
-        with pytest.raises(UnsupportedError, match=r"made by another swap.*keydiff.*h2o with budget 16"):
+        with pytest.raises(
+            UnsupportedError,
+            match=r"made by another swap.*keydiff with budget \d+, and the model has h2o with budget 16",
+        ):
             bounded("h2o", budget=16, block_size=8)(ids, **{CACHE: cache_of(model(ids))})
         two = cache_of(model(ids[:, :9]))
         with pytest.raises(ShapeError, match="the cache holds 2 rows, the call has 1"):
@@ -306,3 +323,26 @@ def test_assisted_decoding_and_cropping_are_refused():
     with pytest.raises(UnsupportedError, match="cannot be cropped"):
         cache.crop(-3)
     assert not cache.layers[0].is_croppable
+
+
+def test_a_refused_crop_leaves_the_layers_that_are_not_bounded_as_they_were():
+    model = attnzoo.replace_attention(language_model(), "keydiff", budget=8, block_size=4, where="model.layers.1")
+    ids = token_ids(1, 22)
+    with torch.no_grad():
+        expected = model(ids).logits[:, 20:]
+        cache = cache_of(model(ids[:, :20]))
+        with pytest.raises(UnsupportedError, match="cannot be cropped"):
+            cache.crop(-2)
+        torch.testing.assert_close(model(ids[:, 20:], **{CACHE: cache}).logits, expected)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_model_that_was_cast_is_not_taken_for_the_one_that_filled_the_cache(length):
+    ids = token_ids(1, 20)
+    model = bounded("h2o", dtype=torch.float32, budget=8, block_size=4)
+    with torch.no_grad():
+        cache = cache_of(model(ids[:, :15]))
+        with pytest.raises(
+            UnsupportedError, match=r"holds torch.float32 and the model gives torch.bfloat16: it was cast"
+        ):
+            model.bfloat16()(ids[:, 15 : 15 + length], **{CACHE: cache})
