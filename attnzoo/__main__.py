@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 from attnzoo.command import check_rows, output_console, run_script
 from attnzoo.errors import AttnZooError
+from attnzoo.imports import import_modules
 from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, Kind, describe, list_attentions
 from attnzoo.tables import Column, Table
 
@@ -144,16 +145,27 @@ def parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
     commands = found.add_subparsers(dest="command", metavar="list | describe | keys | layers | measure")
-    one = commands.add_parser("list", help="every registered method")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="import a module first, for the methods that it registers; it may lie in the working directory",
+    )
+    one = commands.add_parser("list", parents=[own], help="every registered method")
     one.add_argument("kind", nargs="?", metavar="KIND", help=f"those of one kind: {', '.join(get_args(Kind))}")
     one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
-    one = commands.add_parser("describe", help="options, capabilities and paper of a method")
+    one = commands.add_parser("describe", parents=[own], help="options, capabilities and paper of a method")
     one.add_argument("names", nargs="+", metavar="NAME")
     one = commands.add_parser("keys", help="every key of a task's config")
     one.add_argument("tasks", nargs="*", metavar="TASK", help="by default all of them")
-    one = commands.add_parser("layers", help="the attention layers of a model, and what can replace them")
+    one = commands.add_parser(
+        "layers", parents=[own], help="the attention layers of a model, and what can replace them"
+    )
     one.add_argument("model", metavar="MODEL")
-    one = commands.add_parser("measure", help="measure methods in a model on this machine")
+    one = commands.add_parser("measure", parents=[own], help="measure methods in a model on this machine")
     one.add_argument("model", metavar="MODEL")
     one.add_argument(
         "--attention",
@@ -187,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
 
     def body() -> int:
+        import_modules(getattr(parsed, "imports", ()))  # `keys` knows no methods
         if parsed.command == "measure":
             return measure(parsed, shlex.join(["attnzoo", *arguments]))
         if parsed.command == "layers":

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from attnzoo import imports
 from attnzoo.assets import sha256_of
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -143,7 +141,7 @@ def function_of(name: str) -> Any:
         If there is no such function, or its module raises something.
     """
     module, function = split(name)
-    _search_here()
+    imports.search_here()
     try:
         return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -158,12 +156,7 @@ def source_of(name: str) -> str:
     if library == "transformers":
         path = Path(rest) / "config.json"
         return sha256_of(path) if path.is_file() else ""
-    _search_here()
-    try:
-        found = importlib.util.find_spec(library)
-    except Exception:  # the package around it may raise anything; whoever builds the model will tell
-        return ""
-    return sha256_of(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else ""
+    return imports.source_of(library)
 
 
 def is_causal_lm(name: str) -> bool:
@@ -283,9 +276,3 @@ def _random(factory: Any, config: Any) -> nn.Module:
     build = factory.from_config if hasattr(factory, "from_config") else factory
     model: nn.Module = build(config)
     return model
-
-
-def _search_here() -> None:
-    """Find modules in the working directory too, as ``python -m`` does."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())

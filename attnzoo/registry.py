@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["core", "mixer", "eviction"]
 ENTRY_POINTS = "attnzoo.attentions"
+OWN_METHOD = (
+    "A method of a file of your own is known once it is registered: attnzoo.register_attention in Python, "
+    "imports: [module] in a config, --import module for a command."
+)
 
 
 class Required:
@@ -450,7 +454,7 @@ def describe(name: str) -> AttentionInfo:
         _read_entry_points()
     if name not in _table:
         raise UnknownNameError(
-            f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}."
+            f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}. {OWN_METHOD}"
         )
     return _table[name]
 

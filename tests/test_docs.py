@@ -121,6 +121,33 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+OWN_FILES = {
+    "README.md": ("class Mean(nn.Module)", "mean", "mixer", "Mean"),
+    "docs/guide.md": ("class Sigmoid:", "sigmoid", "core", "Sigmoid"),
+    "docs/recipes.md": ("class Strided(Policy)", "strided", "eviction", "Strided"),
+}
+
+
+@pytest.mark.parametrize("page", OWN_FILES)
+def test_a_config_imports_the_file_of_ones_own_as_the_page_says(page, tmp_path, monkeypatch):
+    shown, name, kind, cls = OWN_FILES[page]
+    (config,) = (yaml.safe_load(each) for each in blocks(ROOT / page, "yaml") if "imports:" in each)
+    code = next(each for each in blocks(ROOT / page, "python") if shown in each)
+    code = "\n".join(line for line in code.splitlines() if not line.startswith("attnzoo."))  # what uses the class
+    register = f'attnzoo.register_attention("{name}", "{kind}", {cls})'
+    (module,) = config["imports"]
+    (tmp_path / f"{module}.py").write_text(f"import attnzoo\nimport torch\n{code}\n{register}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {"name": "x", **({} if kind == "eviction" else {"quality": None}), **config}
+    try:
+        named = tasks.find("decode" if kind == "eviction" else "suite").config.check(content).attentions
+        assert name in [attention.name for attention in named]
+    finally:
+        sys.modules.pop(module, None)
+        unregister_attention(name)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_shell_commands_are_real(page):
     """Make's targets exist, and configs and options are taken: benchmarks are asked to check and stop there."""

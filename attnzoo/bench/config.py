@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from attnzoo import files
 from attnzoo.errors import ConfigError
+from attnzoo.imports import import_modules
 
 CONFIG_VERSION = 1
 NOT_HASHED = frozenset({"task", "output", "fresh"})
@@ -53,6 +54,10 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: PositiveInt | None = None
     seed: Seed = 0
+    imports: Annotated[
+        tuple[str, ...],
+        Field(description="modules to import first, for the methods that they register; of the working directory, too"),
+    ] = ()
     output: Path | None = None
     fresh: bool = Field(default=False, description="set earlier records of the folder aside")
 
@@ -81,7 +86,9 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that the results depend on, defaults and overrides included."""
-        return {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        drop_defaults(content, {"imports": []})
+        return content
 
     def to_yaml(self) -> str:
         """The whole config, defaults and overrides included, as YAML that `load` reads back."""
@@ -89,7 +96,9 @@ class RunConfig(Section):
 
     def plain(self) -> dict[str, Any]:
         """The whole config but for where it writes, as plain data."""
-        return self.model_dump(mode="json", exclude={"output", "fresh"})
+        content = self.model_dump(mode="json", exclude={"output", "fresh"})
+        drop_defaults(content, {"imports": []})
+        return content
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
@@ -106,11 +115,22 @@ class RunConfig(Section):
 
     @classmethod
     def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
-        """Check plain data against the schema and `problems`.
+        """Import the modules that plain data name in `imports`, then check the data against the schema and `problems`.
 
-        Raises `ConfigError` with every problem, one per line.
+        Raises `ConfigError` if a module cannot be imported, or with every problem, one per line.
         """
+        import_listed(data)
         return validated(cls, data, cls.problems(data), source)
+
+
+def import_listed(data: Mapping[str, Any]) -> None:
+    """Import the modules that a config names in `imports`; what is no list of names is left to the schema.
+
+    Raises `ConfigError` if one cannot be imported.
+    """
+    named = data.get("imports")
+    if isinstance(named, (list, tuple)):
+        import_modules([name for name in named if isinstance(name, str)])
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from attnzoo.errors import AssetError, OptionError, UnsupportedError, short
 from attnzoo.eviction.policy import Policy
 from attnzoo.hosts.versions import cache_arguments, output_cache
+from attnzoo.imports import import_modules
 from attnzoo.registry import AttentionInfo, build_policy, describe, list_attentions
 from attnzoo.swap import replace_attention
 
@@ -42,12 +43,16 @@ class AttnZooLM(HFLM):
         Name of an eviction policy.
     where
         As of `attnzoo.replace_attention`: which layers.
+    imports
+        A module, or several, to import first, for the policies that they register; of the working directory, too.
     **arguments
         Options of the policy, such as ``budget=1024`` (entries) or ``budget=0.25`` (a share), and all that `HFLM`
         takes, such as ``dtype``, ``max_length`` or ``batch_size``.
 
     Raises
     ------
+    ConfigError
+        If one of `imports` cannot be imported.
     OptionError, UnknownNameError
         If `attention` is missing or no policy, or an argument is unknown or cannot be; nothing has been loaded then.
     AssetError
@@ -62,8 +67,10 @@ class AttnZooLM(HFLM):
         *,
         attention: str | None = None,
         where: str | Sequence[str] | None = None,
+        imports: str | Sequence[str] = (),
         **arguments: Any,
     ) -> None:
+        import_modules([imports] if isinstance(imports, str) else imports)
         info = _policy_named(attention)
         options, others = _split(info, arguments)
         self.policy: Policy = build_policy(info, options)

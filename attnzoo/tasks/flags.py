@@ -10,6 +10,7 @@ from typing import Any
 from attnzoo import models
 from attnzoo.bench.config import parse_override
 from attnzoo.errors import ConfigError
+from attnzoo.imports import source_of
 from attnzoo.tasks.decode.lm import model_folder
 
 VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by default
@@ -38,7 +39,10 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
     what["attentions"] = [attention(text) for text in named if text != "dense"]
     content = {"device": flags.device, "threads": flags.threads, **what}
-    key = hashlib.sha256(repr((content, models.source_of(flags.model))).encode()).hexdigest()[:8]
+    sources = [models.source_of(flags.model), *map(source_of, flags.imports)]
+    if flags.imports:
+        content["imports"] = flags.imports
+    key = hashlib.sha256(repr((content, *sources)).encode()).hexdigest()[:8]
     title = f"measure-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{key}"
     again = {"fresh": True} if flags.fresh else {}
     return {"task": content.pop("task"), "name": title, **content, "output": flags.output, **again}

@@ -104,6 +104,7 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: OnPro
     job = {
         **row.model_dump(mode="json"),
         "kind": cell.kind,
+        "imports": config.imports,
         "model": given["model"],
         "dtype": config.dtype,
         "threads": config.threads,
