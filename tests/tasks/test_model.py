@@ -125,6 +125,9 @@ def test_what_a_function_returns_is_measured(model, attentions, shape):
         assert cost.candidate.throughput == pytest.approx(2e3 / cost.candidate.latency_ms.p50)
     assert results[0].gate.oracle == "itself in float64"
     assert results[1].gate.oracle == "the model's own attention, same weights and input"
+    if model == "encoder":
+        side = results[1].costs["forward"]
+        assert side.candidate.flops == side.baseline.flops, "which torch's fast path would hide"
     if len(results) == 3:
         assert "in float64" in results[2].gate.oracle
         assert "3x5 grid" in results[2].gate.oracle, "of the mixers alone"
