@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
-from attnzoo.command import check_rows, output_console, run_script
+from attnzoo.command import check_rows, output_console, run_script, split_outside_brackets
 from attnzoo.errors import AttnZooError
 from attnzoo.imports import import_modules
 from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, Kind, describe, list_attentions
@@ -170,9 +170,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--attention",
         default=None,
-        type=lambda text: text.split(","),
+        type=lambda text: split_outside_brackets(text, ","),
         help="comma-separated names, each with options, if any: padre:degree=2:kernel_size=7,sdpa (padre,sdpa; of "
-        "language models sdpa,keydiff:budget=256)",
+        "language models sdpa,keydiff:budget=256); of encoders that do not know their grid 'padre:grid=(8,8):prefix=1'",
     )
     one.add_argument(
         "--tokens", default=None, type=_numbers, help="comma-separated token counts: squares of images, or prompts"

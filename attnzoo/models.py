@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnzoo import imports
 from attnzoo.assets import sha256_of
+from attnzoo.checks import not_square
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 
@@ -196,7 +197,7 @@ def encoder_with_example(name: str, tokens: int, batch: int) -> Call:
     if kind == "pixel_values" and isinstance(patch, int):
         side = math.isqrt(tokens)
         if side**2 != tokens:
-            raise ConfigError(f"tokens: {tokens} is not a square, and images are square")
+            raise ConfigError(f"tokens: {not_square(tokens)}, as these images are")
         config.image_size = side * patch
         example = torch.randn(batch, getattr(config, "num_channels", 3), side * patch, side * patch)
     elif kind == "input_ids" and hasattr(config, "vocab_size"):

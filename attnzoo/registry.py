@@ -161,11 +161,15 @@ class AttentionInfo:
                 raise OptionError(f"{self.name!r} needs {option}=. Its options: {_listed(known)}.")
 
     def given(self, options: Mapping[str, Any]) -> AttentionInfo:
-        """Give this entry with the capabilities that it has under `options`: where they differ, the class says so."""
+        """Give this entry with the capabilities that it has under those of `options` that it knows.
+
+        Where they differ, the class says so.
+        """
         abilities = getattr(self.load(), "abilities", None)
         if abilities is None:
             return self
-        return replace(self, capabilities=replace(self.capabilities, **abilities(**options)))
+        known = {key: value for key, value in options.items() if key in self.options}
+        return replace(self, capabilities=replace(self.capabilities, **abilities(**known)))
 
     def __str__(self) -> str:
         can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]

@@ -199,9 +199,9 @@ def replace_attention(
     places = _places(model)
     info = describe(name)
     layers = {path: _own(layer) for path, layer in places.items()}
-    info = info.given({key: value for key, value in options.items() if key in info.options})
+    info = info.given(options)
     given = dict(options)
-    host_options, options = _split_host_options(info, options)
+    host_options, options = split_host_options(info, options)
     info.check_options(options)
     info.require_options(options)
     budgets, options = _budget_per_layer(info, options)
@@ -342,8 +342,11 @@ def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
     ]
 
 
-def _split_host_options(info: AttentionInfo, options: dict[str, Any]) -> tuple[HostOptions, dict[str, Any]]:
-    """Take out of `options` what is said about the host rather than about the method."""
+def split_host_options(info: AttentionInfo, options: dict[str, Any]) -> tuple[HostOptions, dict[str, Any]]:
+    """Take out of `options` what is said about the host rather than about the method.
+
+    Raises `OptionError` if that cannot be. `info` has the capabilities that the method has under these options.
+    """
     names = ({"positions"} if info.kind == "mixer" else set()) | (
         {"grid", "prefix"} if info.capabilities.grid else set()
     )

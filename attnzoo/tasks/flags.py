@@ -9,6 +9,7 @@ from typing import Any
 
 from attnzoo import models
 from attnzoo.bench.config import parse_override
+from attnzoo.command import split_outside_brackets
 from attnzoo.errors import ConfigError
 from attnzoo.imports import source_of
 from attnzoo.tasks.decode.lm import model_folder
@@ -80,12 +81,21 @@ def _seconds(flags: argparse.Namespace) -> float:
 
 
 def attention(text: str) -> str | dict[str, Any]:
-    """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML.
+    """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML; ``(8, 8)`` is a list, too.
 
     Raises `ConfigError` if an option does not read so.
     """
-    name, *options = text.split(":")
-    if not options:
-        return name
-    given = [parse_override(option) for option in options]
-    return {"name": name, "options": {".".join(keys): value for keys, value in given}}
+    name, *texts = split_outside_brackets(text, ":")
+    options: dict[str, Any] = {}
+    for option in texts:
+        key, equals, value = option.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--attention {text!r}: options read name=value, as padre:degree=3; a method of a file of your own "
+                "goes by the name that it is registered by, after --import MODULE"
+            )
+        if value.startswith("(") and value.endswith(")"):
+            value = f"[{value[1:-1]}]"
+        keys, given = parse_override(f"{key}={value}")
+        options[".".join(keys)] = given
+    return {"name": name, "options": options} if options else name

@@ -22,10 +22,10 @@ from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.bench.trace import trace
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, OptionError
 from attnzoo.extras import require
 from attnzoo.models import Call, tensors
-from attnzoo.swap import swapped_layers
+from attnzoo.swap import split_host_options, swapped_layers
 from attnzoo.tasks.classify.cost_config import vision_problems
 
 
@@ -84,7 +84,16 @@ class ModelConfig(RunConfig):
                 models.function_of(model)
             except ConfigError as error:
                 return [str(error)]
-        return attention_problems(data.get("attentions"), "attentions", vision_problems)
+        return attention_problems(data.get("attentions"), "attentions", _problems)
+
+
+def _problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """What is wrong with an attention; its options may say what the model does not know itself, such as a grid."""
+    try:
+        _, own = split_host_options(info.given(options), dict(options))
+    except OptionError as error:
+        return [f"{where}.options: {error}"]
+    return vision_problems(info, own, where)
 
 
 def load(config: ModelConfig, tokens: int) -> Call:

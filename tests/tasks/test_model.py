@@ -18,6 +18,7 @@ from attnzoo.tasks.model import TASK, ModelConfig, check, measure, plan
 from eval import bench
 
 HERE = "tests.tasks.test_model"
+ENCODED = "input 2 x 15 x 32"
 QUICK = {"repeats": 3, "min_seconds": 0, "warmup": 1}
 
 
@@ -107,7 +108,8 @@ def results_of(config):
     ("model", "attentions", "shape"),
     [
         ("vit", ["sdpa", {"name": "padre", "options": {"degree": 2}}], "input 2 x 3 x 32 x 64"),
-        ("encoder", ["softmax", "hyena"], "input 2 x 15 x 32"),
+        ("encoder", ["softmax", "hyena"], ENCODED),
+        ("encoder", ["softmax", {"name": "padre", "options": {"degree": 1, "grid": [3, 4], "prefix": 3}}], ENCODED),
         ("pair", ["softmax"], "input 2 x 5, 2 x 7 x 32"),
     ],
 )
