@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnzoo import imports
-from attnzoo.assets import sha256_of
+from attnzoo.assets import model_folder, sha256_of
 from attnzoo.checks import not_square
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
@@ -68,8 +68,9 @@ def load_model(name: str) -> nn.Module:
     Parameters
     ----------
     name
-        ``timm:NAME``; ``transformers:FOLDER`` (or a name of the hub); or ``package.module:function``, which is called
-        without arguments and gives a model, or a tuple that begins with one. The working directory is searched too.
+        ``timm:NAME``; ``transformers:FOLDER`` (or the name of an asset, or of the hub); or ``package.module:function``,
+        which is called without arguments and gives a model, or a tuple that begins with one. The working directory is
+        searched too.
 
     Raises
     ------
@@ -161,7 +162,7 @@ def source_of(name: str) -> str:
 
 
 def is_causal_lm(name: str) -> bool:
-    """Whether a folder of transformers, or a name of the hub, is that of a causal language model.
+    """Whether a folder of transformers, or the name of an asset or of the hub, is that of a causal language model.
 
     Raises
     ------
@@ -216,7 +217,12 @@ def _config(name: str) -> Any:
 
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ConfigError(f"model 'transformers:{name}': there is no such folder")
-    return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(_place(name))
+
+
+def _place(name: str) -> str:
+    """The folder of an asset; any other name as it is."""
+    return str(model_folder(name) or name)
 
 
 def _factory(config: Any) -> Any:
@@ -266,9 +272,9 @@ def _timm(name: str) -> nn.Module:
 
 def _transformers(name: str) -> nn.Module:
     config = _config(name)
-    factory = _factory(config)
-    if Path(name).is_dir() and any(Path(name).glob("*.safetensors")):
-        model: nn.Module = factory.from_pretrained(name)
+    factory, place = _factory(config), _place(name)
+    if Path(place).is_dir() and any(Path(place).glob("*.safetensors")):
+        model: nn.Module = factory.from_pretrained(place)
         return model
     return _random(factory, config)
 

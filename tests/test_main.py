@@ -10,7 +10,7 @@ from torch import nn
 from attnzoo.__main__ import main
 from attnzoo.bench.record import RECORDS_FILE
 from attnzoo.errors import ConfigError
-from attnzoo.models import load_model
+from attnzoo.models import is_causal_lm, load_model
 from attnzoo.tasks import read_records
 from tests.eviction.models import language_model
 
@@ -52,6 +52,21 @@ def test_models_by_name(tmp_path):
     for name in ("vit", "timm:", "timm:vit_tinyy_patch16_224", "no_such_module:f", f"transformers:{tmp_path}"):
         with pytest.raises(ConfigError, match="model"):
             load_model(name)
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_the_name_of_an_asset_is_a_model_of_transformers(tmp_path, monkeypatch, capsys, with_weights):
+    asset, model = tmp_path / "asset", language_model().float()
+    model.save_pretrained(asset)
+    if not with_weights:
+        (asset / "model.safetensors").unlink()
+    monkeypatch.setattr("attnzoo.assets.get", {"smollm2_135m_instruct_safetensors": asset}.__getitem__)
+    loaded = load_model("transformers:smollm2_135m_instruct")
+    same = [bool((a == b).all()) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)]
+    assert all(same) == with_weights
+    assert main(["layers", "transformers:smollm2_135m_instruct"]) == 0
+    assert "model.layers.1.self_attn" in capsys.readouterr().out
+    assert is_causal_lm("smollm2_135m_instruct")
 
 
 def test_measure_is_a_benchmark_made_from_flags(tmp_path, capsys):

@@ -12,7 +12,6 @@ from attnzoo.bench.config import parse_override
 from attnzoo.command import split_outside_brackets
 from attnzoo.errors import ConfigError
 from attnzoo.imports import source_of
-from attnzoo.tasks.decode.lm import model_folder
 
 VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by default
 
@@ -26,7 +25,7 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
     if library == "timm":
         what = _timm(flags, name, given)
-    elif library == "transformers" and models.is_causal_lm(str(model_folder(name) or name)):
+    elif library == "transformers" and models.is_causal_lm(name):
         what = _decoder(flags, name, given)
     else:
         what = _model(flags, library, given)
