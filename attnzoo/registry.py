@@ -89,6 +89,11 @@ class Capabilities:
     compile: bool = True
 
 
+UNSAID = Capabilities()
+OF_POLICIES = Capabilities(causal=True, mask=True, gqa=True, compile=False)
+"""What every eviction policy supports; what the core under it can do besides depends on the core."""
+
+
 @dataclass(frozen=True)
 class AttentionInfo:
     """One entry of the registry.
@@ -106,7 +111,7 @@ class AttentionInfo:
     paper
         Title and address of the source, as ``"PADRe, https://..."``; several with semicolons between them.
     capabilities
-        What the method supports.
+        What the method supports; by default gradients and ``torch.compile``, and of an eviction policy `OF_POLICIES`.
     """
 
     name: str
@@ -114,7 +119,11 @@ class AttentionInfo:
     target: str | type
     summary: str = ""
     paper: str = ""
-    capabilities: Capabilities = Capabilities()
+    capabilities: Capabilities = UNSAID
+
+    def __post_init__(self) -> None:
+        if self.kind == "eviction" and self.capabilities is UNSAID:
+            object.__setattr__(self, "capabilities", OF_POLICIES)
 
     def load(self) -> Callable[..., Any]:
         """Import the class behind this entry."""
@@ -182,9 +191,8 @@ _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
 
 
 def _policy(name: str, cls: str, summary: str, paper: str = "") -> AttentionInfo:
-    """One of the eviction policies; what the core under it can do besides depends on the core."""
-    able = Capabilities(causal=True, mask=True, gqa=True, compile=False)
-    return AttentionInfo(name, "eviction", f"attnzoo.eviction.{name}:{cls}", summary, paper, able)
+    """One of the eviction policies."""
+    return AttentionInfo(name, "eviction", f"attnzoo.eviction.{name}:{cls}", summary, paper)
 
 
 BUILT_IN: tuple[AttentionInfo, ...] = (
@@ -484,7 +492,9 @@ def register_attention(
     name, kind, target, summary, paper
         As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
     capabilities
-        What it supports, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+        What it supports, as a `Capabilities` or a mapping of its fields, which changes the defaults. These are
+        gradients and ``torch.compile`` for cores and mixers; for eviction policies what all of them support: causal
+        models, masks, grouped queries and gradients.
 
     Raises
     ------
@@ -519,7 +529,7 @@ def register_attention(
                 raise OptionError(f"there is no capability {key!r}{_nearest(key, known)}")
             if not isinstance(value, bool):
                 raise OptionError(f"capability {key!r} is True or False, not {short(value)}")
-        capabilities = Capabilities(**(capabilities or {}))
+        capabilities = replace(OF_POLICIES if kind == "eviction" else UNSAID, **(capabilities or {}))
     info = AttentionInfo(name, kind, target, summary, paper, capabilities)
     if isinstance(target, type):
         _check_class(info)
