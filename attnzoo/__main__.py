@@ -74,9 +74,12 @@ def layers(name: str) -> None:
 
     model = load_model(name)
     print(attnzoo.swap_report(model), end="\n\n")
-    table = Table(("method", Column("kind", left=True), Column("can be swapped in", left=True)))
+    alike: dict[tuple[str, str], list[str]] = {}
     for info in map(describe, list_attentions()):
-        table.add(info.name, info.kind, _tried(model, info))
+        alike.setdefault((info.kind, _tried(model, info)), []).append(info.name)
+    table = Table((Column("method", left=True), Column("kind", left=True), Column("can be swapped in", left=True)))
+    for (kind, told), names in alike.items():
+        table.add(", ".join(names), kind, told)
     _print(table)
 
 
@@ -90,7 +93,8 @@ def _tried(model: Any, info: AttentionInfo) -> str:
         try:
             attnzoo.replace_attention(model, info.name, **options)
         except AttnZooError as error:
-            return f"no: {' '.join(str(error).split())}"
+            reasons = getattr(error, "reasons", ()) or (str(error),)
+            return f"no: {'; '.join(' '.join(reason.split()) for reason in reasons)}"
         report = attnzoo.swap_report(model)
         attnzoo.restore_attention(model)
     return f"in {len(report.swapped)} of {len(report.layers)} layers, {report.added:,} new parameters"

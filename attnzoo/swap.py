@@ -203,12 +203,16 @@ def replace_attention(
     given = dict(options)
     host_options, options = split_host_options(info, options)
     info.check_options(options)
-    info.require_options(options)
-    budgets, options = _budget_per_layer(info, options)
-    bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
     chosen = _choose(model, [*found, *gone], where)
+    try:
+        info.require_options(options)
+        budgets, options = _budget_per_layer(info, options)
+        bounded = _bounded(info, options) if info.kind == "eviction" else None
+    except OptionError:
+        _refuse(info, chosen, None)  # where the method cannot stand at all, its options are beside the point
+        raise
     sites = chosen if bounded is None else _without_own_window(chosen)
     left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
     _refuse(info, sites, bounded)
@@ -380,6 +384,9 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
             f"found no attention in this {type(model).__name__}; attnzoo knows the attention layers of timm, torch, "
             "transformers and mmdet"
         )
+    if sites[0].path == "" and isinstance(sites[0], RefusedSite):
+        reason = f"{type(model).__name__}: {sites[0].reason}"
+        raise UnsupportedError(f"this model is itself an attention layer that cannot be replaced: {reason}", [reason])
     if sites[0].path == "":
         raise SwapError(
             f"this {type(model).__name__} is itself the attention layer; pass the model that holds it, "
@@ -466,12 +473,14 @@ def _refuse(info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | 
             site = next(one for one in able if one.path == path)
             problems[path] = f"{type(site.module).__name__}: {problem}"
     if problems:
-        lines = "\n".join(_lines(problems))
+        lines = _lines(problems)
         paths = [site.path for site in sites if site.path not in problems]
         hint = f" Choose layers with where=, for example where={_pattern(paths, list(problems))!r}." if paths else ""
         raise UnsupportedError(
-            f"{info.name!r} cannot replace the attention in {len(problems)} of {len(sites)} layers:\n{lines}\n"
-            f"Nothing was swapped.{hint}"
+            f"{info.name!r} cannot replace the attention in {len(problems)} of {len(sites)} layers:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + f"\nNothing was swapped.{hint}",
+            lines,
         )
 
 
@@ -481,7 +490,7 @@ def _lines(problems: dict[str, str]) -> list[str]:
     for path, problem in problems.items():
         paths.setdefault(problem, []).append(path)
     return [
-        f"  {first}: {problem}{f' (and {len(rest)} more)' if rest else ''}" for problem, (first, *rest) in paths.items()
+        f"{first}: {problem}{f' (and {len(rest)} more)' if rest else ''}" for problem, (first, *rest) in paths.items()
     ]
 
 

@@ -149,7 +149,7 @@ def test_commands_import(modules, capsys):
         "import torch\ndef build():\n    return torch.nn.MultiheadAttention(8, 2, batch_first=True)\n"
     )
     assert main(["layers", "own_model:build", "--import", "own_mixer", "--import", "own_policy"]) == 0
-    assert {*OWN} <= set(capsys.readouterr().out.split())
+    assert {*OWN} <= set(capsys.readouterr().out.replace(",", " ").split())
     sys.modules.pop("own_model")
 
 
