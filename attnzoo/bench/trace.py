@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,10 +116,17 @@ def trace(run: Callable[[], object]) -> Trace:
     found = _traced(run)
     if not FAST_PATH.intersection(found.ops):
         return found
+    with without_fast_path():
+        return replace(_traced(run), ops=found.ops)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Have torch's encoders call their attention layers, which the fast path goes round."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        return replace(_traced(run), ops=found.ops)
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 

@@ -117,6 +117,10 @@ def test_a_language_model_is_measured_by_its_config_alone(folder, tmp_path, monk
     assert all(r.status == "ok" and r.gate.passed and r.quality is None for r in records)
     assert all(r.cost.ratios.speedup.bounds for r in records)
     assert [r.cost.ratios.cache_held < 0.6 for r in records] == [False, False, True, True]
+    assert all(0 < r.cost.attention_share < 1 for r in records[:2])
+    prefill, decode = said.split("prefill, 64 tokens:")[1].split("decode, after 64 tokens:")
+    for told in (prefill, decode):
+        assert "The attention layers, projections included, take" in told
 
 
 def language(folder, **changes):

@@ -123,7 +123,7 @@ def test_what_a_function_returns_is_measured(model, attentions, shape):
         assert (result.status, result.gate.passed, result.baseline_gate.passed) == ("ok", True, True)
         cost = result.costs["forward"]
         assert cost.candidate.memory.activation_peak_bytes or cost.candidate.memory.allocator_peak_bytes
-        assert cost.attention_share is None if model == "encoder" else 0 < cost.attention_share < 1
+        assert 0 < cost.attention_share < 1
         assert cost.candidate.throughput == pytest.approx(2e3 / cost.candidate.latency_ms.p50)
     assert results[0].gate.oracle == "itself in float64"
     assert results[1].gate.oracle == "the model's own attention, same weights and input"

@@ -194,7 +194,7 @@ def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[s
     if info.kind == "eviction":
         return [
             f"{where}.name: {info.name!r} evicts a language model's cache, and this model has none; give it a language "
-            "model: attnzoo measure transformers:NAME, or the key language of a benchmark"
+            "model: attnzoo measure transformers:NAME, or language.attentions of a benchmark"
         ]
     unknown: list[str] = []
     for option in options:
