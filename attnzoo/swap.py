@@ -211,11 +211,11 @@ def replace_attention(
         budgets, options = _budget_per_layer(info, options)
         bounded = _bounded(info, options) if info.kind == "eviction" else None
     except OptionError:
-        _refuse(info, chosen, None)  # where the method cannot stand at all, its options are beside the point
+        _refuse(info, chosen, None, {})  # where the method cannot stand at all, its options are beside the point
         raise
     sites = chosen if bounded is None else _without_own_window(chosen)
     left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
-    _refuse(info, sites, bounded)
+    _refuse(info, sites, bounded, options)
     if where is None:
         _warn_of_standing(found)
     _check_host_options(host_options, sites)
@@ -457,14 +457,18 @@ def _without_own_window(sites: list[Site]) -> list[Site]:
     return chosen
 
 
-def _refuse(info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | None) -> None:
-    """Raise `UnsupportedError` naming every layer where `info`, with the core under it, cannot stand."""
+def _refuse(
+    info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | None, options: Mapping[str, Any]
+) -> None:
+    """Raise `UnsupportedError` naming every layer where `info`, with these options or this policy, cannot stand."""
     core = None if bounded is None else describe(bounded.policy.core)
     problems: dict[str, str] = {}
     for site in sites:
         problem = site.problem(info, core)
         if problem is None and bounded is not None:
             problem = site.policy_problem(bounded.policy)
+        if problem is None and info.kind == "mixer":
+            problem = site.count_problem(options.get("tokens"))
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
     able = [site for site in sites if site.path not in problems]
