@@ -152,7 +152,7 @@ def _held(bounded: Sequence[LayerReport]) -> str:
 
 
 def _cache_bytes(layer: nn.Module, record: Swapped) -> tuple[int | None, int | None]:
-    """Bytes that a bounded layer holds per row at the end of a block and at most within one, in the dtype it has now."""
+    """Bytes that a bounded layer holds per row at the end of a block, and at most within one, in its dtype of now."""
     if record.shape is None or not isinstance(record.options.get("budget"), int):
         return None, None
     policy = vars(layer)["attnzoo_cache"].policy
