@@ -132,24 +132,32 @@ OWN_FILES = {
 }
 
 
-@pytest.mark.parametrize("page", OWN_FILES)
-def test_a_config_imports_the_file_of_ones_own_as_the_page_says(page, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def own_file(page: str, folder: Path, module: str) -> Iterator[None]:
+    """What a page shows of a method of one's own, in a file in the working directory."""
     shown, name, kind, cls = OWN_FILES[page]
-    (config,) = (yaml.safe_load(each) for each in blocks(ROOT / page, "yaml") if "imports:" in each)
     code = next(each for each in blocks(ROOT / page, "python") if shown in each)
     code = "\n".join(line for line in code.splitlines() if not line.startswith("attnzoo."))  # what uses the class
     register = f'attnzoo.register_attention("{name}", "{kind}", {cls})'
-    (module,) = config["imports"]
-    (tmp_path / f"{module}.py").write_text(f"import attnzoo\nimport torch\n{code}\n{register}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    content = {"name": "x", **({} if kind == "eviction" else {"quality": None}), **config}
+    (folder / f"{module}.py").write_text(f"import attnzoo\nimport torch\n{code}\n{register}\n", encoding="utf-8")
     try:
-        named = tasks.find("decode" if kind == "eviction" else "suite").config.check(content).attentions
-        assert name in [attention.name for attention in named]
+        yield
     finally:
         sys.modules.pop(module, None)
         unregister_attention(name)
+
+
+@pytest.mark.parametrize("page", OWN_FILES)
+def test_a_config_imports_the_file_of_ones_own_as_the_page_says(page, tmp_path, monkeypatch):
+    _, name, kind, _ = OWN_FILES[page]
+    (config,) = (yaml.safe_load(each) for each in blocks(ROOT / page, "yaml") if "imports:" in each)
+    (module,) = config["imports"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    content = {"name": "x", **({} if kind == "eviction" else {"quality": None}), **config}
+    with own_file(page, tmp_path, module):
+        named = tasks.find("decode" if kind == "eviction" else "suite").config.check(content).attentions
+        assert name in [attention.name for attention in named]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -216,15 +224,17 @@ def test_the_commands_that_measure_are_real(tmp_path, monkeypatch):
     ).save_pretrained(tmp_path / "llm")
     monkeypatch.chdir(tmp_path)
     lines = [line for page in PAGES for line in "\n".join(blocks(page, "sh")).splitlines() if "attnzoo measure" in line]
+    monkeypatch.syspath_prepend(tmp_path)
     measured = set()
-    for line in lines:
-        content = config_of(parser().parse_args(line.partition("#")[0].split()[1:]))
-        task = tasks.find(content["task"])
-        config = task.config.check(content)
-        task.check(config)
-        assert task.plan(config)
-        model = content["model"]
-        measured.add((task.name, model["library"] if isinstance(model, dict) else model.partition(":")[0]))
+    with own_file("docs/guide.md", tmp_path, "mycore"):
+        for line in lines:
+            content = config_of(parser().parse_args(line.partition("#")[0].split()[1:]))
+            task = tasks.find(content["task"])
+            config = task.config.check(content)
+            task.check(config)
+            assert task.plan(config)
+            model = content["model"]
+            measured.add((task.name, model["library"] if isinstance(model, dict) else model.partition(":")[0]))
     assert measured == {("suite", "timm"), ("model", "transformers"), ("decode", "./llm"), ("model", "mymodel")}
 
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from attnzoo.assets import model_folder
 from attnzoo.errors import AssetError, OptionError, UnsupportedError, short
 from attnzoo.eviction.policy import Policy
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.imports import import_modules
 from attnzoo.registry import AttentionInfo, build_policy, describe, list_attentions
 from attnzoo.swap import replace_attention
-from attnzoo.tasks.decode.lm import model_folder
 
 # Keyword arguments of `from_pretrained` that its signature does not name.
 LOADING = ("attn_implementation", "device_map", "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype")
