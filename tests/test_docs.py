@@ -402,12 +402,24 @@ def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
         assert cells == [f"{sum(hits)} of {len(hits)}" for hits in quarters]
 
 
-def test_the_tables_beside_kvpress_are_those_of_the_committed_records():
-    records = read_records(ROOT / "docs/records/kvpress.jsonl")
-    assert between(ROOT / "docs/eviction.md", "kvpress") == beside(records).markdown()
+@pytest.mark.parametrize("name", ["kvpress", "kvpress_prompt"])
+def test_the_tables_beside_kvpress_are_those_of_the_committed_records(name):
+    records = read_records(ROOT / "docs/records" / f"{name}.jsonl")
+    assert between(ROOT / "docs/eviction.md", name) == beside(records).markdown()
     assert {(record.status, record.cost) for record in records} == {("ok", None)}
     for dense in (record.quality for record in records if record.quality.row.spec is None):
         assert dense.found == [1] * 24
+
+
+def test_under_kvpresss_own_protocol_attnzoo_finds_at_least_as_many():
+    """In every cell, but for `random`, of which each side draws its own entries."""
+    found = {}
+    for record in read_records(ROOT / "docs/records/kvpress_prompt.jsonl"):
+        found[record.part, record.quality.row.policy, record.quality.row.side] = sum(record.quality.found)
+    cells = {key[:2] for key in found if key[1] not in ("random", "dense")}
+    assert len(cells) == 2 * 9
+    for cell in cells:
+        assert found[*cell, "attnzoo"] >= found[*cell, "kvpress"], cell
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():
@@ -518,7 +530,17 @@ def test_modules_run_as_commands():
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "mixers_accuracy", "gpu_kernels", "prose", "kvpress", "train_bytes", "fashion_mnist", "cifar10_cpu"],
+    [
+        "quickstart",
+        "mixers_accuracy",
+        "gpu_kernels",
+        "prose",
+        "kvpress",
+        "kvpress_prompt",
+        "train_bytes",
+        "fashion_mnist",
+        "cifar10_cpu",
+    ],
 )
 def test_committed_pages_are_what_the_records_give_today(name):
     from attnzoo.bench.page import page_of

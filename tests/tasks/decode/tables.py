@@ -15,6 +15,7 @@ TABLES = {
     "claims-ends": ("claims", "claims", ENDS),
     "claims-reference": ("claims_reference", "claims", MILD),
     "budgets": ("budgets", "budgets", MILD[:3]),
+    "budgets-reference": ("budgets_reference", "budgets", MILD[:1]),
 }
 
 
