@@ -8,7 +8,7 @@ from attnzoo.bench.words import difference
 from attnzoo.tables import Cell, Column, Table
 
 MILD = ("128 block", "256 block", "128 prompt", "256 prompt")
-ENDS = ("64 block", "512 block", "64 prompt", "512 prompt")
+ENDS = ("64 block", "512 block", "64 prompt")
 # the name of a table in docs/eviction.md: its record, its config, and the settings that it shows
 TABLES = {
     "claims": ("claims", "claims", MILD),
