@@ -412,7 +412,7 @@ def test_the_tables_beside_kvpress_are_those_of_the_committed_records(name):
 
 
 def test_under_kvpresss_own_protocol_attnzoo_finds_at_least_as_many():
-    """In every cell, but for one whose reason the page gives, and `random`, of which each side draws its own entries."""
+    """In every cell but one, whose reason the page gives, and `random`, of which each side draws its own entries."""
     found = {}
     for record in read_records(ROOT / "docs/records/kvpress_prompt.jsonl"):
         found[record.part, record.quality.row.policy, record.quality.row.side] = sum(record.quality.found)
