@@ -419,7 +419,7 @@ def test_under_kvpresss_own_protocol_attnzoo_finds_at_least_as_many():
     cells = {key[:2] for key in found if key[1] not in ("random", "dense")}
     assert len(cells) == 2 * 9
     for cell in cells:
-        less = cell == ("question after", "expected_attention")  # one, by another softmax
+        less = cell == ("question after", "expected_attention")  # one: the two sides differ there, as the page says
         assert found[*cell, "attnzoo"] >= found[*cell, "kvpress"] - less, cell
 
 
