@@ -39,7 +39,7 @@ from attnzoo.units import megabytes
 from eval import kernels, report
 from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
-from tests.tasks.decode.tables import TABLES, lost_table, pairs_by_setting
+from tests.tasks.decode.tables import TABLES, cost_table, lost_table, pairs_by_setting
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -384,6 +384,15 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
     assert words.times(noise) in (ROOT / "docs/eviction.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_what_policies_cost_has_all_of_them_and_h2o_is_as_fast_as_keydiff():
+    records = read_records(ROOT / "docs/records/policies.jsonl")
+    assert between(ROOT / "docs/eviction.md", "policies") == cost_table(records).markdown()
+    assert {record.attention for record in records if record.attention} == set(list_attentions(kind="eviction"))
+    assert all(record.status == "ok" and record.gate.passed for record in records)
+    step = {r.attention: r.cost.ratios.speedup.p50 for r in records if r.phase == "decode" and r.attention}
+    assert step["keydiff"] / step["h2o"] <= 1.05
+
+
 def test_the_tables_of_policies_on_prose_are_those_of_the_committed_record():
     records = read_records(ROOT / "docs/records/prose.jsonl")
     read = {record.label: record.quality for record in records if not record.workload}
@@ -552,6 +561,7 @@ def test_modules_run_as_commands():
         "gpu_kernels",
         "prose",
         "long",
+        "policies",
         "kvpress",
         "kvpress_prompt",
         "train_bytes",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.bench.record import Record
-from attnzoo.bench.words import difference
+from attnzoo.bench.words import difference, ratio, times
 from attnzoo.tables import Cell, Column, Table
 
 MILD = ("128 block", "256 block", "128 prompt", "256 prompt")
@@ -43,6 +43,22 @@ def lost_table(records: Sequence[Record], settings: Sequence[str]) -> Table:
         bytes_held = [quality[f"{name} {setting}"] for setting in budgets.values()]
         shares = (f"{one.cache.held / one.cache_dense.held:.2f}x" for one in bytes_held)
         table.add(name, *(difference(one.difference) for one in rows), ", ".join(shares))
+    return table
+
+
+def cost_table(records: Sequence[Record]) -> Table:
+    """What each policy costs and saves, as ratios to dense, the fastest in decoding first; dense itself shows the noise."""
+    costs: dict[str, dict[str, Any]] = {}
+    for record in records:
+        costs.setdefault(record.label, {})[record.phase] = record.cost
+    dense = next(record.label for record in records if record.is_baseline)
+    names = sorted(costs, key=lambda name: (name != dense, -costs[name]["decode"].ratios.speedup.p50))
+    table = Table((Column("policy", code=True), "TTFT", "TPOT", "peak memory of the prefill", "cache held"))
+    for name in names:
+        prefill, decode = (costs[name][phase].ratios for phase in ("prefill", "decode"))
+        peak = ratio(prefill.activation_peak)
+        shown = name if name == dense else name.rpartition(" ")[0]
+        table.add(shown, times(prefill.speedup), times(decode.speedup), peak, ratio(decode.cache_held))
     return table
 
 
