@@ -47,7 +47,7 @@ def lost_table(records: Sequence[Record], settings: Sequence[str]) -> Table:
 
 
 def cost_table(records: Sequence[Record]) -> Table:
-    """What each policy costs and saves, as ratios to dense, the fastest in decoding first; dense itself shows the noise."""
+    """What each policy costs and saves, as ratios to dense, the fastest in decoding first after dense itself."""
     costs: dict[str, dict[str, Any]] = {}
     for record in records:
         costs.setdefault(record.label, {})[record.phase] = record.cost
