@@ -13,6 +13,7 @@ from attnzoo.registry import (
     register_attention,
     unregister_attention,
 )
+from attnzoo.repair import RepairReport, repair
 from attnzoo.saving import load, save
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
 from attnzoo.visual_tokens import prune_visual_tokens
@@ -25,6 +26,7 @@ __all__ = [
     "AttnZooError",
     "CacheBytes",
     "Capabilities",
+    "RepairReport",
     "SwapReport",
     "create_attention",
     "describe",
@@ -35,6 +37,7 @@ __all__ = [
     "load_weights",
     "prune_visual_tokens",
     "register_attention",
+    "repair",
     "replace_attention",
     "restore_attention",
     "save",

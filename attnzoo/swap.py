@@ -389,10 +389,10 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {short(where)}")
     for pattern in patterns:
-        if not any(_matches(site.path, pattern) for site in sites):
+        if not any(matches(site.path, pattern) for site in sites):
             listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
             raise SwapError(f"where={pattern!r} matches none of the {len(sites)} attention layers: {listed}")
-    chosen = [site for site in sites if any(_matches(site.path, p) for p in patterns)]
+    chosen = [site for site in sites if any(matches(site.path, p) for p in patterns)]
     return [site for site in chosen if not _stands(site)] or chosen
 
 
@@ -419,7 +419,7 @@ def _warn_of_standing(sites: Sequence[Site]) -> None:
         )
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` fits the layer, or a module that holds it."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
@@ -490,7 +490,7 @@ def _pattern(paths: list[str], others: list[str]) -> str | list[str]:
         common += 1
     begin, end = ".".join([*first[:common], "*"]), f"*.{first[-1]}"
     for pattern in (begin, end):
-        if all(_matches(path, pattern) for path in paths) and not any(_matches(path, pattern) for path in others):
+        if all(matches(path, pattern) for path in paths) and not any(matches(path, pattern) for path in others):
             return pattern
     return paths
 

@@ -1,0 +1,123 @@
+"""The network that a swapped model was: each swapped layer holds its original, so that no second model is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnzoo.hosts.site import MixerLayer, original_of
+
+Seen = Callable[[str, "Visit"], None]
+OWN = "attnzoo_"  # keyword arguments of this beginning are for swapped layers alone
+
+
+class Visit:
+    """One call of a swapped layer, with what the original gave.
+
+    Attributes
+    ----------
+    layer
+        The swapped layer.
+    args, kwargs
+        What its model called it with.
+    target
+        What the original gave: of shape ``(B, N, C)``, or as the host has it.
+    """
+
+    def __init__(self, layer: MixerLayer, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor) -> None:
+        self.layer, self.args, self.kwargs, self.target = layer, args, kwargs, target
+
+    def error(self) -> Tensor:
+        """Call the mixer on the same input; see `normalized_error`. Padding does not count."""
+        with masks_of(self.layer) as masks:
+            out = first_tensor(type(self.layer).forward(self.layer, *self.args, **self.kwargs))
+        return normalized_error(out, self.target, masks[-1] if masks else None)
+
+
+@contextmanager
+def as_teacher(layers: Mapping[str, MixerLayer], seen: Seen | None = None) -> Iterator[None]:
+    """Within, `layers` give what their originals give, and all else of the model stays as it is.
+
+    Parameters
+    ----------
+    layers
+        Swapped layers by path.
+    seen
+        Called with the path and the `Visit` at each call of one of them.
+    """
+
+    def forward(path: str, layer: MixerLayer) -> Callable[..., Any]:
+        original: Any = original_of(layer)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given = {name: value for name, value in kwargs.items() if not name.startswith(OWN)}
+            out = original(*args, **given)
+            if seen is not None:
+                seen(path, Visit(layer, args, kwargs, first_tensor(out)))
+            return out
+
+        return run
+
+    try:
+        for path, layer in layers.items():
+            layer.__dict__["forward"] = forward(path, layer)
+        yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def own_weights(parameters: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within, parameters have other values: the teacher's, where training changes more than mixers."""
+    now = {parameter: parameter.data for parameter in parameters}
+    try:
+        for parameter, value in parameters.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in now.items():
+            parameter.data = value
+
+
+@contextmanager
+def masks_of(layer: MixerLayer) -> Iterator[list[Tensor | None]]:
+    """Collect which tokens are real ``(B, N)`` at each call of a layer's mixer, in the layer's own order of axes."""
+    masks: list[Tensor | None] = []
+
+    def look(mixer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("mask")
+        masks.append(mask if mask is None or getattr(layer, "batch_first", True) else mask.mT)
+
+    hook = layer.mixer.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield masks
+    finally:
+        hook.remove()
+
+
+def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sum of squares of ``out - target``, over that of `target`, in float32.
+
+    Parameters
+    ----------
+    out, target
+        ``(B, N, C)``.
+    mask
+        ``(B, N)``, True where a token counts.
+    """
+    out, target = out.float(), target.detach().float()
+    off, whole = (out - target).square().sum(-1), target.square().sum(-1)
+    if mask is not None:
+        off, whole = (x * mask.reshape(x.shape) for x in (off, whole))
+    return off.sum() / whole.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that an attention gives, alone or before its weights."""
+    return output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
+
