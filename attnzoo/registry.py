@@ -614,6 +614,12 @@ def _check_class(info: AttentionInfo) -> None:
         if inspect.isabstract(target):
             missing = ", ".join(sorted(target.__abstractmethods__))
             raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
+        undeclared = _not_fields(target)
+        if undeclared:
+            raise AttnZooError(
+                f"{said} {', '.join(undeclared)} of {target.__name__} is no option: put @dataclass(frozen=True, "
+                "kw_only=True) above the class"
+            )
         return
     if not issubclass(target, nn.Module):
         raise AttnZooError(f"{said} {target.__name__} is not a torch.nn.Module")
@@ -626,6 +632,13 @@ def _check_class(info: AttentionInfo) -> None:
         )
     if info.capabilities.decode and not _takes(getattr(target, "extend", None), 4, ()):
         raise AttnZooError(f"{said} {target.__name__}.extend cannot be called as mixer.extend(x, state, mask)")
+
+
+def _not_fields(policy: type) -> list[str]:
+    """Names that a policy's class annotates as options, but which are no fields of it as a dataclass."""
+    known = {one.name for one in fields(policy)}
+    own = {name: said for name, said in vars(policy).get("__annotations__", {}).items() if name not in known}
+    return [name for name, said in own.items() if "ClassVar" not in str(said) and not name.startswith("_")]
 
 
 def _takes(function: Any, count: int, named: Iterable[str]) -> bool:

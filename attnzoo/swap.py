@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from attnzoo.errors import OptionError, SwapError, UnsupportedError, short
-from attnzoo.eviction.budgets import share_out
+from attnzoo.eviction.budgets import LayerShape, share_out
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
@@ -41,9 +41,9 @@ class LayerReport:
         Numbers of parameters of the layer: before the swap, after it, shared by both, new.
     note
         Why an eviction policy leaves the layer out: a sliding window bounds its cache already.
-    held_bytes
-        Bytes that an eviction policy lets the layer hold per row of a batch at the end of a block, in the dtype that
-        the model had at the swap; None for other methods, and where the budget is a share of the text.
+    held_bytes, most_bytes
+        Bytes that an eviction policy lets the layer hold per row of a batch at the end of a block, and at most within
+        one, in the dtype that the layer has now; None for other methods, and where the budget is a share of the text.
     """
 
     path: str
@@ -56,6 +56,7 @@ class LayerReport:
     reused: int
     note: str = ""
     held_bytes: int | None = None
+    most_bytes: int | None = None
 
     @property
     def budget(self) -> int | float | None:
@@ -139,10 +140,26 @@ def _budget(budget: int | float | None) -> str:
 
 def _held(bounded: Sequence[LayerReport]) -> str:
     """What the caches of bounded layers hold together."""
-    sizes = [layer.held_bytes for layer in bounded]
-    known = [size for size in sizes if size is not None]
-    size = megabytes(sum(known)) if len(known) == len(sizes) else "a size that depends on the text"
-    return f"budgets are per key/value head; at the end of a block the swapped layers hold, per row, {size}"
+    sizes = [(layer.held_bytes, layer.most_bytes) for layer in bounded]
+    known = [(held, most) for held, most in sizes if held is not None and most is not None]
+    size = "a size that depends on the text"
+    if len(known) == len(sizes):
+        held, most = (megabytes(sum(each)) for each in zip(*known, strict=True))
+        size = f"{held}, and up to {most} within one"
+    prompt = any(layer.options.get("schedule") == "prompt" for layer in bounded)
+    whole = "; the whole prompt until it ends" if prompt else ""
+    return f"budgets are per key/value head; at the end of a block the swapped layers hold, per row, {size}{whole}"
+
+
+def _cache_bytes(layer: nn.Module, record: Swapped) -> tuple[int | None, int | None]:
+    """Bytes that a bounded layer holds per row at the end of a block, and at most within one, in its dtype of now."""
+    if record.shape is None or not isinstance(record.options.get("budget"), int):
+        return None, None
+    policy = vars(layer)["attnzoo_cache"].policy
+    dtypes = {p.dtype for p in layer.parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+    shape = replace(record.shape, dtype=dtypes.pop()) if len(dtypes) == 1 else record.shape
+    always, entry = shape.bytes_held(policy)
+    return always + entry * policy.budget, always + entry * (policy.budget + policy.every)
 
 
 def _told(standing: Sequence[LayerReport]) -> str:
@@ -247,7 +264,10 @@ def restore_attention(model: Model) -> Model:
         raise SwapError("nothing to restore: no layer of this model was swapped by attnzoo.replace_attention")
     gone = [path for path, layer in swapped.items() if original_of(layer) is None]
     if gone:
-        raise SwapError(f"swapped with keep_original=False, so the original modules are gone: {', '.join(gone)}")
+        raise SwapError(
+            "swapped with keep_original=False, or loaded by attnzoo.load, which keeps no originals, so the original "
+            f"modules are gone: {', '.join(gone)}"
+        )
     if "" in swapped:
         raise SwapError("this module is itself a swapped layer; restore the model that holds it")
     originals = {}
@@ -282,6 +302,7 @@ def swap_report(model: nn.Module) -> SwapReport:
             site = hosts[path]
             reports.append(LayerReport(path, site.host, type(layer).__name__, None, {}, n, n, n, site.note))
         else:
+            held, most = _cache_bytes(layer, record)
             reports.append(
                 LayerReport(
                     path,
@@ -292,7 +313,8 @@ def swap_report(model: nn.Module) -> SwapReport:
                     record.parameters_before,
                     record.parameters_after,
                     record.reused,
-                    held_bytes=record.held_bytes,
+                    held_bytes=held,
+                    most_bytes=most,
                 )
             )
     after = _parameters(model)
@@ -497,11 +519,11 @@ def _pattern(paths: list[str], others: list[str]) -> str | list[str]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is put at a layer: the options that make it, its core (None for mixers), and what its cache will hold."""
+    """What is put at a layer: the options that make it, its core (None for mixers), and what it keeps of a token."""
 
     options: dict[str, Any]
     core: Core | BoundedAttention | None
-    held_bytes: int | None = None
+    shape: LayerShape | None = None
 
 
 def _budget_per_layer(info: AttentionInfo, options: dict[str, Any]) -> tuple[list[Any] | None, dict[str, Any]]:
@@ -532,11 +554,7 @@ def _shared_out(
         options = {**asked, "budget": policy.budget}
         if policy.budgets != "uniform":
             options["budgets"] = policy.budgets
-        held = None
-        if site.shape is not None and isinstance(policy.budget, int):
-            always, entry = site.shape.bytes_held(policy)
-            held = always + entry * policy.budget
-        plans.append(_Plan(options, replace(bounded, policy=policy), held))
+        plans.append(_Plan(options, replace(bounded, policy=policy), site.shape))
     return plans
 
 
@@ -565,7 +583,7 @@ def _substitute(
         parameters_before=sum(before.values()),
         parameters_after=sum(after.values()),
         reused=sum(n for i, n in before.items() if i in after),
-        held_bytes=plan.held_bytes,
+        shape=plan.shape,
     )
     return layer
 

@@ -170,6 +170,15 @@ class NoScore(Policy):
     pass
 
 
+class NoDataclass(Policy):
+    """Its option is none: fields of a class that is not a dataclass are nothing but a note."""
+
+    stride: int = 4
+
+    def score(self, view):
+        return view.positions % self.stride
+
+
 class NoModule:
     def __init__(self, dim, num_heads):
         pass
@@ -183,6 +192,7 @@ UNFIT = {
     "NoModule": ("mixer", NoModule, {}, r"NoModule is not a torch\.nn\.Module"),
     "Mean": ("eviction", Mean, {}, r"Mean must inherit from it"),
     "NoScore": ("eviction", NoScore, {}, r"NoScore does not define score"),
+    "NoDataclass": ("eviction", NoDataclass, {}, r"stride of NoDataclass is no option: put @dataclass\(frozen=True"),
 }
 
 

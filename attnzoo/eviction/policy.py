@@ -205,8 +205,9 @@ class Policy(ABC):
             return "this policy does not choose by scores; use another, or budgets by layer"
         if not self.comparable:
             return (
-                f"those of {type(self).__name__} mean nothing from head to head; use another policy that scores by "
-                "attention (a policy of your own can say that its scores do, by a property `comparable` that is True)"
+                f"those of {type(self).__name__} mean nothing from head to head; use one that scores by attention per "
+                "head, such as h2o, snapkv or caote, or keydiff (a policy of your own can say that its scores do, by a "
+                "property `comparable` that is True)"
             )
         return ""
 

@@ -280,8 +280,8 @@ class Swapped:
         The host's own module; None if it was not kept.
     parameters_before, parameters_after, reused
         Numbers of parameters: of the host's own module, of this one, and those that both share.
-    held_bytes
-        Bytes that an eviction policy lets the layer hold per row at the end of a block, where they can be told.
+    shape
+        What the layer keeps of a token under an eviction policy, where that can be told.
     """
 
     info: AttentionInfo
@@ -292,7 +292,7 @@ class Swapped:
     parameters_before: int
     parameters_after: int
     reused: int
-    held_bytes: int | None = None
+    shape: LayerShape | None = None
 
 
 def swapped_record(module: nn.Module) -> Swapped | None:

@@ -19,6 +19,7 @@ from attnzoo.eviction.policy import Policy
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.registry import AttentionInfo, build_policy, describe, list_attentions
 from attnzoo.swap import replace_attention
+from attnzoo.tasks.decode.lm import model_folder
 
 # Keyword arguments of `from_pretrained` that its signature does not name.
 LOADING = ("attn_implementation", "device_map", "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype")
@@ -37,7 +38,8 @@ class AttnZooLM(HFLM):
     Parameters
     ----------
     pretrained
-        As of `HFLM`: a folder, a name on the Hugging Face hub, or a model, which is then swapped in place.
+        As of `HFLM`: a folder, a name on the Hugging Face hub, or a model, which is then swapped in place; or the name
+        of an asset of attnzoo, such as ``smollm2_135m_instruct``.
     attention
         Name of an eviction policy.
     where
@@ -68,6 +70,8 @@ class AttnZooLM(HFLM):
         options, others = _split(info, arguments)
         self.policy: Policy = build_policy(info, options)
         others.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")  # HFLM takes CUDA to be there
+        if isinstance(pretrained, str):
+            pretrained = str(model_folder(pretrained) or pretrained)
         try:
             super().__init__(pretrained, **others)
         except (OSError, ValueError) as error:  # no such model, a damaged file

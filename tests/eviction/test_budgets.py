@@ -222,7 +222,10 @@ def test_the_report_says_what_each_layer_got():
     assert lines[0].split()[-2:] == ["budget", "cache"]
     assert lines[2].endswith("39 entries  0.01 MB")
     assert lines[5].endswith("1 entry     0.00 MB")
-    assert lines[-1].endswith("the swapped layers hold, per row, 0.01 MB")
+    assert lines[-1].endswith("the swapped layers hold, per row, 0.01 MB, and up to 0.02 MB within one")
+    assert [layer.most_bytes for layer in report.layers] == [(n + 8) * entry for n in (39, 26, 14, 1)]
+    prompt = str(attnzoo.swap_report(swapped("h2o", budget=20, schedule="prompt")))
+    assert prompt.endswith("MB within one; the whole prompt until it ends")
     plain = attnzoo.swap_report(attnzoo.restore_attention(model))
     assert plain.layers[0].budget is None
     assert "budget" not in str(plain)
@@ -558,3 +561,18 @@ def test_the_command_line(tmp_path, capsys):
     ):
         assert main([*wrong, "--out", str(out)]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["h2o", "keydiff"])
+def test_the_report_counts_bytes_in_the_dtype_that_the_model_has_now(name):
+    model = swapped(name, torch.float32, budget=16, block_size=4)
+    before = attnzoo.swap_report(model).layers[0]
+    model.to(torch.bfloat16)
+    now = attnzoo.swap_report(model)
+    with torch.no_grad():
+        cache = cache_of(model(token_ids(1, 40)))
+    assert attnzoo.kv_bytes(cache).held == sum(layer.held_bytes for layer in now.layers)
+    assert now.layers[0].held_bytes < before.held_bytes
+    with torch.no_grad():
+        model(token_ids(1, 3), **{CACHE: cache})
+    assert attnzoo.kv_bytes(cache).held < sum(layer.most_bytes for layer in now.layers)

@@ -1,5 +1,6 @@
 """The harness's model ``attnzoo``: as dense where nothing is evicted, else as requests one by one."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -268,6 +269,24 @@ def test_the_command_is_the_harnesss_own(folder, monkeypatch, capsys):
     assert "error: 'caote' has no option 'budgt'" in said
     assert "'budget'" in said
     assert "Traceback" not in said
+
+
+def test_its_help_says_what_attnzoo_adds(monkeypatch, capsys):
+    from attnzoo.lm_eval.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["attnzoo.lm_eval", "--help"])
+    with contextlib.suppress(SystemExit):
+        main()
+    said = capsys.readouterr().out
+    ours = said.index("--model attnzoo --model_args pretrained=MODEL,attention=caote,budget=1024")
+    assert ours < said.index("usage:")
+
+
+def test_an_asset_is_known_by_its_name(folder, monkeypatch):
+    from attnzoo.lm_eval import model
+
+    monkeypatch.setattr(model, "model_folder", {"smollm": folder / "model"}.get)
+    assert model.AttnZooLM("smollm", attention="knorm", budget=16, device="cpu").policy.budget == 16
 
 
 def test_it_is_imported_without_the_harness_and_asks_for_it(monkeypatch):

@@ -172,11 +172,12 @@ class LanguageConfig(Section):
 class DecodeConfig(LanguageConfig, RunConfig):
     """Cost and quality of a language model whose cache is bounded.
 
-    `threads` are those of each process. `model` and `text` are names as `load_model` and `load_text` of
-    `attnzoo.tasks.decode` take them; `attention` is transformers' own, which the dense model uses. `workers` rows are
-    scored at a time, each in a process of its own and, with ``device: cuda``, on a GPU of its own where there are
-    several; timings are made one after another. With ``nll: null`` nothing is scored, as for a model of random weights,
-    whose canary proves nothing; with ``text: null`` besides, the prompts that are timed are random tokens.
+    `threads` are those of each process. `model` and `text` are names as `attnzoo.tasks.decode.lm.load_model` and
+    `attnzoo.tasks.decode.text.load_text` take them; `attention` is transformers' own, which the dense model uses.
+    `workers` rows are scored at a time, each in a process of its own and, with ``device: cuda``, on a GPU of its
+    own where there are several; timings are made one after another. With ``nll: null`` nothing is scored, as for a
+    model of random weights, whose canary proves nothing; with ``text: null`` besides, the prompts that are timed
+    are random tokens.
     """
 
     task: Literal["decode"] = "decode"

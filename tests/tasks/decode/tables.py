@@ -30,9 +30,14 @@ def measured(records: Sequence[Record], settings: Sequence[str]) -> tuple[dict[s
 def lost_table(records: Sequence[Record], settings: Sequence[str]) -> Table:
     """NLL above dense of each policy in each setting, the least in the first setting first."""
     quality, names, settings = measured(records, settings)
-    table = Table((Column("policy", code=True), *settings))
+    budgets = list({setting.split()[0]: setting for setting in reversed(settings)}.items())[::-1]
+    held = f"cache held at {' and '.join(budget for budget, _ in budgets)}"
+    table = Table((Column("policy", code=True), *settings, held))
     for name in sorted(names, key=lambda name: quality[f"{name} {settings[0]}"].nll):
-        table.add(name, *(difference(quality[f"{name} {setting}"].difference) for setting in settings))
+        rows = [quality[f"{name} {setting}"] for setting in settings]
+        bytes_held = [quality[f"{name} {setting}"] for _, setting in budgets]
+        shares = (f"{one.cache.held / one.cache_dense.held:.2f}x" for one in bytes_held)
+        table.add(name, *(difference(one.difference) for one in rows), ", ".join(shares))
     return table
 
 
