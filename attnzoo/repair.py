@@ -262,7 +262,7 @@ class Repair:
                 found.setdefault(path, []).append(visit.error())
 
         self._prepare(training=False)
-        with torch.no_grad(), self._autocast(), as_teacher(self.all_layers, seen), self._teacher_weights():
+        with torch.no_grad(), self._autocast(), as_teacher(self.model, self.all_layers, seen), self._teacher_weights():
             self._call(batch)
             errors = {path: float(torch.stack(each).mean()) for path, each in found.items()}
         missed = [path for path in self.layers if path not in errors]
@@ -323,7 +323,7 @@ class Repair:
                 self._backward(error)
                 errors.append(error.detach())
 
-        with torch.no_grad(), self._autocast(), as_teacher(self.all_layers, seen):
+        with torch.no_grad(), self._autocast(), as_teacher(self.model, self.all_layers, seen):
             self._call(batch)
         return torch.stack(errors).sum()
 
@@ -340,7 +340,7 @@ class Repair:
         def seen(path: str, visit: Visit) -> None:
             targets.setdefault(path, []).append(visit.target)
 
-        with torch.no_grad(), self._autocast(), self._teacher_weights(), as_teacher(self.all_layers, seen):
+        with torch.no_grad(), self._autocast(), self._teacher_weights(), as_teacher(self.model, self.all_layers, seen):
             original = self._call(batch)
         with self._autocast(), _outputs(self.layers if wanted else {}) as found:
             swapped = self._call(batch)
@@ -528,14 +528,9 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     """Within, modules may change between training and evaluation; after, each is as it was."""
     modes = {module: module.training for module in model.modules()}
     originals = {o: o.training for layer in swapped_layers(model).values() if (o := original_of(layer)) is not None}
-    cache = getattr(getattr(model, "config", None), "use_cache", None)
     try:
-        if cache:
-            model.config.use_cache = False  # type: ignore[union-attr]
         yield
     finally:
-        if cache:
-            model.config.use_cache = cache  # type: ignore[union-attr]
         for module, mode in (modes | originals).items():
             module.training = mode
 

@@ -39,13 +39,16 @@ class Visit:
 
 
 @contextmanager
-def as_teacher(layers: Mapping[str, MixerLayer], seen: Seen | None = None) -> Iterator[None]:
+def as_teacher(model: nn.Module, layers: Mapping[str, MixerLayer], seen: Seen | None = None) -> Iterator[None]:
     """Within, `layers` give what their originals give, and all else of the model stays as it is.
+
+    A language model makes no cache unless a call asks for one: what mixers keep is not what attention keeps.
 
     Parameters
     ----------
-    layers
-        Swapped layers by path.
+    model, layers
+        A model, and its
+        swapped layers by path.
     seen
         Called with the path and the `Visit` at each call of one of them.
     """
@@ -62,13 +65,18 @@ def as_teacher(layers: Mapping[str, MixerLayer], seen: Seen | None = None) -> It
 
         return run
 
+    cached = getattr(getattr(model, "config", None), "use_cache", None)
     try:
+        if cached:
+            model.config.use_cache = False  # type: ignore[union-attr]
         for path, layer in layers.items():
             layer.__dict__["forward"] = forward(path, layer)
         yield
     finally:
         for layer in layers.values():
             layer.__dict__.pop("forward", None)
+        if cached:
+            model.config.use_cache = cached  # type: ignore[union-attr]
 
 
 @contextmanager
