@@ -263,7 +263,7 @@ class Repair:
 
         self._prepare(training=False)
         with torch.no_grad(), self._autocast(), as_teacher(self.model, self.all_layers, seen), self._teacher_weights():
-            self._call(batch)
+            self.call(batch)
             errors = {path: float(torch.stack(each).mean()) for path, each in found.items()}
         missed = [path for path in self.layers if path not in errors]
         if missed:
@@ -324,7 +324,7 @@ class Repair:
                 errors.append(error.detach())
 
         with torch.no_grad(), self._autocast(), as_teacher(self.model, self.all_layers, seen):
-            self._call(batch)
+            self.call(batch)
         return torch.stack(errors).sum()
 
     def _model_step(self, batch: Any) -> Tensor:
@@ -341,9 +341,9 @@ class Repair:
             targets.setdefault(path, []).append(visit.target)
 
         with torch.no_grad(), self._autocast(), self._teacher_weights(), as_teacher(self.model, self.all_layers, seen):
-            original = self._call(batch)
+            original = self.call(batch)
         with self._autocast(), _outputs(self.layers if wanted else {}) as found:
-            swapped = self._call(batch)
+            swapped = self.call(batch)
             if self.options.loss is not None:
                 loss = self.options.loss(swapped, original)
             else:
@@ -371,7 +371,8 @@ class Repair:
         for layer in self.layers.values():
             layer.mixer.train(training)
 
-    def _call(self, batch: Any) -> Any:
+    def call(self, batch: Any) -> Any:
+        """Call the model with a batch."""
         if self.options.forward is not None:
             return self.options.forward(self.model, batch)
         return call(self.model, batch)
