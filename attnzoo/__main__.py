@@ -22,8 +22,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
-from attnzoo.command import check_rows, output_console, run_script
+from attnzoo.command import check_rows, output_console, run_script, split_outside_brackets
 from attnzoo.errors import AttnZooError
+from attnzoo.imports import import_modules
 from attnzoo.registry import BUILT_IN, AttentionInfo, Capabilities, Kind, describe, list_attentions
 from attnzoo.tables import Column, Table
 
@@ -73,9 +74,12 @@ def layers(name: str) -> None:
 
     model = load_model(name)
     print(attnzoo.swap_report(model), end="\n\n")
-    table = Table(("method", Column("kind", left=True), Column("can be swapped in", left=True)))
+    alike: dict[tuple[str, str], list[str]] = {}
     for info in map(describe, list_attentions()):
-        table.add(info.name, info.kind, _tried(model, info))
+        alike.setdefault((info.kind, _tried(model, info)), []).append(info.name)
+    table = Table((Column("method", left=True), Column("kind", left=True), Column("can be swapped in", left=True)))
+    for (kind, told), names in alike.items():
+        table.add(", ".join(names), kind, told)
     _print(table)
 
 
@@ -89,7 +93,8 @@ def _tried(model: Any, info: AttentionInfo) -> str:
         try:
             attnzoo.replace_attention(model, info.name, **options)
         except AttnZooError as error:
-            return f"no: {' '.join(str(error).split())}"
+            reasons = getattr(error, "reasons", ()) or (str(error),)
+            return f"no: {'; '.join(' '.join(reason.split()) for reason in reasons)}"
         report = attnzoo.swap_report(model)
         attnzoo.restore_attention(model)
     return f"in {len(report.swapped)} of {len(report.layers)} layers, {report.added:,} new parameters"
@@ -144,23 +149,34 @@ def parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
     found = argparse.ArgumentParser("attnzoo", description=__doc__, formatter_class=plain)
     commands = found.add_subparsers(dest="command", metavar="list | describe | keys | layers | measure")
-    one = commands.add_parser("list", help="every registered method")
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="imports",
+        metavar="MODULE",
+        help="import a module first, for the methods that it registers; it may lie in the working directory",
+    )
+    one = commands.add_parser("list", parents=[own], help="every registered method")
     one.add_argument("kind", nargs="?", metavar="KIND", help=f"those of one kind: {', '.join(get_args(Kind))}")
     one.add_argument("--sources", action="store_true", help="attnzoo's own, with file, paper and a sentence on each")
-    one = commands.add_parser("describe", help="options, capabilities and paper of a method")
+    one = commands.add_parser("describe", parents=[own], help="options, capabilities and paper of a method")
     one.add_argument("names", nargs="+", metavar="NAME")
     one = commands.add_parser("keys", help="every key of a task's config")
     one.add_argument("tasks", nargs="*", metavar="TASK", help="by default all of them")
-    one = commands.add_parser("layers", help="the attention layers of a model, and what can replace them")
+    one = commands.add_parser(
+        "layers", parents=[own], help="the attention layers of a model, and what can replace them"
+    )
     one.add_argument("model", metavar="MODEL")
-    one = commands.add_parser("measure", help="measure methods in a model on this machine")
+    one = commands.add_parser("measure", parents=[own], help="measure methods in a model on this machine")
     one.add_argument("model", metavar="MODEL")
     one.add_argument(
         "--attention",
         default=None,
-        type=lambda text: text.split(","),
+        type=lambda text: split_outside_brackets(text, ","),
         help="comma-separated names, each with options, if any: padre:degree=2:kernel_size=7,sdpa (padre,sdpa; of "
-        "language models sdpa,keydiff:budget=256)",
+        "language models sdpa,keydiff:budget=256); of encoders that do not know their grid 'padre:grid=(8,8):prefix=1'",
     )
     one.add_argument(
         "--tokens", default=None, type=_numbers, help="comma-separated token counts: squares of images, or prompts"
@@ -187,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser().parse_args(arguments)
 
     def body() -> int:
+        import_modules(getattr(parsed, "imports", ()))  # `keys` knows no methods
         if parsed.command == "measure":
             return measure(parsed, shlex.join(["attnzoo", *arguments]))
         if parsed.command == "layers":

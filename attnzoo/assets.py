@@ -375,6 +375,9 @@ ASSETS: tuple[Asset, ...] = (
 )
 
 
+CONVERTED = "_safetensors"  # ends the name of an asset that is another one in a form that loads fast
+
+
 def list_assets() -> list[Asset]:
     """All assets that have a name here."""
     return list(ASSETS)
@@ -404,6 +407,14 @@ def get(name: str, path: str | Path | None = None) -> Path:
         If no source gave it whole: every source is listed with its reason.
     """
     return obtain(_named(name), path=path)
+
+
+def model_folder(name: str) -> Path | None:
+    """Give the folder of a model that is an asset, which is fetched first where need be; None for all other names."""
+    known = {asset.name for asset in ASSETS}
+    if name + CONVERTED in known:
+        return get(name + CONVERTED)
+    return get(name) if name in known else None
 
 
 def obtain(asset: Asset, path: str | Path | None = None) -> Path:

@@ -153,3 +153,9 @@ def refuse_tracing() -> None:
             "sizes and choices of the one call that it sees. Use torch.export.export, or torch.onnx.export(..., "
             "dynamo=True)"
         )
+
+
+def not_square(count: int) -> str:
+    """Say that a count is not a square: ``200 is not a square (the nearest are 196 and 225)``."""
+    side = math.isqrt(count)
+    return f"{count} is not a square (the nearest are {max(side, 1) ** 2} and {(side + 1) ** 2})"

@@ -113,6 +113,23 @@ def check_rows(rows: Iterable[Row], unsupported: Callable[[Row], bool] = lambda 
     return FAILED
 
 
+def split_outside_brackets(text: str, separator: str) -> list[str]:
+    """Split at a character where it stands in no brackets and no quotes: ``a=(1,2),b`` at commas is two."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == separator and not quote and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
 def _reason(message: str) -> str:
     """The first line of a message, and what it announces; of a traceback the last, which says what was raised."""
     lines = message.strip().splitlines()

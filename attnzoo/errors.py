@@ -1,5 +1,7 @@
 """The errors that attnzoo raises: every one is an `AttnZooError`, which is a `ValueError`."""
 
+from collections.abc import Sequence
+
 
 class AttnZooError(ValueError):
     """Base of all errors raised by attnzoo."""
@@ -18,7 +20,14 @@ class ShapeError(AttnZooError):
 
 
 class UnsupportedError(AttnZooError):
-    """Something that a method does not support: the message names it, and nothing was changed or computed."""
+    """Something that a method does not support: the message names it, and nothing was changed or computed.
+
+    `reasons` are those of a refused swap, each with the first layer that has it.
+    """
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.reasons = tuple(reasons)
 
 
 class SwapError(AttnZooError):

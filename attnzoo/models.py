@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attnzoo.assets import sha256_of
+from attnzoo import imports
+from attnzoo.assets import model_folder, sha256_of
+from attnzoo.checks import not_square
 from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 
@@ -69,8 +68,9 @@ def load_model(name: str) -> nn.Module:
     Parameters
     ----------
     name
-        ``timm:NAME``; ``transformers:FOLDER`` (or a name of the hub); or ``package.module:function``, which is called
-        without arguments and gives a model, or a tuple that begins with one. The working directory is searched too.
+        ``timm:NAME``; ``transformers:FOLDER`` (or the name of an asset, or of the hub); or ``package.module:function``,
+        which is called without arguments and gives a model, or a tuple that begins with one. The working directory is
+        searched too.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def function_of(name: str) -> Any:
         If there is no such function, or its module raises something.
     """
     module, function = split(name)
-    _search_here()
+    imports.search_here()
     try:
         return getattr(importlib.import_module(module), function)
     except (ModuleNotFoundError, AttributeError) as error:
@@ -158,16 +158,11 @@ def source_of(name: str) -> str:
     if library == "transformers":
         path = Path(rest) / "config.json"
         return sha256_of(path) if path.is_file() else ""
-    _search_here()
-    try:
-        found = importlib.util.find_spec(library)
-    except Exception:  # the package around it may raise anything; whoever builds the model will tell
-        return ""
-    return sha256_of(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else ""
+    return imports.source_of(library)
 
 
 def is_causal_lm(name: str) -> bool:
-    """Whether a folder of transformers, or a name of the hub, is that of a causal language model.
+    """Whether a folder of transformers, or the name of an asset or of the hub, is that of a causal language model.
 
     Raises
     ------
@@ -203,7 +198,7 @@ def encoder_with_example(name: str, tokens: int, batch: int) -> Call:
     if kind == "pixel_values" and isinstance(patch, int):
         side = math.isqrt(tokens)
         if side**2 != tokens:
-            raise ConfigError(f"tokens: {tokens} is not a square, and images are square")
+            raise ConfigError(f"tokens: {not_square(tokens)}, as these images are")
         config.image_size = side * patch
         example = torch.randn(batch, getattr(config, "num_channels", 3), side * patch, side * patch)
     elif kind == "input_ids" and hasattr(config, "vocab_size"):
@@ -222,7 +217,12 @@ def _config(name: str) -> Any:
 
     if name.startswith((".", "/")) and not Path(name).is_dir():
         raise ConfigError(f"model 'transformers:{name}': there is no such folder")
-    return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(_place(name))
+
+
+def _place(name: str) -> str:
+    """The folder of an asset; any other name as it is."""
+    return str(model_folder(name) or name)
 
 
 def _factory(config: Any) -> Any:
@@ -272,9 +272,9 @@ def _timm(name: str) -> nn.Module:
 
 def _transformers(name: str) -> nn.Module:
     config = _config(name)
-    factory = _factory(config)
-    if Path(name).is_dir() and any(Path(name).glob("*.safetensors")):
-        model: nn.Module = factory.from_pretrained(name)
+    factory, place = _factory(config), _place(name)
+    if Path(place).is_dir() and any(Path(place).glob("*.safetensors")):
+        model: nn.Module = factory.from_pretrained(place)
         return model
     return _random(factory, config)
 
@@ -283,9 +283,3 @@ def _random(factory: Any, config: Any) -> nn.Module:
     build = factory.from_config if hasattr(factory, "from_config") else factory
     model: nn.Module = build(config)
     return model
-
-
-def _search_here() -> None:
-    """Find modules in the working directory too, as ``python -m`` does."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())

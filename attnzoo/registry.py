@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["core", "mixer", "eviction"]
 ENTRY_POINTS = "attnzoo.attentions"
+OWN_METHOD = (
+    "A method of a file of your own is known once it is registered: attnzoo.register_attention in Python, "
+    "imports: [module] in a config, --import module for a command."
+)
 
 
 class Required:
@@ -85,6 +89,11 @@ class Capabilities:
     compile: bool = True
 
 
+UNSAID = Capabilities()
+OF_POLICIES = Capabilities(causal=True, mask=True, gqa=True, compile=False)
+"""What every eviction policy supports; what the core under it can do besides depends on the core."""
+
+
 @dataclass(frozen=True)
 class AttentionInfo:
     """One entry of the registry.
@@ -102,7 +111,7 @@ class AttentionInfo:
     paper
         Title and address of the source, as ``"PADRe, https://..."``; several with semicolons between them.
     capabilities
-        What the method supports.
+        What the method supports; by default gradients and ``torch.compile``, and of an eviction policy `OF_POLICIES`.
     """
 
     name: str
@@ -110,7 +119,11 @@ class AttentionInfo:
     target: str | type
     summary: str = ""
     paper: str = ""
-    capabilities: Capabilities = Capabilities()
+    capabilities: Capabilities = UNSAID
+
+    def __post_init__(self) -> None:
+        if self.kind == "eviction" and self.capabilities is UNSAID:
+            object.__setattr__(self, "capabilities", OF_POLICIES)
 
     def load(self) -> Callable[..., Any]:
         """Import the class behind this entry."""
@@ -157,11 +170,15 @@ class AttentionInfo:
                 raise OptionError(f"{self.name!r} needs {option}=. Its options: {_listed(known)}.")
 
     def given(self, options: Mapping[str, Any]) -> AttentionInfo:
-        """Give this entry with the capabilities that it has under `options`: where they differ, the class says so."""
+        """Give this entry with the capabilities that it has under those of `options` that it knows.
+
+        Where they differ, the class says so.
+        """
         abilities = getattr(self.load(), "abilities", None)
         if abilities is None:
             return self
-        return replace(self, capabilities=replace(self.capabilities, **abilities(**options)))
+        known = {key: value for key, value in options.items() if key in self.options}
+        return replace(self, capabilities=replace(self.capabilities, **abilities(**known)))
 
     def __str__(self) -> str:
         can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]
@@ -174,9 +191,8 @@ _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
 
 
 def _policy(name: str, cls: str, summary: str, paper: str = "") -> AttentionInfo:
-    """One of the eviction policies; what the core under it can do besides depends on the core."""
-    able = Capabilities(causal=True, mask=True, gqa=True, compile=False)
-    return AttentionInfo(name, "eviction", f"attnzoo.eviction.{name}:{cls}", summary, paper, able)
+    """One of the eviction policies."""
+    return AttentionInfo(name, "eviction", f"attnzoo.eviction.{name}:{cls}", summary, paper)
 
 
 BUILT_IN: tuple[AttentionInfo, ...] = (
@@ -450,7 +466,7 @@ def describe(name: str) -> AttentionInfo:
         _read_entry_points()
     if name not in _table:
         raise UnknownNameError(
-            f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}."
+            f"there is no attention {name!r}{_nearest(name, _table)} Registered: {', '.join(_table)}. {OWN_METHOD}"
         )
     return _table[name]
 
@@ -476,7 +492,9 @@ def register_attention(
     name, kind, target, summary, paper
         As in `AttentionInfo`; `target` may be the class or ``"package.module:Class"``.
     capabilities
-        What it supports, as a `Capabilities` or a mapping of its fields; by default nothing but gradients.
+        What it supports, as a `Capabilities` or a mapping of its fields, which changes the defaults. These are
+        gradients and ``torch.compile`` for cores and mixers; for eviction policies what all of them support: causal
+        models, masks, grouped queries and gradients.
 
     Raises
     ------
@@ -511,7 +529,7 @@ def register_attention(
                 raise OptionError(f"there is no capability {key!r}{_nearest(key, known)}")
             if not isinstance(value, bool):
                 raise OptionError(f"capability {key!r} is True or False, not {short(value)}")
-        capabilities = Capabilities(**(capabilities or {}))
+        capabilities = replace(OF_POLICIES if kind == "eviction" else UNSAID, **(capabilities or {}))
     info = AttentionInfo(name, kind, target, summary, paper, capabilities)
     if isinstance(target, type):
         _check_class(info)

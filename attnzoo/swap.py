@@ -216,19 +216,23 @@ def replace_attention(
     places = _places(model)
     info = describe(name)
     layers = {path: _own(layer) for path, layer in places.items()}
-    info = info.given({key: value for key, value in options.items() if key in info.options})
+    info = info.given(options)
     given = dict(options)
-    host_options, options = _split_host_options(info, options)
+    host_options, options = split_host_options(info, options)
     info.check_options(options)
-    info.require_options(options)
-    budgets, options = _budget_per_layer(info, options)
-    bounded = _bounded(info, options) if info.kind == "eviction" else None
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
     chosen = _choose(model, [*found, *gone], where)
+    try:
+        info.require_options(options)
+        budgets, options = _budget_per_layer(info, options)
+        bounded = _bounded(info, options) if info.kind == "eviction" else None
+    except OptionError:
+        _refuse(info, chosen, None, {})  # where the method cannot stand at all, its options are beside the point
+        raise
     sites = chosen if bounded is None else _without_own_window(chosen)
     left = [] if bounded is None else [site for site in chosen if site.note and _is_swapped(places[site.path])]
-    _refuse(info, sites, bounded)
+    _refuse(info, sites, bounded, options)
     if where is None:
         _warn_of_standing(found)
     _check_host_options(host_options, sites)
@@ -364,8 +368,11 @@ def _gone(places: Mapping[str, nn.Module]) -> list[Site]:
     ]
 
 
-def _split_host_options(info: AttentionInfo, options: dict[str, Any]) -> tuple[HostOptions, dict[str, Any]]:
-    """Take out of `options` what is said about the host rather than about the method."""
+def split_host_options(info: AttentionInfo, options: dict[str, Any]) -> tuple[HostOptions, dict[str, Any]]:
+    """Take out of `options` what is said about the host rather than about the method.
+
+    Raises `OptionError` if that cannot be. `info` has the capabilities that the method has under these options.
+    """
     names = ({"positions"} if info.kind == "mixer" else set()) | (
         {"grid", "prefix"} if info.capabilities.grid else set()
     )
@@ -399,6 +406,9 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
             f"found no attention in this {type(model).__name__}; attnzoo knows the attention layers of timm, torch, "
             "transformers and mmdet"
         )
+    if sites[0].path == "" and isinstance(sites[0], RefusedSite):
+        reason = f"{type(model).__name__}: {sites[0].reason}"
+        raise UnsupportedError(f"this model is itself an attention layer that cannot be replaced: {reason}", [reason])
     if sites[0].path == "":
         raise SwapError(
             f"this {type(model).__name__} is itself the attention layer; pass the model that holds it, "
@@ -469,14 +479,18 @@ def _without_own_window(sites: list[Site]) -> list[Site]:
     return chosen
 
 
-def _refuse(info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | None) -> None:
-    """Raise `UnsupportedError` naming every layer where `info`, with the core under it, cannot stand."""
+def _refuse(
+    info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | None, options: Mapping[str, Any]
+) -> None:
+    """Raise `UnsupportedError` naming every layer where `info`, with these options or this policy, cannot stand."""
     core = None if bounded is None else describe(bounded.policy.core)
     problems: dict[str, str] = {}
     for site in sites:
         problem = site.problem(info, core)
         if problem is None and bounded is not None:
             problem = site.policy_problem(bounded.policy)
+        if problem is None and info.kind == "mixer":
+            problem = site.count_problem(options.get("tokens"))
         if problem is not None:
             problems[site.path] = f"{type(site.module).__name__}: {problem}"
     able = [site for site in sites if site.path not in problems]
@@ -485,12 +499,14 @@ def _refuse(info: AttentionInfo, sites: list[Site], bounded: BoundedAttention | 
             site = next(one for one in able if one.path == path)
             problems[path] = f"{type(site.module).__name__}: {problem}"
     if problems:
-        lines = "\n".join(_lines(problems))
+        lines = _lines(problems)
         paths = [site.path for site in sites if site.path not in problems]
         hint = f" Choose layers with where=, for example where={_pattern(paths, list(problems))!r}." if paths else ""
         raise UnsupportedError(
-            f"{info.name!r} cannot replace the attention in {len(problems)} of {len(sites)} layers:\n{lines}\n"
-            f"Nothing was swapped.{hint}"
+            f"{info.name!r} cannot replace the attention in {len(problems)} of {len(sites)} layers:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + f"\nNothing was swapped.{hint}",
+            lines,
         )
 
 
@@ -500,7 +516,7 @@ def _lines(problems: dict[str, str]) -> list[str]:
     for path, problem in problems.items():
         paths.setdefault(problem, []).append(path)
     return [
-        f"  {first}: {problem}{f' (and {len(rest)} more)' if rest else ''}" for problem, (first, *rest) in paths.items()
+        f"{first}: {problem}{f' (and {len(rest)} more)' if rest else ''}" for problem, (first, *rest) in paths.items()
     ]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from functools import partial
@@ -216,6 +217,40 @@ def test_a_class_that_is_not_what_its_kind_asks_for_is_refused(name):
 def test_capabilities_are_a_mapping_of_true_and_false(capabilities):
     with pytest.raises(OptionError, match=r"a mapping such as \{'mask': True\}|is True or False, not 'yes'"):
         attnzoo.register_attention("mine", "mixer", Mean, capabilities=capabilities)
+
+
+SAID = {
+    "core": "can: backward, compile",
+    "mixer": "can: backward, compile",
+    "eviction": "can: causal, mask, gqa, backward",
+}
+
+
+@pytest.mark.parametrize(("kind", "like"), [("core", None), ("mixer", None), ("eviction", "keydiff")])
+def test_a_method_can_by_default_what_its_kind_can(kind, like):
+    target = {"core": "m:Core", "mixer": "m:Mixer", "eviction": "m:Policy"}[kind]
+    published = attnzoo.AttentionInfo("mine", kind, target)  # as an entry point gives it
+    assert published.capabilities == (attnzoo.describe(like).capabilities if like else attnzoo.Capabilities())
+    for given, changed in (
+        (None, {}),
+        ({}, {}),
+        ({"compile": True, "mask": True}, {"compile": True, "mask": True}),
+        (attnzoo.Capabilities(softcap=True), None),
+    ):
+        info = attnzoo.register_attention("mine", kind, target, capabilities=given)
+        registry.unregister_attention("mine")
+        expected = given if changed is None else dataclasses.replace(published.capabilities, **changed)
+        assert info.capabilities == expected
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_describe_says_what_a_method_of_ones_own_can(kind):
+    target = {"core": "attnzoo.cores.sdpa:Sdpa", "mixer": Mean, "eviction": Streaming}[kind]
+    attnzoo.register_attention("mine", kind, target)
+    try:
+        assert SAID[kind] in str(attnzoo.describe("mine")).splitlines()[2]
+    finally:
+        registry.unregister_attention("mine")
 
 
 def test_a_broken_target_says_where():

@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import parametrize
-from torchvision.models import swin_t
+from torchvision.models import VisionTransformer, swin_t
 
 import attnzoo
-from attnzoo.errors import OptionError, SwapError, UnknownNameError, UnsupportedError
+from attnzoo.errors import OptionError, ShapeError, SwapError, UnknownNameError, UnsupportedError
 from attnzoo.hosts.standing import attends
 from attnzoo.hosts.torch import NestedTensors
 from attnzoo.swap import _pattern, swapped_layers
@@ -322,6 +322,34 @@ REFUSALS = {
         UnsupportedError,
         r"attn_pool.*cross-attention(?s:.*)where='blocks\.\*'",
     ),
+    "weights for other tokens": (
+        vit,
+        "padre",
+        {"token_mixing": "dense", "tokens": 16},
+        UnsupportedError,
+        r"it has 17 tokens, 1 of them before the grid, and the mixer would be made for 16: give tokens=17 \(and 1 more",
+    ),
+    "an MLP over other tokens": (
+        lambda: vit(class_token=False, global_pool="avg"),
+        "mlp_mixer",
+        {"tokens": 17},
+        UnsupportedError,
+        "it has 16 tokens, and the mixer would be made for 17",
+    ),
+    "an encoder of torch of other tokens": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 1),
+        "padre",
+        {"output": "element_sum", "tokens": 12, "grid": (3, 4), "prefix": 2},
+        UnsupportedError,
+        "it has 14 tokens, 2 of them before the grid",
+    ),
+    "torchvision's ViT of other tokens": (
+        lambda: VisionTransformer(32, 8, 1, 2, 16, 32),
+        "mlp_mixer",
+        {"tokens": 16},
+        UnsupportedError,
+        "it has 17 tokens",
+    ),
     "patch dropout and a grid": (
         lambda: vit(patch_drop_rate=0.5),
         "padre",
@@ -601,3 +629,15 @@ def test_a_swap_says_what_attention_it_leaves_standing(unknown):
         attnzoo.replace_attention(model, "sdpa", where="*")
     with pytest.raises(UnsupportedError, match=f"1: {unknown.__name__}: it computes attention, but"):
         attnzoo.replace_attention(model, "sdpa", where="1")
+
+
+@pytest.mark.parametrize(("name", "options"), [("mlp_mixer", {}), ("padre", {"token_mixing": "dense"})])
+def test_images_of_any_size_leave_the_number_of_tokens_open(name, options):
+    """What a mixer is made for is then a matter of the call."""
+    model = vit(dynamic_img_size=True)
+    with pytest.raises(UnsupportedError, match="it has 17 tokens"):
+        attnzoo.replace_attention(vit(), name, tokens=10, **options)
+    attnzoo.replace_attention(model, name, tokens=10, **options)
+    assert model(torch.randn(1, 3, 48, 48)).shape[0] == 1
+    with pytest.raises(ShapeError):
+        model(torch.randn(1, 3, 64, 64))

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from attnzoo.bench.config import Section, drop_defaults
-from attnzoo.errors import AttnZooError
+from attnzoo.errors import AttnZooError, UnknownNameError
+from attnzoo.imports import source_of
+from attnzoo.registry import describe
 
 
 class AttentionConfig(Section):
@@ -81,13 +83,25 @@ def refuse_expect(attentions: Sequence[AttentionConfig]) -> None:
             raise ValueError(f"attentions.{index}.expect has no meaning here: what is unsupported is refused at once")
 
 
+def own_sources(attention: str | None, options: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the files of a method and of those that its options name, such as a `base`; not of attnzoo's own."""
+    found: dict[str, str] = {}
+    for name in (attention, *options.values()):
+        try:
+            target = describe(name).target if isinstance(name, str) else ""
+        except UnknownNameError:  # an option of text
+            continue
+        module = target.partition(":")[0] if isinstance(target, str) else target.__module__
+        if module and module.partition(".")[0] != "attnzoo":
+            found[module] = source_of(module)
+    return found
+
+
 _Ask = Callable[[Any, Mapping[str, Any], str], list[str]]
 
 
 def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
     """Ask the registry for every attention named, even where the rest of the config is wrong."""
-    import attnzoo
-
     problems: list[str] = []
     for index, entry in enumerate(attentions if isinstance(attentions, (list, tuple)) else []):
         entry = {"name": entry} if isinstance(entry, str) else entry
@@ -95,7 +109,7 @@ def attention_problems(attentions: Any, where: str, ask: _Ask) -> list[str]:
             continue
         here = f"{where}.{index}" if where.endswith("attentions") else where
         try:
-            info = attnzoo.describe(entry["name"])
+            info = describe(entry["name"])
         except AttnZooError as error:
             problems.append(f"{here}.name: {error}")
             continue

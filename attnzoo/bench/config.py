@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from attnzoo import files
 from attnzoo.errors import ConfigError
+from attnzoo.imports import import_modules
 
 CONFIG_VERSION = 1
 NOT_HASHED = frozenset({"task", "output", "fresh"})
@@ -53,6 +54,10 @@ class RunConfig(Section):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     threads: PositiveInt | None = None
     seed: Seed = 0
+    imports: Annotated[
+        tuple[str, ...],
+        Field(description="modules to import first, for the methods that they register; of the working directory, too"),
+    ] = ()
     output: Path | None = None
     fresh: bool = Field(default=False, description="set earlier records of the folder aside")
 
@@ -81,7 +86,9 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """Everything that the results depend on, defaults and overrides included."""
-        return {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        content = {"config_version": CONFIG_VERSION, **self.model_dump(mode="json", exclude=set(NOT_HASHED))}
+        drop_defaults(content, {"imports": []})
+        return content
 
     def to_yaml(self) -> str:
         """The whole config, defaults and overrides included, as YAML that `load` reads back."""
@@ -89,7 +96,9 @@ class RunConfig(Section):
 
     def plain(self) -> dict[str, Any]:
         """The whole config but for where it writes, as plain data."""
-        return self.model_dump(mode="json", exclude={"output", "fresh"})
+        content = self.model_dump(mode="json", exclude={"output", "fresh"})
+        drop_defaults(content, {"imports": []})
+        return content
 
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
@@ -102,15 +111,26 @@ class RunConfig(Section):
 
         Raises `ConfigError` with every problem of file and overrides that could be found, one per line.
         """
-        return cls.check(without_stale_labels(read_yaml(path, overrides), overrides), str(path))
+        return cls.check(without_stale_labels(read_yaml(path, overrides), read_yaml(path), overrides), str(path))
 
     @classmethod
     def check(cls, data: Mapping[str, Any], source: str = "config") -> Self:
-        """Check plain data against the schema and `problems`.
+        """Import the modules that plain data name in `imports`, then check the data against the schema and `problems`.
 
-        Raises `ConfigError` with every problem, one per line.
+        Raises `ConfigError` if a module cannot be imported, or with every problem, one per line.
         """
+        import_listed(data)
         return validated(cls, data, cls.problems(data), source)
+
+
+def import_listed(data: Mapping[str, Any]) -> None:
+    """Import the modules that a config names in `imports`; what is no list of names is left to the schema.
+
+    Raises `ConfigError` if one cannot be imported.
+    """
+    named = data.get("imports")
+    if isinstance(named, (list, tuple)):
+        import_modules([name for name in named if isinstance(name, str)])
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -182,10 +202,11 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"override {text!r}: the value is not valid YAML: {error}") from error
 
 
-def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Leave out the labels of attentions whose name or options were overridden, unless the label was, too.
+def without_stale_labels(data: dict[str, Any], before: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Leave out the labels of attentions that tell what overrides have changed, unless the label was overridden, too.
 
-    A row must not be called by what it was before.
+    A row must not be called by what it was before: ``keydiff 1024`` of another budget, ``h2o`` of another method. A
+    label that tells nothing of it stays, for other keys may name the row by it. `before` are the data of the file.
     """
     paths = [parse_override(override)[0] for override in overrides]
     for path in paths:
@@ -194,12 +215,40 @@ def without_stale_labels(data: dict[str, Any], overrides: Sequence[str]) -> dict
         at = path.index("attentions") + 2  # after the index
         if path[at : at + 1] not in (["name"], ["options"]) or [*path[:at], "label"] in paths:
             continue
-        entry: Any = data
-        for key in path[:at]:
-            entry = entry[int(key)] if isinstance(entry, list) else entry[key]
-        if isinstance(entry, dict):
-            entry.pop("label", None)
+        now, was = (_entry(content, path[:at]) for content in (data, before))
+        if isinstance(now, dict) and isinstance(was, Mapping) and _tells_what_changed(str(was.get("label")), was, now):
+            now.pop("label", None)
     return data
+
+
+def _entry(data: Any, path: Sequence[str]) -> Any:
+    """What is at a path; None if nothing is."""
+    for key in path:
+        if isinstance(data, list):
+            data = data[int(key)] if int(key) < len(data) else None
+        else:
+            data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def _tells_what_changed(label: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a label tells the name of before, an option that has changed, or the value that it had."""
+    if was.get("name") != now.get("name") and _mentions(label, was.get("name")):
+        return True
+    old, new = (flat(options) if isinstance(options := row.get("options"), Mapping) else {} for row in (was, now))
+    for key in old.keys() | new.keys():
+        value = old.get(key)
+        if value == new.get(key):
+            continue
+        in_words = isinstance(value, bool) and label != was.get("name")  # as "h2o as sums" tells normalize=False
+        if in_words or _mentions(label, key.rpartition(".")[2]) or (key in old and _mentions(label, value)):
+            return True
+    return False
+
+
+def _mentions(label: str, value: Any) -> bool:
+    """Whether a label has a value, or a word, that is no part of a longer one."""
+    return re.search(rf"(?<![\w.]){re.escape(str(value))}(?![\w]|[.]\d)", label) is not None
 
 
 def refuse_twins(labels: list[str]) -> None:

@@ -226,6 +226,11 @@ class Quality(Entry, ABC):
         return None
 
     @property
+    def compared(self) -> int | None:
+        """Samples that it was set against the dense baseline's by; None where that is not known."""
+        return None
+
+    @property
     def cache_ratio(self) -> float | None:
         """Bytes that a cache held while it was measured, over those of the dense baseline; None where there is none."""
         return None

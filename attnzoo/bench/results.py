@@ -124,11 +124,11 @@ def _numbers(measure: Measure, figure: Figure | None) -> list[str]:
 def _methods(sources: Sequence[Source], folder: Path) -> dict[str, list[Highlight]]:
     """Give what was measured of every method of the registry, in its order.
 
-    What several files tell alike, as the same training beside several costs, counts once.
+    What a file tells several times, as the same training beside several costs, counts once.
     """
     found: dict[str, list[Highlight]] = {name: [] for name in list_attentions()}
-    seen = []
     for source in sources:
+        seen = []
         for one, placed in zip(source.highlights, _placed(source, folder), strict=True):
             if one.method not in found:
                 raise AttnZooError(

@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 
 from attnzoo import files
 from attnzoo.bench import progress
+from attnzoo.bench.attentions import own_sources
 from attnzoo.bench.config import RunConfig, flat, read_yaml
 from attnzoo.bench.environment import environment
 from attnzoo.bench.isolate import Isolation, set_threads
@@ -47,7 +48,7 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     if config.used_device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device: {config.device!r} asked for, but PyTorch sees no CUDA device here; use device=cpu")
     task.check(config)
-    cells = task.plan(config)
+    cells = planned(task, config)
     measured = _measured(task, cells)
     renewed = {key for cell in cells if cell.renewed for key in cell.keys}
     changed = partial(_changed, config)
@@ -76,13 +77,22 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
 
 def asked(task: Task, config: RunConfig, records: Sequence[R]) -> list[R]:
     """Leave out the records of rows that `config` does not ask for, or that an earlier config measured."""
-    measured = _measured(task, task.plan(config))
+    measured = _measured(task, planned(task, config))
     return [
         record
         for record in records
         if record.key in measured
         and (record.measured == measured[record.key] if record.measured else record.config_hash == config.hash)
     ]
+
+
+def planned(task: Task, config: RunConfig) -> list[Cell]:
+    """The cells of a config; what a row depends on holds the code of a method that the config imports, too."""
+    cells = list(task.plan(config))
+    for index, cell in enumerate(cells if config.imports else ()):
+        if sources := own_sources(cell.attention, cell.options):
+            cells[index] = cell.model_copy(update={"depends_on": {**cell.depends_on, "sources": sources}})
+    return cells
 
 
 def _measured(task: Task, cells: Sequence[Cell]) -> dict[Key, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from attnzoo.bench import words
-from attnzoo.bench.record import Cost, Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import MIN_SAMPLES, Cost, Phase, Quality, Quantiles, Record
 from attnzoo.bench.words import noise, points, quality_kept, quality_verdict, speed_verdict, times
 from attnzoo.errors import AttnZooError
 
@@ -172,29 +172,50 @@ def dates(summary: Summary) -> str:
 
 
 def verdict(summary: Summary) -> str:
-    """What was found, in a sentence: who is fastest at the largest size, what it keeps, and how many are slower.
+    """What was found, in sentences: who is fastest at the largest size, what it keeps, and how many are slower.
 
-    Where no cost was measured: who keeps most of dense's quality, and how many are worse.
+    There is one for each phase of a part, such as prefill and decoding. Where no cost was measured: who keeps most of
+    dense's quality, and how many are worse.
     """
-    told = [] if summary.parts else _most_kept(summary)
+    if not summary.parts:
+        return " ".join(_most_kept(summary))
+    told = []
     for part in summary.parts:
         measured = [(group, rows) for group in summary.of(part) if (rows := _speedups(group))]
-        if not measured:
-            continue
-        group, rows = measured[-1]
-        verdicts = [speed_verdict(one, noise(group.rows)) for _, one in rows]
-        beyond_noise = [row for row, found in zip(rows, verdicts, strict=True) if found == "better"]
-        best, speedup = max(beyond_noise or rows, key=lambda row: row[1].p50)
-        faster, slower = verdicts.count("better"), verdicts.count("worse")
-        keeps = _keeps(best.quality)
-        first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
-        counted = f"of {len(rows)} measured, {faster} faster than dense, {slower or 'none'} slower"
-        if not faster:
-            nearest = f"nearest is {best.label}, {times(speedup)} its speed{keeps}"
-            first = f"none is faster than dense beyond the noise; {nearest}"
-            counted = f"of {len(rows)} measured, {slower or 'none'} slower"
-        told.append(f"{group.host}, {group.title}: {first}; {counted}.{_bound(group)}")
+        largest = {group.phase: (group, rows) for group, rows in measured}  # they are in order of size
+        told += [
+            f"{group.host}, {group.title}: {_fastest(group, rows)}.{_bound(group)}" for group, rows in largest.values()
+        ]
     return " ".join(told)
+
+
+def _fastest(group: Group, rows: list[tuple[Record, Quantiles]]) -> str:
+    """Which row is fastest and how many are faster or slower, judging by those that were timed often enough."""
+    enough = [(row, speedup) for row, speedup in rows if speedup.bounds is not None]
+    if not enough:
+        best, speedup = max(rows, key=lambda row: row[1].p50)
+        return (
+            f"{best.label} comes first, {times(speedup)} dense's speed{_keeps(best.quality)}; "
+            f"{_too_few(speedup.n, 'pair of calls', 'pairs of calls')} faster from slower"
+        )
+    verdicts = [speed_verdict(one, noise(group.rows)) for _, one in enough]
+    beyond_noise = [row for row, found in zip(enough, verdicts, strict=True) if found == "better"]
+    best, speedup = max(beyond_noise or enough, key=lambda row: row[1].p50)
+    keeps = _keeps(best.quality)
+    faster, slower = verdicts.count("better"), verdicts.count("worse")
+    first = f"{best.label} is fastest, {times(speedup)} dense's speed{keeps}"
+    counted = f"of {len(rows)} measured, {faster} faster than dense, {slower or 'none'} slower"
+    if not faster:
+        nearest = f"nearest is {best.label}, {times(speedup)} its speed{keeps}"
+        first = f"none is faster than dense beyond the noise; {nearest}"
+        counted = f"of {len(rows)} measured, {slower or 'none'} slower"
+    few = len(rows) - len(enough)
+    return f"{first}; {counted}" + (f", {few} timed too few times to tell" if few else "")
+
+
+def _too_few(count: int, one: str, several: str) -> str:
+    """``3 pairs of calls are too few (of 5 at least) to tell``."""
+    return f"{count} {f'{one} is' if count == 1 else f'{several} are'} too few (of {MIN_SAMPLES} at least) to tell"
 
 
 def _most_kept(summary: Summary) -> list[str]:
@@ -207,18 +228,28 @@ def _most_kept(summary: Summary) -> list[str]:
         found = [(one.ratio, row.label, one) for row in methods if (one := row.quality) and one.ratio is not None]
         if not found:
             continue
-        most, label, best = max(found, key=lambda one: one[0])
-        alike = sum(ratio == most for ratio, *_ in found) - 1
-        keeps = f"{label} and {alike} more keep" if alike else f"{label} keeps"
-        verdicts = [quality_verdict(one, dense) for *_, one in found]
-        better, worse = (verdicts.count(which) or "none" for which in ("better", "worse"))
-        host = rows[0].host.partition(":")[2]
-        place = [host, part if len(summary.scored) > 1 else "", workload or best.METRIC.removesuffix(" %")]
-        told.append(
-            f"{', '.join(filter(None, place))}: {keeps} most, {quality_kept(best, digits=3)} of dense's quality; "
-            f"of {len(found)} measured, {worse} worse than dense beyond the interval, {better} better."
-        )
+        metric = found[0][2].METRIC.removesuffix(" %")
+        place = [rows[0].host.partition(":")[2], part if len(summary.scored) > 1 else "", workload or metric]
+        told.append(f"{', '.join(filter(None, place))}: {_kept(found, dense, metric)}.")
     return told
+
+
+def _kept(found: list[tuple[float, str, Quality]], dense: Quality | None, metric: str) -> str:
+    """Which row keeps most of dense's quality, and how many are worse, as far as there were samples enough."""
+    most, label, best = max(found, key=lambda one: one[0])
+    verdicts = [quality_verdict(one, dense) for *_, one in found]
+    better, worse = (verdicts.count(which) or "none" for which in ("better", "worse"))
+    counted = f"of {len(found)} measured, {worse} worse than dense beyond the interval, {better} better"
+    few = best.compared is not None and best.compared < MIN_SAMPLES and best.ratio_low is None
+    if few and best.compared is not None:
+        counted = f"{_too_few(best.compared, 'sample', 'samples')} better from worse"
+    if not most:
+        reference = "" if dense is None else f" ({metric}: {dense.figure} of dense)"
+        return f"none of {len(found)} measured found any{reference}" + (f"; {counted}" if few else "")
+    alike = sum(ratio == most for ratio, *_ in found) - 1
+    does, do = ("comes first", "come first") if few else ("keeps most", "keep most")
+    keeps = f"{label} and {alike} more {do}" if alike else f"{label} {does}"
+    return f"{keeps}, {quality_kept(best, digits=3)} of dense's quality; {counted}"
 
 
 def _speedups(group: Group) -> list[tuple[Record, Quantiles]]:

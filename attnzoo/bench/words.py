@@ -77,7 +77,12 @@ def drift(rows: Iterable[Record]) -> float:
 
 
 def speed_verdict(q: Quantiles, still: Quantiles | None = None) -> Verdict:
-    """Faster or slower only where the whole spread is on one side of 1, and of the `noise` (`still`)."""
+    """Faster or slower only where the whole spread is on one side of 1, and of the `noise` (`still`).
+
+    Neither of too few samples for a spread.
+    """
+    if q.bounds is None:
+        return "same"
     high = max(1 + SAME, still.p80 if still else 1.0)
     low = min(1 - SAME, still.p20 if still else 1.0)
     if q.p20 > high:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from attnzoo.bench.config import RunConfig
+from attnzoo.bench.config import RunConfig, import_listed
 from attnzoo.bench.gate import OracleError
 from attnzoo.bench.isolate import LAST_WORDS, is_out_of_memory, set_threads
 from attnzoo.bench.record import Entry
@@ -53,6 +54,7 @@ def work(job: str, say: OnProgress) -> str:
     """Do a `Job`; gives a `Result`. Both are JSON."""
     asked = Job.model_validate_json(job)
     task = load(asked.task)
+    import_listed(json.loads(asked.config))
     config = task.config.model_validate_json(asked.config)
     return work_here(task, config, asked.cell, asked.given, say).model_dump_json()
 

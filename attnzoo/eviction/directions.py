@@ -110,7 +110,7 @@ class Directions:
                 told = file.metadata() or {}
                 if told.get("format") != FORMAT:
                     raise ValueError(f"format {told.get('format')}, expected {FORMAT}")
-                layers = {int(name.removeprefix(_LAYER)): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                layers = {int(name.removeprefix(_LAYER)): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             if any(x.dim() != 2 or x.dtype != torch.float32 or not x.isfinite().all() for x in layers.values()):
                 raise ValueError("a direction is not a list of finite numbers")
             return cls(layers, ModelIdentity(told["model"], told["config"]), int(told["tokens"]), told["text"])

@@ -9,7 +9,7 @@ https://arxiv.org/abs/2510.00636
     s_j = (e_j / sum of e + epsilon) * ||v_j||_2
 
 The layer's rotary embedding comes from the host; a layer whose embedding depends on more than the position, or that has
-none, is refused at the swap. The mean and variance of k_j R q over the queries themselves are m and C multiplied out.
+none, is refused at the swap.
 
 Differs from the paper: it takes the statistics from all tokens of the prompt but the first few; here from the last
 `window` queries, whose rotation is reverted. Evicts after each block of `block_size` tokens, in decoding too. Query
@@ -28,7 +28,6 @@ from attnzoo.checks import check_bool, check_int, check_number
 from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.layer_data import Rotary
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, wide
-from attnzoo.eviction.weights import attention_logits
 
 AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
 
@@ -100,14 +99,18 @@ class ExpectedAttention(AttentionPolicy):
                 "cache first"
             )
         queries = ahead(wide(view.queries), view.counts[:, None] - view.query_positions, view.data.rotary, self.future)
-        logits = attention_logits(queries, view.keys, view.scale)  # (B, H, w, S)
-        asked = (view.query_positions >= 0)[:, None, :, None].to(logits)
-        count = asked.sum(2).clamp(min=1)
-        mean = (logits * asked).sum(2) / count  # (B, H, S)
-        if not self.covariance:
-            return mean.softmax(-1)
-        variance = ((logits - mean[:, :, None]).square() * asked).sum(2) / count
-        return (mean + variance / 2).softmax(-1)
+        scale = queries.shape[-1] ** -0.5 if view.scale is None else view.scale
+        asked = (view.query_positions >= 0)[:, None, :, None].to(queries)
+        count = asked.sum(2, keepdim=True).clamp(min=1)
+        mean = (queries * asked).sum(2, keepdim=True) / count  # (B, H, 1, D)
+        groups = queries.shape[1] // view.kv_heads
+        keys = wide(view.keys).to(queries)[:, :, None]  # (B, Hkv, 1, S, D)
+        logits = (keys @ mean.unflatten(1, (-1, groups)).mT).squeeze(-1) * scale  # (B, Hkv, G, S)
+        if self.covariance:
+            apart = (queries - mean) * asked
+            covariance = (apart.mT @ apart / count).unflatten(1, (-1, groups))  # (B, Hkv, G, D, D)
+            logits = logits + ((keys @ covariance) * keys).sum(-1) * (scale**2 / 2)
+        return logits.softmax(-1).flatten(1, 2)
 
     def score(self, view: CacheView) -> Tensor:
         """Expected attention, aggregated, times the l2 norm of the value."""

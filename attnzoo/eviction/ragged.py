@@ -40,7 +40,7 @@ class RaggedStore(Timetable):
         self.heads: list[Store] = []
 
     @property
-    def counts(self) -> list[int]:  # type: ignore[override]
+    def counts(self) -> list[int]:  # type: ignore[override]  # the base has it as an attribute
         """Real tokens that each row has seen."""
         return self.heads[0].counts if self.heads else []
 

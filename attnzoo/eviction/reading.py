@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo import files
+from attnzoo.assets import model_folder
 from attnzoo.checks import check_int
 from attnzoo.errors import ConfigError, UnsupportedError
 from attnzoo.eviction.layer_data import LayerData
@@ -108,7 +109,6 @@ def model_and_tokens(parsed: argparse.Namespace) -> tuple[Any, Sequence[int]]:
     files.check_folder(parsed.out.parent, "--out")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from attnzoo.tasks.decode.lm import model_folder
     from attnzoo.tasks.decode.text import load_text
 
     text = load_text(parsed.text).text

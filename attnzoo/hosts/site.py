@@ -67,6 +67,8 @@ class Site:
         Why no mixer can stand here, or None.
     prefix
         Number of prefix tokens, as far as the host knows.
+    tokens
+        Number of tokens of every call, prefix included; None where it differs from call to call, or is not known.
     note
         Why an eviction swap leaves this layer out (a sliding window bounds its cache already); empty if it does not.
     """
@@ -79,6 +81,7 @@ class Site:
     needs: dict[str, str] = field(default_factory=dict)
     no_mixer: str | None = None
     prefix: int = 0
+    tokens: int | None = None
 
     note: str = ""
 
@@ -125,6 +128,13 @@ class Site:
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Say why this mixer cannot stand here though others might, or give None."""
         return None
+
+    def count_problem(self, tokens: Any) -> str | None:
+        """Say why a mixer made for so many tokens (its option `tokens`) cannot stand here, or give None."""
+        if type(tokens) is not int or self.tokens in (None, tokens):
+            return None
+        told = f", {self.prefix} of them before the grid" if self.prefix else ""
+        return f"it has {self.tokens} tokens{told}, and the mixer would be made for {tokens}: give tokens={self.tokens}"
 
     @classmethod
     def try_together(cls, sites: Sequence[Site], info: AttentionInfo) -> dict[str, str]:

@@ -7,6 +7,7 @@ patch embedding tells the grid of each call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,9 @@ def _self_attention(path: str, layer: Any, layers: Mapping[str, Any]) -> Site:
         site.owner = owner
         site.prefix = owner.num_prefix_tokens
         site.grid = _grid_of(owner)
+        embed = owner.patch_embed
+        if getattr(embed, "strict_img_size", False) and embed.grid_size:  # or images of any size are taken
+            site.tokens = site.prefix + math.prod(embed.grid_size)
     return site
 
 

@@ -11,6 +11,7 @@ A caller who asks for attention weights (``need_weights=True``, torch's default)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], op
         if vit is not None:
             side = vit.image_size // vit.patch_size
             site.grid, site.prefix = (side, side), 1
+    if site.grid is not None:
+        site.tokens = site.prefix + math.prod(site.grid)
     return site
 
 

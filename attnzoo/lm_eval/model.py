@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from attnzoo.assets import model_folder
 from attnzoo.errors import AssetError, OptionError, UnsupportedError, short
 from attnzoo.eviction.policy import Policy
 from attnzoo.hosts.versions import cache_arguments, output_cache
+from attnzoo.imports import import_modules
 from attnzoo.registry import AttentionInfo, build_policy, describe, list_attentions
 from attnzoo.swap import replace_attention
-from attnzoo.tasks.decode.lm import model_folder
 
 # Keyword arguments of `from_pretrained` that its signature does not name.
 LOADING = ("attn_implementation", "device_map", "load_in_4bit", "load_in_8bit", "bnb_4bit_compute_dtype")
@@ -44,12 +45,16 @@ class AttnZooLM(HFLM):
         Name of an eviction policy.
     where
         As of `attnzoo.replace_attention`: which layers.
+    imports
+        A module, or several, to import first, for the policies that they register; of the working directory, too.
     **arguments
         Options of the policy, such as ``budget=1024`` (entries) or ``budget=0.25`` (a share), and all that `HFLM`
         takes, such as ``dtype``, ``max_length`` or ``batch_size``.
 
     Raises
     ------
+    ConfigError
+        If one of `imports` cannot be imported.
     OptionError, UnknownNameError
         If `attention` is missing or no policy, or an argument is unknown or cannot be; nothing has been loaded then.
     AssetError
@@ -64,8 +69,10 @@ class AttnZooLM(HFLM):
         *,
         attention: str | None = None,
         where: str | Sequence[str] | None = None,
+        imports: str | Sequence[str] = (),
         **arguments: Any,
     ) -> None:
+        import_modules([imports] if isinstance(imports, str) else imports)
         info = _policy_named(attention)
         options, others = _split(info, arguments)
         self.policy: Policy = build_policy(info, options)

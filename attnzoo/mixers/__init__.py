@@ -7,5 +7,8 @@ A mixer is built ``Mixer(dim, num_heads, **options)`` and called ``mixer(x, grid
   ``h_i * w_i`` tokens after the prefix of image i are real and the rest is padding.
 - `mask` is boolean ``(B, N)``, True where a token is real. Padding changes no real token and comes out as zeros.
 
+A mixer whose weights are for one number of tokens takes it as the option `tokens`, prefix included: a host that knows
+how many it has refuses another number at the swap.
+
 A mixer that is slow to read because it is fast to run also has ``reference(...)``: the paper's equation, plainly.
 """

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnzoo.errors import ConfigError
+from attnzoo.imports import search_here
 
 if TYPE_CHECKING:
     from attnzoo.bench.task import Task
@@ -40,8 +39,8 @@ def find(name: str) -> Task:
             f"task: {name!r} is unknown; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(TASKS)}")
         )
     ref = TASKS.get(name, name)
-    if ":" in name and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as python -m does: the module may lie beside the config
+    if ":" in name:
+        search_here()
     task = load(ref)
     if (task.name, task.ref) != (name, ref):
         raise ConfigError(f"task: {ref} calls itself {task.name!r} at {task.ref!r}, which must be {name!r} and {ref!r}")

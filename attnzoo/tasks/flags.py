@@ -9,8 +9,9 @@ from typing import Any
 
 from attnzoo import models
 from attnzoo.bench.config import parse_override
+from attnzoo.command import split_outside_brackets
 from attnzoo.errors import ConfigError
-from attnzoo.tasks.decode.lm import model_folder
+from attnzoo.imports import source_of
 
 VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by default
 
@@ -24,7 +25,7 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
     if library == "timm":
         what = _timm(flags, name, given)
-    elif library == "transformers" and models.is_causal_lm(str(model_folder(name) or name)):
+    elif library == "transformers" and models.is_causal_lm(name):
         what = _decoder(flags, name, given)
     else:
         what = _model(flags, library, given)
@@ -38,7 +39,10 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
     what["attentions"] = [attention(text) for text in named if text != "dense"]
     content = {"device": flags.device, "threads": flags.threads, **what}
-    key = hashlib.sha256(repr((content, models.source_of(flags.model))).encode()).hexdigest()[:8]
+    sources = [models.source_of(flags.model), *map(source_of, flags.imports)]
+    if flags.imports:
+        content["imports"] = flags.imports
+    key = hashlib.sha256(repr((content, *sources)).encode()).hexdigest()[:8]
     title = f"measure-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-')}-{key}"
     again = {"fresh": True} if flags.fresh else {}
     return {"task": content.pop("task"), "name": title, **content, "output": flags.output, **again}
@@ -76,12 +80,21 @@ def _seconds(flags: argparse.Namespace) -> float:
 
 
 def attention(text: str) -> str | dict[str, Any]:
-    """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML.
+    """Read ``NAME`` or ``NAME:option=value:option=value``, the values in YAML; ``(8, 8)`` is a list, too.
 
     Raises `ConfigError` if an option does not read so.
     """
-    name, *options = text.split(":")
-    if not options:
-        return name
-    given = [parse_override(option) for option in options]
-    return {"name": name, "options": {".".join(keys): value for keys, value in given}}
+    name, *texts = split_outside_brackets(text, ":")
+    options: dict[str, Any] = {}
+    for option in texts:
+        key, equals, value = option.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--attention {text!r}: options read name=value, as padre:degree=3; a method of a file of your own "
+                "goes by the name that it is registered by, after --import MODULE"
+            )
+        if value.startswith("(") and value.endswith(")"):
+            value = f"[{value[1:-1]}]"
+        keys, given = parse_override(f"{key}={value}")
+        options[".".join(keys)] = given
+    return {"name": name, "options": options} if options else name

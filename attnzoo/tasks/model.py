@@ -21,11 +21,11 @@ from attnzoo.bench.measure import clock_for, interleave, share_of
 from attnzoo.bench.memory import keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
-from attnzoo.bench.trace import trace
-from attnzoo.errors import ConfigError
+from attnzoo.bench.trace import trace, without_fast_path
+from attnzoo.errors import ConfigError, OptionError
 from attnzoo.extras import require
 from attnzoo.models import Call, tensors
-from attnzoo.swap import swapped_layers
+from attnzoo.swap import split_host_options, swapped_layers
 from attnzoo.tasks.classify.cost_config import vision_problems
 
 
@@ -84,7 +84,16 @@ class ModelConfig(RunConfig):
                 models.function_of(model)
             except ConfigError as error:
                 return [str(error)]
-        return attention_problems(data.get("attentions"), "attentions", vision_problems)
+        return attention_problems(data.get("attentions"), "attentions", _problems)
+
+
+def _problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """What is wrong with an attention; its options may say what the model does not know itself, such as a grid."""
+    try:
+        _, own = split_host_options(info.given(options), dict(options))
+    except OptionError as error:
+        return [f"{where}.options: {error}"]
+    return vision_problems(info, own, where)
 
 
 def load(config: ModelConfig, tokens: int) -> Call:
@@ -174,7 +183,11 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
         say("time")
         how: dict[str, Any] = {"warmup": cost.warmup, "repeats": cost.repeats, "min_seconds": cost.min_seconds}
         times = interleave(candidate, dense, clock_for(device), **how)
-        share = share_of(device, [dense.model.get_submodule(path) for path in layers], dense, cost.repeats)
+        modules = [dense.model.get_submodule(path) for path in layers]
+        share = share_of(device, modules, dense, cost.repeats)
+        if not share:  # a library goes round its attention layers
+            with without_fast_path():
+                share = share_of(device, modules, dense, cost.repeats)
     batch = next((len(x) for x in dense.inputs if x.dim()), 1)
     measured = cost_of(
         (candidate.model, dense.model),
@@ -183,7 +196,7 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
         batch,
         (traced, traced_dense),
         (peak, peak_dense),
-        attention_share=share or None,  # 0 where a library goes round its attention layers, as torch's fast path does
+        attention_share=share or None,
     )
     return Result(**{**dict(result), "costs": {"forward": measured}})
 

@@ -138,7 +138,7 @@ def plan(config: SuiteConfig) -> list[Cell]:
 def decoding(config: SuiteConfig) -> DecodeConfig:
     """The suite's language model, as a config of the task `decode`."""
     assert config.language is not None
-    shared = {key: getattr(config, key) for key in ("name", "device", "threads", "seed", "output", "fresh")}
+    shared = {key: getattr(config, key) for key in ("name", "device", "threads", "seed", "imports", "output", "fresh")}
     return DecodeConfig(**shared, **config.language.model_dump(exclude={"threads"}))
 
 

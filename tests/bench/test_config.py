@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnzoo.bench.config import parse_override, read_yaml
+from attnzoo.bench.config import parse_override, read_yaml, without_stale_labels
 from attnzoo.errors import ConfigError
+from attnzoo.tasks.decode.config import DecodeConfig, paired_labels
 from attnzoo.tasks.operations import config as operations
 from attnzoo.tasks.suite import SuiteConfig, load_config, validate_config
 
@@ -251,6 +252,47 @@ def test_a_row_is_not_called_by_options_that_were_overridden(tmp_path):
     assert label("attentions.1.options={kernel_size: 5}") == "padre kernel_size=5"
     assert label("attentions.1.name=conv", "attentions.1.options={}") == "conv"
     assert label("attentions.1.options.degree=3", "attentions.1.label=mine") == "mine"
+
+
+BOUNDED = {"budget": 1024, "base": "tova", "base_options": {"normalize": False}}
+
+
+@pytest.mark.parametrize(
+    ("label", "override", "kept"),
+    [
+        ("h2o", "options.budget=0.25", True),
+        ("the one of old", "options.budget=0.25", True),
+        ("a row", "name=vatp", True),
+        ("h2o v10240", "options.budget=64", True),
+        ("h2o 1024", "options.budget=64", False),
+        ("h2o 1024, as sums", "options.budget=64", False),
+        ("h2o, budget of 2**10", "options.budget=64", False),
+        ("h2o over tova", "options.base=snapkv", False),
+        ("h2o over tova", "options.sink=3", True),
+        ("h2o recent=2", "options.recent=3", False),
+        ("h2o as sums", "options.base_options.normalize=true", False),
+        ("h2o", "options.base_options.normalize=true", True),
+        ("h2o over", "name=caote", False),
+        ("h2o, mine", "options={budget: 64}", False),
+        ("mine of 1024", "options={budget: 64, base: tova}", False),
+    ],
+)
+def test_a_label_of_the_file_stays_unless_it_tells_what_an_override_changed(tmp_path, label, override, kept):
+    path = tmp_path / "c.yaml"
+    row = {"name": "h2o", "options": BOUNDED, "label": label}
+    path.write_text(yaml.safe_dump({"attentions": ["keydiff", row]}))
+    override = f"attentions.1.{override}"
+    changed = without_stale_labels(read_yaml(path, [override]), read_yaml(path), [override])["attentions"][1]
+    assert changed.get("label") == (label if kept else None)
+
+
+def test_pairs_find_the_rows_of_a_file_whose_options_were_overridden(tmp_path):
+    rows = [{"name": name, "label": name, "options": {"budget": 16, "block_size": 8}} for name in ("h2o", "caote")]
+    content = {"task": "decode", "name": "x", "attentions": rows, "pairs": [["h2o", "caote"]]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
+    config = DecodeConfig.load(tmp_path / "c.yaml", ["attentions.0.options.budget=0.25"])
+    assert [attention.label for attention in config.attentions] == ["h2o", "caote"]
+    assert paired_labels(config.pairs, [attention.label for attention in config.attentions]) == [("h2o", "caote")]
 
 
 def test_one_wrong_key_is_one_error():

@@ -190,6 +190,81 @@ def test_the_fastest_is_one_that_is_faster_beyond_the_noise(make_record, names):
     assert "none is faster than dense beyond the noise; nearest is wild" in verdict(summarize(within))
 
 
+def few(record, n):
+    data = record.model_dump()
+    data["cost"]["ratios"]["speedup"]["n"] = n
+    return type(record).model_validate(data)
+
+
+def test_of_few_pairs_of_calls_none_is_called_faster_or_slower(make_record):
+    rows = [make_record(), unsteady(make_record, "quick", 1.4, 0.1), unsteady(make_record, "slow", 0.98, 0.001)]
+    assert "quick is fastest, 1.40x (1.30-1.50) dense's speed" in verdict(summarize(rows))
+    assert verdict(summarize([few(row, 3) for row in rows])) == (
+        "vit, forward, 16 tokens: quick comes first, 1.40x dense's speed; 3 pairs of calls are too few (of 5 at least) "
+        "to tell faster from slower."
+    )
+    assert "1 pair of calls is too few" in verdict(summarize([few(row, 1) for row in rows]))
+    mixed = verdict(summarize([*rows[:2], few(rows[2], 4)]))
+    assert mixed.endswith("of 2 measured, 1 faster than dense, none slower, 1 timed too few times to tell.")
+    assert speed_verdict(Quantiles(p20=2, p50=2, p80=2, n=4)) == "same"
+    assert speed_verdict(Quantiles(p20=0.5, p50=0.5, p80=0.5, n=4)) == "same"
+
+
+def test_prefill_and_decoding_have_a_sentence_each(make_record):
+    rows = [
+        row.model_copy(update={"phase": phase, "tokens": tokens})
+        for tokens in (16, 64)
+        for phase, speed in (("prefill", 0.48), ("decode", 1.3))
+        for row in (make_record(), unsteady(make_record, "a", speed, 0.01))
+    ]
+    prefill, decode = verdict(summarize(rows)).split(" vit, ")
+    assert prefill == (
+        "vit, prefill, 64 tokens: none is faster than dense beyond the noise; nearest is a, 0.48x (0.47-0.49) its "
+        "speed; of 1 measured, 1 slower."
+    )
+    assert decode.startswith("decode, after 64 tokens: a is fastest, 1.30x")
+    vision = {"prefill": "forward", "decode": "training"}
+    training = [row.model_copy(update={"phase": vision[row.phase]}) for row in rows]
+    assert "forward, 64 tokens: none" in verdict(summarize(training))
+    assert "forward and backward, 64 tokens: a is fastest" in verdict(summarize(training))
+
+
+def found(hits, asked, dense_hits):
+    rows = [
+        Retrieval(
+            kind="single",
+            tokens=8,
+            samples=asked,
+            recall=count / asked,
+            low=wilson_interval(count, asked)[0],
+            high=wilson_interval(count, asked)[1],
+            by_depth=[(0.5, index < count) for index in range(asked)],
+        )
+        for count in (hits, dense_hits)
+    ]
+    return rows[0].against(rows[1]), rows[1].as_dense()
+
+
+@pytest.mark.parametrize(
+    ("hits", "asked", "says"),
+    [
+        (0, 2, "none of 1 measured found any (numbers found: 100 of dense); 2 samples are too few (of 5 at least) to"),
+        (1, 2, "a comes first, 0.500x of dense's quality; 2 samples are too few (of 5 at least) to tell better from"),
+        (0, 9, "none of 1 measured found any (numbers found: 100 (70-100) of dense)."),
+        (3, 9, "a keeps most, 0.333x (0.132-0.840) of dense's quality; of 1 measured, 1 worse than dense"),
+    ],
+)
+def test_of_few_samples_none_is_called_worse_and_of_none_found_none_keeps_most(make_record, hits, asked, says):
+    own, dense = found(hits, asked, asked)
+    base = make_record(kind="quality", cost=None, gate=None, tokens=0, shapes=None, workload="key")
+    rows = [base, base.model_copy(update={"label": "a", "attention": "a", "is_baseline": False})]
+    rows = [row.model_copy(update={"quality": one}) for row, one in zip(rows, (dense, own), strict=True)]
+    assert says in verdict(summarize(rows))
+    tied = rows[1].model_copy(update={"label": "b"})
+    if hits == 1:
+        assert "a and 1 more come first" in verdict(summarize([*rows, tied]))
+
+
 @pytest.mark.parametrize("first", ["forward", "training"])
 def test_forward_and_training_are_not_one_line(make_record, monkeypatch, first):
     both = [make_record(phase=phase, workload="batch 64") for phase in ("forward", "training")]

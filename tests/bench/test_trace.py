@@ -172,3 +172,39 @@ def test_views_and_copies_are_not_called_uncounted():
     with torch.inference_mode():
         traced = trace(lambda: torch.randn(4, 4).clone().transpose(0, 1)[1:])
     assert not [op for op in traced.uncounted if "clone" in op or "view" in op or "transpose" in op]
+
+
+WIDTH = 2 * D  # of two heads: an odd number keeps torch from its fast path
+EVEN_FLOPS = 2 * (2 * B * N * N * WIDTH)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_on_torchs_fast_path_is_counted_as_on_the_ordinary_one(padded):
+    """Whose layers are one operator each, into which no formula sees."""
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, batch_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(B, N, WIDTH)
+    mask = torch.zeros(B, N, dtype=torch.bool)
+    mask[0, N - 1] = padded
+    with torch.inference_mode():
+        traced = trace(lambda: encoder(x, src_key_padding_mask=mask))
+    assert "aten._transformer_encoder_layer_fwd" in traced.ops, "what ran, and is timed, is told as it is"
+    linear = 2 * B * N * (WIDTH) ** 2 * (4 + 2 * 2)  # queries, keys, values, output; two of the MLP
+    assert (traced.flops, traced.flops_note) == (2 * (linear + EVEN_FLOPS), "")
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_attention_on_torchs_fast_path_is_counted_and_the_switch_left_as_it_was(enabled):
+    attention = torch.nn.MultiheadAttention(WIDTH, 2, batch_first=True).eval()
+    x = torch.randn(B, N, WIDTH)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        with torch.inference_mode():
+            traced = trace(lambda: attention(x, x, x, need_weights=False))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert ("aten._native_multi_head_attention" in traced.ops) == enabled
+    assert traced.flops == 2 * B * N * (WIDTH) ** 2 * 4 + EVEN_FLOPS

@@ -80,10 +80,22 @@ def test_a_method_that_the_models_module_registers_can_be_measured(tmp_path, mon
         ("sdpa", "sdpa"),
         ("padre:degree=2:output=sum", {"name": "padre", "options": {"degree": 2, "output": "sum"}}),
         ("mamba:bidirectional=false", {"name": "mamba", "options": {"bidirectional": False}}),
+        ("padre:degree=1:grid=(8, 8)", {"name": "padre", "options": {"degree": 1, "grid": [8, 8]}}),
+        ("padre:grid=[4,2]:prefix=1", {"name": "padre", "options": {"grid": [4, 2], "prefix": 1}}),
+        (
+            "caote:base_options={normalize: false, x: 'a:b,c'}:budget=8",
+            {"name": "caote", "options": {"base_options": {"normalize": False, "x": "a:b,c"}, "budget": 8}},
+        ),
     ],
 )
 def test_options_follow_a_name(text, read):
     assert attention(text) == read
+
+
+def test_commas_in_brackets_and_quotes_do_not_separate_attentions():
+    text = "padre:grid=(8,8),sdpa,caote:base_options={a: 1, b: [2, 3]}:base='a,b',h2o"
+    named = parser().parse_args(["measure", "timm:x", "--attention", text]).attention
+    assert named == ["padre:grid=(8,8)", "sdpa", "caote:base_options={a: 1, b: [2, 3]}:base='a,b'", "h2o"]
 
 
 @pytest.mark.parametrize("words", [("--patch-size", 4), ("--min-seconds", 2)])
@@ -105,6 +117,10 @@ def test_a_language_model_is_measured_by_its_config_alone(folder, tmp_path, monk
     assert all(r.status == "ok" and r.gate.passed and r.quality is None for r in records)
     assert all(r.cost.ratios.speedup.bounds for r in records)
     assert [r.cost.ratios.cache_held < 0.6 for r in records] == [False, False, True, True]
+    assert all(0 < r.cost.attention_share < 1 for r in records[:2])
+    prefill, decode = said.split("prefill, 64 tokens:")[1].split("decode, after 64 tokens:")
+    for told in (prefill, decode):
+        assert "The attention layers, projections included, take" in told
 
 
 def language(folder, **changes):

@@ -18,6 +18,7 @@ from attnzoo.tasks.model import TASK, ModelConfig, check, measure, plan
 from eval import bench
 
 HERE = "tests.tasks.test_model"
+ENCODED = "input 2 x 15 x 32"
 QUICK = {"repeats": 3, "min_seconds": 0, "warmup": 1}
 
 
@@ -107,7 +108,8 @@ def results_of(config):
     ("model", "attentions", "shape"),
     [
         ("vit", ["sdpa", {"name": "padre", "options": {"degree": 2}}], "input 2 x 3 x 32 x 64"),
-        ("encoder", ["softmax", "hyena"], "input 2 x 15 x 32"),
+        ("encoder", ["softmax", "hyena"], ENCODED),
+        ("encoder", ["softmax", {"name": "padre", "options": {"degree": 1, "grid": [3, 4], "prefix": 3}}], ENCODED),
         ("pair", ["softmax"], "input 2 x 5, 2 x 7 x 32"),
     ],
 )
@@ -121,10 +123,13 @@ def test_what_a_function_returns_is_measured(model, attentions, shape):
         assert (result.status, result.gate.passed, result.baseline_gate.passed) == ("ok", True, True)
         cost = result.costs["forward"]
         assert cost.candidate.memory.activation_peak_bytes or cost.candidate.memory.allocator_peak_bytes
-        assert cost.attention_share is None if model == "encoder" else 0 < cost.attention_share < 1
+        assert 0 < cost.attention_share < 1
         assert cost.candidate.throughput == pytest.approx(2e3 / cost.candidate.latency_ms.p50)
     assert results[0].gate.oracle == "itself in float64"
     assert results[1].gate.oracle == "the model's own attention, same weights and input"
+    if model == "encoder":
+        side = results[1].costs["forward"]
+        assert side.candidate.flops == side.baseline.flops, "which torch's fast path would hide"
     if len(results) == 3:
         assert "in float64" in results[2].gate.oracle
         assert "3x5 grid" in results[2].gate.oracle, "of the mixers alone"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import Dtype, Section, renamed
+from attnzoo.checks import not_square
 from attnzoo.errors import AttnZooError, ConfigError, OptionError
 
 DatasetName = Literal["digits", "fashion_mnist"]
@@ -99,7 +100,8 @@ class CostConfig(Section):
     def _sizes_and_batches_fit(self) -> CostConfig:
         sizes: tuple[Any, ...] = self.tokens or self.image_sizes
         problems = [
-            f"tokens: {n} is not a square; for images that are not, give image_sizes in pixels"
+            f"tokens: {not_square(n)}, as images given by their tokens are; a config gives those that are not as "
+            "image_sizes, in pixels"
             for n in self.tokens
             if math.isqrt(n) ** 2 != n
         ]
@@ -191,8 +193,8 @@ def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[s
     """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
     if info.kind == "eviction":
         return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, which this host has not; name it "
-            "under language.attentions of a benchmark"
+            f"{where}.name: {info.name!r} evicts a language model's cache, and this model has none; give it a language "
+            "model: attnzoo measure transformers:NAME, or language.attentions of a benchmark"
         ]
     unknown: list[str] = []
     for option in options:

@@ -70,6 +70,11 @@ class Accuracy(Quality):
         return self.model_copy(update={"ratio": ratio, "ratio_low": low, "ratio_high": high})
 
     @property
+    def compared(self) -> int:
+        """Images."""
+        return self.images
+
+    @property
     def brief(self) -> Self:
         """The same without mistakes and their pictures."""
         trainings = tuple(training.model_copy(update={"mistakes": ()}) for training in self.trainings)

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths, cost_of
-from attnzoo.bench.measure import Interleaved, clock_for
+from attnzoo.bench.measure import Interleaved, clock_for, share_of
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate, Shapes
 from attnzoo.bench.task import OnProgress, Result
@@ -24,6 +24,7 @@ from attnzoo.tasks.decode.decoder import Decoder, decode_in_turn, load_dense, po
 
 GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
 NO_STEP_PEAK = "none"
+SHARE_READS, SHARE_STEPS = 3, 15  # calls of which attention's share is the median
 
 
 def measure_cost(
@@ -83,13 +84,20 @@ def measure_cost(
         result = result.model_copy(update={"gate": run.bounded(gate)})
         if failed := result.refused:
             return failed
+    shares: tuple[float | None, float | None] = None, None
+    if spec is None:  # which is the same beside every row
+        say("share")
+        shares = _shares(run_dense, layers, config.cost, device, rows)
     models = (candidate, dense)
     caches = (run.step_bytes, run_dense.step_bytes)
-    costs = {"decode": cost_of(models, layers, tokens, batch, (traced[1], traced_dense[1]), steps, caches)}
+    traces = (traced[1], traced_dense[1])
+    costs = {"decode": cost_of(models, layers, tokens, batch, traces, steps, caches, attention_share=shares[1])}
     if rows == 1:
         caches = (run.read_bytes, run_dense.read_bytes)
         traces = (traced[0], traced_dense[0])
-        costs["prefill"] = cost_of(models, layers, prefills, prompts.numel(), traces, reads, caches)
+        costs["prefill"] = cost_of(
+            models, layers, prefills, prompts.numel(), traces, reads, caches, attention_share=shares[0]
+        )
     return Result(**{**dict(result), "costs": costs})
 
 
@@ -147,6 +155,19 @@ def _timed(
         for kept, seconds in zip((*prefills, *tokens), (once.a, once.b, then.a, then.b), strict=True):
             kept.append(math.fsum(seconds) / len(seconds))
     return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))
+
+
+def _shares(
+    run: Decoder, layers: Sequence[str], cost: DecodeCostConfig, device: torch.device, rows: int
+) -> tuple[float | None, float | None]:
+    """What part of a prefill's time, and of a step's, the dense model spends in its attention layers."""
+    modules = [run.model.get_submodule(path) for path in layers]
+    prefill = share_of(device, modules, run.read, SHARE_READS) if rows == 1 else None
+    if rows > 1:
+        run.read()
+        run.repeat_rows(rows)
+    steps = max(1, min(SHARE_STEPS, cost.new_tokens - 2))  # of as many as the prompt leaves room for
+    return prefill or None, share_of(device, modules, run.step, steps) or None
 
 
 def _outputs(model: Any, layers: Sequence[str], ids: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from attnzoo.tasks.decode.needles import Sample, found
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")  # files of a folder that hold them, or say which do
 CHUNK = 256  # positions whose float32 log-probabilities are held at a time
 ROOM_FOR_WORDS = 12  # tokens that an answer may have besides the numbers asked for
-CONVERTED = "_safetensors"  # ends the name of an asset that is another one in a form that loads fast
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,9 @@ def _from_pretrained(kind: str, name: str, doing: str, **settings: Any) -> Any:
     import transformers
 
     try:
-        return getattr(transformers, kind).from_pretrained(str(model_folder(name) or name), **settings)
+        return getattr(transformers, kind).from_pretrained(str(assets.model_folder(name) or name), **settings)
     except (OSError, ValueError) as error:
         raise ConfigError(f"transformers cannot {doing} {name!r}: {error}") from error
-
-
-def model_folder(name: str) -> Path | None:
-    """Give the folder of a model that is an asset, which is fetched first where need be; None for all other names."""
-    known = {asset.name for asset in assets.list_assets()}
-    if name + CONVERTED in known:
-        return assets.get(name + CONVERTED)
-    return assets.get(name) if name in known else None
 
 
 @torch.inference_mode()

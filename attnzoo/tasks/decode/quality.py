@@ -134,6 +134,11 @@ class Perplexity(Read):
         return {name: _minus(*pair, less_is_better=True) for name, pair in pairs.items() if all(pair)}
 
     @property
+    def compared(self) -> int | None:
+        """Windows that both read."""
+        return None if self.difference is None else self.difference.n
+
+    @property
     def figure(self) -> str:
         """``ppl 17.2``."""
         return f"ppl {figures(self.perplexity)}"
@@ -246,6 +251,11 @@ class Retrieval(Read):
         if not self.dense_fails:
             return told
         return f"{told} Dense itself finds {self.dense_recall:.0%}, less than {DENSE_FLOOR:.0%}: it tells nothing here."
+
+    @property
+    def compared(self) -> int | None:
+        """Prompts that both were asked."""
+        return None if self.difference is None else self.difference.n
 
     @property
     def figure(self) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 from attnzoo.bench.attentions import attention_problems
 from attnzoo.bench.config import parse_override
 from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.imports import search_here
 from attnzoo.tasks.classify.cost_config import vision_problems
 from attnzoo.tasks.detect import data, mmcv_ext
 
 RUNS = Path("runs/detect")
 OF_THE_SWAP = ("name", "label", "where", "keep_original", "positions")
 """Keys of an attention that are not options of its method."""
+AS_MMENGINE_HAS_IT = ("imports: [module] in a config", 'custom_imports = dict(imports=["module"]) in a config')
 MAY_BE_NEW = ("asset_path", "work_dir", "resume", "load_from", "model.attention", "label", "cost")
 
 
@@ -30,6 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     mmcv_ext.ensure()
     from mmengine.config import Config
 
+    search_here()  # for its custom_imports
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"config {str(path)!r} does not exist")
@@ -86,7 +89,7 @@ def _check_attentions(config: Any) -> None:
             )
         options = {key: value for key, value in attention.items() if key not in OF_THE_SWAP}
         found = attention_problems([{"name": attention["name"], "options": options}], where, vision_problems)
-        problems += [problem.replace(f"{where}.options", where) for problem in found]
+        problems += [problem.replace(f"{where}.options", where).replace(*AS_MMENGINE_HAS_IT) for problem in found]
     if problems:
         raise ConfigError("\n".join(problems))
 

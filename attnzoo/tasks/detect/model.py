@@ -61,7 +61,7 @@ class SwappedDABDETR(Swapped, detectors.DABDETR):
 
 
 @mmcv_ext.load("mmengine.registry").HOOKS.register_module()
-class SeedEachEpoch(mmcv_ext.load("mmengine.hooks").Hook):  # type: ignore[misc]
+class SeedEachEpoch(mmcv_ext.load("mmengine.hooks").Hook):  # type: ignore[misc]  # loaded at run time: Any to mypy
     """Seed Python, NumPy and PyTorch again at the beginning of every epoch.
 
     mmengine's checkpoints hold no random state. With this, and data read in the process itself (``num_workers=0``), a

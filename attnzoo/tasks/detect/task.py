@@ -24,7 +24,7 @@ from attnzoo.tasks.detect.config import config_of, load_config, plain, seeds_of
 from attnzoo.tasks.detect.quality import Detecting, Detection, Metric, Record
 
 FOLDER = "eval"
-OWN = ("name", "output", "fresh")  # keys that are not mmengine's
+OWN = ("name", "imports", "output", "fresh")  # keys that are not mmengine's
 SAME_IMAGES = ("data_root", "ann_file", "data_prefix", "indices")
 
 

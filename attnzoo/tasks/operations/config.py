@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from attnzoo.bench.config import Dtype, RunConfig, Section
+from attnzoo.checks import not_square
 
 
 class PairCase(Section):
@@ -56,7 +57,7 @@ class ModuleCase(Section):
     @model_validator(mode="after")
     def _square(self) -> ModuleCase:
         if math.isqrt(self.tokens) ** 2 != self.tokens:
-            raise ValueError(f"tokens {self.tokens} is not a square, and images are square")
+            raise ValueError(f"tokens {not_square(self.tokens)}, as images are here")
         return self
 
 

@@ -32,7 +32,9 @@ def verdict(records: Sequence[Record]) -> str:
     if not found:
         return ""
     faster, slower = (found.count(which) or "none" for which in ("better", "worse"))
-    return f"Of {len(found)} operations beside their fastest rival, {faster} faster, {slower} slower."
+    few = sum(cost.speedup is not None and cost.speedup.bounds is None for cost in costs)
+    untold = f", {few} timed too few times to tell" if few else ""
+    return f"Of {len(found)} operations beside their fastest rival, {faster} faster, {slower} slower{untold}."
 
 
 def cells(record: Record) -> list[str]:

@@ -8,11 +8,14 @@ from attnzoo.bench.words import difference
 from attnzoo.tables import Cell, Column, Table
 
 MILD = ("128 block", "256 block", "128 prompt", "256 prompt")
-ENDS = ("64 block", "64 prompt", "512 block", "512 prompt")
+ENDS = ("64 block", "512 block", "64 prompt")
 # the name of a table in docs/eviction.md: its record, its config, and the settings that it shows
 TABLES = {
     "claims": ("claims", "claims", MILD),
+    "claims-ends": ("claims", "claims", ENDS),
     "claims-reference": ("claims_reference", "claims", MILD),
+    "budgets": ("budgets", "budgets", MILD[:3]),
+    "budgets-reference": ("budgets_reference", "budgets", MILD[:1]),
 }
 
 
@@ -30,12 +33,14 @@ def measured(records: Sequence[Record], settings: Sequence[str]) -> tuple[dict[s
 def lost_table(records: Sequence[Record], settings: Sequence[str]) -> Table:
     """NLL above dense of each policy in each setting, the least in the first setting first."""
     quality, names, settings = measured(records, settings)
-    budgets = list({setting.split()[0]: setting for setting in reversed(settings)}.items())[::-1]
-    held = f"cache held at {' and '.join(budget for budget, _ in budgets)}"
+    budgets: dict[str, str] = {}  # the first setting of each
+    for setting in settings:
+        budgets.setdefault(setting.split()[0], setting)
+    held = f"cache held at {' and '.join(budgets)}"
     table = Table((Column("policy", code=True), *settings, held))
     for name in sorted(names, key=lambda name: quality[f"{name} {settings[0]}"].nll):
         rows = [quality[f"{name} {setting}"] for setting in settings]
-        bytes_held = [quality[f"{name} {setting}"] for _, setting in budgets]
+        bytes_held = [quality[f"{name} {setting}"] for setting in budgets.values()]
         shares = (f"{one.cache.held / one.cache_dense.held:.2f}x" for one in bytes_held)
         table.add(name, *(difference(one.difference) for one in rows), ", ".join(shares))
     return table

@@ -118,6 +118,8 @@ def test_batches_are_measured_each_and_the_prefill_at_the_first(settings):
         assert row.shapes.batch == batch
         assert row.quality == by(records)["tova", "", "forward"].quality
         assert row.cost.ratios.speedup.n == 3
+    shares = [costs["dense", *about].cost.attention_share for about in phases]
+    assert all(0 < share < 1 for share in shares), "of a larger batch too"
     once, twice = (costs["dense", about, "decode"].cost.candidate.memory for about in ("", "batch 2"))
     assert twice.cache_held_bytes == pytest.approx(2 * once.cache_held_bytes, rel=0.05)
     page = page_of(TASK, records)

@@ -324,6 +324,7 @@ def job(saved, side, method, samples=(), kind="quality", context=350, keep=100):
         "model": str(saved[0]),
         "dtype": "float32",
         "threads": 1,
+        "imports": [],
         "tolerance": 1e-4,
         "prompts": prompts,
     }

@@ -97,6 +97,11 @@ def test_the_page_says_how_many_are_faster_than_their_fastest_rival(kept):
     counted = f"{faster or 'none'} faster, {slower or 'none'} slower."
     assert f"Of {len(spreads)} operations beside their fastest rival, {counted}" in page_of(TASK, records)
     assert verdict([record.model_copy(update={"cost": None}) for record in records]) == ""
+    seldom = spreads[0].model_copy(update={"n": 4})
+    cost = records[0].cost.model_copy(update={"speedup": seldom})
+    assert verdict([records[0].model_copy(update={"cost": cost})]) == (
+        "Of 1 operations beside their fastest rival, none faster, none slower, 1 timed too few times to tell."
+    )
 
 
 def test_counts_of_bytes_and_operations():

@@ -67,6 +67,11 @@ class PassKeys(Quality):
         return self.model_copy(update=update)
 
     @property
+    def compared(self) -> int | None:
+        """Prompts that both were asked."""
+        return None if self.difference is None else self.difference.n
+
+    @property
     def figure(self) -> str:
         """``7 of 24 (15% to 49%)``; of few prompts without the interval."""
         ends = bounds(*self.interval, len(self.found))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from attnzoo import assets
 from attnzoo.bench import gate as gates
 from attnzoo.bench.cost import ratios_of
 from attnzoo.bench.highlights import of_records
@@ -89,7 +90,7 @@ def prepare(config: Comparison, cells: Sequence[Cell]) -> dict[str, Any]:
     needed = any(cell.asks["row"]["side"] == "kvpress" for cell in cells)
     return {
         "python": kvpress_python(config.python) if needed else "",
-        "model": str(lm.model_folder(config.model) or config.model),
+        "model": str(assets.model_folder(config.model) or config.model),
         "prompts": [asdict(sample) for sample in samples],
         "limit": lm.ROOM_FOR_WORDS + len(tokenizer(f"{samples[0].answers[0]},", add_special_tokens=False).input_ids),
     }
@@ -104,6 +105,7 @@ def measure(config: Comparison, cell: Cell, given: Mapping[str, Any], say: OnPro
     job = {
         **row.model_dump(mode="json"),
         "kind": cell.kind,
+        "imports": config.imports,
         "model": given["model"],
         "dtype": config.dtype,
         "threads": config.threads,

@@ -21,7 +21,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ Prompt = dict[str, Any]
 class AttnZoo:
     """Swap the attention for the whole answer; evict to the budget at the end of the context, as kvpress does."""
 
-    def __init__(self, model: Any, method: dict[str, Any] | None) -> None:
+    def __init__(self, model: Any, method: dict[str, Any] | None, imports: Sequence[str]) -> None:
         import attnzoo
+        from attnzoo.imports import import_modules
 
+        import_modules(imports)
         self.zoo, self.model, self.method = attnzoo, model, method
 
     @contextlib.contextmanager
@@ -70,7 +72,7 @@ class AttnZoo:
 class KVPress:
     """Press while the context is read, as kvpress's own pipeline does."""
 
-    def __init__(self, model: Any, method: dict[str, Any] | None) -> None:
+    def __init__(self, model: Any, method: dict[str, Any] | None, imports: Sequence[str]) -> None:
         self.model, self.method = model, method
 
     def whole_answer(self, keep: int) -> contextlib.AbstractContextManager[None]:
@@ -105,8 +107,8 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
         side: Any = {"attnzoo": AttnZoo, "kvpress": KVPress}[job["side"]]
-        self.row: Any = side(_load(job, job["attention"]), job["spec"])
-        self.dense: Any = side(_load(job, "sdpa"), None) if job["kind"] == "cost" else None
+        self.row: Any = side(_load(job, job["attention"]), job["spec"], job["imports"])
+        self.dense: Any = side(_load(job, "sdpa"), None, ()) if job["kind"] == "cost" else None
         self.tokenizer = AutoTokenizer.from_pretrained(job["model"])
         ends = self.row.model.generation_config.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
