@@ -322,7 +322,7 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, view: CacheView) -> Tensor:
-        """Give every entry a score, ``(B, Hkv, S)``: the lowest go. Of equal scores the older goes first."""
+        """Give every entry a score, ``(B, Hkv, S)``: the lowest go, NaN first. Of equal scores the older goes first."""
 
     def keep(self, view: CacheView) -> Tensor:
         """Indices of the entries that stay, ``(B, Hkv, budget)``, in time order; the budget is a number of entries."""

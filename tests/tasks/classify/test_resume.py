@@ -26,7 +26,7 @@ from train.classify import main as train
 
 from .conftest import fork, tiny
 
-KILLS = 20
+KILLS = 12
 EPOCHS = 14  # of 12 steps each, by batches of 8
 
 
