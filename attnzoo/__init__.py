@@ -13,7 +13,9 @@ from attnzoo.registry import (
     register_attention,
     unregister_attention,
 )
-from attnzoo.repair import RepairReport, repair
+from attnzoo.repairing.repair import repair
+from attnzoo.repairing.report import RepairReport
+from attnzoo.repairing.sensitivity import SensitivityReport, sensitivity
 from attnzoo.saving import load, save
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
 from attnzoo.visual_tokens import prune_visual_tokens
@@ -27,6 +29,7 @@ __all__ = [
     "CacheBytes",
     "Capabilities",
     "RepairReport",
+    "SensitivityReport",
     "SwapReport",
     "create_attention",
     "describe",
@@ -41,6 +44,7 @@ __all__ = [
     "replace_attention",
     "restore_attention",
     "save",
+    "sensitivity",
     "swap_report",
     "unregister_attention",
 ]

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attnzoo.hosts.site import MixerLayer, original_of
+from attnzoo.repairing.losses import first_tensor, normalized_error
 
 Seen = Callable[[str, "Visit"], None]
 OWN = "attnzoo_"  # keyword arguments of this beginning are for swapped layers alone
@@ -47,8 +47,7 @@ def as_teacher(model: nn.Module, layers: Mapping[str, MixerLayer], seen: Seen | 
     Parameters
     ----------
     model, layers
-        A model, and its
-        swapped layers by path.
+        A model, and its swapped layers by path.
     seen
         Called with the path and the `Visit` at each call of one of them.
     """
@@ -80,16 +79,16 @@ def as_teacher(model: nn.Module, layers: Mapping[str, MixerLayer], seen: Seen | 
 
 
 @contextmanager
-def own_weights(parameters: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Within, parameters have other values: the teacher's, where training changes more than mixers."""
-    now = {parameter: parameter.data for parameter in parameters}
+def own_values(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Within, parameters and buffers have other values: the teacher's, where training changes more than mixers."""
+    now = {tensor: tensor.data for tensor in values}
     try:
-        for parameter, value in parameters.items():
-            parameter.data = value
+        for tensor, value in values.items():
+            tensor.data = value
         yield
     finally:
-        for parameter, value in now.items():
-            parameter.data = value
+        for tensor, value in now.items():
+            tensor.data = value
 
 
 @contextmanager
@@ -106,26 +105,3 @@ def masks_of(layer: MixerLayer) -> Iterator[list[Tensor | None]]:
         yield masks
     finally:
         hook.remove()
-
-
-def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Sum of squares of ``out - target``, over that of `target`, in float32.
-
-    Parameters
-    ----------
-    out, target
-        ``(B, N, C)``.
-    mask
-        ``(B, N)``, True where a token counts.
-    """
-    out, target = out.float(), target.detach().float()
-    off, whole = (out - target).square().sum(-1), target.square().sum(-1)
-    if mask is not None:
-        off, whole = (x * mask.reshape(x.shape) for x in (off, whole))
-    return off.sum() / whole.sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The tensor that an attention gives, alone or before its weights."""
-    return output if isinstance(output, Tensor) else next(x for x in output if isinstance(x, Tensor))
-

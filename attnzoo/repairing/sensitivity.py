@@ -17,10 +17,11 @@ from attnzoo.checks import check_int
 from attnzoo.errors import OptionError, SwapError
 from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, original_of
-from attnzoo.repair import Repair, RepairOptions, divergence, logits_of
+from attnzoo.repairing.losses import divergence, logits_of
+from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.teacher import as_teacher
 from attnzoo.swap import replace_attention, restore_attention, swapped_layers
 from attnzoo.tables import Column, Table
-from attnzoo.teacher import as_teacher
 
 Metric = Callable[[nn.Module], float]
 
@@ -128,17 +129,21 @@ def sensitivity(
     model
         A model with its own attention.
     batches
-        As for `attnzoo.repair`. The first `held_out` of them are not trained on; costs are taken on them.
-    name, **options
-        A mixer and its options, as for `replace_attention`.
+        As for `attnzoo.repair`.
+    name
+        A mixer.
     steps
         Steps of ``attnzoo.repair(..., objective="layer")``.
+    held_out
+        Number of batches, the first ones, that are not trained on: costs are measured on them.
     where
         Which layers are looked at.
     metric
         Quality of the model, the higher the better, in place of the divergence of its output.
     repair
         Options of `attnzoo.repair` for the fit, such as ``{"lr": 3e-3, "forward": call}``.
+    **options
+        Of `replace_attention`: the mixer's own, and `init`.
 
     Raises
     ------
@@ -206,10 +211,11 @@ def _shares(model: nn.Module, fit: Repair, batch: Any, repeats: int = 3) -> dict
             whole.append(_now() - began)
     calls = {path: len(each) // (repeats + 1) or 1 for path, each in seconds.items()}
     total = sorted(whole[1:])[repeats // 2]
-    return {
-        path: min(1.0, sorted(each[calls[path] :])[(len(each) - calls[path]) // 2] * calls[path] / total) if each else 0.0
-        for path, each in seconds.items()
-    }
+    shares = {}
+    for path, each in seconds.items():
+        later = sorted(each[calls[path] :])  # without those of the first call of the model
+        shares[path] = min(1.0, later[len(later) // 2] * calls[path] / total) if later else 0.0
+    return shares
 
 
 @contextmanager
@@ -250,4 +256,3 @@ def _after(batches: Iterable[Any], count: int) -> Iterable[Any]:
             return itertools.islice(iter(batches), count, None)
 
     return Rest()
-
