@@ -266,9 +266,8 @@ class Repair:
                 raise SwapError(f"a call of the model with this batch does not reach {', '.join(missed)}")
             errors = {path: float(torch.stack(found[path]).mean()) for path in self.layers}
             mean = sum(errors.values()) / len(errors)
-            errors["loss"] = (
-                mean if self.options.objective == "layer" else float(self._model_loss(batch, training=False))
-            )
+            by_layer = self.options.objective == "layer"
+            errors["loss"] = mean if by_layer else float(self._model_loss(batch, training=False))
         return errors
 
     def report(self, ended: str = "") -> RepairReport:

@@ -10,7 +10,6 @@ from tests.zoo import _TEXT, _VISION, Host, images, tokens
 
 CAUSAL = {  # options under which mixers of the registry stand in decoders
     "padre": {"token_mixing": "causal_conv1d", "degree": 2, "kernel_size": 5},
-    "hyena": {"bidirectional": False},
 }
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import attnzoo
-from attnzoo.errors import AttnZooError, OptionError, SwapError, TrainingError
+from attnzoo.errors import AttnZooError, OptionError, SwapError, TrainingError, UnsupportedError
 from attnzoo.repairing.repair import Repair, RepairOptions
 from attnzoo.repairing.teacher import as_teacher, own_values
 from attnzoo.swap import swapped_layers
@@ -46,7 +46,7 @@ def test_the_teacher_is_the_original_and_restoring_gives_it_back(host):
     if host.name == "torch:encoder":
         options = {"grid": (4, 4)}
     if host.name in REFUSED:
-        with pytest.raises(SwapError, match="rotary"):
+        with pytest.raises(UnsupportedError, match="rotary"):
             attnzoo.replace_attention(model, "padre", **options)
         return
     paths = [layer.path for layer in attnzoo.swap_report(model).layers]
@@ -54,7 +54,9 @@ def test_the_teacher_is_the_original_and_restoring_gives_it_back(host):
     attnzoo.replace_attention(model, "padre", where=able, **options)
     inputs, before = host.inputs(), weights(original)
     with torch.no_grad(), as_teacher(model, swapped_layers(model)):
-        torch.testing.assert_close(host.call(model, inputs), host.call(original, inputs), rtol=0, atol=0)
+        # torch's encoder, unswapped, takes a fast path that rounds otherwise
+        near = 1e-5 if host.name == "torch:encoder" else 0
+        torch.testing.assert_close(host.call(model, inputs), host.call(original, inputs), rtol=0, atol=near)
     report = attnzoo.repair(model, [inputs], steps=12, lr=2e-3, forward=host.call)
     assert [layer.path for layer in report.layers] == able
     assert all(layer.after < layer.before for layer in report.layers), str(report)
@@ -67,7 +69,7 @@ def test_the_teacher_is_the_original_and_restoring_gives_it_back(host):
 def test_the_fitted_error_falls_for_every_mixer_in_every_kind_of_host(name, host):
     model, options = host.build(), swap_options(host, name)
     if options is None:
-        with pytest.raises(AttnZooError, match="causal"):
+        with pytest.raises(AttnZooError, match="causal|cannot decode"):
             attnzoo.replace_attention(model, name)
         return
     attnzoo.replace_attention(model, name, **options)
