@@ -185,7 +185,7 @@ class Padre(nn.Module):
                 constant.fill_(1)
             if self.output != "last":
                 self.term_weights.zero_()[0] = 1
-        for linear in self.z_channels:
+        for linear in cast(Sequence[nn.Linear], self.z_channels):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
         for mixing in (y_tokens[0], *z_tokens):

@@ -193,15 +193,17 @@ class Repair:
         self.before: dict[str, float] | None = None
         self._first: Any = None
 
-    def run(self, batches: Iterable[Any], progress: Tell | None = None, until: int | None = None) -> RepairReport:
+    def run(
+        self, batches: Iterable[Any], progress: Tell | None = None, *, start: int = 0, until: int | None = None
+    ) -> RepairReport:
         """Train to the last step, or to the step `until`, and report.
 
-        A resumed repair passes over the batches that it was trained on before: give it all of them.
+        `batches` begin with that of step `start`. A resumed repair passes over those that it was trained on before.
         """
         last, ended = self.options.steps if until is None else min(until, self.options.steps), ""
         with _modes_kept(self.model), _trained(self.parameters, self.model):
             try:
-                for index, batch in enumerate(_repeated(batches, last)):
+                for index, batch in enumerate(_repeated(batches, last - start), start):
                     if self._first is None:
                         self._first = batch
                         self.before = self.before or self.errors(batch)
@@ -388,7 +390,7 @@ class Repair:
 
     def _backward(self, loss: Tensor) -> None:
         if self.options.accelerator is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             self.options.accelerator.backward(loss)
 

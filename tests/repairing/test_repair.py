@@ -69,7 +69,7 @@ def test_the_teacher_is_the_original_and_restoring_gives_it_back(host):
 def test_the_fitted_error_falls_for_every_mixer_in_every_kind_of_host(name, host):
     model, options = host.build(), swap_options(host, name)
     if options is None:
-        with pytest.raises(AttnZooError, match="causal|cannot decode"):
+        with pytest.raises(AttnZooError, match=r"causal|cannot decode"):
             attnzoo.replace_attention(model, name)
         return
     attnzoo.replace_attention(model, name, **options)
