@@ -22,6 +22,7 @@ from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
 from attnzoo.hosts.value_map import value_map
 from attnzoo.registry import AttentionInfo, build_core, build_policy, cores_with, describe, list_attentions
+from attnzoo.repairing.teacher import put_back
 from attnzoo.units import megabytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -266,6 +267,8 @@ def replace_attention(
 def restore_attention(model: Model) -> Model:
     """Put the original attention modules back into a swapped model, in place, and return the model.
 
+    Weights that `attnzoo.repair` trained besides mixers (``train="all"``) are put back, too.
+
     Raises
     ------
     SwapError
@@ -293,6 +296,7 @@ def restore_attention(model: Model) -> Model:
     _put(model, originals)
     for site in sites:
         site.removed()
+    put_back(model)
     return model
 
 

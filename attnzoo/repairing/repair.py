@@ -26,7 +26,7 @@ from attnzoo.errors import OptionError, SwapError, TrainingError
 from attnzoo.hosts.site import MixerLayer, original_of, swapped_record
 from attnzoo.repairing.losses import divergence, first_tensor, logits_of, normalized_error, real_rows
 from attnzoo.repairing.report import RepairedLayer, RepairReport
-from attnzoo.repairing.teacher import Visit, as_teacher, own_values
+from attnzoo.repairing.teacher import Visit, as_teacher, own_values, teacher_values
 from attnzoo.swap import matches, swapped_layers
 
 OBJECTIVES = ("layer", "model")
@@ -89,7 +89,9 @@ def repair(
 ) -> RepairReport:
     """Fit the mixers of a swapped model to the attention that they replaced.
 
-    The model is trained in place, by AdamW. Ctrl-C ends it between two steps, and the report says so.
+    The model is trained in place, by AdamW. Ctrl-C ends it between two steps, and the report says so. The teacher is
+    the network before any repair: of what ``train="all"`` changes besides mixers the model keeps a copy, which
+    `restore_attention` puts back.
 
     Parameters
     ----------
@@ -180,10 +182,7 @@ class Repair:
             names = sorted({_name(layer) for layer in self.layers.values()})
             raise SwapError(f"{', '.join(names)} has no parameters that could be fitted; train='all' fits the others")
         self.parameters: dict[nn.Parameter, nn.Parameter] = {p: _master(p) for p in trained}
-        buffers = [b for b in model.buffers() if b.is_floating_point()]  # running statistics, say
-        self.teacher: dict[Tensor, Tensor] = {}
-        if options.train == "all":
-            self.teacher = {value: value.detach().clone() for value in [*rest, *buffers]}
+        self.teacher = teacher_values(model, self.swapped, keep=options.train == "all")
         self._share_weights()
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=options.lr, weight_decay=options.weight_decay

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnzoo.hosts.site import MixerLayer, original_of
 from attnzoo.repairing.losses import first_tensor, normalized_error
 
 Seen = Callable[[str, "Visit"], None]
+KEPT = "attnzoo_teacher"  # on a model: weights of the teacher, by name, that a repair trained
 OWN = "attnzoo_"  # keyword arguments of this beginning are for swapped layers alone
 
 
@@ -76,6 +78,33 @@ def as_teacher(model: nn.Module, layers: Mapping[str, MixerLayer], seen: Seen | 
             layer.__dict__.pop("forward", None)
         if cached:
             model.config.use_cache = cached  # type: ignore[union-attr]
+
+
+def teacher_values(model: nn.Module, layers: Mapping[str, MixerLayer], keep: bool) -> dict[Tensor, Tensor]:
+    """Parameters and buffers of a swapped model that a repair trained, or will, with the values that the teacher has.
+
+    They are kept on the model from the first repair on that asks to `keep` them: of all but the mixers of `layers`.
+    """
+    mixers = {id(p) for layer in layers.values() for p in layer.mixer.parameters()}
+    now = {
+        name: tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if tensor.is_floating_point() and id(tensor) not in mixers
+    }
+    kept: dict[str, Tensor] | None = vars(model).get(KEPT)
+    if kept is None and keep:
+        kept = vars(model)[KEPT] = {name: tensor.detach().clone() for name, tensor in now.items()}
+    return {now[name]: value.to(now[name]) for name, value in (kept or {}).items() if name in now}
+
+
+def put_back(model: nn.Module) -> None:
+    """Undo what a repair with ``train="all"`` did to weights that are not a mixer's."""
+    kept = vars(model).pop(KEPT, {})
+    now = dict((*model.named_parameters(), *model.named_buffers()))
+    with torch.no_grad():
+        for name, value in kept.items():
+            if name in now:
+                now[name].copy_(value)
 
 
 @contextmanager

@@ -103,6 +103,10 @@ def test_the_whole_network_is_fitted_to_its_original(host):
         torch.testing.assert_close(host.call(model, host.inputs()), wanted, rtol=0, atol=0)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, after[name])}
     assert any(".mixer." not in name for name in changed)
+    third = Repair(copy.deepcopy(model), RepairOptions(**how))
+    with torch.no_grad(), as_teacher(third.model, third.swapped), own_values(third.teacher):
+        torch.testing.assert_close(host.call(third.model, host.inputs()), wanted, rtol=0, atol=0)
+    assert same(weights(attnzoo.restore_attention(model)), weights(host.build()))
 
 
 def test_padding_does_not_count():
