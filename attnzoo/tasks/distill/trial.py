@@ -178,7 +178,8 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     before = sum(one.samples // config.batch for one in config.stages[:at])
     if first < steps:
         batches = (batch for batch, _ in subject.batches(before + first, progress.seed))
-        fit.run(batches, told, start=first)
+        if fit.run(batches, told, start=first).ended:  # by an interrupt, which a repair by itself reports
+            raise KeyboardInterrupt
 
 
 def _mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
