@@ -184,6 +184,7 @@ def test_shell_commands_are_real(page):
                 "eval/decode.py": load_decode_config,
                 "eval/compare_kvpress.py": tasks.load,
                 "train/decode.py": tasks.load,
+                "train/distill.py": load_distillation,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
                 "train/detect.py": load_detection,

@@ -14,6 +14,7 @@ from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
 from attnzoo.tasks.distill.quality import Point, Repair, Trial
 from attnzoo.tasks.distill.trial import STATE
+from tests.repairing.models import CAUSAL
 from tests.tasks.classify.conftest import write_images
 from tests.tasks.decode import llm
 from train.distill import main
