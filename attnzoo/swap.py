@@ -205,9 +205,8 @@ def replace_attention(
     keep_original
         Keep the original modules, so that `restore_attention` can put them back. False frees them.
     init
-        How a mixer's weights begin. ``random``: as its class has it. ``inherit``: as the map that the layer's value and
-        output projections are together, token by token; what else the mixer does begins as the identity, or random.
-        `attnzoo.repair` then trains it.
+        How a mixer's weights begin. ``random``: as its class has it. ``inherit``: from the map that the layer's value
+        and output projections are together, if the mixer can hold it (`Capabilities.inherit`).
     **options
         Options of the method. For mixers in models that do not know their grid (torch's encoders), also
         ``grid=(h, w)`` and ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder, also

@@ -162,7 +162,9 @@ class Padre(nn.Module):
         return self._output(terms, canvas, real_tokens(x, grid, prefix, mask))
 
     def inherit(self, weight: Tensor, bias: Tensor) -> None:
-        """Begin as the affine map of attention's values: Z_1 = X W^T + b, all further factors Y_i = 1.
+        """Begin as attention whose weights are all alike: Z_1 = A X W^T + b, all further factors Y_i = 1.
+
+        A is the mean over the tokens that the mixing reaches, the one tap of ``token_mixing="identity"``.
 
         Parameters
         ----------
@@ -179,16 +181,17 @@ class Padre(nn.Module):
         y_tokens, z_tokens = (cast(Sequence[TokenMixing], each) for each in (self.y_tokens, self.z_tokens))
         with torch.no_grad():
             self.y_channels.weight.zero_()[: self.dim] = weight
-            self.y_channels.bias.zero_()[: self.dim] = bias
-            for mixing in y_tokens[1:]:  # of zeros, so that what it gives is its bias
-                constant = getattr(mixing, "bias", self.y_channels.bias[self.dim :])
-                constant.fill_(1)
+            self.y_channels.bias.zero_()
+            y_tokens[0].become_mean()
+            for index, mixing in enumerate(y_tokens):  # after the first, of zeros: what it gives is its bias
+                there = getattr(mixing, "bias", self.y_channels.bias[index * self.dim :][: self.dim])
+                there.copy_(torch.ones_like(bias) if index else bias)
             if self.output != "last":
                 self.term_weights.zero_()[0] = 1
         for linear in cast(Sequence[nn.Linear], self.z_channels):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
-        for mixing in (y_tokens[0], *z_tokens):
+        for mixing in z_tokens:
             mixing.become_identity()
 
     def extend(

@@ -77,6 +77,10 @@ class TokenMixing(nn.Module, ABC):
         """Set the weights so that tokens stay as they are."""
 
     @abstractmethod
+    def become_mean(self) -> None:
+        """Set the weights so that each token becomes the mean of all that reach it, with zeros beyond the edges."""
+
+    @abstractmethod
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out (without bias) as matrices ``(channels, n, n)``, slowly: for references only.
 
@@ -112,6 +116,16 @@ class PrefixMixing(TokenMixing):
             nn.init.ones_(self.own)
             nn.init.zeros_(self.to_prefix)
             nn.init.zeros_(self.to_patches)
+
+    def become_mean(self) -> None:
+        """All taps are alike; a prefix token becomes the mean of all tokens."""
+        tap = 1 / self.weight[0].numel()
+        nn.init.constant_(self.weight, tap)
+        nn.init.zeros_(self.bias)
+        if hasattr(self, "own"):
+            nn.init.zeros_(self.own)
+            nn.init.ones_(self.to_prefix)
+            nn.init.constant_(self.to_patches, tap)
 
     @abstractmethod
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
@@ -228,6 +242,11 @@ class CausalConv1d(TokenMixing):
             self.weight.zero_()[..., -1] = 1
         nn.init.zeros_(self.bias)
 
+    def become_mean(self) -> None:
+        """All taps are alike."""
+        nn.init.constant_(self.weight, 1 / self.kernel_size)
+        nn.init.zeros_(self.bias)
+
     def along(self, line: Tensor) -> Tensor:
         """Convolve all but the first ``kernel_size - 1`` tokens of ``(B, kernel_size - 1 + N, C)``."""
         if line.shape[1] < self.kernel_size:
@@ -268,6 +287,11 @@ class DenseTokens(TokenMixing):
         nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def become_mean(self) -> None:
+        """All entries are alike."""
+        nn.init.constant_(self.weight, 1 / len(self.weight))
+        nn.init.zeros_(self.bias)
+
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
         kept = torch.tensor(places, device=self.weight.device)
@@ -289,6 +313,9 @@ class NoTokenMixing(TokenMixing):
 
     def become_identity(self) -> None:
         """It is."""
+
+    def become_mean(self) -> None:
+        """No other token reaches one."""
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
