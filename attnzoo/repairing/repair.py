@@ -169,6 +169,8 @@ class Repair:
         The layers that are fitted, by path.
     step, samples, seconds
         How far it is.
+    interrupted
+        Whether Ctrl-C ended the last `run`.
     """
 
     def __init__(self, model: nn.Module, options: RepairOptions) -> None:
@@ -189,6 +191,7 @@ class Repair:
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.interrupted = False
         self.before: dict[str, float] | None = None
         self._first: Any = None
 
@@ -200,6 +203,7 @@ class Repair:
         `batches` begin with that of step `start`. A resumed repair passes over those that it was trained on before.
         """
         last, ended = self.options.steps if until is None else min(until, self.options.steps), ""
+        self.interrupted = False
         with _modes_kept(self.model), _trained(self.parameters, self.model):
             try:
                 for index, batch in enumerate(_repeated(batches, last - start), start):
@@ -217,6 +221,7 @@ class Repair:
                     ended = f"the data ended after {self.step:,} of {last:,} steps"
                     warnings.warn(ended, stacklevel=3)
             except KeyboardInterrupt:
+                self.interrupted = True
                 ended = f"interrupted after {self.step:,} of {last:,} steps"
                 if self.before is None:
                     raise

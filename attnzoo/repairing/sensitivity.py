@@ -164,6 +164,8 @@ def sensitivity(
     try:
         fit = Repair(model, RepairOptions(steps=steps, objective="layer", **(repair or {})))
         report = fit.run(_after(rest, held_out if rest is batches else 0))
+        if fit.interrupted:
+            raise KeyboardInterrupt
         errors = {layer.path: layer.after for layer in report.layers}
         costs = _costs(model, fit, held, metric)
         shares = _shares(model, fit, held[0])

@@ -96,6 +96,19 @@ def test_bad_input_is_refused_and_the_model_left_alone():
         attnzoo.sensitivity(model, batches(3), "padre", **SHORT)
 
 
+def test_an_interrupt_gives_no_report_and_the_model_back():
+    model = vit()
+    before = weights(model)
+
+    def broken():
+        yield from batches(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attnzoo.sensitivity(model, broken(), "padre", steps=5, **SHORT)
+    assert same(weights(model), before)
+
+
 def test_a_language_model_keeps_its_cache_setting():
     model = llama()
     attnzoo.sensitivity(model, [tokens()] * 3, "padre", steps=2, **CAUSAL["padre"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ import attnzoo
 from attnzoo import files
 from attnzoo.bench.config import digest
 from attnzoo.errors import TrainingError
+from attnzoo.hosts.site import MixerLayer
 from attnzoo.repairing.losses import logits_of
 from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.teacher import teacher_values
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, Repaired, ScratchConfig
 from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Subject
@@ -135,12 +137,13 @@ def repaired(
     model = subject.teacher()
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.swap)
+    teacher_values(model, _mixer_layers(model), keep=True)  # those of now, whatever a stage before changed
     held, _ = next(subject.batches(0, seed + 7919))  # errors of layers are measured on it
     if progress.model is not None:
         model.load_state_dict(progress.model)
     else:
         progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
-        if any(True for _ in _mixer_parameters(model)):
+        if _has_weights(model):
             progress.errors.append(_mean_error(model, held))
     for at in range(progress.stage, len(config.stages)):
         _stage(config, subject, model, at, progress, say)
@@ -155,7 +158,7 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     stage = config.stages[at]
     name = f"stage {at + 1}: {stage.objective}"
     steps = stage.samples // config.batch
-    if stage.train == "mixers" and not any(True for _ in _mixer_parameters(model)):
+    if stage.train == "mixers" and not _has_weights(model):
         last = progress.points[-1]  # of a mixer without weights there is nothing to fit
         progress.points.append(last.model_copy(update={"stage": name}))
         return
@@ -178,16 +181,18 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     before = sum(one.samples // config.batch for one in config.stages[:at])
     if first < steps:
         batches = (batch for batch, _ in subject.batches(before + first, progress.seed))
-        if fit.run(batches, told, start=first).ended:  # by an interrupt, which a repair by itself reports
+        fit.run(batches, told, start=first)
+        if fit.interrupted:
             raise KeyboardInterrupt
 
 
-def _mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    from attnzoo.hosts.site import MixerLayer
+def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, MixerLayer)}
 
-    for module in model.modules():
-        if isinstance(module, MixerLayer):
-            yield from module.mixer.parameters()
+
+def _has_weights(model: nn.Module) -> bool:
+    """Whether the mixers have any that can be fitted."""
+    return any(True for layer in _mixer_layers(model).values() for _ in layer.mixer.parameters())
 
 
 def _mean_error(model: nn.Module, held: Any) -> float:
