@@ -16,7 +16,7 @@ from torch import Tensor
 from attnzoo.errors import UnsupportedError
 from attnzoo.hosts.site import Site
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the norm; of half precision HALF
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-3}  # of the norm, with room for TF32; of half precision HALF
 HALF = 5e-2
 
 
@@ -37,7 +37,8 @@ def value_map(site: Site) -> tuple[Tensor, Tensor]:
         probe = torch.cat([torch.zeros(1, site.dim), torch.eye(site.dim)]).to(like)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randn(4, site.dim, generator=generator).to(like)
-        out = _called(site, torch.cat([probe, tokens]))
+        with torch.autocast(like.device.type, enabled=False):
+            out = _called(site, torch.cat([probe, tokens]))
     finally:
         for one, mode in modes.items():
             one.training = mode

@@ -1,6 +1,6 @@
 """How far a swapped model is from the original one: of a layer's output, and of the model's.
 
-    layer:  |mixer(x) - original(x)|^2 / |original(x)|^2, over all real tokens of a batch
+    layer:  |mixer(x) - original(x)|^2 / |original(x)|^2 over real tokens, the mean over images or sequences
     model:  T^2 KL(softmax(original(x) / T) || softmax(swapped(x) / T)), the mean over images or real tokens
 
 The first is LoLCATs' attention transfer (https://arxiv.org/abs/2410.10254) divided by the target's own square, so that
@@ -18,14 +18,18 @@ from torch.nn import functional as F
 
 from attnzoo.errors import UnsupportedError
 
+NOTHING = 1e-20  # mean square of a layer's output that counts as zero
+
 
 def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error of `out` relative to `target`, in float32: 0 where they are equal, 1 where `out` is zero.
+    """Squared error of `out` relative to `target`, the mean over rows, in float32.
+
+    It is 0 where both are equal and 1 where `out` is zero. Of a row whose target is zero, it is the mean square of `out`.
 
     Parameters
     ----------
     out, target
-        ``(B, N, C)``.
+        ``(B, N, C)``; ``(N, C)`` is one row.
     mask
         ``(B, N)``, True where a token counts.
     """
@@ -33,7 +37,9 @@ def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) ->
     off, whole = (out - target).square().sum(-1), target.square().sum(-1)  # (B, N)
     if mask is not None:
         off, whole = (torch.where(mask.reshape(x.shape), x, 0) for x in (off, whole))
-    return off.sum() / whole.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    off, whole = (x.reshape(-1, x.shape[-1]).sum(-1) for x in (off, whole))  # (B,)
+    count = out.shape[-1] * out.shape[-2]
+    return (off / torch.where(whole > NOTHING * count, whole, count)).mean()
 
 
 def divergence(swapped: Tensor, original: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -74,11 +80,17 @@ def logits_of(output: Any) -> Tensor:
 
 
 def real_rows(batch: Any, logits: Tensor) -> Tensor | None:
-    """Which rows of logits ``(B, N, classes)`` count, where the batch tells it by an ``attention_mask`` ``(B, N)``."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.shape != logits.shape[:-1]:
+    """Which rows of logits ``(B, N, classes)`` count, where a mapping tells it.
+
+    By ``attention_mask`` ``(B, N)``, or by torch's ``src_key_padding_mask``, which is True where a token is hidden.
+    """
+    if not isinstance(batch, Mapping):
         return None
-    return mask.to(logits.device).bool()
+    mask, hidden = batch.get("attention_mask"), batch.get("src_key_padding_mask")
+    real = ~hidden if isinstance(hidden, Tensor) and hidden.dtype == torch.bool else mask
+    if not isinstance(real, Tensor) or real.shape != logits.shape[:-1]:
+        return None
+    return real.to(logits.device).bool()
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,15 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.checks import check_choice, check_int, check_number
-from attnzoo.errors import OptionError, SwapError, TrainingError
+from attnzoo.errors import OptionError, SwapError, TrainingError, UnsupportedError, short
 from attnzoo.hosts.site import MixerLayer, original_of, swapped_record
-from attnzoo.repairing.losses import divergence, first_tensor, logits_of, normalized_error, real_rows
+from attnzoo.repairing.losses import divergence, first_tensor, logits_of, real_rows
 from attnzoo.repairing.report import RepairedLayer, RepairReport
-from attnzoo.repairing.teacher import Visit, as_teacher, own_values, teacher_values
+from attnzoo.repairing.teacher import (
+    Visit,
+    as_teacher,
+    layer_error,
+    masks_of,
+    own_values,
+    teacher_values,
+    uninterrupted,
+)
 from attnzoo.swap import matches, swapped_layers
 
 OBJECTIVES = ("layer", "model")
 TRAINED = ("mixers", "all")
+RATES = "attnzoo_rates"  # on a module: dropout that is switched off for a while
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
 Tell = Callable[[int, float], None]
@@ -52,10 +59,12 @@ class RepairOptions:
     hidden: float = 0.0
     loss: Loss | None = None
     forward: Forward | None = None
+    seed: int = 0
     autocast: torch.dtype | None = None
     accelerator: Any = None
 
     def __post_init__(self) -> None:
+        check_int("seed", self.seed, minimum=0)
         check_int("steps", self.steps, minimum=1)
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("train", self.train, TRAINED)
@@ -65,6 +74,22 @@ class RepairOptions:
         check_number("temperature", self.temperature, minimum=1e-3)
         if self.objective == "layer" and (self.train == "all" or self.hidden or self.loss is not None):
             raise OptionError("train, hidden and loss are for objective='model'; objective='layer' fits mixers alone")
+        patterns = self.layers if isinstance(self.layers, (list, tuple)) else [self.layers]
+        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+            raise OptionError(f"layers must be 'all', or a pattern or a list of patterns, not {short(self.layers)}")
+        if self.autocast not in (None, torch.bfloat16):
+            raise OptionError(f"autocast must be torch.bfloat16 or None, not {short(self.autocast)}")
+        self._check_accelerator()
+
+    def _check_accelerator(self) -> None:
+        if self.accelerator is None:
+            return
+        if self.autocast is not None:
+            raise OptionError("autocast and accelerator exclude one another: give mixed_precision to the Accelerator")
+        if self.accelerator.scaler is not None:
+            raise OptionError("an accelerator with mixed_precision='fp16' is not supported: use 'bf16'")
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise OptionError("an accelerator with gradient_accumulation_steps is not supported: each batch is a step")
 
 
 def repair(
@@ -83,6 +108,7 @@ def repair(
     hidden: float = 0.0,
     loss: Loss | None = None,
     forward: Forward | None = None,
+    seed: int = 0,
     autocast: torch.dtype | None = None,
     accelerator: Any = None,
     progress: Tell | None = None,
@@ -98,8 +124,9 @@ def repair(
     model
         A model with layers swapped for mixers, which keep their originals.
     batches
-        Yields what the model takes: a tensor, or a tuple or mapping of arguments. No labels are needed. It is iterated
-        again where it ends before the last step. The ``attention_mask`` of a mapping tells which tokens count.
+        Yields what the model takes: a tensor, or a tuple or mapping of all its arguments. Labels are not used: give a
+        loader of images and classes as ``[(x,) for x, y in loader]``. It is iterated again where it ends before the
+        last step. The ``attention_mask`` of a mapping tells which tokens count.
     steps
         Optimizer steps.
     objective
@@ -108,7 +135,8 @@ def repair(
     layers
         Which swapped layers are fitted: ``"all"``, or patterns as for ``where=`` of `replace_attention`.
     train
-        With ``objective="model"``: ``mixers``, or ``all`` parameters; the teacher keeps its own.
+        With ``objective="model"``: ``mixers`` alone, or ``all`` other parameters that require a gradient besides; the
+        teacher keeps its own.
     lr, weight_decay
         Of AdamW. The learning rate rises, and then falls to 0 as a cosine.
     warmup
@@ -121,14 +149,16 @@ def repair(
         With ``objective="model"``: weight of the mean error of the swapped layers' outputs in the loss.
     loss
         With ``objective="model"``: compares the outputs of both networks, ``loss(swapped, original)``, in place of the
-        divergence of their logits.
+        divergence of their logits, which of a detector are those of classes alone.
     forward
         Calls the model: ``forward(model, batch)``.
+    seed
+        Of what is random in a step, such as dropout. The global generator is left alone.
     autocast
-        A dtype to compute in. Weights in half precision are trained through a copy in float32.
+        ``torch.bfloat16``, to compute in it. Weights in bfloat16 are trained through a copy in float32.
     accelerator
-        Accelerate's `Accelerator`, for mixed precision and several processes. Each process has the model on its device,
-        and its own share of the data.
+        Accelerate's `Accelerator`, for mixed precision and several processes. Each process has the model, which is not
+        prepared, on its device, and its own share of the data.
     progress
         Called after each step with the number of steps done and the loss.
 
@@ -138,6 +168,8 @@ def repair(
         If no layer is swapped for a mixer, one was swapped with ``keep_original=False``, or a batch does not reach one.
     OptionError
         For a value that an option cannot take, or batches that yield nothing.
+    UnsupportedError
+        For weights in float16, a model wrapped for parallel training, or an output without logits and no `loss`.
     TrainingError
         If the loss or a gradient is not finite; the weights are those of before that step.
     """
@@ -154,6 +186,7 @@ def repair(
         hidden=hidden,
         loss=loss,
         forward=forward,
+        seed=seed,
         autocast=autocast,
         accelerator=accelerator,
     )
@@ -178,18 +211,17 @@ class Repair:
         self.layers = _fitted(model, options.layers)
         self.swapped = _fitted(model, "all")  # of which the teacher has none
         mixers = {p: None for layer in self.layers.values() for p in layer.mixer.parameters() if p.is_floating_point()}
-        rest = [p for p in model.parameters() if p.is_floating_point() and p not in mixers]
+        others = {p: None for layer in self.swapped.values() for p in layer.mixer.parameters()}
+        rest = [p for p in model.parameters() if p.is_floating_point() and p.requires_grad and p not in others]
         trained = [*mixers, *rest] if options.train == "all" else list(mixers)
-        if not trained:
-            names = sorted({_name(layer) for layer in self.layers.values()})
-            raise SwapError(f"{', '.join(names)} has no parameters that could be fitted; train='all' fits the others")
+        _refuse_model(model, trained)
         self.parameters: dict[nn.Parameter, nn.Parameter] = {p: _master(p) for p in trained}
-        self.teacher = teacher_values(model, self.swapped, keep=options.train == "all")
         self._share_weights()
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=options.lr, weight_decay=options.weight_decay
-        )
+        self.teacher = teacher_values(model, self.swapped, keep=options.train == "all")
+        masters = list(self.parameters.values()) or [nn.Parameter(torch.zeros(()))]  # `run` refuses to fit nothing
+        self.optimizer = torch.optim.AdamW(masters, lr=options.lr, weight_decay=options.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.calls: dict[str, int] = {}  # of each fitted layer in one call of the model
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.interrupted = False
         self.before: dict[str, float] | None = None
@@ -202,11 +234,16 @@ class Repair:
 
         `batches` begin with that of step `start`. A resumed repair passes over those that it was trained on before.
         """
+        if not self.parameters:
+            names = sorted({_name(layer) for layer in self.layers.values()})
+            raise SwapError(f"{', '.join(names)} has no parameters that could be fitted; train='all' fits the others")
+        if isinstance(batches, (Tensor, Mapping, str)):
+            raise OptionError(f"batches must yield batches, and is one {type(batches).__name__}: give a list of it")
         last, ended = self.options.steps if until is None else min(until, self.options.steps), ""
         self.interrupted = False
-        with _modes_kept(self.model), _trained(self.parameters, self.model):
+        with torch.enable_grad(), _modes_kept(self.model), _trained(self.parameters, self.model):
             try:
-                for index, batch in enumerate(_repeated(batches, last - start), start):
+                for index, batch in enumerate(self._shared_batches(_repeated(batches, last - start)), start):
                     if self._first is None:
                         self._first = batch
                         self.before = self.before or self.errors(batch)
@@ -236,15 +273,15 @@ class Repair:
             If the loss or a gradient is not finite.
         """
         began = time.monotonic()
-        self._set_modes(training=True)
         for parameter in self.parameters:
             parameter.grad = None
-        loss = self._layer_step(batch) if self.options.objective == "layer" else self._model_step(batch)
-        self._share_gradients()
-        self._check_finite(loss, batch)
+        with _buffers_kept(self.model, self.options.train == "all"), self._seeded():
+            loss = self._layer_step(batch) if self.options.objective == "layer" else self._model_step(batch)
+            self._share_gradients()
+            self._check_finite(loss, batch)
         if self.options.clip:
             nn.utils.clip_grad_norm_(list(self.parameters.values()), self.options.clip)
-        with _uninterrupted(), torch.no_grad():
+        with uninterrupted(), torch.no_grad():
             self.optimizer.step()
             self.schedule.step()
             for parameter, master in self.parameters.items():
@@ -264,12 +301,13 @@ class Repair:
                 found.setdefault(path, []).append(visit.error())
 
         self._set_modes(training=False)
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.autocast():
             with own_values(self.teacher), as_teacher(self.model, self.swapped, seen):
                 self.call(batch)
             missed = [path for path in self.layers if path not in found]
             if missed:
                 raise SwapError(f"a call of the model with this batch does not reach {', '.join(missed)}")
+            self.calls = {path: len(each) for path, each in found.items()}
             errors = {path: float(torch.stack(found[path]).mean()) for path in self.layers}
             mean = sum(errors.values()) / len(errors)
             by_layer = self.options.objective == "layer"
@@ -299,7 +337,7 @@ class Repair:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "masters": [master.detach() for master in self.parameters.values()],
-            "teacher": list(self.teacher.values()),
+            "teacher": {name: value for name, (_, value) in self.teacher.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,11 +346,14 @@ class Repair:
         self.before = state["before"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if state["teacher"] and not self.teacher:
+            self.teacher = teacher_values(self.model, self.swapped, keep=True)
         with torch.no_grad():
             for master, value in zip(self.parameters.values(), state["masters"], strict=True):
                 master.copy_(value)
-            for mine, value in zip(self.teacher.values(), state["teacher"], strict=True):
-                mine.copy_(value)
+            for name, value in state["teacher"].items():
+                if name in self.teacher:  # or it is in an original, which has the value anyway
+                    self.teacher[name][1].copy_(value)
 
     def _layer_step(self, batch: Any) -> Tensor:
         """Fit every mixer as the original network goes by: its graph is gone before the next one's begins."""
@@ -320,12 +361,14 @@ class Repair:
 
         def seen(path: str, visit: Visit) -> None:
             if path in self.layers:
-                with torch.enable_grad(), self._autocast():
-                    error = visit.error() / len(self.layers)
-                self._backward(error)
+                with torch.enable_grad():
+                    with self.autocast():
+                        error = visit.error() / (len(self.layers) * self.calls.get(path, 1))
+                    self._backward(error)
                 errors.append(error.detach())
 
-        with torch.no_grad(), self._autocast(), as_teacher(self.model, self.swapped, seen):
+        self._set_modes(training=True)
+        with torch.no_grad(), self.autocast(), own_values(self.teacher), as_teacher(self.model, self.swapped, seen):
             self.call(batch)
         return torch.stack(errors).sum()
 
@@ -342,11 +385,11 @@ class Repair:
             targets.setdefault(path, []).append(visit.target)
 
         watched = self.layers if self.options.hidden > 0 else {}
-        with torch.no_grad(), self._autocast(), own_values(self.teacher), as_teacher(self.model, self.swapped, seen):
-            self._set_modes(training=False)
+        self._set_modes(training=False)
+        with torch.no_grad(), self.autocast(), own_values(self.teacher), as_teacher(self.model, self.swapped, seen):
             original = self.call(batch)
         self._set_modes(training)
-        with self._autocast(), _outputs(watched) as found:
+        with self.autocast(), _outputs(watched) as found:
             swapped = self.call(batch)
             if self.options.loss is not None:
                 loss = self.options.loss(swapped, original)
@@ -354,15 +397,15 @@ class Repair:
                 mine, theirs = logits_of(swapped), logits_of(original)
                 loss = divergence(mine, theirs, self.options.temperature, real_rows(batch, theirs))
             each = [
-                normalized_error(out, target)
+                layer_error(self.layers[path], out, target, mask)
                 for path, outs in found.items()
-                for out, target in zip(outs, targets[path], strict=True)
+                for (out, mask), target in zip(outs, targets[path], strict=True)
             ]
             return loss + self.options.hidden * torch.stack(each).mean() if each else loss
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step, as a share of the highest."""
-        warm = max(1, math.ceil(self.options.warmup * self.options.steps))
+        warm = math.ceil(self.options.warmup * self.options.steps)
         if step < warm:
             return (step + 1) / (warm + 1)
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.options.steps - warm)))
@@ -370,21 +413,29 @@ class Repair:
     def _set_modes(self, training: bool) -> None:
         """What is trained is in training mode, all else in evaluation mode.
 
-        Modules of transformers recompute activations (gradient checkpointing) in training mode alone, so that they are
-        put into it, without their children, where that is switched on.
+        Modules of transformers recompute activations (gradient checkpointing) in training mode alone. Where that is
+        switched on they are put into it, without their children and without dropout.
         """
-        self.model.train(training and self.options.train == "all")
+        everything = training and self.options.train == "all"
+        self.model.train(everything)
         for layer in self.layers.values():
             layer.mixer.train(training)
         for module in self.model.modules():
-            if training and getattr(module, "gradient_checkpointing", False):
+            if not getattr(module, "gradient_checkpointing", False):
+                continue
+            rates = vars(module).pop(RATES, {})
+            vars(module).update(rates)
+            if training and not everything and self.options.objective == "model":
                 module.training = True
+                rates = {name: value for name, value in vars(module).items() if "drop" in name and _is_rate(value)}
+                vars(module).update({**dict.fromkeys(rates, 0.0), RATES: rates})
 
     @property
     def _processes(self) -> int:
         return 1 if self.options.accelerator is None else int(self.options.accelerator.num_processes)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which models are called."""
         if self.options.accelerator is not None:
             manager: contextlib.AbstractContextManager[Any] = self.options.accelerator.autocast()
             return manager
@@ -397,6 +448,27 @@ class Repair:
             loss.backward()
         else:
             self.options.accelerator.backward(loss)
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Make what is random in a step depend on seed, step and process alone."""
+        devices = sorted({p.device.index or 0 for p in self.parameters if p.device.type == "cuda"})
+        rank = 0 if self.options.accelerator is None else int(self.options.accelerator.process_index)
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed((self.options.seed * 1_000_003 + self.step) * 1_009 + rank)
+            yield
+
+    def _shared_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Stop where the batches of any process end, so that none waits for another."""
+        if self._processes == 1:
+            yield from batches
+            return
+        while True:
+            batch = next(batches, None)
+            there = torch.tensor(float(batch is not None), device=self.options.accelerator.device)
+            if float(self.options.accelerator.reduce(there, "sum")) < self._processes:
+                return
+            yield batch
 
     def _share_weights(self) -> None:
         """Have every process begin with the main one's weights."""
@@ -476,6 +548,22 @@ def _fitted(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, MixerLay
     return {path: layer for path, layer in layers.items() if any(matches(path, pattern) for pattern in patterns)}
 
 
+def _refuse_model(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Refuse what cannot be trained here."""
+    if any(p.dtype == torch.float16 for p in trained):
+        raise UnsupportedError("weights in float16 lose small gradients; repair the model in bfloat16 or float32")
+    wrapped = next((m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+    if wrapped is not None:
+        raise UnsupportedError(
+            "the model is wrapped in DistributedDataParallel, which sums gradients in its own way: give the model "
+            "inside it, and accelerator="
+        )
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1
+
+
 def _name(layer: nn.Module) -> str:
     record = swapped_record(layer)
     assert record is not None
@@ -484,7 +572,7 @@ def _name(layer: nn.Module) -> str:
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     """What the optimizer trains: the parameter itself, or a copy in float32 of one in half precision."""
-    half = parameter.dtype in (torch.float16, torch.bfloat16)
+    half = parameter.dtype == torch.bfloat16
     return nn.Parameter(parameter.detach().float().clone()) if half else parameter
 
 
@@ -502,36 +590,35 @@ def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             return
 
 
+Watched = dict[str, list[tuple[Tensor, Tensor | None]]]  # by layer, of each call: output, and which tokens are real
+
+
 @contextlib.contextmanager
-def _outputs(layers: Mapping[str, MixerLayer]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what layers give, with their graphs."""
-    found: dict[str, list[Tensor]] = {}
+def _outputs(layers: Mapping[str, MixerLayer]) -> Iterator[Watched]:
+    """Collect what layers give, with their graphs, and their masks."""
+    found: Watched = {}
+    with contextlib.ExitStack() as stack:
+        for path, layer in layers.items():
+            masks = stack.enter_context(masks_of(layer))
 
-    def look(path: str) -> Callable[..., None]:
-        return lambda module, args, out: found.setdefault(path, []).append(first_tensor(out))
+            def look(module: nn.Module, args: Any, out: Any, path: str = path, masks: list[Any] = masks) -> None:
+                found.setdefault(path, []).append((first_tensor(out), masks[-1] if masks else None))
 
-    hooks = [layer.register_forward_hook(look(path)) for path, layer in layers.items()]
-    try:
+            stack.callback(layer.register_forward_hook(look).remove)
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the end, so that no step is half taken."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *given: came.append(given))
+def _buffers_kept(model: nn.Module, changing: bool) -> Iterator[None]:
+    """Put buffers, such as running statistics, back if a step breaks off."""
+    before = {buffer: buffer.clone() for buffer in model.buffers()} if changing else {}
     try:
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came and callable(before):
-        before(*came[0])
+    except BaseException:
+        with uninterrupted(), torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
+        raise
 
 
 @contextlib.contextmanager
@@ -544,19 +631,21 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+            vars(module).update(vars(module).pop(RATES, {}))
 
 
 @contextlib.contextmanager
 def _trained(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Within, these parameters alone have gradients; after, none has any, and each requires one as before."""
-    required = {p: p.requires_grad for p in [*model.parameters(), *parameters]}
+    """Within, these parameters alone have gradients; after, each requires one, and has it, as before."""
+    before = {p: (p.requires_grad, p.grad) for p in [*model.parameters(), *parameters]}
     try:
-        for p in required:
+        for p in before:
             p.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
         yield
     finally:
-        for p, was in required.items():
-            p.requires_grad_(was)
-            p.grad = None
+        with uninterrupted():
+            for p, (required, grad) in before.items():
+                p.requires_grad_(required)
+                p.grad = grad

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attnzoo.checks import check_int
 from attnzoo.errors import OptionError, SwapError
 from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, original_of
-from attnzoo.repairing.losses import divergence, logits_of
+from attnzoo.registry import describe
+from attnzoo.repairing.losses import divergence, logits_of, real_rows
 from attnzoo.repairing.repair import Repair, RepairOptions
 from attnzoo.repairing.teacher import as_teacher
 from attnzoo.swap import replace_attention, restore_attention, swapped_layers
@@ -38,7 +39,7 @@ class LayerSensitivity:
         What the model loses with this layer swapped and all others its own: the divergence of its output from the
         original's, in nats per row, or what `metric` lost.
     error
-        Squared error of the fitted mixer's output relative to the original's.
+        Squared error of the fitted mixer's output relative to the original's, on the first batch held out.
     share
         Share of the model's time that the layer's own attention takes, from 0 to 1.
     """
@@ -148,11 +149,15 @@ def sensitivity(
     Raises
     ------
     SwapError
-        If the model has swapped layers, or `name` is no mixer that can stand in it.
+        If the model has swapped layers, or `name` is no mixer.
     OptionError
-        If the batches are too few, or an option cannot be.
+        If the batches are too few, or an option is invalid.
     """
     check_int("held_out", held_out, minimum=1)
+    if describe(name).kind != "mixer":
+        raise SwapError(f"{name!r} is no mixer: it runs on the model's own weights, and there is nothing to fit")
+    if wrong := sorted({"steps", "objective", "layers"} & set(repair or ())):
+        raise OptionError(f"repair={wrong}: steps and where are options of sensitivity itself, which fits by layer")
     if swapped_layers(model):
         raise SwapError("this model has swapped layers; sensitivity looks at its own: call restore_attention first")
     stream = iter(batches)
@@ -160,53 +165,61 @@ def sensitivity(
     rest = stream if isinstance(batches, Iterator) else batches
     if len(held) < held_out:
         raise OptionError(f"batches gave {len(held)}, and {held_out} are held out")
+    modes = {module: module.training for module in model.modules()}
     replace_attention(model, name, where=where, **options)
     try:
         fit = Repair(model, RepairOptions(steps=steps, objective="layer", **(repair or {})))
-        report = fit.run(_after(rest, held_out if rest is batches else 0))
+        if fit.parameters:  # or there is nothing to fit
+            fit.run(_after(rest, held_out if rest is batches else 0))
         if fit.interrupted:
             raise KeyboardInterrupt
-        errors = {layer.path: layer.after for layer in report.layers}
-        costs = _costs(model, fit, held, metric)
-        shares = _shares(model, fit, held[0])
+        model.eval()
+        errors = fit.errors(held[0])
+        with torch.no_grad(), fit.autocast():
+            costs = _divergences(model, fit, held) if metric is None else _lost(model, fit, metric)
+            shares = _shares(model, fit, held[0])
     finally:
         restore_attention(model)
-    layers = tuple(LayerSensitivity(path, costs[path], errors[path], shares[path]) for path in errors)
-    return SensitivityReport(name, layers, report.steps)
-
-
-def _costs(model: nn.Module, fit: Repair, held: Sequence[Any], metric: Metric | None) -> dict[str, float]:
-    """What each layer's swap costs while all others are their originals."""
-
-    def others(path: str | None) -> dict[str, MixerLayer]:
-        return {other: layer for other, layer in fit.layers.items() if other != path}
-
-    def quality(path: str | None) -> float | list[Tensor]:
-        with as_teacher(model, others(path)):
-            return metric(model) if metric is not None else [logits_of(fit.call(batch)) for batch in held]
-
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            original = quality(None)
-            found = {path: quality(path) for path in fit.layers}
-    finally:
         for module, mode in modes.items():
             module.training = mode
-    if metric is not None:
-        return {path: original - each for path, each in found.items()}  # type: ignore[operator]
-    return {
-        path: float(torch.stack([divergence(a, b) for a, b in zip(each, original, strict=True)]).mean())  # type: ignore[arg-type]
-        for path, each in found.items()
-    }
+    layers = tuple(LayerSensitivity(path, costs[path], errors[path], shares[path]) for path in fit.layers)
+    return SensitivityReport(name, layers, fit.step)
+
+
+def _alone(fit: Repair, path: str | None) -> dict[str, MixerLayer]:
+    """The layers that are their originals where that at `path` alone, or none, is swapped."""
+    return {other: layer for other, layer in fit.swapped.items() if other != path}
+
+
+def _divergences(model: nn.Module, fit: Repair, held: Sequence[Any]) -> dict[str, float]:
+    """How far the output is from the original's with each layer swapped alone; the mean of the batches."""
+    found: dict[str, list[float]] = {path: [] for path in fit.layers}
+    for batch in held:
+        with as_teacher(model, _alone(fit, None)):
+            original = logits_of(fit.call(batch))
+        for path, each in found.items():
+            with as_teacher(model, _alone(fit, path)):
+                swapped = logits_of(fit.call(batch))
+            each.append(float(divergence(swapped, original, mask=real_rows(batch, original))))
+    return {path: sum(each) / len(each) for path, each in found.items()}
+
+
+def _lost(model: nn.Module, fit: Repair, metric: Metric) -> dict[str, float]:
+    """What `metric` loses with each layer swapped alone."""
+
+    def quality(path: str | None) -> float:
+        with as_teacher(model, _alone(fit, path)):
+            return metric(model)
+
+    original = quality(None)
+    return {path: original - quality(path) for path in fit.layers}
 
 
 def _shares(model: nn.Module, fit: Repair, batch: Any, repeats: int = 3) -> dict[str, float]:
     """Share of the original model's time that each layer takes: the median of a few calls."""
     seconds: dict[str, list[float]] = {path: [] for path in fit.layers}
     whole: list[float] = []
-    with torch.no_grad(), as_teacher(model, fit.layers), _timed(fit.layers, seconds):
+    with as_teacher(model, fit.swapped), _timed(fit.layers, seconds):
         for _ in range(repeats + 1):
             began = _now()
             fit.call(batch)

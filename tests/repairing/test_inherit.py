@@ -10,6 +10,8 @@ from tests.repairing.models import encoder, vit
 from tests.repairing.test_repair import REFUSED
 from tests.zoo import HOSTS, seeded
 
+pytestmark = pytest.mark.compat
+
 ABLE = ("causal", "mask", "gqa", "cross", "softcap", "widths")
 EXACT = [
     ("padre", {"degree": d, "token_mixing": t, "output": o})

@@ -7,8 +7,10 @@ from torch import nn
 import attnzoo
 from attnzoo.errors import OptionError, SwapError
 from tests.repairing.models import CAUSAL, KINDS, llama, swap_options, vit
-from tests.repairing.test_repair import SHORT, batches, same, weights
+from tests.repairing.test_repair import SHORT, Normed, batches, same, weights
 from tests.zoo import tokens
+
+pytestmark = pytest.mark.compat
 
 
 @pytest.mark.parametrize("host", KINDS, ids=str)
@@ -88,7 +90,7 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     model = vit()
     with pytest.raises(OptionError, match="batches gave 1, and 2 are held out"):
         attnzoo.sensitivity(model, batches(1), "padre", **SHORT)
-    with pytest.raises(SwapError, match="nothing to fit"):
+    with pytest.raises(SwapError, match="is no mixer"):
         attnzoo.sensitivity(model, batches(3), "sdpa")
     assert not attnzoo.swap_report(model).swapped
     attnzoo.replace_attention(model, "padre", **SHORT)
@@ -114,3 +116,30 @@ def test_a_language_model_keeps_its_cache_setting():
     attnzoo.sensitivity(model, [tokens()] * 3, "padre", steps=2, **CAUSAL["padre"])
     assert model.config.use_cache
     assert isinstance(model.model.layers[0].self_attn.q_proj, nn.Linear)
+
+
+def test_a_mixer_without_weights_has_costs_too():
+    report = attnzoo.sensitivity(vit(), batches(3), "pooling", steps=5)
+    assert report.steps == 0
+    assert all(layer.cost > 0 and layer.error > 0 for layer in report.layers)
+    with pytest.raises(OptionError, match="options of sensitivity itself"):
+        attnzoo.sensitivity(vit(), batches(3), "padre", repair={"steps": 3}, **SHORT)
+
+
+def test_a_model_in_training_mode_is_as_before():
+    model = Normed().train()
+    before = weights(model)
+    attnzoo.sensitivity(model, batches(3), "padre", steps=2, **SHORT)
+    assert same(weights(model), before)
+    assert model.training
+    assert model.norm.training
+
+
+def test_padding_does_not_count():
+    batch, costs = {name: value.flip(1) for name, value in tokens().items()}, []  # padded on the right
+    for filling in (0, 50):
+        batch["input_ids"][batch["attention_mask"] == 0] = filling
+        torch.manual_seed(0)
+        report = attnzoo.sensitivity(llama(), [batch] * 2, "padre", steps=1, held_out=1, **CAUSAL["padre"])
+        costs.append([layer.cost for layer in report.layers])
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,6 +142,21 @@ class DistillConfig(RunConfig):
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
         """What the registry says of the attentions."""
         return attention_problems(data.get("attentions"), "attentions", _mixer_problems)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The model, by its weights, and its data, as far as what is measured depends on them."""
+        how = self.model_dump(mode="json", include={"vision", "language", "batch", "device"})
+        if self.vision is not None:
+            for key in ("workers", "path", "root"):
+                how["vision"]["data"].pop(key)
+            weights = self.vision.model.weights
+            how["vision"]["model"]["weights"] = None if weights is None else sha256(weights.read_bytes()).hexdigest()
+        if self.language is not None:
+            from attnzoo.tasks.decode.cells import contents
+
+            how["language"] |= {key: contents(getattr(self.language, key)) for key in ("model", "text")}
+        return how
 
     @property
     def trials(self) -> Path:

@@ -20,7 +20,7 @@ from attnzoo.tasks.classify.config import slug
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig
 from attnzoo.tasks.distill.quality import Point, Repair, Trial
 from attnzoo.tasks.distill.subject import subject_of
-from attnzoo.tasks.distill.trial import from_scratch, repaired
+from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
 
 
 class DistillRecord(Record):
@@ -33,11 +33,7 @@ def plan(config: DistillConfig) -> list[Cell]:
     """The teacher, then each mixer in each choice of layers, repaired and, where asked for, from scratch."""
     vision, language = config.vision, config.language
     host = f"{vision.model.library}:{vision.model.name}" if vision else f"transformers:{language and language.model}"
-    how = config.model_dump(mode="json", include={"vision", "language", "batch", "device"})
-    if vision is not None:
-        for key in ("workers", "path", "root"):
-            how["vision"]["data"].pop(key)
-        how["vision"]["model"]["weights"] = None if vision.model.weights is None else _hash(vision.model.weights)
+    how = config.inputs
     shared: dict[str, Any] = {
         "kind": "quality",
         "host": host,
@@ -66,13 +62,6 @@ def plan(config: DistillConfig) -> list[Cell]:
     return cells
 
 
-def _hash(path: Any) -> str:
-    """SHA-256 of a file, shortened; of none, its name."""
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 def check(config: DistillConfig) -> None:
     """Check that the model can be built, and every mixer can stand in it; raises `ConfigError` with every problem."""
     import attnzoo
@@ -91,9 +80,9 @@ def check(config: DistillConfig) -> None:
 
 
 def prepare(config: DistillConfig, cells: Sequence[Cell]) -> dict[str, Any]:
-    """With ``fresh=true`` trials are begun anew."""
-    if config.fresh:
-        shutil.rmtree(config.trials, ignore_errors=True)
+    """With ``fresh=true`` layers are chosen and trials begun anew."""
+    for begun in (config.trials, config.folder / SENSITIVITY) if config.fresh else ():
+        shutil.rmtree(begun, ignore_errors=True)
     return {}
 
 

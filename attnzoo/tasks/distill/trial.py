@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Subject
 
 START = "at the start"
-STATE = "state.pt"
+STATE, SENSITIVITY = "state.pt", "sensitivity"
+OTHER_ORDER = 7919  # of the training data, for the batch that errors are measured on
 HELD_OUT = 2  # batches that layers are compared on
-HELD_OUT = 2  # batches on which layers are compared
 Say = Callable[[str], None]
 
 
@@ -53,17 +53,16 @@ def choose_layers(config: DistillConfig, subject: Subject, attention: Repaired, 
     if layers.order == "random":
         order, samples = random.Random(seed).sample(paths, len(paths)), 0
     else:
-        order = _cheapest_first(config, subject, model, attention, seed)
-        samples = (config.sensitivity_steps + HELD_OUT) * config.batch
+        order, samples = _cheapest_first(config, subject, model, attention, seed)
     return Choice(tuple(path for path in paths if path in order[:count]), samples)
 
 
 def _cheapest_first(
     config: DistillConfig, subject: Subject, model: nn.Module, attention: Repaired, seed: int
-) -> list[str]:
-    """Paths of all layers, that whose swap costs least first; what was found is kept in the run's folder."""
-    how = config.model_dump(mode="json", include={"vision", "language", "batch", "sensitivity_steps"})
-    place = config.folder / "sensitivity" / f"{digest([how, attention.name, attention.swap, seed])}.json"
+) -> tuple[list[str], int]:
+    """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
+    how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
+    place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
     if not place.is_file():
         torch.manual_seed(seed)
         report = attnzoo.sensitivity(
@@ -77,8 +76,10 @@ def _cheapest_first(
         )
         place.parent.mkdir(parents=True, exist_ok=True)
         layers = [vars(layer) for layer in report.ordered()]
-        files.write_json(place, {"attention": attention.label, "seed": seed, "layers": layers})
-    return [layer["path"] for layer in files.read_json(place)["layers"]]
+        samples = (report.steps + HELD_OUT) * config.batch
+        files.write_json(place, {"attention": attention.label, "seed": seed, "samples": samples, "layers": layers})
+    found = files.read_json(place)
+    return [layer["path"] for layer in found["layers"]], found["samples"]
 
 
 class Progress:
@@ -137,62 +138,57 @@ def repaired(
     model = subject.teacher()
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.swap)
-    teacher_values(model, _mixer_layers(model), keep=True)  # those of now, whatever a stage before changed
-    held, _ = next(subject.batches(0, seed + 7919))  # errors of layers are measured on it
+    teacher_values(
+        model, _mixer_layers(model), keep=True
+    )  # the trained weights, before a stage that was done is loaded
+    looked_at, _ = next(subject.batches(0, seed + OTHER_ORDER))
     if progress.model is not None:
         model.load_state_dict(progress.model)
     else:
         progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
-        if _has_weights(model):
-            progress.errors.append(_mean_error(model, held))
+        progress.errors.append(_mean_error(model, looked_at))
     for at in range(progress.stage, len(config.stages)):
         _stage(config, subject, model, at, progress, say)
-        if progress.errors:
-            progress.errors.append(_mean_error(model, held))
+        progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
         progress.save(model, None)
     return progress.trial
 
 
 def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, progress: Progress, say: Say) -> None:
-    stage = config.stages[at]
-    name = f"stage {at + 1}: {stage.objective}"
-    steps = stage.samples // config.batch
-    if stage.train == "mixers" and not _has_weights(model):
-        last = progress.points[-1]  # of a mixer without weights there is nothing to fit
-        progress.points.append(last.model_copy(update={"stage": name}))
+    stage, name = config.stages[at], f"stage {at + 1}: {config.stages[at].objective}"
+    fit = Repair(model, RepairOptions(steps=stage.samples // config.batch, seed=progress.seed, **stage.options))
+    if not fit.parameters:  # nothing to fit in a mixer without weights
+        progress.points.append(progress.points[-1].model_copy(update={"stage": name}))
         return
-    fit = Repair(model, RepairOptions(steps=steps, **stage.options))
     if progress.fit is not None:
         fit.load_state_dict(progress.fit)
-    seen = progress.chosen_by + sum(one.samples // config.batch * config.batch for one in config.stages[:at])
-    spent = next((point.seconds for point in reversed(progress.points) if point.stage != name), 0.0)
+    last = next(point for point in reversed(progress.points) if point.stage != name)
+    seen, steps = max(last.samples, progress.chosen_by), fit.options.steps
     ends = {math.ceil(steps * part / config.points) for part in range(1, config.points + 1)}
 
     def told(step: int, loss: float) -> None:
         say(f"stage {at + 1} of {len(config.stages)}, step {step} of {steps}, loss {loss:.3g}")
         if step in ends:
             score = subject.score(model)
-            samples, seconds = seen + step * config.batch, spent + fit.seconds
-            progress.points.append(Point(stage=name, samples=samples, seconds=round(seconds, 3), score=score))
+            samples, seconds = seen + step * config.batch, round(last.seconds + fit.seconds, 3)
+            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, score=score))
             progress.save(model, fit.state_dict())
 
-    first = fit.step
-    before = sum(one.samples // config.batch for one in config.stages[:at])
-    if first < steps:
-        batches = (batch for batch, _ in subject.batches(before + first, progress.seed))
-        fit.run(batches, told, start=first)
-        if fit.interrupted:
-            raise KeyboardInterrupt
+    if fit.step < steps:
+        first = (seen - progress.chosen_by) // config.batch + fit.step
+        fit.run((batch for batch, _ in subject.batches(first, progress.seed)), told, start=fit.step)
+    if fit.interrupted:
+        raise KeyboardInterrupt
 
 
 def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, MixerLayer)}
 
 
-def _has_weights(model: nn.Module) -> bool:
-    """Whether the mixers have any that can be fitted."""
-    return any(True for layer in _mixer_layers(model).values() for _ in layer.mixer.parameters())
+def _mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for layer in _mixer_layers(model).values():
+        yield from layer.mixer.parameters()
 
 
 def _mean_error(model: nn.Module, held: Any) -> float:
@@ -211,8 +207,8 @@ def from_scratch(
     model = subject.fresh(seed)
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.options)
-    samples = progress.chosen_by + sum(stage.samples // config.batch * config.batch for stage in config.stages)
-    steps = samples // config.batch
+    fitted = [s for s in config.stages if s.train == "all" or any(True for _ in _mixer_parameters(model))]
+    steps = progress.chosen_by // config.batch + sum(stage.samples // config.batch for stage in fitted)
     optimizer, schedule = _optimizer(model, how, steps)
     step, seconds = 0, 0.0
     if progress.model is not None and progress.fit is not None:
@@ -229,6 +225,7 @@ def from_scratch(
         x, y = next(batches)
         began = time.monotonic()
         model.train()
+        torch.manual_seed(seed * 1_000_003 + step)
         loss = F.cross_entropy(logits_of(model(x)), y)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"{SCRATCH}, step {step + 1}: the loss is not finite; try a lower scratch.lr")

@@ -77,13 +77,13 @@ def test_teacher_swap_stages_and_control_are_recorded_and_shown(vision, tmp_path
         (trial,) = found[label].quality.trials
         assert trial.layers == (("blocks.1.attn",) if "50%" in label else ("blocks.0.attn", "blocks.1.attn"))
         stages = [(point.stage, point.samples) for point in trial.points]
-        parts = [32, 64, 80, 96] if "pooling" not in label else [None, 80, 96]
+        parts = [32, 64, 80, 96] if "pooling" not in label else [16, 32]  # of which there is nothing to fit by layer
         assert stages[0][0] == "at the start"
-        assert [samples for _, samples in stages if samples and samples > 0] == [part for part in parts if part]
+        assert [samples for _, samples in stages if samples] == parts
         if label.startswith("padre"):
             assert trial.errors[1] < trial.errors[0], "the layers' stage fits them"
     for label in scratch:
-        assert found[label].quality.trials[0].points[-1].samples == 96
+        assert found[label].quality.trials[0].points[-1].samples == (32 if "pooling" in label else 96)
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "Share of the gap to the teacher" in page
     assert "gap closed" in page
@@ -128,7 +128,7 @@ def test_killed_and_resumed_equals_unbroken(label, vision, tmp_path, monkeypatch
 
 def test_layers_are_chosen_by_sensitivity_once_per_attention_and_seed(vision, tmp_path, monkeypatch):
     vision |= {
-        "attentions": vision["attentions"][:1],
+        "attentions": [vision["attentions"][0], "pooling"],
         "layers": [{"share": 0.5}, {"share": 0.5, "order": "random"}, {"share": 0.5, "order": "first"}],
         "sensitivity_steps": 2,
         "seeds": [0, 1],
@@ -136,11 +136,14 @@ def test_layers_are_chosen_by_sensitivity_once_per_attention_and_seed(vision, tm
     }
     assert main([written(vision, tmp_path)]) == 0
     found = by_label(tmp_path)
-    assert list(found) == ["teacher", "padre 50%", "padre 50% random", "padre 50% first"]
+    assert list(found)[:4] == ["teacher", "padre 50%", "padre 50% random", "padre 50% first"]
     files = sorted((tmp_path / "out/sensitivity").glob("*.json"))
-    assert len(files) == 2
+    assert len(files) == 4
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    cheapest = {content["seed"]: content["layers"][0]["path"] for content in contents}
+    for content in contents:
+        costs = [layer["cost"] for layer in content["layers"]]
+        assert costs == sorted(costs)
+    cheapest = {one["seed"]: one["layers"][0]["path"] for one in contents if one["attention"] == "padre"}
     assert {t.seed: t.layers[0] for t in found["padre 50%"].quality.trials} == cheapest
     assert found["padre 50%"].quality.trials[0].points[1].samples == 4 * 16 + 32, "what the choice saw counts"
     assert {t.layers for t in found["padre 50% first"].quality.trials} == {("blocks.0.attn",)}
