@@ -24,7 +24,7 @@ NOTHING = 1e-20  # mean square of a layer's output that counts as zero
 def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Squared error of `out` relative to `target`, the mean over rows, in float32.
 
-    It is 0 where both are equal and 1 where `out` is zero. Of a row whose target is zero, it is the mean square of `out`.
+    It is 0 where both are equal, 1 where `out` is zero; of a row whose target is zero, the mean square of `out`.
 
     Parameters
     ----------
