@@ -13,6 +13,9 @@ from attnzoo.registry import (
     register_attention,
     unregister_attention,
 )
+from attnzoo.repairing.repair import repair
+from attnzoo.repairing.report import RepairReport
+from attnzoo.repairing.sensitivity import SensitivityReport, sensitivity
 from attnzoo.saving import load, save
 from attnzoo.swap import SwapReport, replace_attention, restore_attention, swap_report
 from attnzoo.visual_tokens import prune_visual_tokens
@@ -25,6 +28,8 @@ __all__ = [
     "AttnZooError",
     "CacheBytes",
     "Capabilities",
+    "RepairReport",
+    "SensitivityReport",
     "SwapReport",
     "create_attention",
     "describe",
@@ -35,9 +40,11 @@ __all__ = [
     "load_weights",
     "prune_visual_tokens",
     "register_attention",
+    "repair",
     "replace_attention",
     "restore_attention",
     "save",
+    "sensitivity",
     "swap_report",
     "unregister_attention",
 ]

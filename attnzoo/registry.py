@@ -68,6 +68,8 @@ class Capabilities:
         A mixer takes tokens in any order: shuffled tokens give shuffled outputs, so that some may be left out.
     decode
         A causal mixer can decode from a state: ``extend(x, state, mask) -> (out, state)``.
+    inherit
+        A mixer can begin as, or near, a given map over channels, ``x W^T + b``: ``inherit(weight, bias)``.
     backward
         Gradients flow.
     compile
@@ -85,6 +87,7 @@ class Capabilities:
     grid: bool = False
     any_order: bool = False
     decode: bool = False
+    inherit: bool = False
     backward: bool = True
     compile: bool = True
 
@@ -234,7 +237,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.padre:Padre",
         "Polynomial attention: elementwise products of convolved and linearly mapped tokens.",
         "PADRe, https://arxiv.org/abs/2407.11306",
-        Capabilities(mask=True, grid=True),
+        Capabilities(mask=True, grid=True, inherit=True),
     ),
     AttentionInfo(
         "conv2former",
@@ -242,7 +245,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.conv2former:Conv2Former",
         "The output of a large depthwise convolution multiplies the values.",
         "Conv2Former, https://arxiv.org/abs/2211.11943",
-        Capabilities(mask=True, grid=True),
+        Capabilities(mask=True, grid=True, inherit=True),
     ),
     AttentionInfo(
         "hyena",
@@ -250,7 +253,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.hyena:Hyena",
         "Elementwise products of projections, each convolved with a filter as long as the sequence.",
         "Hyena, https://arxiv.org/abs/2302.10866",
-        Capabilities(mask=True),
+        Capabilities(mask=True, inherit=True),
     ),
     AttentionInfo(
         "sima",
@@ -258,7 +261,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.sima:Sima",
         "Linear attention whose queries and keys are l1-normalized over the tokens.",
         "SimA, https://arxiv.org/abs/2206.08898",
-        Capabilities(mask=True, any_order=True),
+        Capabilities(mask=True, any_order=True, inherit=True),
     ),
     AttentionInfo(
         "linear_angular",
@@ -266,7 +269,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         "attnzoo.mixers.linear_angular:LinearAngular",
         "Linear attention by the angle between query and key, plus a convolution of the values.",
         "Castling-ViT, https://arxiv.org/abs/2211.10526",
-        Capabilities(mask=True),
+        Capabilities(mask=True, inherit=True),
     ),
     AttentionInfo(
         "mamba",
@@ -650,6 +653,8 @@ def _check_class(info: AttentionInfo) -> None:
         )
     if info.capabilities.decode and not _takes(getattr(target, "extend", None), 4, ()):
         raise AttnZooError(f"{said} {target.__name__}.extend cannot be called as mixer.extend(x, state, mask)")
+    if info.capabilities.inherit and not _takes(getattr(target, "inherit", None), 3, ()):
+        raise AttnZooError(f"{said} {target.__name__}.inherit cannot be called as mixer.inherit(weight, bias)")
 
 
 def _not_fields(policy: type) -> list[str]:

@@ -14,15 +14,19 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from attnzoo.checks import check_choice
 from attnzoo.errors import OptionError, SwapError, UnsupportedError, short
 from attnzoo.eviction.budgets import LayerShape, share_out
 from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import HostOptions, RefusedSite, Site, find_sites
 from attnzoo.hosts.site import Core, Swapped, original_of, swapped_record
+from attnzoo.hosts.value_map import value_map
 from attnzoo.registry import AttentionInfo, build_core, build_policy, cores_with, describe, list_attentions
+from attnzoo.repairing.teacher import put_back
 from attnzoo.units import megabytes
 
 Model = TypeVar("Model", bound=nn.Module)
+INITS = ("random", "inherit")
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def replace_attention(
     *,
     where: str | Sequence[str] | None = None,
     keep_original: bool = True,
+    init: str = "random",
     **options: Any,
 ) -> Model:
     """Replace the attention of a model, in every layer or in the layers that `where` selects.
@@ -199,6 +204,9 @@ def replace_attention(
         ``"blocks.0"``, ``"blocks.*"``, ``"*.11.attn"``.
     keep_original
         Keep the original modules, so that `restore_attention` can put them back. False frees them.
+    init
+        How a mixer's weights begin. ``random``: as its class has it. ``inherit``: from the map that the layer's value
+        and output projections are together, if the mixer can hold it (`Capabilities.inherit`).
     **options
         Options of the method. For mixers in models that do not know their grid (torch's encoders), also
         ``grid=(h, w)`` and ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder, also
@@ -220,6 +228,7 @@ def replace_attention(
     given = dict(options)
     host_options, options = split_host_options(info, options)
     info.check_options(options)
+    _check_init(info, init)
     gone = _gone(places)
     found = [site for site in find_sites(model, layers, host_options) if site.path not in {g.path for g in gone}]
     chosen = _choose(model, [*found, *gone], where)
@@ -239,7 +248,7 @@ def replace_attention(
     core = build_core(info, options) if info.kind == "core" else None
     plans = [_Plan(given, core)] * len(sites) if bounded is None else _shared_out(bounded, given, sites, budgets)
     swaps = [
-        (site, _substitute(site, info, options, plan, keep_original, places[site.path].training))
+        (site, _substitute(site, info, options, plan, keep_original, places[site.path].training, init))
         for site, plan in zip(sites, plans, strict=True)
     ]
     # nothing below can fail: the model changes here, and whole
@@ -256,6 +265,8 @@ def replace_attention(
 
 def restore_attention(model: Model) -> Model:
     """Put the original attention modules back into a swapped model, in place, and return the model.
+
+    Weights that `attnzoo.repair` trained besides mixers (``train="all"``) are put back, too.
 
     Raises
     ------
@@ -284,6 +295,7 @@ def restore_attention(model: Model) -> Model:
     _put(model, originals)
     for site in sites:
         site.removed()
+    put_back(model)
     return model
 
 
@@ -421,10 +433,10 @@ def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | No
     if not isinstance(patterns, (list, tuple)) or not patterns or not all(isinstance(p, str) for p in patterns):
         raise OptionError(f"where must be a pattern or a list of patterns of layer names, not {short(where)}")
     for pattern in patterns:
-        if not any(_matches(site.path, pattern) for site in sites):
+        if not any(matches(site.path, pattern) for site in sites):
             listed = ", ".join(site.path for site in sites[:4]) + (", ..." if len(sites) > 4 else "")
             raise SwapError(f"where={pattern!r} matches none of the {len(sites)} attention layers: {listed}")
-    chosen = [site for site in sites if any(_matches(site.path, p) for p in patterns)]
+    chosen = [site for site in sites if any(matches(site.path, p) for p in patterns)]
     return [site for site in chosen if not _stands(site)] or chosen
 
 
@@ -451,7 +463,7 @@ def _warn_of_standing(sites: Sequence[Site]) -> None:
         )
 
 
-def _matches(path: str, pattern: str) -> bool:
+def matches(path: str, pattern: str) -> bool:
     """Whether `pattern` fits the layer, or a module that holds it."""
     return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}.*")
 
@@ -528,7 +540,7 @@ def _pattern(paths: list[str], others: list[str]) -> str | list[str]:
         common += 1
     begin, end = ".".join([*first[:common], "*"]), f"*.{first[-1]}"
     for pattern in (begin, end):
-        if all(_matches(path, pattern) for path in paths) and not any(_matches(path, pattern) for path in others):
+        if all(matches(path, pattern) for path in paths) and not any(matches(path, pattern) for path in others):
             return pattern
     return paths
 
@@ -581,13 +593,17 @@ def _substitute(
     plan: _Plan,
     keep_original: bool,
     training: bool,
+    init: str,
 ) -> nn.Module:
     core = plan.core
     if core is not None:
         layer = site.put_bounded(core) if isinstance(core, BoundedAttention) else site.put_core(core)
         layer.training = training  # its children are the host's own, each in its own mode
     else:
-        layer = site.put_mixer(site.build_mixer(info, options)).train(training)
+        mixer: Any = site.build_mixer(info, options)
+        if init == "inherit":
+            mixer.inherit(*value_map(site))
+        layer = site.put_mixer(mixer).train(training)
     before = {id(p): p.numel() for p in site.module.parameters()}
     after = {id(p): p.numel() for p in layer.parameters()}
     layer.__dict__["attnzoo_swap"] = Swapped(
@@ -610,6 +626,17 @@ def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
         for name, child in parent._modules.items():
             if child is not None and id(child) in new:
                 parent._modules[name] = new[id(child)]
+
+
+def _check_init(info: AttentionInfo, init: str) -> None:
+    """Raise `OptionError` unless a method of these options can begin so."""
+    check_choice("init", init, INITS)
+    if init == "inherit" and not info.capabilities.inherit:
+        able = [name for name in list_attentions(kind="mixer") if describe(name).capabilities.inherit]
+        raise OptionError(
+            f"init='inherit' is for mixers that can begin as a given map over channels, by default {', '.join(able)}; "
+            f"{info.name!r} as it is asked for cannot"
+        )
 
 
 def _parameters(module: nn.Module) -> int:

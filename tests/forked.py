@@ -40,6 +40,7 @@ def detection():
 
 PREPARE = {
     "train/classify.py": training,
+    "train/distill.py": training,
     "eval/classify.py": training,
     "eval/bench.py": training,
     "train/detect.py": detection,

@@ -161,7 +161,7 @@ def test_a_config_imports_the_file_of_ones_own_as_the_page_says(page, tmp_path, 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_shell_commands_are_real(page):
+def test_shell_commands_are_real(page, tmp_path):
     """Make's targets exist, and configs and options are taken: benchmarks are asked to check and stop there."""
     for line in "\n".join(blocks(page, "sh")).splitlines():
         command = line.partition("#")[0].split()
@@ -184,6 +184,7 @@ def test_shell_commands_are_real(page):
                 "eval/decode.py": load_decode_config,
                 "eval/compare_kvpress.py": tasks.load,
                 "train/decode.py": tasks.load,
+                "train/distill.py": tasks.load,
                 "train/classify.py": classify.load_config,
                 "eval/classify.py": classify.load_config,
                 "train/detect.py": load_detection,
@@ -208,6 +209,10 @@ def test_shell_commands_are_real(page):
             assert command[1] in load, line
             if command[2] == "--report":
                 assert (ROOT / command[3]).is_file(), line
+            elif command[1] == "train/distill.py":  # whose teacher is trained by the command before it
+                trained = tmp_path / "trained.safetensors"
+                trained.touch()
+                load[command[1]](ROOT / command[2], [*command[3:], f"vision.model.weights={trained}"])
             else:
                 load[command[1]](ROOT / command[2], [word for word in command[3:] if word != "--so-far"])
 

@@ -71,6 +71,13 @@ CONFIGS = {
     "suite": {"name": "x", "attentions": ["own_pool"], "quality": None},
     "classify": {"name": "x", "data": {"asset": "digits"}, "attentions": ["own_pool"]},
     "model": {"name": "x", "model": "tests.tasks.test_model:vit", "attentions": ["own_pool"]},
+    "export": {"name": "x", "attentions": ["own_pool"]},
+    "distill": {
+        "name": "x",
+        "language": {},
+        "attentions": ["own_pool"],
+        "stages": [{"objective": "layer", "samples": 64}],
+    },
     "decode": {"name": "x", "attentions": [{"name": "own_strided", "options": {"budget": 8}}]},
     "kvpress": {
         "name": "x",

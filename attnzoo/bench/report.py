@@ -85,7 +85,11 @@ def quality_table(summary: Summary, part: str) -> Table:
     """
     rows = [row for row in summary.quality if row.part == part]
     heads = {row.workload: [row.workload or "quality"] for row in rows}
-    heads |= {row.workload: list(row.quality.details) for row in reversed(rows) if row.quality is not None}
+    told: dict[str, list[list[str]]] = {}  # titles of each row, the longest list first
+    for row in rows:
+        if row.quality is not None:
+            told.setdefault(row.workload, []).append(list(row.quality.details))
+    heads |= {one: list(dict.fromkeys(chain(*sorted(each, key=len, reverse=True)))) for one, each in told.items()}
     table = Table((Column("attention", code=True), *chain(*heads.values())))
     for label in dict.fromkeys(row.label for row in rows):
         own = {row.workload: row for row in rows if row.label == label}

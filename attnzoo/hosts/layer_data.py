@@ -79,6 +79,19 @@ def probe(module: Any, owner: Any) -> Probed:
         return Probed()
 
 
+def rotary_embedding(module: Any, owner: Any) -> Any:
+    """The module of `owner` that makes what a layer turns its queries and keys by; None where it takes none."""
+    takes = "position_embeddings" in versions.parameters(type(module).forward)
+    return getattr(owner, "rotary_emb", None) if takes else None
+
+
+def angles(module: Any, embedding: Any, x: Tensor, position: int) -> dict[str, Any]:
+    """What a layer is given besides tokens ``(B, 1, C)`` at a position."""
+    typed = "layer_type" in versions.parameters(type(embedding).forward)
+    more = (getattr(module, "layer_type", None),) if typed else ()
+    return {"position_embeddings": embedding(x, torch.tensor([[position]], device=x.device), *more)}
+
+
 def seen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -111,16 +124,15 @@ def _probe(module: Any, owner: Any) -> Probed:
     for name, child in twin.named_children():
         child.register_forward_pre_hook(lambda child, args, name=name: _note(twin, name, args, taken))
     x = torch.randn(1, 1, width)
-    embedding = getattr(owner, "rotary_emb", None)
-    if "position_embeddings" not in versions.parameters(type(module).forward) or embedding is None:
+    embedding = rotary_embedding(module, owner)
+    if embedding is None:
         _handed(twin, x, {})
         return Probed(output=taken[-1] if taken else None)
     embedding = type(embedding)(config=config)
     layer_type = getattr(twin, "layer_type", None)
-    more = (layer_type,) if "layer_type" in versions.parameters(type(embedding).forward) else ()
 
     def at(position: int) -> Tensor:
-        return _handed(twin, x, {"position_embeddings": embedding(x, torch.tensor([[position]]), *more)})
+        return _handed(twin, x, angles(twin, embedding, x, position))
 
     last = 2 * int(getattr(config, "max_position_embeddings", 2048)) + 3  # past what a dynamic embedding is made for
     positions = [1, 5, 977, last]

@@ -153,6 +153,11 @@ class Site:
         """Make the module that runs `mixer` in the host's place."""
         raise TypeError(f"{type(self).__name__} takes no mixer")
 
+    def call_alone(self, x: Tensor) -> Tensor:
+        """Call the host's own module with rows of one token each, ``(B, 1, C)``; give what it makes of them."""
+        out: Tensor = self.module(x)
+        return out
+
     def installed(self, layer: nn.Module) -> None:
         """Do what the host needs once `layer` stands in the model (a hook that reads the grid, say)."""
 

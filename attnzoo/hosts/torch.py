@@ -123,6 +123,12 @@ class TorchSite(Site):
         """Run `mixer` on the tokens."""
         return TorchMixer(mixer, self.module, self.grid, self.prefix)
 
+    def call_alone(self, x: Tensor) -> Tensor:
+        """Attend, with torch's arguments."""
+        x = x if self.module.batch_first else x.transpose(0, 1)
+        out: Tensor = self.module(x, x, x, need_weights=False)[0]
+        return out if self.module.batch_first else out.transpose(0, 1)
+
     def installed(self, layer: nn.Module) -> None:
         """Keep the encoder from making nested tensors, and remember whether it did."""
         if self.encoder is not None and not hasattr(self.encoder, _NESTED):

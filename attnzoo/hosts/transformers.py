@@ -41,7 +41,7 @@ from attnzoo.eviction.scan import BoundedAttention
 from attnzoo.hosts import detector_mixer, saving, trial, versions, vision_mixer
 from attnzoo.hosts.decoder_mixer import DecoderMixer
 from attnzoo.hosts.hooks import holds_swapped
-from attnzoo.hosts.layer_data import Probed, identity_of, layer_data, probe
+from attnzoo.hosts.layer_data import Probed, angles, identity_of, layer_data, probe, rotary_embedding
 from attnzoo.hosts.site import (
     Core,
     HostOptions,
@@ -298,6 +298,15 @@ class TransformersSite(Site):
         layer.__dict__["attnzoo_cache"] = MakesBounded(attention.name, attention.policy)
         layer.__dict__["attnzoo_layer"] = self.layer_data(attention.policy)
         return layer
+
+    def call_alone(self, x: Tensor) -> Tensor:
+        """Attend, with transformers' arguments."""
+        given: dict[str, Any] = {}
+        if "causal" in self.needs:
+            embedding = rotary_embedding(self.module, self.owner)
+            given = {"attention_mask": None} | ({} if embedding is None else angles(self.module, embedding, x, 0))
+        out: Tensor = self.module(x, **given)[0]
+        return out
 
     def installed(self, layer: nn.Module) -> None:
         """Have the model look at its calls as long as any of its layers is bounded, and save itself as swapped."""

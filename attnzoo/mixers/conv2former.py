@@ -13,6 +13,7 @@ for which the paper has none, as in `token_mixing`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,6 +75,22 @@ class Conv2Former(nn.Module):
         (a_head, v_head), (a, v) = (self.channels(part).chunk(2, dim=-1) for part in canvas.lay(x))
         head, patches = self.tokens.product((self._act(a_head), self._act(a)), None, (v_head, v), canvas)
         return canvas.take(self.proj(head), self.proj(patches))
+
+    def inherit(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as the affine map of attention's values: V = X W^T + b, modulated by 1 everywhere.
+
+        Parameters
+        ----------
+        weight, bias
+            W ``(C, C)`` and b ``(C,)``.
+        """
+        with torch.no_grad():
+            self.channels.weight[self.dim :] = weight
+            self.channels.bias[self.dim :] = bias
+            for name, parameter in self.tokens.named_parameters():
+                parameter.fill_(1 if name == "bias" else 0)
+        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
 
     def _act(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.activation == "gelu" else x

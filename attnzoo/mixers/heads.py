@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.checks import check_int
@@ -29,6 +29,23 @@ def split_heads(qkv: Tensor, num_heads: int, mask: Tensor | None) -> tuple[Tenso
 def join_heads(x: Tensor) -> Tensor:
     """Join ``(B, H, N, D)`` to ``(B, N, H * D)``."""
     return rearrange(x, "b h n d -> b n (h d)")
+
+
+def inherit_values(qkv: nn.Linear, proj: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """Have the values be attention's own, projected, ``X W^T + b``; queries and keys stay random.
+
+    Parameters
+    ----------
+    qkv, proj
+        Maps of ``C`` to ``3 * C`` channels and of the output.
+    weight, bias
+        W ``(C, C)`` and b ``(C,)``.
+    """
+    with torch.no_grad():
+        qkv.weight[2 * len(weight) :] = weight
+        qkv.bias[2 * len(weight) :] = bias
+    nn.init.eye_(proj.weight)
+    nn.init.zeros_(proj.bias)
 
 
 def unit(x: Tensor, p: float, dim: int) -> Tensor:

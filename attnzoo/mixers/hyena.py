@@ -108,6 +108,28 @@ class Hyena(nn.Module):
             product = convolved * depthwise_pair(*gate, **place).mT
         return line.take(head, self.out_proj(product.mT))
 
+    def inherit(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as the affine map of attention's values: V = X W^T + b, all gates 1 and long filters 0.
+
+        Parameters
+        ----------
+        weight, bias
+            W ``(C, C)`` and b ``(C,)``.
+        """
+        tap = SHORT // 2 if self.bidirectional else SHORT - 1  # of the token itself
+        short = self.short_filter
+        assert short.bias is not None
+        with torch.no_grad():
+            self.in_proj.weight.zero_()[-self.dim :] = weight
+            self.in_proj.bias.zero_()[-self.dim :] = bias
+            short.bias.fill_(1)[-self.dim :] = 0
+            short.weight[-self.dim :] = 0
+            short.weight[-self.dim :, :, tap] = 1
+            self.filters.last.weight.zero_()
+            self.filters.bias.fill_(1)
+        nn.init.eye_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
     def extra_repr(self) -> str:
         """Name the options."""
         return f"dim={self.dim}, order={self.order}, bidirectional={self.bidirectional}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from attnzoo.checks import Grid, check_bool, check_odd, check_tokens
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
-from attnzoo.mixers.heads import check_heads, join_heads, split_heads, unit
+from attnzoo.mixers.heads import check_heads, inherit_values, join_heads, split_heads, unit
 
 THRESHOLD = 0.02
 
@@ -74,6 +74,11 @@ class LinearAngular(nn.Module):
             y = y + above_threshold(q, k, line.patch_mask) @ v
         out = unit(y, 2.0, -1) + (self.dconv(v) if v.shape[-2] else v)  # a convolution needs a token
         return line.take(head, self.proj(join_heads(out)))
+
+    def inherit(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin with the values of attention, see `attnzoo.mixers.heads.inherit_values`."""
+        inherit_values(self.qkv, self.proj, weight, bias)
+        nn.init.dirac_(self.dconv.weight, groups=self.num_heads)
 
     def extra_repr(self) -> str:
         """Name the options."""

@@ -132,7 +132,9 @@ class Padre(nn.Module):
     causal_form = "token_mixing='causal_conv1d'"  # what messages tell where a causal mixer is needed
 
     @staticmethod
-    def abilities(*, token_mixing: str = "conv2d", output: str = "last", **options: object) -> dict[str, bool]:
+    def abilities(
+        *, token_mixing: str = "conv2d", channel_mixing: str = "dense", output: str = "last", **options: object
+    ) -> dict[str, bool]:
         """Say which capabilities depend on the options."""
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
         alike = output != "element_sum"  # which has weights for each token
@@ -141,6 +143,7 @@ class Padre(nn.Module):
             "grid": kind.needs_grid,
             "any_order": kind.any_order and alike,
             "decode": kind.causal and alike,
+            "inherit": channel_mixing == "dense",
         }
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
@@ -157,6 +160,39 @@ class Padre(nn.Module):
         canvas = self._mixing.layout(x, grid, prefix, mask)
         terms = self._terms(canvas.lay(x), _AtOnce(canvas))
         return self._output(terms, canvas, real_tokens(x, grid, prefix, mask))
+
+    def inherit(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as attention whose weights are all alike: Z_1 = A X W^T + b, all further factors Y_i = 1.
+
+        A is the mean over the tokens that the mixing reaches, the one tap of ``token_mixing="identity"``.
+
+        Parameters
+        ----------
+        weight, bias
+            W ``(C, C)`` and b ``(C,)``.
+
+        Raises
+        ------
+        OptionError
+            Unless ``channel_mixing="dense"``.
+        """
+        if not isinstance(self.y_channels, nn.Linear):
+            raise OptionError("init='inherit' needs channel_mixing='dense', which can hold any matrix over channels")
+        y_tokens, z_tokens = (cast(Sequence[TokenMixing], each) for each in (self.y_tokens, self.z_tokens))
+        with torch.no_grad():
+            self.y_channels.weight.zero_()[: self.dim] = weight
+            self.y_channels.bias.zero_()
+            y_tokens[0].become_mean()
+            for index, mixing in enumerate(y_tokens):  # after the first, of zeros: what it gives is its bias
+                there = getattr(mixing, "bias", self.y_channels.bias[index * self.dim :][: self.dim])
+                there.copy_(torch.ones_like(bias) if index else bias)
+            if self.output != "last":
+                self.term_weights.zero_()[0] = 1
+        for linear in cast(Sequence[nn.Linear], self.z_channels):
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for mixing in z_tokens:
+            mixing.become_identity()
 
     def extend(
         self, x: Tensor, state: Sequence[Tensor] | None = None, mask: Tensor | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attnzoo.checks import Grid, check_tokens
 from attnzoo.mixers.canvas import Canvas, real_tokens
-from attnzoo.mixers.heads import check_heads, join_heads, split_heads, unit
+from attnzoo.mixers.heads import check_heads, inherit_values, join_heads, split_heads, unit
 
 
 class Sima(nn.Module):
@@ -56,6 +56,10 @@ class Sima(nn.Module):
         q, k, v = split_heads(self.qkv(x), self.num_heads, line.patch_mask)
         q, k = (unit(part, 1.0, -2) for part in (q, k))
         return line.take(head, self.proj(join_heads(product(q, k, v))))
+
+    def inherit(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin with the values of attention, see `attnzoo.mixers.heads.inherit_values`."""
+        inherit_values(self.qkv, self.proj, weight, bias)
 
 
 def product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ class TokenMixing(nn.Module, ABC):
         return head * other_head, hadamard_chain(products=[(patches, other_patches)])
 
     @abstractmethod
+    def become_identity(self) -> None:
+        """Set the weights so that tokens stay as they are."""
+
+    @abstractmethod
+    def become_mean(self) -> None:
+        """Set the weights so that each token becomes the mean of all that reach it, with zeros beyond the edges."""
+
+    @abstractmethod
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out (without bias) as matrices ``(channels, n, n)``, slowly: for references only.
 
@@ -99,6 +107,25 @@ class PrefixMixing(TokenMixing):
         """Raise `ShapeError` if there are prefix tokens and no weights for them."""
         if prefix and not hasattr(self, "own"):
             raise ShapeError(f"this mixer was built with mix_prefix=False and cannot take {prefix} prefix tokens")
+
+    def become_identity(self) -> None:
+        """Only the middle tap, and of prefix tokens only their own weight, is 1."""
+        nn.init.dirac_(self.weight, groups=self.channels)
+        nn.init.zeros_(self.bias)
+        if hasattr(self, "own"):
+            nn.init.ones_(self.own)
+            nn.init.zeros_(self.to_prefix)
+            nn.init.zeros_(self.to_patches)
+
+    def become_mean(self) -> None:
+        """All taps are alike; a prefix token becomes the mean of all tokens."""
+        tap = 1 / self.weight[0].numel()
+        nn.init.constant_(self.weight, tap)
+        nn.init.zeros_(self.bias)
+        if hasattr(self, "own"):
+            nn.init.zeros_(self.own)
+            nn.init.ones_(self.to_prefix)
+            nn.init.constant_(self.to_patches, tap)
 
     @abstractmethod
     def tap(self, to: int, source: int, width: int) -> Tensor | None:
@@ -209,6 +236,17 @@ class CausalConv1d(TokenMixing):
         factors = (parts[1], self.weight, self.bias, others[1], other.weight, other.bias)
         return parts[0] * others[0], depthwise_pair(*factors, causal=True, **canvas.place)
 
+    def become_identity(self) -> None:
+        """Only the tap of the token itself, the last one, is 1."""
+        with torch.no_grad():
+            self.weight.zero_()[..., -1] = 1
+        nn.init.zeros_(self.bias)
+
+    def become_mean(self) -> None:
+        """All taps are alike."""
+        nn.init.constant_(self.weight, 1 / self.kernel_size)
+        nn.init.zeros_(self.bias)
+
     def along(self, line: Tensor) -> Tensor:
         """Convolve all but the first ``kernel_size - 1`` tokens of ``(B, kernel_size - 1 + N, C)``."""
         if line.shape[1] < self.kernel_size:
@@ -244,6 +282,16 @@ class DenseTokens(TokenMixing):
         """Multiply."""
         return head, self.weight @ hide(patches, canvas.patch_mask) + self.bias
 
+    def become_identity(self) -> None:
+        """The matrix is the identity."""
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def become_mean(self) -> None:
+        """All entries are alike."""
+        nn.init.constant_(self.weight, 1 / len(self.weight))
+        nn.init.zeros_(self.bias)
+
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""
         kept = torch.tensor(places, device=self.weight.device)
@@ -262,6 +310,12 @@ class NoTokenMixing(TokenMixing):
     def forward(self, head: Tensor, patches: Tensor, canvas: Canvas) -> Parts:
         """Give them back."""
         return head, patches
+
+    def become_identity(self) -> None:
+        """It is."""
+
+    def become_mean(self) -> None:
+        """No other token reaches one."""
 
     def matrices(self, places: Sequence[int], width: int) -> Tensor:
         """Write the map out."""

@@ -22,6 +22,8 @@ TASKS = {
     "model": "attnzoo.tasks.model:TASK",
     "operations": "attnzoo.tasks.operations.task:TASK",
     "kvpress": "attnzoo.tasks.decode.kvpress.task:TASK",
+    "export": "attnzoo.tasks.export:TASK",
+    "distill": "attnzoo.tasks.distill.task:TASK",
     "train_bytes": "attnzoo.tasks.decode.byte_lm:TASK",
 }
 

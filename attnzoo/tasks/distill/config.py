@@ -1,0 +1,177 @@
+"""The keys of a distillation: a trained model, the mixers put into some of its layers, and the stages of the repair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
+from attnzoo.bench.config import RunConfig, Section, refuse_twins
+from attnzoo.tasks.classify.config import AugmentConfig, ClassifyConfig, DataConfig, ModelConfig, Run
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Order = Literal["cheapest", "first", "last", "random"]
+SCRATCH = "from scratch"
+
+
+class VisionConfig(Section):
+    """A trained image classifier, and the images that it is repaired on: their classes are not looked at.
+
+    The keys are those of train/classify.py: `weights` of `model` are its ``final/model.safetensors``.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig | None = None
+
+    @model_validator(mode="after")
+    def _trained(self) -> VisionConfig:
+        if not self.model.pretrained and self.model.weights is None:
+            raise ValueError("model: give weights or pretrained, for a model of random weights has nothing to repair")
+        return self
+
+    def run(self, seed: int, trained: bool = True) -> Run:
+        """The training that the model is one of, or would be with random weights."""
+        model = self.model if trained else self.model.model_copy(update={"pretrained": False, "weights": None})
+        config = ClassifyConfig(name="distill", model=model, data=self.data, augment=self.augment)
+        return Run(config, None, "teacher", seed)
+
+
+class LanguageConfig(Section):
+    """A causal language model, and the text that it is repaired on; the last windows of it are kept for scoring."""
+
+    model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
+    text: Annotated[str, Field(min_length=1)] = "debian_handbook"
+    tokens: Annotated[int, Field(ge=2, description="of a sequence that is trained on, and of a window")] = 256
+    windows: PositiveInt = 16
+
+
+class Layers(Section):
+    """Which layers are swapped: a `share` of them, in an `order`.
+
+    ``cheapest`` takes those that `attnzoo.sensitivity` finds to cost least, ``first`` and ``last`` those nearest the
+    input and the output, ``random`` others for each seed.
+    """
+
+    share: Share
+    order: Order = "cheapest"
+
+    @property
+    def label(self) -> str:
+        """What tables add to the attention's name."""
+        return f"{self.share:.0%}" if self.order == "cheapest" or self.share == 1 else f"{self.share:.0%} {self.order}"
+
+
+class StageConfig(Section):
+    """One stage, as `attnzoo.repair` takes it. `samples` are images or sequences, each counted whenever it is seen."""
+
+    objective: Literal["layer", "model"]
+    samples: PositiveInt
+    lr: PositiveFloat = 1e-3
+    train: Literal["mixers", "all"] = "mixers"
+    weight_decay: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 1.0
+    hidden: NonNegativeFloat = 0.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of `attnzoo.repair`."""
+        return self.model_dump(exclude={"samples"})
+
+
+class ScratchConfig(Section):
+    """The control: the same swapped network from random weights, trained on the classes of as many images."""
+
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+
+
+class Repaired(AttentionConfig):
+    """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it."""
+
+    init: Literal["random", "inherit"] = "random"
+
+    @property
+    def swap(self) -> dict[str, Any]:
+        """What `attnzoo.replace_attention` takes besides model, name and layers."""
+        return self.options if self.init == "random" else {**self.options, "init": self.init}
+
+
+class DistillConfig(RunConfig):
+    """Every attention in every choice of layers, repaired in `stages`, and scored `points` times in each stage."""
+
+    task: Literal["distill"] = "distill"
+    vision: VisionConfig | None = None
+    language: LanguageConfig | None = None
+    baseline: Annotated[str, Field(min_length=1, description="the unswapped model's label")] = "teacher"
+    attentions: Annotated[tuple[Repaired, ...], Field(min_length=1)]
+    layers: Annotated[tuple[Layers, ...], Field(min_length=1)] = (Layers(share=1.0),)
+    sensitivity_steps: PositiveInt = 50
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    batch: PositiveInt = 64
+    points: PositiveInt = 4
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    scratch: ScratchConfig | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> DistillConfig:
+        if (self.vision is None) == (self.language is None):
+            raise ValueError("give either vision or language")
+        if self.language is not None and self.scratch is not None:
+            raise ValueError("scratch trains on the classes of images; a language model from scratch is not offered")
+        refuse_expect(self.attentions)
+        refuse_vision_keys(self.attentions)
+        for index, attention in enumerate(self.attentions):
+            if attention.where is not None:
+                raise ValueError(f"attentions.{index}.where: `layers` says which layers are swapped")
+        for index, stage in enumerate(self.stages):
+            if stage.samples < self.batch:
+                raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
+            if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
+                raise ValueError(f"stages.{index}: train and hidden are for objective: model")
+        labels = [f"{attention.label} {layers.label}" for attention in self.attentions for layers in self.layers]
+        refuse_twins([self.baseline, *labels])
+        return self
+
+    @classmethod
+    def problems(cls, data: Mapping[str, Any]) -> list[str]:
+        """What the registry says of the attentions."""
+        return attention_problems(data.get("attentions"), "attentions", _mixer_problems)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """The model, by its weights, and its data, as far as what is measured depends on them."""
+        how = self.model_dump(mode="json", include={"vision", "language", "batch", "device"})
+        if self.vision is not None:
+            for key in ("workers", "path", "root"):
+                how["vision"]["data"].pop(key)
+            weights = self.vision.model.weights
+            how["vision"]["model"]["weights"] = None if weights is None else sha256(weights.read_bytes()).hexdigest()
+        if self.language is not None:
+            from attnzoo.tasks.decode.cells import contents
+
+            how["language"] |= {key: contents(getattr(self.language, key)) for key in ("model", "text")}
+        return how
+
+    @property
+    def trials(self) -> Path:
+        """Where trials keep how far they are."""
+        return self.folder / "trials"
+
+
+def _mixer_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
+    """Whatever is no mixer has no weights that could be repaired; and options that the mixer refuses."""
+    from attnzoo.errors import AttnZooError
+
+    if info.kind != "mixer":
+        return [f"{where}.name: {info.name!r} is no mixer: it runs on the model's own weights, and needs no repair"]
+    try:
+        info.check_options({key: value for key, value in options.items() if key not in ("grid", "prefix")})
+    except AttnZooError as error:
+        return [f"{where}.options: {error}"]
+    return []

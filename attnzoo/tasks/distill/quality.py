@@ -1,0 +1,116 @@
+"""The quality of repaired models: what the teacher had, what the swap took, and what each stage gave back."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import ClassVar, Literal, Self
+
+from attnzoo.bench.record import Count, Entry, NonNegative, Quality
+from attnzoo.tasks.distill.config import SCRATCH
+
+Metric = Literal["top-1", "NLL"]
+
+
+class Point(Entry):
+    """One score: at the end of, or within, a stage; `samples` were seen by then, `seconds` spent on the repair."""
+
+    stage: str
+    samples: Count
+    seconds: NonNegative
+    score: float
+
+
+class Trial(Entry):
+    """One seed: the layers that were swapped, and its scores, the first that of the swap untouched.
+
+    `errors` are the mean errors of the swapped layers' outputs, relative to the originals', at the start and after
+    each stage.
+    """
+
+    seed: Count
+    layers: tuple[str, ...] = ()
+    points: tuple[Point, ...]
+    errors: tuple[NonNegative, ...] = ()
+
+    @property
+    def final(self) -> float:
+        """The last score."""
+        return self.points[-1].score
+
+    def after(self, stage: str) -> Point | None:
+        """The last score of a stage."""
+        return next((point for point in reversed(self.points) if point.stage == stage), None)
+
+
+class Repair(Quality):
+    """Score of a repaired model, the mean of its trials, beside the teacher's on the same test images or text.
+
+    `metric` is ``top-1``, a share of test images, or ``NLL``, in nats per token.
+    """
+
+    METRIC: ClassVar[str] = "score"
+
+    metric: Metric
+    trials: tuple[Trial, ...]
+    teacher: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The mean of the trials."""
+        return statistics.fmean(trial.final for trial in self.trials)
+
+    def against(self, dense: Self) -> Self:
+        """The same with the teacher's score, and the ratio of accuracies or of perplexities."""
+        ratio: float | None = math.exp(min(dense.score - self.score, 50.0))
+        if self.metric == "top-1":
+            ratio = self.score / dense.score if dense.score else None
+        return self.model_copy(update={"ratio": ratio, "teacher": dense.score})
+
+    def closed(self, trial: Trial, score: float) -> float | None:
+        """Share of the gap between the swap untouched and the teacher that a score closes; None without a gap."""
+        swapped = trial.points[0].score
+        gap = None if self.teacher is None else self.teacher - swapped
+        return None if not gap or len(trial.points) < 2 else (score - swapped) / gap
+
+    @property
+    def curves(self) -> list[dict[float, float]]:
+        """Share of the gap closed, in percent, by samples seen, of each trial."""
+        found = []
+        for trial in self.trials:
+            shares = {point.samples: self.closed(trial, point.score) for point in trial.points}
+            found.append({float(seen): 100 * share for seen, share in shares.items() if share is not None})
+        return found
+
+    def said(self, scores: list[float]) -> str:
+        """Scores of all trials as tables show them: the mean, and the standard deviation of several."""
+        if self.metric == "top-1":
+            scores = [100 * score for score in scores]
+        digits = 1 if self.metric == "top-1" else 3
+        spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+        return f"{statistics.fmean(scores):.{digits}f}{spread}"
+
+    @property
+    def figure(self) -> str:
+        """The score at the end."""
+        return self.said([trial.final for trial in self.trials])
+
+    @property
+    def details(self) -> dict[str, str]:
+        """Columns of the table of quality."""
+        first = self.trials[0]
+        stages = list(dict.fromkeys(point.stage for point in first.points))
+        title = "top-1 %" if self.metric == "top-1" else "NLL, nats per token"
+        found = {title: self.figure}
+        for stage in stages if len(first.points) > 1 else ():
+            if stage == SCRATCH:  # whose end is the score
+                continue
+            points = [point for trial in self.trials if (point := trial.after(stage)) is not None]
+            found[stage] = self.said([point.score for point in points])
+        shares = [share for trial in self.trials if (share := self.closed(trial, trial.final)) is not None]
+        found["gap closed"] = f"{statistics.fmean(shares):.0%}" if shares else ""
+        found["samples seen"] = f"{first.points[-1].samples:,}" if len(first.points) > 1 else ""
+        seconds = [trial.points[-1].seconds for trial in self.trials]
+        found["repair, s"] = f"{statistics.fmean(seconds):.0f}" if any(seconds) else ""
+        found["seeds"] = str(len(self.trials)) if len(first.points) > 1 else ""
+        return found

@@ -1,0 +1,158 @@
+"""What is repaired: a model with its data, and how it is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from attnzoo.errors import ConfigError
+from attnzoo.tasks.distill.config import DistillConfig, LanguageConfig, VisionConfig
+from attnzoo.tasks.distill.quality import Metric
+
+if TYPE_CHECKING:
+    from attnzoo.tasks.classify.loading import TestImages, TestStream
+
+
+class Subject(Protocol):
+    """A model and its data. Higher is better of every `score` but the NLL."""
+
+    metric: Metric
+    host: str
+
+    def teacher(self) -> nn.Module:
+        """Build it, with its trained weights."""
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Build it with random weights."""
+
+    def batches(self, first: int, seed: int) -> Iterator[tuple[Any, Any]]:
+        """Give what the model takes, and the classes where there are any, from batch `first` on, without an end."""
+
+    def score(self, model: nn.Module) -> float:
+        """Test it."""
+
+
+class Images:
+    """An image classifier."""
+
+    metric: Metric = "top-1"
+
+    def __init__(self, config: VisionConfig, batch: int, device: str) -> None:
+        from accelerate import Accelerator
+
+        from attnzoo.tasks.classify.loading import test_images
+        from attnzoo.tasks.classify.sources import open_splits
+
+        self.config, self.batch, self.device = config, batch, device
+        self.host = f"{config.model.library}:{config.model.name}"
+        self.splits = open_splits(config.data)
+        if self.splits.streamed:
+            raise ConfigError("vision.data: a stream has no order to resume in; use a folder, an asset or an index")
+        if self.splits.train_images < batch:
+            raise ConfigError(f"batch: {batch} are more than the {self.splits.train_images} training images")
+        self.accelerator: Any = Accelerator(cpu=device == "cpu")
+        self.test: TestImages | TestStream = test_images(config.data, config.augment, self.splits.test)
+
+    def teacher(self) -> nn.Module:
+        """The trained classifier."""
+        from attnzoo.tasks.classify.model import build
+
+        return build(self.config.run(0), self.splits.classes)[0].to(self.device).eval()
+
+    def fresh(self, seed: int) -> nn.Module:
+        """The same with random weights."""
+        from attnzoo.tasks.classify.model import build
+
+        run = self.config.run(seed, trained=False)
+        return build(run, self.splits.classes)[0].to(self.device).eval()
+
+    def batches(self, first: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(B, C, H, W)`` and their classes ``(B,)``, shuffled anew in each epoch."""
+        from attnzoo.tasks.classify.loading import Batches, TrainImages, Unreadable, transforms
+
+        source: Any = self.splits.train
+        images = TrainImages(source, transforms(self.config.data, self.config.augment)[0], seed)
+        unreadable = Unreadable(source, self.splits.train_images, "training image")
+        epochs = first // (self.splits.train_images // self.batch) + 1
+        while True:
+            draws = Batches(self.splits.train_images, self.batch, epochs, seed, first=first)
+            for x, y, lost in DataLoader(images, batch_sampler=draws, num_workers=self.config.data.workers):
+                unreadable.note(lost.tolist())
+                yield x.to(self.device), y.to(self.device)
+            first, epochs = first + len(draws), epochs + 1
+
+    def score(self, model: nn.Module) -> float:
+        """Top-1 accuracy on the test images."""
+        from attnzoo.tasks.classify.evaluate import evaluate
+
+        found = evaluate(model, self.test, self.batch, self.config.data.workers, self.accelerator).counted()
+        return float(found["top1"]) / max(int(found["images"]), 1)
+
+
+class Text:
+    """A causal language model."""
+
+    metric: Metric = "NLL"
+
+    def __init__(self, config: LanguageConfig, batch: int, device: str) -> None:
+        from attnzoo.tasks.decode.lm import load_tokenizer
+        from attnzoo.tasks.decode.text import load_text
+
+        self.config, self.batch, self.device = config, batch, device
+        self.host = f"transformers:{config.model}"
+        ids = load_tokenizer(config.model)(load_text(config.text).text, add_special_tokens=False)["input_ids"]
+        kept = config.windows * config.tokens
+        if len(ids) < kept + 10 * config.tokens:
+            raise ConfigError(
+                f"language.text: {config.text} has {len(ids):,} tokens: too few to keep {config.windows} windows of "
+                f"{config.tokens} for scoring"
+            )
+        self.ids = torch.tensor(ids[:-kept])
+        self.windows = torch.tensor(ids[-kept:]).view(config.windows, config.tokens)
+
+    def teacher(self) -> nn.Module:
+        """The language model."""
+        from attnzoo.tasks.decode.lm import load_model
+
+        model: nn.Module = load_model(self.config.model, device=self.device)
+        return model
+
+    def fresh(self, seed: int) -> nn.Module:
+        """Refuse: a config of a language model has no row from scratch."""
+        raise NotImplementedError
+
+    def batches(self, first: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
+        """Pieces of the text from random places, ``(B, N)``."""
+        while True:
+            draw = torch.Generator().manual_seed(1_000_003 * seed + first)
+            places = torch.randint(len(self.ids) - self.config.tokens, (self.batch,), generator=draw)
+            ids = self.ids[places[:, None] + torch.arange(self.config.tokens)]  # (B, N)
+            yield {"input_ids": ids.to(self.device)}, None
+            first += 1
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module) -> float:
+        """Mean NLL of the held-out windows, in nats per token."""
+        training = model.training
+        model.eval()
+        nats = []
+        for window in self.windows.to(self.device).split(1):
+            logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+            nats.append(float(nn.functional.cross_entropy(logits, window[0, 1:])))
+        model.train(training)
+        return sum(nats) / len(nats)
+
+
+def subject_of(config: DistillConfig) -> Subject:
+    """What a config says is repaired.
+
+    Raises `ConfigError` if data or model cannot be used.
+    """
+    if config.vision is not None:
+        return Images(config.vision, config.batch, config.device)
+    assert config.language is not None
+    return Text(config.language, config.batch, config.device)

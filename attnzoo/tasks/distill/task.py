@@ -1,0 +1,134 @@
+"""Distillation as a task: every mixer in every choice of layers, repaired and scored beside its teacher."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from attnzoo.bench.attentions import row_of
+from attnzoo.bench.config import digest
+from attnzoo.bench.highlights import of_records
+from attnzoo.bench.plots import mean_curves
+from attnzoo.bench.record import Record
+from attnzoo.bench.task import Cell, OnProgress, Result, Task
+from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.extras import require
+from attnzoo.processes import refuse_launcher
+from attnzoo.tasks.classify.config import slug
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig
+from attnzoo.tasks.distill.quality import Point, Repair, Trial
+from attnzoo.tasks.distill.subject import subject_of
+from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
+
+
+class DistillRecord(Record):
+    """A row of a distillation."""
+
+    quality: Repair | None
+
+
+def plan(config: DistillConfig) -> list[Cell]:
+    """The teacher, then each mixer in each choice of layers, repaired and, where asked for, from scratch."""
+    vision, language = config.vision, config.language
+    host = f"{vision.model.library}:{vision.model.name}" if vision else f"transformers:{language and language.model}"
+    how = config.inputs
+    shared: dict[str, Any] = {
+        "kind": "quality",
+        "host": host,
+        "dtype": "float32",
+        "threads": config.threads,
+        "isolated": False,
+    }
+    part = "vision" if vision else "language"
+    cells = [Cell(**row_of(None, config.baseline, part), **shared, depends_on=how, stage="score")]
+    repair = config.model_dump(mode="json", include={"stages", "points", "seeds", "sensitivity_steps"})
+    known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
+    for index, attention in enumerate(config.attentions):
+        for number, layers in enumerate(config.layers):
+            about = {"attention": [attention.name, attention.swap], "layers": layers.model_dump(mode="json")}
+            label = f"{attention.label} {layers.label}"
+            row = {**row_of(attention, config.baseline, part), **shared, "label": label}
+            asks = {"attention": index, "layers": number, "scratch": False}
+            cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage="repair"))
+            network = [attention.name, attention.options, layers]
+            if config.scratch is None or network in known:
+                continue
+            known.append(network)
+            about["scratch"] = config.scratch.model_dump(mode="json")
+            row, asks = {**row, "label": f"{label} {SCRATCH}"}, {**asks, "scratch": True}
+            cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage=SCRATCH))
+    return cells
+
+
+def check(config: DistillConfig) -> None:
+    """Check that the model can be built, and every mixer can stand in it; raises `ConfigError` with every problem."""
+    import attnzoo
+
+    refuse_launcher()
+    require("timm" if config.vision else "transformers", "accelerate", "matplotlib", extra="train")
+    subject = subject_of(config)
+    problems = []
+    for index, attention in enumerate(config.attentions):
+        try:
+            attnzoo.replace_attention(subject.teacher(), attention.name, **attention.swap)
+        except AttnZooError as error:
+            problems.append(f"attentions.{index}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def prepare(config: DistillConfig, cells: Sequence[Cell]) -> dict[str, Any]:
+    """With ``fresh=true`` layers are chosen and trials begun anew."""
+    for begun in (config.trials, config.folder / SENSITIVITY) if config.fresh else ():
+        shutil.rmtree(begun, ignore_errors=True)
+    return {}
+
+
+def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
+    """Score the teacher, or repair a swapped copy of it once per seed."""
+    subject = subject_of(config)
+    note = _note(config)
+    if cell.is_baseline:
+        say("score")
+        point = Point(stage="teacher", samples=0, seconds=0.0, score=subject.score(subject.teacher()))
+        quality = Repair(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
+        return Result(status="ok", quality=quality)
+    attention, layers = config.attentions[cell.asks["attention"]], config.layers[cell.asks["layers"]]
+    trials = []
+    for seed in config.seeds:
+        folder = config.trials / f"{slug(cell.label)}-seed{seed}-{digest(cell.depends_on)}"
+        run = from_scratch if cell.asks["scratch"] else repaired
+        trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
+    return Result(status="ok", quality=Repair(metric=subject.metric, trials=tuple(trials), note=note))
+
+
+def _say(say: OnProgress, seed: int, text: str) -> None:
+    say(f"seed {seed}: {text}")
+
+
+def _note(config: DistillConfig) -> str:
+    stages = " then ".join(f"{stage.objective} on {stage.samples:,}" for stage in config.stages)
+    what = "images" if config.vision else f"sequences of {config.language.tokens} tokens" if config.language else ""
+    return f"repaired by {stages} {what}"
+
+
+def plots(records: Sequence[DistillRecord]) -> list[tuple[str, str]]:
+    """The repair curves."""
+    lines = {r.label: r.quality.curves for r in records if r.quality is not None and not r.is_baseline}
+    return [("Share of the gap to the teacher that is closed", mean_curves(lines, "samples seen", "gap closed, %"))]
+
+
+TASK = Task(
+    name="distill",
+    ref="attnzoo.tasks.distill.task:TASK",
+    config=DistillConfig,
+    plan=plan,
+    measure=measure,
+    prepare=prepare,
+    check=check,
+    record=DistillRecord,
+    plots=plots,
+    highlights=lambda records: of_records(records, lambda _: "distill"),
+)

@@ -1,0 +1,250 @@
+"""One trial: a model is swapped in some layers and repaired in stages, or trained from scratch; it can be resumed."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import attnzoo
+from attnzoo import files
+from attnzoo.bench.config import digest
+from attnzoo.errors import TrainingError
+from attnzoo.hosts.site import MixerLayer
+from attnzoo.repairing.losses import logits_of
+from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.teacher import teacher_values
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, Repaired, ScratchConfig
+from attnzoo.tasks.distill.quality import Point, Trial
+from attnzoo.tasks.distill.subject import Subject
+
+START = "at the start"
+STATE, SENSITIVITY = "state.pt", "sensitivity"
+OTHER_ORDER = 7919  # of the training data, for the batch that errors are measured on
+HELD_OUT = 2  # batches that layers are compared on
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers that are swapped, and how many samples it took to choose them."""
+
+    paths: tuple[str, ...]
+    samples: int = 0
+
+
+def choose_layers(config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int) -> Choice:
+    """Choose layers by the config's share and order."""
+    model = subject.teacher()
+    paths = [layer.path for layer in attnzoo.swap_report(model).layers]
+    count = max(1, round(layers.share * len(paths)))
+    if count == len(paths) or layers.order == "first":
+        return Choice(tuple(paths[:count]))
+    if layers.order == "last":
+        return Choice(tuple(paths[-count:]))
+    if layers.order == "random":
+        order, samples = random.Random(seed).sample(paths, len(paths)), 0
+    else:
+        order, samples = _cheapest_first(config, subject, model, attention, seed)
+    return Choice(tuple(path for path in paths if path in order[:count]), samples)
+
+
+def _cheapest_first(
+    config: DistillConfig, subject: Subject, model: nn.Module, attention: Repaired, seed: int
+) -> tuple[list[str], int]:
+    """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
+    how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
+    place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
+    if not place.is_file():
+        torch.manual_seed(seed)
+        report = attnzoo.sensitivity(
+            model,
+            (batch for batch, _ in subject.batches(0, seed)),
+            attention.name,
+            steps=config.sensitivity_steps,
+            held_out=HELD_OUT,
+            repair={"lr": config.stages[0].lr},
+            **attention.swap,
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        layers = [vars(layer) for layer in report.ordered()]
+        samples = (report.steps + HELD_OUT) * config.batch
+        files.write_json(place, {"attention": attention.label, "seed": seed, "samples": samples, "layers": layers})
+    found = files.read_json(place)
+    return [layer["path"] for layer in found["layers"]], found["samples"]
+
+
+class Progress:
+    """What a trial has done; it is written to its folder after each score."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
+        self.points: list[Point] = []
+        self.errors: list[float] = []
+        self.layers: tuple[str, ...] = ()
+        self.stage, self.chosen_by = 0, 0
+        self.model: dict[str, Any] | None = None
+        self.fit: dict[str, Any] | None = None
+        if (folder / STATE).is_file():
+            self._read(torch.load(folder / STATE, weights_only=True, map_location="cpu"))
+
+    def _read(self, state: dict[str, Any]) -> None:
+        self.points = [Point(**point) for point in state["points"]]
+        self.errors, self.layers = list(state["errors"]), tuple(state["layers"])
+        self.stage, self.chosen_by = state["stage"], state["chosen_by"]
+        self.model, self.fit = state["model"], state["fit"]
+
+    def choose(self, choice: Choice) -> None:
+        """Take note of the layers."""
+        self.layers, self.chosen_by = choice.paths, choice.samples
+
+    def save(self, model: nn.Module, fit: dict[str, Any] | None) -> None:
+        """Write all that is needed to resume."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "points": [point.model_dump() for point in self.points],
+            "errors": self.errors,
+            "layers": list(self.layers),
+            "stage": self.stage,
+            "chosen_by": self.chosen_by,
+            "model": model.state_dict(),
+            "fit": fit,
+        }
+        with files.atomic(self.folder / STATE) as part:
+            torch.save(state, part)
+
+    @property
+    def trial(self) -> Trial:
+        """As records have it."""
+        return Trial(seed=self.seed, layers=self.layers, points=tuple(self.points), errors=tuple(self.errors))
+
+
+def repaired(
+    config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int, folder: Path, say: Say
+) -> Trial:
+    """Swap the chosen layers and repair them, stage after stage."""
+    progress = Progress(folder, seed)
+    if not progress.layers:
+        say("choosing layers")
+        progress.choose(choose_layers(config, subject, attention, layers, seed))
+    model = subject.teacher()
+    torch.manual_seed(seed)
+    attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.swap)
+    teacher_values(
+        model, _mixer_layers(model), keep=True
+    )  # the trained weights, before a stage that was done is loaded
+    looked_at, _ = next(subject.batches(0, seed + OTHER_ORDER))
+    if progress.model is not None:
+        model.load_state_dict(progress.model)
+    else:
+        progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
+        progress.errors.append(_mean_error(model, looked_at))
+    for at in range(progress.stage, len(config.stages)):
+        _stage(config, subject, model, at, progress, say)
+        progress.errors.append(_mean_error(model, looked_at))
+        progress.stage, progress.fit = at + 1, None
+        progress.save(model, None)
+    return progress.trial
+
+
+def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, progress: Progress, say: Say) -> None:
+    stage, name = config.stages[at], f"stage {at + 1}: {config.stages[at].objective}"
+    fit = Repair(model, RepairOptions(steps=stage.samples // config.batch, seed=progress.seed, **stage.options))
+    if not fit.parameters:  # nothing to fit in a mixer without weights
+        progress.points.append(progress.points[-1].model_copy(update={"stage": name}))
+        return
+    if progress.fit is not None:
+        fit.load_state_dict(progress.fit)
+    last = next(point for point in reversed(progress.points) if point.stage != name)
+    seen, steps = max(last.samples, progress.chosen_by), fit.options.steps
+    ends = {math.ceil(steps * part / config.points) for part in range(1, config.points + 1)}
+
+    def told(step: int, loss: float) -> None:
+        say(f"stage {at + 1} of {len(config.stages)}, step {step} of {steps}, loss {loss:.3g}")
+        if step in ends:
+            score = subject.score(model)
+            samples, seconds = seen + step * config.batch, round(last.seconds + fit.seconds, 3)
+            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, score=score))
+            progress.save(model, fit.state_dict())
+
+    if fit.step < steps:
+        first = (seen - progress.chosen_by) // config.batch + fit.step
+        fit.run((batch for batch, _ in subject.batches(first, progress.seed)), told, start=fit.step)
+    if fit.interrupted:
+        raise KeyboardInterrupt
+
+
+def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, MixerLayer)}
+
+
+def _mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for layer in _mixer_layers(model).values():
+        yield from layer.mixer.parameters()
+
+
+def _mean_error(model: nn.Module, held: Any) -> float:
+    errors = Repair(model, RepairOptions(steps=1)).errors(held)
+    return errors["loss"]
+
+
+def from_scratch(
+    config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int, folder: Path, say: Say
+) -> Trial:
+    """Train the same network from random weights on the classes of as many images as the repair saw."""
+    how, progress = config.scratch, Progress(folder, seed)
+    assert how is not None
+    if not progress.layers:
+        progress.choose(choose_layers(config, subject, attention, layers, seed))
+    model = subject.fresh(seed)
+    torch.manual_seed(seed)
+    attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.options)
+    fitted = [s for s in config.stages if s.train == "all" or any(True for _ in _mixer_parameters(model))]
+    steps = progress.chosen_by // config.batch + sum(stage.samples // config.batch for stage in fitted)
+    optimizer, schedule = _optimizer(model, how, steps)
+    step, seconds = 0, 0.0
+    if progress.model is not None and progress.fit is not None:
+        model.load_state_dict(progress.model)
+        optimizer.load_state_dict(progress.fit["optimizer"])
+        schedule.load_state_dict(progress.fit["schedule"])
+        step, seconds = progress.fit["step"], progress.fit["seconds"]
+    else:
+        progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
+    count = config.points * len(config.stages)
+    ends = {math.ceil(steps * part / count) for part in range(1, count + 1)}
+    batches = subject.batches(step, seed)
+    while step < steps:
+        x, y = next(batches)
+        began = time.monotonic()
+        model.train()
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss = F.cross_entropy(logits_of(model(x)), y)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"{SCRATCH}, step {step + 1}: the loss is not finite; try a lower scratch.lr")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        step, seconds = step + 1, seconds + time.monotonic() - began
+        say(f"{SCRATCH}, step {step} of {steps}, loss {loss.item():.3g}")
+        if step in ends:
+            score, seen = subject.score(model), step * config.batch
+            progress.points.append(Point(stage=SCRATCH, samples=seen, seconds=round(seconds, 3), score=score))
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            progress.save(model, {**state, "step": step, "seconds": seconds})
+    return progress.trial
+
+
+def _optimizer(model: nn.Module, how: ScratchConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=how.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.lr, total_steps=steps + 1, pct_start=0.1)
+    return optimizer, schedule

@@ -1,0 +1,221 @@
+"""The task distill: trials that are planned, repaired, resumed, recorded and shown."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from attnzoo import tasks
+from attnzoo.errors import ConfigError
+from attnzoo.tasks.classify.model import build
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
+from attnzoo.tasks.distill.quality import Point, Repair, Trial
+from attnzoo.tasks.distill.trial import STATE
+from tests.repairing.models import CAUSAL
+from tests.tasks.classify.conftest import write_images
+from tests.tasks.decode import llm
+from train.distill import main
+
+OPTIONS = {"patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
+STAGES = [
+    {"objective": "layer", "samples": 64, "lr": 0.003},
+    {"objective": "model", "samples": 32, "train": "all", "hidden": 0.1},
+]
+
+
+@pytest.fixture
+def vision(tmp_path):
+    """A config of a classifier, whose weights mean nothing, of tiny images."""
+    write_images(tmp_path / "images/train", 16)
+    write_images(tmp_path / "images/val", 10, seed=1)
+    model = {"name": "vit_tiny_patch16_224", "options": OPTIONS, "weights": str(tmp_path / "trained.safetensors")}
+    data = {"root": str(tmp_path / "images"), "image_size": 8, "workers": 0}
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "trained.safetensors")
+    made = build(VisionConfig.model_validate({"model": model, "data": data}).run(3, trained=False), 3)[0]
+    save_file(made.state_dict(), tmp_path / "trained.safetensors")
+    return {
+        "task": "distill",
+        "name": "tiny",
+        "output": str(tmp_path / "out"),
+        "vision": {"model": model, "data": data},
+        "attentions": [
+            {"name": "padre", "options": {"degree": 2, "kernel_size": 3}, "label": "padre"},
+            {"name": "padre", "options": {"degree": 2, "kernel_size": 3}, "init": "inherit", "label": "inherited"},
+            "pooling",
+        ],
+        "layers": [{"share": 0.5, "order": "last"}, {"share": 1.0}],
+        "stages": STAGES,
+        "batch": 16,
+        "points": 2,
+        "scratch": {},
+        "threads": 1,
+    }
+
+
+def written(config, tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(tmp_path / "config.yaml")
+
+
+def by_label(tmp_path):
+    return {record.label: record for record in tasks.read_records(tmp_path / "out/records.jsonl")}
+
+
+def test_teacher_swap_stages_and_control_are_recorded_and_shown(vision, tmp_path, capsys):
+    assert main([written(vision, tmp_path)]) == 0, capsys.readouterr().err
+    found = by_label(tmp_path)
+    repaired_rows = [f"{name} {share}" for name in ("padre", "inherited", "pooling") for share in ("50% last", "100%")]
+    # how a repair begins makes no difference from scratch
+    scratch = [f"{name} {share} {SCRATCH}" for name in ("padre", "pooling") for share in ("50% last", "100%")]
+    assert set(found) == {"teacher", *repaired_rows, *scratch}
+    assert {record.status for record in found.values()} == {"ok"}
+    assert found["teacher"].quality.ratio == 1.0
+    for label in repaired_rows:
+        (trial,) = found[label].quality.trials
+        assert trial.layers == (("blocks.1.attn",) if "50%" in label else ("blocks.0.attn", "blocks.1.attn"))
+        stages = [(point.stage, point.samples) for point in trial.points]
+        parts = [32, 64, 80, 96] if "pooling" not in label else [16, 32]  # of which there is nothing to fit by layer
+        assert stages[0][0] == "at the start"
+        assert [samples for _, samples in stages if samples] == parts
+        if label.startswith("padre"):
+            assert trial.errors[1] < trial.errors[0], "the layers' stage fits them"
+    for label in scratch:
+        assert found[label].quality.trials[0].points[-1].samples == (32 if "pooling" in label else 96)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Share of the gap to the teacher" in page
+    assert "gap closed" in page
+    before = (tmp_path / "out/records.jsonl").read_bytes()
+    assert main([written(vision, tmp_path)]) == 0
+    assert (tmp_path / "out/records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("label", ["padre 100%", f"padre 100% {SCRATCH}"])
+def test_killed_and_resumed_equals_unbroken(label, vision, tmp_path, monkeypatch):
+    """Broken off wherever a score was written; points, but for the seconds, and weights are the same."""
+    third = {"objective": "model", "samples": 32}  # whose teacher is still that before the second
+    vision |= {"attentions": vision["attentions"][:1], "layers": [{"share": 1.0}], "stages": [*STAGES, third]}
+    task = tasks.find("distill")
+
+    def once(output, kill=None):
+        config = DistillConfig.check({**vision, "output": str(output)})
+        (cell,) = (cell for cell in task.plan(config) if cell.label == label)
+        told = []
+
+        def say(text):
+            told.append(text)
+            if kill is not None and len(told) == kill:
+                raise KeyboardInterrupt
+
+        result = task.measure(config, cell, {}, say)
+        (state,) = (output / "trials").glob(f"*/{STATE}")
+        return result.quality.trials[0], torch.load(state, weights_only=True)["model"]
+
+    trial, weights = once(tmp_path / "whole")
+    for kill in (1, 4, 5, 6, 8):
+        folder = tmp_path / f"broken{kill}"
+        with contextlib.suppress(KeyboardInterrupt):
+            once(folder, kill)
+        again, found = once(folder)
+        mine, wanted = ([(p.stage, p.samples, p.score) for p in one.points] for one in (again, trial))
+        assert mine == wanted
+        assert again.errors == trial.errors
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
+
+
+def test_layers_are_chosen_by_sensitivity_once_per_attention_and_seed(vision, tmp_path, monkeypatch):
+    vision |= {
+        "attentions": [vision["attentions"][0], "pooling"],
+        "layers": [{"share": 0.5}, {"share": 0.5, "order": "random"}, {"share": 0.5, "order": "first"}],
+        "sensitivity_steps": 2,
+        "seeds": [0, 1],
+        "scratch": None,
+    }
+    assert main([written(vision, tmp_path)]) == 0
+    found = by_label(tmp_path)
+    assert list(found)[:4] == ["teacher", "padre 50%", "padre 50% random", "padre 50% first"]
+    files = sorted((tmp_path / "out/sensitivity").glob("*.json"))
+    assert len(files) == 4
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    for content in contents:
+        costs = [layer["cost"] for layer in content["layers"]]
+        assert costs == sorted(costs)
+    cheapest = {one["seed"]: one["layers"][0]["path"] for one in contents if one["attention"] == "padre"}
+    assert {t.seed: t.layers[0] for t in found["padre 50%"].quality.trials} == cheapest
+    assert found["padre 50%"].quality.trials[0].points[1].samples == 4 * 16 + 32, "what the choice saw counts"
+    assert {t.layers for t in found["padre 50% first"].quality.trials} == {("blocks.0.attn",)}
+    assert "±" in found["padre 50%"].quality.figure
+
+
+def test_a_language_model_is_repaired_on_a_text(tmp_path):
+    llm.save(tmp_path / "llm")
+    (tmp_path / "text.txt").write_text(llm.prose(), encoding="utf-8")
+    config = {
+        "task": "distill",
+        "name": "language",
+        "output": str(tmp_path / "out"),
+        "language": {"model": str(tmp_path / "llm"), "text": str(tmp_path / "text.txt"), "tokens": 32, "windows": 4},
+        "attentions": [{"name": "padre", "options": CAUSAL["padre"], "init": "inherit"}],
+        "layers": [{"share": 0.5}],
+        "sensitivity_steps": 2,
+        "stages": [{"objective": "layer", "samples": 64}, {"objective": "model", "samples": 64, "train": "all"}],
+        "batch": 8,
+        "points": 1,
+        "threads": 1,
+    }
+    assert main([written(config, tmp_path)]) == 0
+    teacher, row = tasks.read_records(tmp_path / "out/records.jsonl")
+    assert row.quality.metric == "NLL"
+    assert row.quality.score < row.quality.trials[0].points[0].score, "nats are won back"
+    assert teacher.quality.ratio == 1
+    long = DistillConfig.check({**config, "language": {**config["language"], "windows": 4000}})
+    with pytest.raises(ConfigError, match="too few to keep 4000 windows"):
+        tasks.find("distill").check(long)
+
+
+def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, capsys):
+    wrong = {
+        "either vision or language": {"vision": None},
+        "gives? weights or pretrained": {"vision": {**vision["vision"], "model": {"name": "vit_tiny_patch16_224"}}},
+        "is no mixer": {"attentions": ["sdpa"]},
+        "'padre' has no option 'sides'": {"attentions": [{"name": "padre", "options": {"sides": 2}}]},
+        "8 are fewer than a batch of 16": {"stages": [{"objective": "layer", "samples": 8}]},
+        "are for objective: model": {"stages": [{"objective": "layer", "samples": 32, "train": "all"}]},
+        "`layers` says which": {"attentions": [{"name": "padre", "where": "blocks.0"}]},
+        "labels": {"layers": [{"share": 0.5}, {"share": 0.5}]},
+        "greater than 0": {"layers": [{"share": 0.0}]},
+    }
+    for words, changes in wrong.items():
+        with pytest.raises(ConfigError, match=words):
+            DistillConfig.check({**vision, **changes})
+    causal = {"name": "padre", "options": {"token_mixing": "dense", "tokens": 99}}
+    assert main([written({**vision, "attentions": [causal]}, tmp_path)]) == 2
+    assert "give tokens=17" in capsys.readouterr().err
+    assert not (tmp_path / "out/records.jsonl").exists()
+
+
+def test_shares_of_the_gap_and_ratios():
+    points = [Point(stage="at the start", samples=0, seconds=0, score=0.2)]
+    points += [Point(stage="stage 1: layer", samples=10, seconds=1, score=score) for score in (0.4, 0.6)]
+    dense = Repair(metric="top-1", trials=(Trial(seed=0, points=(points[0].model_copy(update={"score": 0.8}),)),))
+    row = Repair(metric="top-1", trials=(Trial(seed=0, points=tuple(points)),)).against(dense)
+    assert row.ratio == pytest.approx(0.75)
+    assert row.curves == [{0.0: 0.0, 10.0: pytest.approx(200 / 3)}]
+    assert row.details["gap closed"] == "67%"
+    assert row.details["stage 1: layer"] == "60.0"
+    nll = row.model_copy(update={"metric": "NLL"}).against(dense.model_copy(update={"metric": "NLL"}))
+    assert nll.ratio == pytest.approx(2.718281828**0.2)
+
+
+def test_what_figures_depend_on_tells_trials_apart(vision):
+    """Where a run writes is not among it."""
+    task = tasks.find("distill")
+    cells = [
+        next(cell for cell in task.plan(DistillConfig.check({**vision, **changes})) if cell.label == "padre 100%")
+        for changes in ({}, {"batch": 8}, {"stages": STAGES[:1]}, {"output": "elsewhere"})
+    ]
+    assert len({cell.measured for cell in cells}) == 3
+    assert cells[0].measured == cells[3].measured

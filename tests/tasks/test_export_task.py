@@ -1,0 +1,100 @@
+"""The task export: exported, compared, quantized and timed in ONNX Runtime."""
+
+import math
+
+import pytest
+import torch
+import yaml
+
+from attnzoo import tasks
+from attnzoo.errors import ConfigError
+from attnzoo.tasks import export
+from attnzoo.tasks.classify.build import build_host
+from eval.bench import main
+
+CONFIG = {
+    "task": "export",
+    "name": "export",
+    "model": {"name": "vit_tiny_patch16_224", "classes": 7, "options": {"depth": 1, "embed_dim": 24, "num_heads": 2}},
+    "attentions": [{"name": "padre", "options": {"degree": 2, "kernel_size": 3}, "label": "padre"}],
+    "tokens": [9],
+    "calibration_images": 3,
+    "repeats": 5,
+    "min_seconds": 0.0,
+    "threads": 1,
+}
+
+
+def test_every_attention_has_a_row_in_every_precision(tmp_path, capsys):
+    path = tmp_path / "export.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "output": str(tmp_path / "out")}), encoding="utf-8")
+    assert main([str(path)]) == 0, capsys.readouterr().err
+    found = {record.label: record for record in tasks.read_records(tmp_path / "out/records.jsonl")}
+    precisions = ("float32", "int8", "int8 per tensor")
+    assert list(found) == [f"{name} {precision}" for name in ("dense", "padre") for precision in precisions]
+    assert all(record.status == "ok" and record.gate.passed for record in found.values())
+    assert [label for label, record in found.items() if record.is_baseline] == ["dense float32"]
+    for label, record in found.items():
+        cost = record.cost
+        if record.dtype == "float32":
+            assert cost.error == 0
+            assert cost.agreement == 1
+        else:
+            assert 0 < cost.error < 1
+            assert cost.file_bytes < found[f"{label.split()[0]} float32"].cost.file_bytes
+        assert math.isfinite(cost.speedup.p50)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "padre int8 per tensor" in page
+    assert "same answer" in page
+
+
+def test_quantization_is_that_of_rounding_to_256_steps(tmp_path):
+    """Of one linear map, whose error a reader can compute."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16, 5))
+    model[1].weight.data[0] *= 50  # a channel that takes the whole range of a scale per tensor
+    images = [torch.randn(1, 3, 4, 4) for _ in range(16)]
+    path = export.export(model.eval(), (3, 4, 4), tmp_path / "linear.onnx")
+    wanted = torch.cat([export.Session(path, 1)(x) for x in images])
+    with torch.no_grad():
+        torch.testing.assert_close(wanted, torch.cat([model(x) for x in images]))
+    errors = {}
+    for per_channel in (True, False):
+        target = export.quantize(path, tmp_path / f"int8-{per_channel}.onnx", images, per_channel)
+        found = torch.cat([export.Session(target, 1)(x) for x in images])
+        errors[per_channel] = ((found - wanted)[:, 1:].norm() / wanted[:, 1:].norm()).item()
+    assert errors[True] < errors[False], "small channels have scales of their own"
+
+
+def test_a_model_that_onnx_runtime_computes_otherwise_is_not_timed(monkeypatch, tmp_path):
+    real = export.export
+
+    def wrong(model, shape, path):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1)
+            made = real(model, shape, path)
+            for parameter in model.parameters():
+                parameter.sub_(0.2)
+        return made
+
+    monkeypatch.setattr(export, "export", wrong)
+    config = export.ExportConfig.check(CONFIG)
+    result = export.measure(config, export.plan(config)[0], {}, lambda text: None)
+    assert result.status == "failed"
+    assert "gate" in result.message
+    assert not result.costs
+    assert build_host(config.model, 48, 0, True, {}) is not None
+
+
+def test_what_cannot_be_exported_is_refused_early():
+    for words, changes in {
+        "not a square|no square": {"tokens": [12]},
+        "did you mean 'padre'": {"attentions": ["padree"]},
+        "int4": {"precisions": ["int4"]},
+        "evicts a language model's cache": {"attentions": ["h2o"]},
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            export.ExportConfig.check({**CONFIG, **changes})
+    with pytest.raises(ConfigError, match=r"model\.name: timm has no model"):
+        export.check(export.ExportConfig.check({**CONFIG, "model": {"name": "vit_tinny"}}))
