@@ -50,15 +50,14 @@ def cost_table(records: Sequence[Record]) -> Table:
     """What each policy costs and saves, as ratios to dense, the fastest in decoding first after dense itself."""
     costs: dict[str, dict[str, Any]] = {}
     for record in records:
-        costs.setdefault(record.label, {})[record.phase] = record.cost
+        costs.setdefault(record.attention or record.label, {})[record.phase] = record.cost
     dense = next(record.label for record in records if record.is_baseline)
     names = sorted(costs, key=lambda name: (name != dense, -costs[name]["decode"].ratios.speedup.p50))
     table = Table((Column("policy", code=True), "TTFT", "TPOT", "peak memory of the prefill", "cache held"))
     for name in names:
         prefill, decode = (costs[name][phase].ratios for phase in ("prefill", "decode"))
         peak = ratio(prefill.activation_peak)
-        shown = name if name == dense else name.rpartition(" ")[0]
-        table.add(shown, times(prefill.speedup), times(decode.speedup), peak, ratio(decode.cache_held))
+        table.add(name, times(prefill.speedup), times(decode.speedup), peak, ratio(decode.cache_held))
     return table
 
 
