@@ -375,7 +375,7 @@ def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
 
 
 def test_the_table_of_what_policies_cost_has_all_of_them_and_h2o_is_as_fast_as_keydiff():
-    records = read_records(ROOT / "docs/records/policies.jsonl")
+    records = read_records(ROOT / "docs/records/policies_cost.jsonl")
     assert between(ROOT / "docs/eviction.md", "policies") == cost_table(records).markdown()
     assert {record.attention for record in records if record.attention} == set(list_attentions(kind="eviction"))
     assert all(record.status == "ok" and record.gate.passed for record in records)
@@ -550,7 +550,7 @@ def test_modules_run_as_commands():
         "mixers_accuracy",
         "gpu_kernels",
         "prose",
-        "policies",
+        "policies_cost",
         "kvpress",
         "kvpress_prompt",
         "train_bytes",
