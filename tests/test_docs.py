@@ -164,7 +164,7 @@ def test_a_config_imports_the_file_of_ones_own_as_the_page_says(page, tmp_path, 
 def test_shell_commands_are_real(page, tmp_path):
     """Make's targets exist, and configs and options are taken: benchmarks are asked to check and stop there."""
     for line in "\n".join(blocks(page, "sh")).splitlines():
-        command = line.partition("#")[0].split()
+        command = shlex.split(line.partition("#")[0])
         if not command:
             continue
         if command[:2] == ["pip", "install"]:
