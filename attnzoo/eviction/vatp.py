@@ -6,7 +6,8 @@ Matters, https://arxiv.org/abs/2406.12335
     I_j = S_j * ||v_j||_1       with S the scores of a base; the first `sink` tokens, of large S and tiny v, always stay
 
 Differs from the paper: the authors pin 20 sinks at budgets of half a prompt of 3,500 tokens or more; here as many as
-that is of the budget, 1 in 100, for 20 of a small budget leave too little to choose from. Sinks count in the budget.
+that is of the budget, 1 in 100, for 20 of a small budget leave too little to choose from; and one at least, for without
+it a base of short memory loses the first token, whose value is small. Sinks count in the budget.
 The paper is for multi-head attention; here query heads that share a key/value head are averaged, over a base that
 chooses for a whole layer (``base="tova"``) all of them. The authors compare over ``base="h2o"`` and over
 scissorhands in the form ``base_options={"importance": "mean", "window": 400}``.
@@ -43,8 +44,8 @@ class Vatp(Wrapper):
         check_choice("aggregate", self.aggregate, AGGREGATES)
 
     def default_sink(self) -> int:
-        """The authors' share of the budget."""
-        return int(self.budget) // SINK_SHARE
+        """The authors' share of the budget, one at least."""
+        return max(1, int(self.budget) // SINK_SHARE)
 
     def score(self, view: CacheView) -> Tensor:
         """The base's scores times the l1 norm of the values."""
