@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attnzoo import tasks
 from attnzoo.bench.config import parse_override, read_yaml, without_stale_labels
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.decode.config import DecodeConfig, paired_labels
@@ -236,8 +237,7 @@ else:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_of_the_repository_are_sound(path):
-    load = operations.load_config if "operations" in read_yaml(path) else load_config
-    assert load(path).name == path.stem.replace("_", "-")
+    assert tasks.load(path)[1].name == path.stem.replace("_", "-")
 
 
 def test_a_row_is_not_called_by_options_that_were_overridden(tmp_path):

@@ -1,12 +1,16 @@
 """The task export: exported, compared, quantized and timed in ONNX Runtime."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from attnzoo import tasks
+from attnzoo.bench.page import page_of
+from attnzoo.bench.run import run
 from attnzoo.errors import ConfigError
 from attnzoo.tasks import export
 from attnzoo.tasks.classify.build import build_host
@@ -25,11 +29,12 @@ CONFIG = {
 }
 
 
-def test_every_attention_has_a_row_in_every_precision(tmp_path, capsys):
-    path = tmp_path / "export.yaml"
-    path.write_text(yaml.safe_dump({**CONFIG, "output": str(tmp_path / "out")}), encoding="utf-8")
-    assert main([str(path)]) == 0, capsys.readouterr().err
-    found = {record.label: record for record in tasks.read_records(tmp_path / "out/records.jsonl")}
+def test_every_attention_has_a_row_in_every_precision(tmp_path):
+    """In this process, where a user has one for each row."""
+    config = export.ExportConfig.check({**CONFIG, "output": str(tmp_path / "out")})
+    here = [cell.model_copy(update={"isolated": False}) for cell in export.plan(config)]
+    console = Console(stderr=True, quiet=True)
+    found = {r.label: r for r in run(replace(export.TASK, plan=lambda config: here), config, "", console)}
     precisions = ("float32", "int8", "int8 per tensor")
     assert list(found) == [f"{name} {precision}" for name in ("dense", "padre") for precision in precisions]
     assert all(record.status == "ok" and record.gate.passed for record in found.values())
@@ -43,9 +48,18 @@ def test_every_attention_has_a_row_in_every_precision(tmp_path, capsys):
             assert 0 < cost.error < 1
             assert cost.file_bytes < found[f"{label.split()[0]} float32"].cost.file_bytes
         assert math.isfinite(cost.speedup.p50)
-    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    page = page_of(export.TASK, list(found.values()), config.to_yaml())
     assert "padre int8 per tensor" in page
     assert "same answer" in page
+
+
+def test_the_script_runs_a_row_in_a_process_of_its_own(tmp_path, capsys):
+    path = tmp_path / "export.yaml"
+    alone = {"attentions": [], "precisions": ["float32"], "output": str(tmp_path / "out")}
+    path.write_text(yaml.safe_dump({**CONFIG, **alone}), encoding="utf-8")
+    assert main([str(path)]) == 0, capsys.readouterr().err
+    (record,) = tasks.read_records(tmp_path / "out/records.jsonl")
+    assert (record.label, record.status) == ("dense float32", "ok")
 
 
 def test_quantization_is_that_of_rounding_to_256_steps(tmp_path):

@@ -13,12 +13,18 @@ PAGE = (ROOT / "docs/repair.md").read_text(encoding="utf-8")
 
 
 def test_the_commands_run(tmp_path, forked):
-    """As they stand, but for an epoch of training and fewer images."""
+    """As they stand, but for an epoch of training, fewer images and one choice of layers."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (block,) = (code for code in re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S) if "distill.py" in code)
     shorter = {
         "train/classify.py": ["recipe.epochs=1", "recipe.warmup_epochs=0"],
-        "train/distill.py": [f"stages.{at}.samples=64" for at in range(2)] + ["seeds=[0]", "sensitivity_steps=2"],
+        "train/distill.py": [
+            *(f"stages.{at}.samples=64" for at in range(2)),
+            "seeds=[0]",
+            "sensitivity_steps=2",
+            "layers=[{share: 0.5}]",
+        ],
+        + ["seeds=[0]", "sensitivity_steps=2", "layers=[{share: 0.5}]"],
     }
     for line in block.splitlines():
         _, script, *words = line.split()
