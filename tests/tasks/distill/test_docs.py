@@ -24,7 +24,6 @@ def test_the_commands_run(tmp_path, forked):
             "sensitivity_steps=2",
             "layers=[{share: 0.5}]",
         ],
-        + ["seeds=[0]", "sensitivity_steps=2", "layers=[{share: 0.5}]"],
     }
     for line in block.splitlines():
         _, script, *words = line.split()
