@@ -88,7 +88,7 @@ def oracle(name, options, keys, values, attention, kv_head, groups, queries, rot
         of_head = [values[head // groups] for head in range(len(own))]
     if name == "vatp":
         products = [own[head] * of_head[head].abs().sum(-1) for head in chosen]
-        return aggregate(torch.stack(products)).tolist(), 0, recent
+        return aggregate(torch.stack(products)).tolist(), 1, recent
     if name in ("caote", "auto"):
         squares = []
         for head in chosen:
@@ -285,7 +285,8 @@ def test_protection():
     assert build_policy(describe("vatp"), {"budget": 2048}).protected == (20, 1024)
     assert build_policy(describe("keydiff"), {"budget": 100}).protected == (0, 20)
     assert build_policy(describe("keydiff"), {"budget": 4}).protected == (0, 0)
-    assert build_policy(describe("vatp"), {"budget": 16}).protected == (0, 8)
+    assert build_policy(describe("vatp"), {"budget": 16}).protected == (1, 8)
+    assert build_policy(describe("vatp"), {"budget": 1}).protected == (0, 0)
     assert build_policy(describe("caote"), {"budget": 100, "base": "snapkv"}).protected == (0, 32)
     assert build_policy(describe("keyformer"), {"budget": 100}).protected == (0, 50)
     assert build_policy(describe("lagkv"), {"budget": 100}).protected == (4, 33)

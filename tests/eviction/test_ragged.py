@@ -60,7 +60,8 @@ def simulate(name, q, k, v, budget, block, recent, prompt=0):
             score = {j: float(sums[g * group : (g + 1) * group, j].mean()) / (i + 1 - j) for j in own}
             if name == "vatp":
                 score = {j: s * float(v[0, g, j].abs().sum()) for j, s in score.items()}
-            score |= {j: float("inf") for j in own if j > i - recent}
+            sink = min(1, (budget - recent) // 2) if name == "vatp" else 0
+            score |= {j: float("inf") for j in own if j > i - recent or j < sink}
             best = sorted(own, key=lambda j, score=score: (score[j], j), reverse=True)
             score |= dict.fromkeys(best[: int(0.2 * budget)], float("inf"))
             ranked += [(score[j], j, g) for j in own]
