@@ -60,7 +60,7 @@ def test_the_teacher_is_the_original_and_restoring_gives_it_back(host):
         # torch's encoder, unswapped, takes a fast path that rounds otherwise
         near = 1e-5 if host.name == "torch:encoder" else 0
         torch.testing.assert_close(host.call(model, inputs), host.call(original, inputs), rtol=0, atol=near)
-    report = attnzoo.repair(model, [inputs], steps=12, lr=2e-3, forward=host.call)
+    report = attnzoo.repair(model, [inputs], steps=6, lr=2e-3, forward=host.call)
     assert [layer.path for layer in report.layers] == able
     assert all(layer.after < layer.before for layer in report.layers), str(report)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -80,7 +80,7 @@ def test_the_fitted_error_falls_for_every_mixer_in_every_kind_of_host(name, host
         with pytest.raises(SwapError, match="pooling has no parameters"):
             attnzoo.repair(model, [host.inputs()], steps=1)
         return
-    report = attnzoo.repair(model, [host.inputs()], steps=8, lr=2e-3)
+    report = attnzoo.repair(model, [host.inputs()], steps=5, lr=2e-3)
     assert report.loss_after < report.loss_before, str(report)
     assert len(report.layers) == 2
 

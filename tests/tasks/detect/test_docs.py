@@ -24,6 +24,9 @@ PAGE = ROOT / "docs" / "detect.md"
 CONFIGS = sorted((ROOT / "configs" / "detect").glob("*.py"))
 
 
+EVALUATED = ["cost.repeats=2", "cost.sizes=[[64,64]]"]  # what is changed of evaluations, to be quicker
+
+
 def between(name):
     return PAGE.read_text(encoding="utf-8").split(f"<!-- {name}:begin -->")[1].split(f"<!-- {name}:end -->")[0].strip()
 
@@ -59,7 +62,7 @@ def test_the_first_commands_run(tmp_path, forked):
     environment = {"ATTNZOO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for command in [*first[1:], *launched]:
         launcher, script, words = re.fullmatch(r"(.*?)((?:train|eval)/\S+\.py) (.*)", command).groups()
-        words = [*words.split(), "train_cfg.max_epochs=1", *(["cost.repeats=2"] if "eval/" in script else [])]
+        words = [*words.split(), "train_cfg.max_epochs=1", *(EVALUATED if "eval/" in script else [])]
         if launcher == "python " and "train/" in script:
             ended = [forked.script(script, *words, cwd=tmp_path, **environment).finish()]
         elif launcher != "python " and "eval/" in script:
