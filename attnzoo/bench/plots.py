@@ -226,7 +226,9 @@ def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y:
     shown = {label: each for label, each in seeds.items() if each and all(each)}
     if not shown:
         return ""
-    figure, axes = new_figure(right=KEYED - 0.03, height=max(4.2, 0.6 + 0.21 * len(shown)))
+    longest = max(map(len, shown))  # characters, for which the key has room
+    right = KEYED - 0.03 - 0.01 * max(0, longest - 23)
+    figure, axes = new_figure(right=right, height=max(4.2, 0.6 + 0.21 * len(shown)))
     for label, each in shown.items():
         places = sorted(set.intersection(*map(set, each)))
         values = [[one[place] for one in each] for place in places]
