@@ -11,7 +11,7 @@ from attnzoo.bench.highlights import Source, of_records
 from attnzoo.errors import AttnZooError
 from attnzoo.tasks import read_records, task_of
 
-COLUMNS = ("classify", "decode", "detect", "distill", "operations")
+COLUMNS = ("classify", "decode", "detect", "distill", "export", "operations")
 LEFT_OUT = ("samples.*.jsonl", "records.old*.jsonl")  # of a run under way, and set aside
 
 
