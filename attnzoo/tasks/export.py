@@ -238,6 +238,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        # two sessions are timed in turn, and waiting threads of one must not take the other's time
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._run = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.name: str = self._run.get_inputs()[0].name
 
