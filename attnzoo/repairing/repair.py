@@ -13,83 +13,35 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnzoo.checks import check_choice, check_int, check_number
-from attnzoo.errors import OptionError, SwapError, TrainingError, UnsupportedError, short
+from attnzoo.errors import OptionError, SwapError, TrainingError, UnsupportedError
 from attnzoo.hosts.site import MixerLayer, original_of, swapped_record
-from attnzoo.repairing.losses import divergence, first_tensor, logits_of, real_rows
+from attnzoo.repairing.batches import call, repeated, rows_of
+from attnzoo.repairing.kept import (
+    buffers_kept,
+    modes_kept,
+    only_trained,
+    recompute_without_dropout,
+    watched_outputs,
+)
+from attnzoo.repairing.losses import divergence, logits_of, real_rows
+from attnzoo.repairing.options import Forward, Loss, RepairOptions
 from attnzoo.repairing.report import RepairedLayer, RepairReport
 from attnzoo.repairing.teacher import (
     Visit,
     as_teacher,
     layer_error,
-    masks_of,
     own_values,
     teacher_values,
     uninterrupted,
 )
 from attnzoo.swap import matches, swapped_layers
 
-OBJECTIVES = ("layer", "model")
-TRAINED = ("mixers", "all")
-RATES = "attnzoo_rates"  # on a module: dropout that is switched off for a while
-Forward = Callable[[nn.Module, Any], Any]
-Loss = Callable[[Any, Any], Tensor]
 Tell = Callable[[int, float], None]
-
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """How a repair is done; see `repair`."""
-
-    steps: int
-    objective: str = "layer"
-    layers: str | Sequence[str] = "all"
-    train: str = "mixers"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    clip: float = 1.0
-    temperature: float = 1.0
-    hidden: float = 0.0
-    loss: Loss | None = None
-    forward: Forward | None = None
-    seed: int = 0
-    autocast: torch.dtype | None = None
-    accelerator: Any = None
-
-    def __post_init__(self) -> None:
-        check_int("seed", self.seed, minimum=0)
-        check_int("steps", self.steps, minimum=1)
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("train", self.train, TRAINED)
-        for name in ("lr", "weight_decay", "clip", "hidden"):
-            check_number(name, getattr(self, name), minimum=0)
-        check_number("warmup", self.warmup, minimum=0, maximum=1)
-        check_number("temperature", self.temperature, minimum=1e-3)
-        if self.objective == "layer" and (self.train == "all" or self.hidden or self.loss is not None):
-            raise OptionError("train, hidden and loss are for objective='model'; objective='layer' fits mixers alone")
-        patterns = self.layers if isinstance(self.layers, (list, tuple)) else [self.layers]
-        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-            raise OptionError(f"layers must be 'all', or a pattern or a list of patterns, not {short(self.layers)}")
-        if self.autocast not in (None, torch.bfloat16):
-            raise OptionError(f"autocast must be torch.bfloat16 or None, not {short(self.autocast)}")
-        self._check_accelerator()
-
-    def _check_accelerator(self) -> None:
-        if self.accelerator is None:
-            return
-        if self.autocast is not None:
-            raise OptionError("autocast and accelerator exclude one another: give mixed_precision to the Accelerator")
-        if self.accelerator.scaler is not None:
-            raise OptionError("an accelerator with mixed_precision='fp16' is not supported: use 'bf16'")
-        if self.accelerator.gradient_accumulation_steps != 1:
-            raise OptionError("an accelerator with gradient_accumulation_steps is not supported: each batch is a step")
 
 
 def repair(
@@ -241,9 +193,9 @@ class Repair:
             raise OptionError(f"batches must yield batches, and is one {type(batches).__name__}: give a list of it")
         last, ended = self.options.steps if until is None else min(until, self.options.steps), ""
         self.interrupted = False
-        with torch.enable_grad(), _modes_kept(self.model), _trained(self.parameters, self.model):
+        with torch.enable_grad(), modes_kept(self.model), only_trained(self.parameters, self.model):
             try:
-                for index, batch in enumerate(self._shared_batches(_repeated(batches, last - start)), start):
+                for index, batch in enumerate(self._shared_batches(repeated(batches, last - start)), start):
                     if self._first is None:
                         self._first = batch
                         self.before = self.before or self.errors(batch)
@@ -275,7 +227,7 @@ class Repair:
         began = time.monotonic()
         for parameter in self.parameters:
             parameter.grad = None
-        with _buffers_kept(self.model, self.options.train == "all"), self._seeded():
+        with buffers_kept(self.model, self.options.train == "all"), self._seeded():
             loss = self._layer_step(batch) if self.options.objective == "layer" else self._model_step(batch)
             self._share_gradients()
             self._check_finite(loss, batch)
@@ -389,7 +341,7 @@ class Repair:
         with torch.no_grad(), self.autocast(), own_values(self.teacher), as_teacher(self.model, self.swapped, seen):
             original = self.call(batch)
         self._set_modes(training)
-        with self.autocast(), _outputs(watched) as found:
+        with self.autocast(), watched_outputs(watched) as found:
             swapped = self.call(batch)
             if self.options.loss is not None:
                 loss = self.options.loss(swapped, original)
@@ -421,14 +373,8 @@ class Repair:
         for layer in self.layers.values():
             layer.mixer.train(training)
         for module in self.model.modules():
-            if not getattr(module, "gradient_checkpointing", False):
-                continue
-            rates = vars(module).pop(RATES, {})
-            vars(module).update(rates)
-            if training and not everything and self.options.objective == "model":
-                module.training = True
-                rates = {name: value for name, value in vars(module).items() if "drop" in name and _is_rate(value)}
-                vars(module).update({**dict.fromkeys(rates, 0.0), RATES: rates})
+            if getattr(module, "gradient_checkpointing", False):
+                recompute_without_dropout(module, training and not everything and self.options.objective == "model")
 
     @property
     def _processes(self) -> int:
@@ -508,26 +454,6 @@ class Repair:
         )
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a tensor, a tuple of arguments or a mapping of them, moved to the model's device."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, Mapping):
-        return model(**{name: moved(value) for name, value in batch.items()})
-    if isinstance(batch, (tuple, list)):
-        return model(*map(moved, batch))
-    return model(moved(batch))
-
-
-def rows_of(batch: Any) -> int:
-    """How many rows a batch has: the length of its first tensor."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.dim()), 1)
-
-
 def _fitted(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, MixerLayer]:
     """The swapped layers that `wanted` selects, by path."""
     layers = {path: layer for path, layer in swapped_layers(model).items() if isinstance(layer, MixerLayer)}
@@ -560,10 +486,6 @@ def _refuse_model(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
         )
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value < 1
-
-
 def _name(layer: nn.Module) -> str:
     record = swapped_record(layer)
     assert record is not None
@@ -574,78 +496,3 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     """What the optimizer trains: the parameter itself, or a copy in float32 of one in half precision."""
     half = parameter.dtype == torch.bfloat16
     return nn.Parameter(parameter.detach().float().clone()) if half else parameter
-
-
-def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
-    """Yield so many batches, iterating again where they end before; fewer where they cannot be iterated again."""
-    done = 0
-    while done < steps:
-        before = done
-        for batch in batches:
-            yield batch
-            done += 1
-            if done == steps:
-                return
-        if done == before:
-            return
-
-
-Watched = dict[str, list[tuple[Tensor, Tensor | None]]]  # by layer, of each call: output, and which tokens are real
-
-
-@contextlib.contextmanager
-def _outputs(layers: Mapping[str, MixerLayer]) -> Iterator[Watched]:
-    """Collect what layers give, with their graphs, and their masks."""
-    found: Watched = {}
-    with contextlib.ExitStack() as stack:
-        for path, layer in layers.items():
-            masks = stack.enter_context(masks_of(layer))
-
-            def look(module: nn.Module, args: Any, out: Any, path: str = path, masks: list[Any] = masks) -> None:
-                found.setdefault(path, []).append((first_tensor(out), masks[-1] if masks else None))
-
-            stack.callback(layer.register_forward_hook(look).remove)
-        yield found
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module, changing: bool) -> Iterator[None]:
-    """Put buffers, such as running statistics, back if a step breaks off."""
-    before = {buffer: buffer.clone() for buffer in model.buffers()} if changing else {}
-    try:
-        yield
-    except BaseException:
-        with uninterrupted(), torch.no_grad():
-            for buffer, value in before.items():
-                buffer.copy_(value)
-        raise
-
-
-@contextlib.contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode that it was in."""
-    originals = [original for layer in swapped_layers(model).values() if (original := original_of(layer)) is not None]
-    modes = {module: module.training for root in [model, *originals] for module in root.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-            vars(module).update(vars(module).pop(RATES, {}))
-
-
-@contextlib.contextmanager
-def _trained(parameters: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
-    """Within, these parameters alone have gradients; after, each requires one, and has it, as before."""
-    before = {p: (p.requires_grad, p.grad) for p in [*model.parameters(), *parameters]}
-    try:
-        for p in before:
-            p.requires_grad_(False)
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        with uninterrupted():
-            for p, (required, grad) in before.items():
-                p.requires_grad_(required)
-                p.grad = grad

@@ -19,7 +19,8 @@ from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, original_of
 from attnzoo.registry import describe
 from attnzoo.repairing.losses import divergence, logits_of, real_rows
-from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.options import RepairOptions
+from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import as_teacher
 from attnzoo.swap import replace_attention, restore_attention, swapped_layers
 from attnzoo.tables import Column, Table

@@ -12,7 +12,8 @@ from torch import nn
 
 import attnzoo
 from attnzoo.errors import AttnZooError, OptionError, SwapError, TrainingError, UnsupportedError
-from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.options import RepairOptions
+from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import as_teacher, own_values
 from attnzoo.swap import swapped_layers
 from tests.repairing.models import CAUSAL, KINDS, detr, detr_images, encoder, hf_vit, llama, padded, swap_options, vit
@@ -249,6 +250,9 @@ def share(rank, port, folder, objective):
     report = attnzoo.repair(model, iter(more), steps=6, accelerator=accelerator, objective=objective)
     if rank == 0:
         torch.save({"model": model.state_dict(), "samples": report.samples}, folder / "two.pt")
+    wrapped = nn.parallel.DistributedDataParallel(swapped())
+    with pytest.raises(UnsupportedError, match="wrapped in DistributedDataParallel"):
+        attnzoo.repair(wrapped, mine, steps=1, accelerator=accelerator)
     torch.distributed.destroy_process_group()
 
 

@@ -20,11 +20,12 @@ from attnzoo.bench.config import digest
 from attnzoo.errors import TrainingError
 from attnzoo.hosts.site import MixerLayer
 from attnzoo.repairing.losses import logits_of
-from attnzoo.repairing.repair import Repair, RepairOptions
+from attnzoo.repairing.options import RepairOptions
+from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import teacher_values
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, Repaired, ScratchConfig
 from attnzoo.tasks.distill.quality import Point, Trial
-from attnzoo.tasks.distill.subject import Subject
+from attnzoo.tasks.distill.subject import Images, Subject
 
 START = "at the start"
 STATE, SENSITIVITY = "state.pt", "sensitivity"
@@ -202,6 +203,7 @@ def from_scratch(
     """Train the same network from random weights on the classes of as many images as the repair saw."""
     how, progress = config.scratch, Progress(folder, seed)
     assert how is not None
+    assert isinstance(subject, Images)  # the config has no row from scratch of a language model
     if not progress.layers:
         progress.choose(choose_layers(config, subject, attention, layers, seed))
     model = subject.fresh(seed)
