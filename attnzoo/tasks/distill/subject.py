@@ -26,9 +26,6 @@ class Subject(Protocol):
     def teacher(self) -> nn.Module:
         """Build it, with its trained weights."""
 
-    def fresh(self, seed: int) -> nn.Module:
-        """Build it with random weights."""
-
     def batches(self, first: int, seed: int) -> Iterator[tuple[Any, Any]]:
         """Give what the model takes, and the classes where there are any, from batch `first` on, without an end."""
 
@@ -120,10 +117,6 @@ class Text:
 
         model: nn.Module = load_model(self.config.model, device=self.device)
         return model
-
-    def fresh(self, seed: int) -> nn.Module:
-        """Refuse: a config of a language model has no row from scratch."""
-        raise NotImplementedError
 
     def batches(self, first: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
         """Pieces of the text from random places, ``(B, N)``."""
