@@ -78,7 +78,7 @@ class ExportCost(Entry):
     """What a row costs in ONNX Runtime beside the dense model in float32.
 
     `error` is the Euclidean distance of the outputs from those of the same model in float32, as a part of their norm;
-    `agreement` the share of images with the same first answer. Both are over the calibration images' number of others.
+    `agreement` the share of images with the same first answer. Both are over `images` images that did not calibrate.
     """
 
     latency_ms: Quantiles

@@ -91,7 +91,7 @@ class ScratchConfig(Section):
     weight_decay: NonNegativeFloat = 0.05
 
 
-class Repaired(AttentionConfig):
+class RepairedMixer(AttentionConfig):
     """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it."""
 
     init: Literal["random", "inherit"] = "random"
@@ -109,7 +109,7 @@ class DistillConfig(RunConfig):
     vision: VisionConfig | None = None
     language: LanguageConfig | None = None
     baseline: Annotated[str, Field(min_length=1, description="the unswapped model's label")] = "teacher"
-    attentions: Annotated[tuple[Repaired, ...], Field(min_length=1)]
+    attentions: Annotated[tuple[RepairedMixer, ...], Field(min_length=1)]
     layers: Annotated[tuple[Layers, ...], Field(min_length=1)] = (Layers(share=1.0),)
     sensitivity_steps: PositiveInt = 50
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]

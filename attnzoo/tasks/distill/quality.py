@@ -43,7 +43,7 @@ class Trial(Entry):
         return next((point for point in reversed(self.points) if point.stage == stage), None)
 
 
-class Repair(Quality):
+class RepairedQuality(Quality):
     """Score of a repaired model, the mean of its trials, beside the teacher's on the same test images or text.
 
     `metric` is ``top-1``, a share of test images, or ``NLL``, in nats per token.

@@ -18,7 +18,7 @@ from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig
-from attnzoo.tasks.distill.quality import Point, Repair, Trial
+from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.subject import subject_of
 from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
 
@@ -26,7 +26,7 @@ from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
 class DistillRecord(Record):
     """A row of a distillation."""
 
-    quality: Repair | None
+    quality: RepairedQuality | None
 
 
 def plan(config: DistillConfig) -> list[Cell]:
@@ -93,7 +93,7 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
     if cell.is_baseline:
         say("score")
         point = Point(stage="teacher", samples=0, seconds=0.0, score=subject.score(subject.teacher()))
-        quality = Repair(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
+        quality = RepairedQuality(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
         return Result(status="ok", quality=quality)
     attention, layers = config.attentions[cell.asks["attention"]], config.layers[cell.asks["layers"]]
     trials = []
@@ -101,7 +101,7 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         folder = config.trials / f"{slug(cell.label)}-seed{seed}-{digest(cell.depends_on)}"
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
-    return Result(status="ok", quality=Repair(metric=subject.metric, trials=tuple(trials), note=note))
+    return Result(status="ok", quality=RepairedQuality(metric=subject.metric, trials=tuple(trials), note=note))
 
 
 def _say(say: OnProgress, seed: int, text: str) -> None:

@@ -23,7 +23,7 @@ from attnzoo.repairing.losses import logits_of
 from attnzoo.repairing.options import RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import teacher_values
-from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, Repaired, ScratchConfig
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer, ScratchConfig
 from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Images, Subject
 
@@ -42,7 +42,9 @@ class Choice:
     samples: int = 0
 
 
-def choose_layers(config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int) -> Choice:
+def choose_layers(
+    config: DistillConfig, subject: Subject, attention: RepairedMixer, layers: Layers, seed: int
+) -> Choice:
     """Choose layers by the config's share and order."""
     model = subject.teacher()
     paths = [layer.path for layer in attnzoo.swap_report(model).layers]
@@ -59,7 +61,7 @@ def choose_layers(config: DistillConfig, subject: Subject, attention: Repaired, 
 
 
 def _cheapest_first(
-    config: DistillConfig, subject: Subject, model: nn.Module, attention: Repaired, seed: int
+    config: DistillConfig, subject: Subject, model: nn.Module, attention: RepairedMixer, seed: int
 ) -> tuple[list[str], int]:
     """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
     how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
@@ -129,7 +131,7 @@ class Progress:
 
 
 def repaired(
-    config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int, folder: Path, say: Say
+    config: DistillConfig, subject: Subject, attention: RepairedMixer, layers: Layers, seed: int, folder: Path, say: Say
 ) -> Trial:
     """Swap the chosen layers and repair them, stage after stage."""
     progress = Progress(folder, seed)
@@ -198,7 +200,7 @@ def _mean_error(model: nn.Module, held: Any) -> float:
 
 
 def from_scratch(
-    config: DistillConfig, subject: Subject, attention: Repaired, layers: Layers, seed: int, folder: Path, say: Say
+    config: DistillConfig, subject: Subject, attention: RepairedMixer, layers: Layers, seed: int, folder: Path, say: Say
 ) -> Trial:
     """Train the same network from random weights on the classes of as many images as the repair saw."""
     how, progress = config.scratch, Progress(folder, seed)

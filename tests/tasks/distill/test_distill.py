@@ -12,7 +12,7 @@ from attnzoo import tasks
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
-from attnzoo.tasks.distill.quality import Point, Repair, Trial
+from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.trial import STATE
 from tests.repairing.models import CAUSAL
 from tests.tasks.classify.conftest import write_images
@@ -200,8 +200,10 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
 def test_shares_of_the_gap_and_ratios():
     points = [Point(stage="at the start", samples=0, seconds=0, score=0.2)]
     points += [Point(stage="stage 1: layer", samples=10, seconds=1, score=score) for score in (0.4, 0.6)]
-    dense = Repair(metric="top-1", trials=(Trial(seed=0, points=(points[0].model_copy(update={"score": 0.8}),)),))
-    row = Repair(metric="top-1", trials=(Trial(seed=0, points=tuple(points)),)).against(dense)
+    dense = RepairedQuality(
+        metric="top-1", trials=(Trial(seed=0, points=(points[0].model_copy(update={"score": 0.8}),)),)
+    )
+    row = RepairedQuality(metric="top-1", trials=(Trial(seed=0, points=tuple(points)),)).against(dense)
     assert row.ratio == pytest.approx(0.75)
     assert row.curves == [{0.0: 0.0, 10.0: pytest.approx(200 / 3)}]
     assert row.details["gap closed"] == "67%"
