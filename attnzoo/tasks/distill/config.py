@@ -43,12 +43,17 @@ class VisionConfig(Section):
 
 
 class LanguageConfig(Section):
-    """A causal language model, and the text that it is repaired on; the last windows of it are kept for scoring."""
+    """A causal language model, and the text that it is repaired on; the last windows of it are kept for scoring.
+
+    With `needles`, so many prompts of `tokens` tokens are made of the same windows. Each hides a number in its first
+    half, which the model is asked for at the end (``evictable`` in `attnzoo.tasks.decode.needles`).
+    """
 
     model: Annotated[str, Field(min_length=1)] = "smollm2_135m_instruct"
     text: Annotated[str, Field(min_length=1)] = "debian_handbook"
     tokens: Annotated[int, Field(ge=2, description="of a sequence that is trained on, and of a window")] = 256
     windows: PositiveInt = 16
+    needles: Annotated[int, Field(ge=0, description="prompts that are asked before and after the repair")] = 0
 
 
 class Layers(Section):
@@ -92,9 +97,20 @@ class ScratchConfig(Section):
 
 
 class RepairedMixer(AttentionConfig):
-    """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it."""
+    """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it.
+
+    In a language model an eviction policy can stand beside it as a control that has nothing to repair, such as
+    ``streaming``, a sliding window.
+    """
 
     init: Literal["random", "inherit"] = "random"
+
+    @property
+    def is_mixer(self) -> bool:
+        """Whether it has weights of its own, or may have them."""
+        from attnzoo.registry import describe
+
+        return describe(self.name).kind == "mixer"
 
     @property
     def swap(self) -> dict[str, Any]:
@@ -103,7 +119,11 @@ class RepairedMixer(AttentionConfig):
 
 
 class DistillConfig(RunConfig):
-    """Every attention in every choice of layers, repaired in `stages`, and scored `points` times in each stage."""
+    """Every attention in every choice of layers, repaired in `stages`, and scored `points` times in each stage.
+
+    `workers` rows are measured at a time, each in a process of its own. With `autocast` repairs compute in it. A
+    control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`.
+    """
 
     task: Literal["distill"] = "distill"
     vision: VisionConfig | None = None
@@ -117,6 +137,11 @@ class DistillConfig(RunConfig):
     points: PositiveInt = 4
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     scratch: ScratchConfig | None = None
+    autocast: Literal["bfloat16"] | None = None
+    workers: PositiveInt = 1
+    timeout_seconds: Annotated[PositiveFloat, Field(description="of a row, where several are measured at a time")] = (
+        86400.0
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> DistillConfig:
@@ -129,6 +154,13 @@ class DistillConfig(RunConfig):
         for index, attention in enumerate(self.attentions):
             if attention.where is not None:
                 raise ValueError(f"attentions.{index}.where: `layers` says which layers are swapped")
+        if not any(attention.is_mixer for attention in self.attentions):
+            raise ValueError("attentions: there is no mixer among them, and nothing to repair")
+        for index, attention in enumerate(self.attentions):
+            if self.vision is not None and not attention.is_mixer:
+                raise ValueError(
+                    f"attentions.{index}.name: {attention.name!r} is no mixer: an image classifier keeps no cache"
+                )
         for index, stage in enumerate(self.stages):
             if stage.samples < self.batch:
                 raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
@@ -165,10 +197,10 @@ class DistillConfig(RunConfig):
 
 
 def _mixer_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:
-    """Whatever is no mixer has no weights that could be repaired; and options that the mixer refuses."""
+    """A core changes nothing of what the model gives; and options that the method refuses."""
     from attnzoo.errors import AttnZooError
 
-    if info.kind != "mixer":
+    if info.kind == "core":
         return [f"{where}.name: {info.name!r} is no mixer: it runs on the model's own weights, and needs no repair"]
     try:
         info.check_options({key: value for key, value in options.items() if key not in ("grid", "prefix")})

@@ -6,19 +6,23 @@ import math
 import statistics
 from typing import ClassVar, Literal, Self
 
-from attnzoo.bench.record import Count, Entry, NonNegative, Quality
+from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Share
 from attnzoo.tasks.distill.config import SCRATCH
 
 Metric = Literal["top-1", "NLL"]
 
 
 class Point(Entry):
-    """One score: at the end of, or within, a stage; `samples` were seen by then, `seconds` spent on the repair."""
+    """One score: at the end of, or within, a stage; `samples` were seen by then, `seconds` spent on the repair.
+
+    `found` is the share of the needles that were found, at the start and at the end of a stage.
+    """
 
     stage: str
     samples: Count
     seconds: NonNegative
     score: float
+    found: Share | None = None
 
 
 class Trial(Entry):
@@ -108,6 +112,10 @@ class RepairedQuality(Quality):
             points = [point for trial in self.trials if (point := trial.after(stage)) is not None]
             found[stage] = self.said([point.score for point in points])
         shares = [share for trial in self.trials if (share := self.closed(trial, trial.final)) is not None]
+        for name, at in (("needles found at the start", 0), ("needles found", -1)):
+            asked = [share for trial in self.trials if (share := trial.points[at].found) is not None]
+            if asked and (at or len(first.points) > 1):
+                found[name] = f"{statistics.fmean(asked):.0%}"
         found["gap closed"] = f"{statistics.fmean(shares):.0%}" if shares else ""
         found["samples seen"] = f"{first.points[-1].samples:,}" if len(first.points) > 1 else ""
         seconds = [trial.points[-1].seconds for trial in self.trials]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,6 +18,7 @@ from attnzoo.tasks.distill.quality import Metric
 
 if TYPE_CHECKING:
     from attnzoo.tasks.classify.loading import TestImages, TestStream
+    from attnzoo.tasks.decode.needles import Sample
 
 
 class Subject(Protocol):
@@ -31,6 +35,9 @@ class Subject(Protocol):
 
     def score(self, model: nn.Module) -> float:
         """Test it."""
+
+    def found(self, model: nn.Module) -> float | None:
+        """Share of the needles that it finds; None where it is asked for none."""
 
 
 class Images:
@@ -89,6 +96,9 @@ class Images:
         found = evaluate(model, self.test, self.batch, self.config.data.workers, self.accelerator).counted()
         return float(found["top1"]) / max(int(found["images"]), 1)
 
+    def found(self, model: nn.Module) -> None:
+        """Nothing: images hide no needles."""
+
 
 class Text:
     """A causal language model."""
@@ -97,11 +107,13 @@ class Text:
 
     def __init__(self, config: LanguageConfig, batch: int, device: str) -> None:
         from attnzoo.tasks.decode.lm import load_tokenizer
+        from attnzoo.tasks.decode.needles import make_samples
         from attnzoo.tasks.decode.text import load_text
 
         self.config, self.batch, self.device = config, batch, device
         self.host = f"transformers:{config.model}"
-        ids = load_tokenizer(config.model)(load_text(config.text).text, add_special_tokens=False)["input_ids"]
+        self.tokenizer, text = load_tokenizer(config.model), load_text(config.text)
+        ids = self.tokenizer(text.text, add_special_tokens=False)["input_ids"]
         kept = config.windows * config.tokens
         if len(ids) < kept + 10 * config.tokens:
             raise ConfigError(
@@ -110,6 +122,11 @@ class Text:
             )
         self.ids = torch.tensor(ids[:-kept])
         self.windows = torch.tensor(ids[-kept:]).view(config.windows, config.tokens)
+        self.prompts: list[Sample] = []
+        if config.needles:
+            held_out = replace(text, text=self.tokenizer.decode(ids[-kept:]))
+            about: Any = {"kind": "evictable", "count": config.needles, "tokens": config.tokens, "seed": 0}
+            self.prompts = make_samples(held_out, self.tokenizer, **about)
 
     def teacher(self) -> nn.Module:
         """The language model."""
@@ -127,17 +144,32 @@ class Text:
             yield {"input_ids": ids.to(self.device)}, None
             first += 1
 
-    @torch.inference_mode()
     def score(self, model: nn.Module) -> float:
-        """Mean NLL of the held-out windows, in nats per token."""
-        training = model.training
-        model.eval()
-        nats = []
-        for window in self.windows.to(self.device).split(1):
-            logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
-            nats.append(float(nn.functional.cross_entropy(logits, window[0, 1:])))
+        """Mean NLL of the held-out windows, in nats per token, through the model's cache."""
+        from attnzoo.tasks.decode.lm import nll
+
+        with _evaluated(model):
+            scores = [nll(model, window).nll for window in self.windows]
+        return math.fsum(map(math.fsum, scores)) / sum(map(len, scores))
+
+    def found(self, model: nn.Module) -> float | None:
+        """Share of the numbers hidden in prompts that the model says when it is asked."""
+        from attnzoo.tasks.decode.lm import retrieve
+
+        with _evaluated(model):
+            hits = [hit for prompt in self.prompts for hit in retrieve(model, self.tokenizer, prompt).hits]
+        return sum(hits) / len(hits) if hits else None
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
         model.train(training)
-        return sum(nats) / len(nats)
 
 
 def subject_of(config: DistillConfig) -> Subject:

@@ -39,11 +39,14 @@ def plan(config: DistillConfig) -> list[Cell]:
         "host": host,
         "dtype": "float32",
         "threads": config.threads,
-        "isolated": False,
+        "workers": config.workers,
+        "isolated": config.workers > 1,
+        "timeout": config.timeout_seconds,
     }
     part = "vision" if vision else "language"
     cells = [Cell(**row_of(None, config.baseline, part), **shared, depends_on=how, stage="score")]
     repair = config.model_dump(mode="json", include={"stages", "points", "seeds", "sensitivity_steps"})
+    repair |= {"autocast": config.autocast} if config.autocast else {}
     known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
     for index, attention in enumerate(config.attentions):
         for number, layers in enumerate(config.layers):
@@ -53,7 +56,7 @@ def plan(config: DistillConfig) -> list[Cell]:
             asks = {"attention": index, "layers": number, "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage="repair"))
             network = [attention.name, attention.options, layers]
-            if config.scratch is None or network in known:
+            if config.scratch is None or network in known or not attention.is_mixer:
                 continue
             known.append(network)
             about["scratch"] = config.scratch.model_dump(mode="json")
@@ -92,7 +95,10 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
     note = _note(config)
     if cell.is_baseline:
         say("score")
-        point = Point(stage="teacher", samples=0, seconds=0.0, score=subject.score(subject.teacher()))
+        teacher = subject.teacher()
+        point = Point(
+            stage="teacher", samples=0, seconds=0.0, score=subject.score(teacher), found=subject.found(teacher)
+        )
         quality = RepairedQuality(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
         return Result(status="ok", quality=quality)
     attention, layers = config.attentions[cell.asks["attention"]], config.layers[cell.asks["layers"]]

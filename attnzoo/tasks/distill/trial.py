@@ -56,7 +56,8 @@ def choose_layers(
     if layers.order == "random":
         order, samples = random.Random(seed).sample(paths, len(paths)), 0
     else:
-        order, samples = _cheapest_first(config, subject, model, attention, seed)
+        mixer = attention if attention.is_mixer else next(one for one in config.attentions if one.is_mixer)
+        order, samples = _cheapest_first(config, subject, model, mixer, seed)
     return Choice(tuple(path for path in paths if path in order[:count]), samples)
 
 
@@ -65,6 +66,7 @@ def _cheapest_first(
 ) -> tuple[list[str], int]:
     """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
     how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
+    how |= {"autocast": config.autocast} if config.autocast else {}
     place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
     if not place.is_file():
         torch.manual_seed(seed)
@@ -74,7 +76,7 @@ def _cheapest_first(
             attention.name,
             steps=config.sensitivity_steps,
             held_out=HELD_OUT,
-            repair={"lr": config.stages[0].lr},
+            repair={"lr": config.stages[0].lr, "autocast": autocast_of(config)},
             **attention.swap,
         )
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,11 @@ def _cheapest_first(
         files.write_json(place, {"attention": attention.label, "seed": seed, "samples": samples, "layers": layers})
     found = files.read_json(place)
     return [layer["path"] for layer in found["layers"]], found["samples"]
+
+
+def autocast_of(config: DistillConfig) -> torch.dtype | None:
+    """What repairs compute in, as `attnzoo.repair` takes it."""
+    return torch.bfloat16 if config.autocast == "bfloat16" else None
 
 
 class Progress:
@@ -141,6 +148,9 @@ def repaired(
     model = subject.teacher()
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.swap)
+    if not _mixer_layers(model):  # a control, which has nothing to repair
+        progress.points = [_start(subject, model)]
+        return progress.trial
     teacher_values(
         model, _mixer_layers(model), keep=True
     )  # the trained weights, before a stage that was done is loaded
@@ -148,7 +158,7 @@ def repaired(
     if progress.model is not None:
         model.load_state_dict(progress.model)
     else:
-        progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
+        progress.points.append(_start(subject, model))
         progress.errors.append(_mean_error(model, looked_at))
     for at in range(progress.stage, len(config.stages)):
         _stage(config, subject, model, at, progress, say)
@@ -160,14 +170,16 @@ def repaired(
 
 def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, progress: Progress, say: Say) -> None:
     stage, name = config.stages[at], f"stage {at + 1}: {config.stages[at].objective}"
-    fit = Repair(model, RepairOptions(steps=stage.samples // config.batch, seed=progress.seed, **stage.options))
+    steps = stage.samples // config.batch
+    about: dict[str, Any] = {"seed": progress.seed, "autocast": autocast_of(config), **stage.options}
+    fit = Repair(model, RepairOptions(steps=steps, **about))
     if not fit.parameters:  # nothing to fit in a mixer without weights
         progress.points.append(progress.points[-1].model_copy(update={"stage": name}))
         return
     if progress.fit is not None:
         fit.load_state_dict(progress.fit)
     last = next(point for point in reversed(progress.points) if point.stage != name)
-    seen, steps = max(last.samples, progress.chosen_by), fit.options.steps
+    seen = max(last.samples, progress.chosen_by)
     ends = {math.ceil(steps * part / config.points) for part in range(1, config.points + 1)}
 
     def told(step: int, loss: float) -> None:
@@ -175,7 +187,8 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
         if step in ends:
             score = subject.score(model)
             samples, seconds = seen + step * config.batch, round(last.seconds + fit.seconds, 3)
-            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, score=score))
+            found = subject.found(model) if step == steps else None
+            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, score=score, found=found))
             progress.save(model, fit.state_dict())
 
     if fit.step < steps:
@@ -183,6 +196,10 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
         fit.run((batch for batch, _ in subject.batches(first, progress.seed)), told, start=fit.step)
     if fit.interrupted:
         raise KeyboardInterrupt
+
+
+def _start(subject: Subject, model: nn.Module) -> Point:
+    return Point(stage=START, samples=0, seconds=0.0, score=subject.score(model), found=subject.found(model))
 
 
 def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:

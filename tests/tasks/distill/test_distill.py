@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from tests.tasks.classify.conftest import write_images
 from tests.tasks.decode import llm
 from train.distill import main
 
+TOKENS = 384  # of a prompt: what is asked around a needle takes most of it
 OPTIONS = {"patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
 STAGES = [
     {"objective": "layer", "samples": 64, "lr": 0.003},
@@ -157,8 +159,17 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path):
         "task": "distill",
         "name": "language",
         "output": str(tmp_path / "out"),
-        "language": {"model": str(tmp_path / "llm"), "text": str(tmp_path / "text.txt"), "tokens": 32, "windows": 4},
-        "attentions": [{"name": "padre", "options": CAUSAL["padre"], "init": "inherit"}],
+        "language": {
+            "model": str(tmp_path / "llm"),
+            "text": str(tmp_path / "text.txt"),
+            "tokens": TOKENS,
+            "windows": 4,
+            "needles": 2,
+        },
+        "attentions": [
+            {"name": "padre", "options": CAUSAL["padre"], "init": "inherit"},
+            {"name": "streaming", "options": {"budget": 16, "block_size": 4}},
+        ],
         "layers": [{"share": 0.5}],
         "sensitivity_steps": 2,
         "stages": [{"objective": "layer", "samples": 64}, {"objective": "model", "samples": 64, "train": "all"}],
@@ -167,13 +178,33 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path):
         "threads": 1,
     }
     assert main([written(config, tmp_path)]) == 0
-    teacher, row = tasks.read_records(tmp_path / "out/records.jsonl")
+    teacher, row, window = tasks.read_records(tmp_path / "out/records.jsonl")
     assert row.quality.metric == "NLL"
-    assert row.quality.score < row.quality.trials[0].points[0].score, "nats are won back"
+    points = row.quality.trials[0].points
+    assert row.quality.score < points[0].score, "nats are won back"
     assert teacher.quality.ratio == 1
+    assert all(found is not None for found in (teacher.quality.trials[0].points[0].found, *(p.found for p in points)))
+    assert {"needles found at the start", "needles found"} <= set(row.quality.details)
+    (only,) = window.quality.trials[0].points
+    assert only.score != teacher.quality.score, "a window of 16 of so many tokens loses something"
+    assert window.quality.trials[0].layers == row.quality.trials[0].layers, "a control stands where the mixer does"
     long = DistillConfig.check({**config, "language": {**config["language"], "windows": 4000}})
     with pytest.raises(ConfigError, match="too few to keep 4000 windows"):
         tasks.find("distill").check(long)
+
+
+def test_rows_in_processes_of_their_own_are_those_of_one_process(vision, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
+    short = {"attentions": vision["attentions"][:1], "stages": STAGES[:1], "scratch": None, "points": 1}
+    assert main([written({**vision, **short}, tmp_path)]) == 0
+    here = by_label(tmp_path)
+    assert main([written({**vision, **short, "workers": 2, "output": str(tmp_path / "apart")}, tmp_path)]) == 0
+    apart = {record.label: record for record in tasks.read_records(tmp_path / "apart/records.jsonl")}
+    for label, record in here.items():
+        assert record.measured == apart[label].measured
+        for one, other in zip(record.quality.trials, apart[label].quality.trials, strict=True):
+            assert one.errors == other.errors
+            assert [point.score for point in one.points] == [point.score for point in other.points]
 
 
 def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, capsys):
