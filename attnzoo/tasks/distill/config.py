@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
 from attnzoo.bench.config import RunConfig, Section, refuse_twins
-from attnzoo.tasks.classify.config import AugmentConfig, ClassifyConfig, DataConfig, ModelConfig, Run
+from attnzoo.tasks.classify.config import AugmentConfig, ClassifyConfig, DataConfig, ModelConfig, Run, Seeds
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Order = Literal["cheapest", "first", "last", "random"]
@@ -90,20 +90,29 @@ class StageConfig(Section):
 
 
 class ScratchConfig(Section):
-    """The control: the same swapped network from random weights, trained on the classes of as many images."""
+    """The control: the same swapped network from random weights, trained on the classes of as many images.
+
+    There is one for every row, or for those whose share of layers is among `shares`.
+    """
 
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
+    shares: tuple[Share, ...] | None = None
+
+    def wants(self, layers: Layers) -> bool:
+        """Whether there is one for this choice of layers."""
+        return self.shares is None or layers.share in self.shares
 
 
 class RepairedMixer(AttentionConfig):
     """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it.
 
     In a language model an eviction policy can stand beside it as a control that has nothing to repair, such as
-    ``streaming``, a sliding window.
+    ``streaming``, a sliding window. `seeds` stand in place of the config's.
     """
 
     init: Literal["random", "inherit"] = "random"
+    seeds: Seeds | None = None
 
     @property
     def is_mixer(self) -> bool:
@@ -135,7 +144,7 @@ class DistillConfig(RunConfig):
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     batch: PositiveInt = 64
     points: PositiveInt = 4
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Seeds = (0,)
     scratch: ScratchConfig | None = None
     autocast: Literal["bfloat16"] | None = None
     workers: PositiveInt = 1
@@ -149,6 +158,8 @@ class DistillConfig(RunConfig):
             raise ValueError("give either vision or language")
         if self.language is not None and self.scratch is not None:
             raise ValueError("scratch trains on the classes of images; a language model from scratch is not offered")
+        if self.workers > 1 and self.vision is not None and self.vision.data.workers:
+            raise ValueError("vision.data.workers: each of several workers reads its images itself; give 0")
         refuse_expect(self.attentions)
         refuse_vision_keys(self.attentions)
         for index, attention in enumerate(self.attentions):

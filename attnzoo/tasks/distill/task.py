@@ -45,21 +45,25 @@ def plan(config: DistillConfig) -> list[Cell]:
     }
     part = "vision" if vision else "language"
     cells = [Cell(**row_of(None, config.baseline, part), **shared, depends_on=how, stage="score")]
-    repair = config.model_dump(mode="json", include={"stages", "points", "seeds", "sensitivity_steps"})
+    repair = config.model_dump(mode="json", include={"stages", "points", "sensitivity_steps"})
     repair |= {"autocast": config.autocast} if config.autocast else {}
     known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
     for index, attention in enumerate(config.attentions):
         for number, layers in enumerate(config.layers):
-            about = {"attention": [attention.name, attention.swap], "layers": layers.model_dump(mode="json")}
+            about: dict[str, Any] = {
+                "attention": [attention.name, attention.swap],
+                "layers": layers.model_dump(mode="json"),
+            }
+            about["seeds"] = attention.seeds or config.seeds
             label = f"{attention.label} {layers.label}"
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
             asks = {"attention": index, "layers": number, "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage="repair"))
             network = [attention.name, attention.options, layers]
-            if config.scratch is None or network in known or not attention.is_mixer:
+            if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.wants(layers):
                 continue
             known.append(network)
-            about["scratch"] = config.scratch.model_dump(mode="json")
+            about["scratch"] = config.scratch.model_dump(mode="json", exclude={"shares"})
             row, asks = {**row, "label": f"{label} {SCRATCH}"}, {**asks, "scratch": True}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage=SCRATCH))
     return cells
@@ -103,7 +107,7 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         return Result(status="ok", quality=quality)
     attention, layers = config.attentions[cell.asks["attention"]], config.layers[cell.asks["layers"]]
     trials = []
-    for seed in config.seeds:
+    for seed in attention.seeds or config.seeds:
         folder = config.trials / f"{slug(cell.label)}-seed{seed}-{digest(cell.depends_on)}"
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
