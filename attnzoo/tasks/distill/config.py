@@ -108,10 +108,11 @@ class RepairedMixer(AttentionConfig):
     """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it.
 
     In a language model an eviction policy can stand beside it as a control that has nothing to repair, such as
-    ``streaming``, a sliding window. `seeds` stand in place of the config's.
+    ``streaming``, a sliding window. `layers` and `seeds` stand in place of the config's.
     """
 
     init: Literal["random", "inherit"] = "random"
+    layers: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
     seeds: Seeds | None = None
 
     @property
@@ -177,7 +178,7 @@ class DistillConfig(RunConfig):
                 raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
             if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
                 raise ValueError(f"stages.{index}: train and hidden are for objective: model")
-        labels = [f"{attention.label} {layers.label}" for attention in self.attentions for layers in self.layers]
+        labels = [f"{one.label} {layers.label}" for one in self.attentions for layers in one.layers or self.layers]
         refuse_twins([self.baseline, *labels])
         return self
 

@@ -17,7 +17,7 @@ from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
-from attnzoo.tasks.distill.config import SCRATCH, DistillConfig
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.subject import subject_of
 from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
@@ -49,7 +49,7 @@ def plan(config: DistillConfig) -> list[Cell]:
     repair |= {"autocast": config.autocast} if config.autocast else {}
     known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
     for index, attention in enumerate(config.attentions):
-        for number, layers in enumerate(config.layers):
+        for layers in attention.layers or config.layers:
             about: dict[str, Any] = {
                 "attention": [attention.name, attention.swap],
                 "layers": layers.model_dump(mode="json"),
@@ -57,7 +57,7 @@ def plan(config: DistillConfig) -> list[Cell]:
             about["seeds"] = attention.seeds or config.seeds
             label = f"{attention.label} {layers.label}"
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
-            asks = {"attention": index, "layers": number, "scratch": False}
+            asks = {"attention": index, "layers": about["layers"], "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage="repair"))
             network = [attention.name, attention.options, layers]
             if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.wants(layers):
@@ -105,10 +105,11 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         )
         quality = RepairedQuality(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
         return Result(status="ok", quality=quality)
-    attention, layers = config.attentions[cell.asks["attention"]], config.layers[cell.asks["layers"]]
+    attention, layers = config.attentions[cell.asks["attention"]], Layers.model_validate(cell.asks["layers"])
+    how = digest({key: value for key, value in cell.depends_on.items() if key != "seeds"})  # each seed is a trial
     trials = []
     for seed in attention.seeds or config.seeds:
-        folder = config.trials / f"{slug(cell.label)}-seed{seed}-{digest(cell.depends_on)}"
+        folder = config.trials / f"{slug(cell.label)}-seed{seed}-{how}"
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
     return Result(status="ok", quality=RepairedQuality(metric=subject.metric, trials=tuple(trials), note=note))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from attnzoo import tasks
 from attnzoo.errors import ConfigError
+from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
@@ -191,6 +192,25 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path):
     long = DistillConfig.check({**config, "language": {**config["language"], "windows": 4000}})
     with pytest.raises(ConfigError, match="too few to keep 4000 windows"):
         tasks.find("distill").check(long)
+
+
+def test_a_seed_more_leaves_the_trials_of_the_others_as_they_are(vision, tmp_path, monkeypatch):
+    mixer = {**vision["attentions"][0], "layers": [{"share": 1.0}]}
+    short = {"stages": STAGES[:1], "scratch": None, "points": 1}
+    assert main([written({**vision, **short, "attentions": [{**mixer, "seeds": [0]}]}, tmp_path)]) == 0
+    before = by_label(tmp_path)
+    assert list(before) == ["teacher", "padre 100%"], "an attention's own layers stand in place of the config's"
+    seeds, run = [], Repair.run
+    monkeypatch.setattr(
+        Repair, "run", lambda self, *args, **kwargs: seeds.append(self.options.seed) or run(self, *args, **kwargs)
+    )
+    config = {**vision, **short, "attentions": [{**mixer, "seeds": [0, 1]}], "fresh": False}
+    (tmp_path / "out/records.jsonl").unlink()
+    assert main([written(config, tmp_path)]) == 0
+    assert seeds == [1]
+    after = by_label(tmp_path)["padre 100%"].quality.trials
+    assert [trial.seed for trial in after] == [0, 1]
+    assert after[0] == before["padre 100%"].quality.trials[0]
 
 
 def test_rows_in_processes_of_their_own_are_those_of_one_process(vision, tmp_path, monkeypatch):
