@@ -191,9 +191,9 @@ def _images(count: int, shape: tuple[int, int, int], seed: int) -> list[Tensor]:
     return [torch.randn(1, *shape, generator=draw) for _ in range(count)]
 
 
-def export(model: nn.Module, shape: tuple[int, int, int], path: Path) -> Path:
-    """Write a model of images ``(1, C, H, W)`` as ONNX, its weights inside the file."""
-    example = (torch.zeros(1, *shape),)
+def export(model: nn.Module, shape: tuple[int, ...], path: Path, batch: int = 1) -> Path:
+    """Write a model of images ``(batch, C, H, W)`` as ONNX, its weights inside the file."""
+    example = (torch.zeros(batch, *shape),)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, example)

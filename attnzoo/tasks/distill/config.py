@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys
 from attnzoo.bench.config import RunConfig, Section, refuse_twins
 from attnzoo.tasks.classify.config import AugmentConfig, ClassifyConfig, DataConfig, ModelConfig, Run, Seeds
+from attnzoo.tasks.export import Precision
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Order = Literal["cheapest", "first", "last", "random"]
@@ -132,7 +133,8 @@ class DistillConfig(RunConfig):
     """Every attention in every choice of layers, repaired in `stages`, and scored `points` times in each stage.
 
     `workers` rows are measured at a time, each in a process of its own. With `autocast` repairs compute in it. A
-    control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`.
+    control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`. An image
+    classifier is scored in `precisions`, too, by ONNX Runtime at the end of each row's first seed.
     """
 
     task: Literal["distill"] = "distill"
@@ -147,6 +149,7 @@ class DistillConfig(RunConfig):
     points: PositiveInt = 4
     seeds: Seeds = (0,)
     scratch: ScratchConfig | None = None
+    precisions: tuple[Precision, ...] = ()
     autocast: Literal["bfloat16"] | None = None
     workers: PositiveInt = 1
     timeout_seconds: Annotated[PositiveFloat, Field(description="of a row, where several are measured at a time")] = (
@@ -161,6 +164,8 @@ class DistillConfig(RunConfig):
             raise ValueError("scratch trains on the classes of images; a language model from scratch is not offered")
         if self.workers > 1 and self.vision is not None and self.vision.data.workers:
             raise ValueError("vision.data.workers: each of several workers reads its images itself; give 0")
+        if self.precisions and self.vision is None:
+            raise ValueError("precisions: image classifiers alone are exported; leave it out with language")
         refuse_expect(self.attentions)
         refuse_vision_keys(self.attentions)
         for index, attention in enumerate(self.attentions):

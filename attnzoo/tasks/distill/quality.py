@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
+
+from pydantic import Field
 
 from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Share
 from attnzoo.tasks.distill.config import SCRATCH
@@ -29,13 +32,14 @@ class Trial(Entry):
     """One seed: the layers that were swapped, and its scores, the first that of the swap untouched.
 
     `errors` are the mean errors of the swapped layers' outputs, relative to the originals', at the start and after
-    each stage.
+    each stage. `quantized` are scores of the repaired model in ONNX Runtime, by precision.
     """
 
     seed: Count
     layers: tuple[str, ...] = ()
     points: tuple[Point, ...]
     errors: tuple[NonNegative, ...] = ()
+    quantized: Mapping[str, Share] = Field(default_factory=dict)
 
     @property
     def final(self) -> float:
@@ -111,6 +115,8 @@ class RepairedQuality(Quality):
                 continue
             points = [point for trial in self.trials if (point := trial.after(stage)) is not None]
             found[stage] = self.said([point.score for point in points])
+        for precision in first.quantized:
+            found[f"{precision}, %"] = self.said([first.quantized[precision]])
         shares = [share for trial in self.trials if (share := self.closed(trial, trial.final)) is not None]
         for name, at in (("needles found at the start", 0), ("needles found", -1)):
             asked = [share for trial in self.trials if (share := trial.points[at].found) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,10 +15,14 @@ from torch.utils.data import DataLoader
 from attnzoo.errors import ConfigError
 from attnzoo.tasks.distill.config import DistillConfig, LanguageConfig, VisionConfig
 from attnzoo.tasks.distill.quality import Metric
+from attnzoo.tasks.export import Precision
 
 if TYPE_CHECKING:
     from attnzoo.tasks.classify.loading import TestImages, TestStream
     from attnzoo.tasks.decode.needles import Sample
+
+
+CALIBRATION = 104_729  # the order of the training images that int8 is calibrated on
 
 
 class Subject(Protocol):
@@ -38,6 +42,9 @@ class Subject(Protocol):
 
     def found(self, model: nn.Module) -> float | None:
         """Share of the needles that it finds; None where it is asked for none."""
+
+    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
+        """Test it in each precision."""
 
 
 class Images:
@@ -99,6 +106,16 @@ class Images:
     def found(self, model: nn.Module) -> None:
         """Nothing: images hide no needles."""
 
+    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
+        """Top-1 accuracy in ONNX Runtime, calibrated on two batches of training images."""
+        if not precisions:
+            return {}
+        from attnzoo.tasks.distill.quantized import BATCH, quantized_scores
+
+        batches = self.batches(0, CALIBRATION)
+        images = torch.cat([next(batches)[0] for _ in range(max(2, BATCH // self.batch + 1))])  # (B, C, H, W)
+        return quantized_scores(model, images, precisions, threads, self.score)
+
 
 class Text:
     """A causal language model."""
@@ -159,6 +176,10 @@ class Text:
         with _evaluated(model):
             hits = [hit for prompt in self.prompts for hit in retrieve(model, self.tokenizer, prompt).hits]
         return sum(hits) / len(hits) if hits else None
+
+    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
+        """Nothing: language models are not exported."""
+        return {}
 
 
 @contextmanager

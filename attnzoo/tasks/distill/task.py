@@ -44,9 +44,11 @@ def plan(config: DistillConfig) -> list[Cell]:
         "timeout": config.timeout_seconds,
     }
     part = "vision" if vision else "language"
-    cells = [Cell(**row_of(None, config.baseline, part), **shared, depends_on=how, stage="score")]
+    cells: list[Cell] = []
     repair = config.model_dump(mode="json", include={"stages", "points", "sensitivity_steps"})
     repair |= {"autocast": config.autocast} if config.autocast else {}
+    exported = {"precisions": config.precisions} if config.precisions else {}
+    cells.append(Cell(**row_of(None, config.baseline, part), **shared, depends_on={**how, **exported}, stage="score"))
     known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
     for index, attention in enumerate(config.attentions):
         for layers in attention.layers or config.layers:
@@ -58,7 +60,7 @@ def plan(config: DistillConfig) -> list[Cell]:
             label = f"{attention.label} {layers.label}"
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
             asks = {"attention": index, "layers": about["layers"], "scratch": False}
-            cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage="repair"))
+            cells.append(Cell(**row, depends_on={**how, **repair, **exported, **about}, asks=asks, stage="repair"))
             network = [attention.name, attention.options, layers]
             if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.wants(layers):
                 continue
@@ -103,7 +105,9 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         point = Point(
             stage="teacher", samples=0, seconds=0.0, score=subject.score(teacher), found=subject.found(teacher)
         )
-        quality = RepairedQuality(metric=subject.metric, trials=(Trial(seed=0, points=(point,)),), note=note)
+        quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
+        trial = Trial(seed=0, points=(point,), quantized=quantized)
+        quality = RepairedQuality(metric=subject.metric, trials=(trial,), note=note)
         return Result(status="ok", quality=quality)
     attention, layers = config.attentions[cell.asks["attention"]], Layers.model_validate(cell.asks["layers"])
     how = digest({key: value for key, value in cell.depends_on.items() if key != "seeds"})  # each seed is a trial

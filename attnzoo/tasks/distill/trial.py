@@ -100,6 +100,7 @@ class Progress:
         self.points: list[Point] = []
         self.errors: list[float] = []
         self.layers: tuple[str, ...] = ()
+        self.quantized: dict[str, float] = {}
         self.stage, self.chosen_by = 0, 0
         self.model: dict[str, Any] | None = None
         self.fit: dict[str, Any] | None = None
@@ -110,7 +111,7 @@ class Progress:
         self.points = [Point(**point) for point in state["points"]]
         self.errors, self.layers = list(state["errors"]), tuple(state["layers"])
         self.stage, self.chosen_by = state["stage"], state["chosen_by"]
-        self.model, self.fit = state["model"], state["fit"]
+        self.model, self.fit, self.quantized = state["model"], state["fit"], state["quantized"]
 
     def choose(self, choice: Choice) -> None:
         """Take note of the layers."""
@@ -127,6 +128,7 @@ class Progress:
             "chosen_by": self.chosen_by,
             "model": model.state_dict(),
             "fit": fit,
+            "quantized": self.quantized,
         }
         with files.atomic(self.folder / STATE) as part:
             torch.save(state, part)
@@ -134,7 +136,13 @@ class Progress:
     @property
     def trial(self) -> Trial:
         """As records have it."""
-        return Trial(seed=self.seed, layers=self.layers, points=tuple(self.points), errors=tuple(self.errors))
+        return Trial(
+            seed=self.seed,
+            layers=self.layers,
+            points=tuple(self.points),
+            errors=tuple(self.errors),
+            quantized=self.quantized,
+        )
 
 
 def repaired(
@@ -164,6 +172,11 @@ def repaired(
         _stage(config, subject, model, at, progress, say)
         progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
+        progress.save(model, None)
+    first = seed == (attention.seeds or config.seeds)[0]
+    if first and len(progress.quantized) < len(config.precisions):
+        say("quantize")
+        progress.quantized = subject.quantized(model, config.precisions, config.threads or 1)
         progress.save(model, None)
     return progress.trial
 

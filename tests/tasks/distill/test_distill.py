@@ -15,6 +15,7 @@ from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
+from attnzoo.tasks.distill.quantized import BATCH, Exported
 from attnzoo.tasks.distill.trial import STATE
 from tests.repairing.models import CAUSAL
 from tests.tasks.classify.conftest import write_images
@@ -211,6 +212,30 @@ def test_a_seed_more_leaves_the_trials_of_the_others_as_they_are(vision, tmp_pat
     after = by_label(tmp_path)["padre 100%"].quality.trials
     assert [trial.seed for trial in after] == [0, 1]
     assert after[0] == before["padre 100%"].quality.trials[0]
+
+
+def test_a_repaired_model_is_scored_in_int8(vision, tmp_path):
+    """In float32 ONNX Runtime answers as PyTorch does; int8 rounds."""
+    short = {"attentions": vision["attentions"][:1], "layers": [{"share": 1.0}], "stages": STAGES[:1], "scratch": None}
+    config = {**vision, **short, "precisions": ["float32", "int8"]}
+    assert main([written(config, tmp_path)]) == 0
+    for record in by_label(tmp_path).values():
+        (trial,) = record.quality.trials
+        assert trial.quantized["float32"] == trial.final
+        assert 0 <= trial.quantized["int8"] <= 1
+        assert {"float32, %", "int8, %"} <= set(record.quality.details)
+
+
+def test_an_exported_model_takes_any_number_of_images():
+    asked = []
+
+    def session(x):
+        asked.append(x)
+        return x.sum((1, 2, 3))[:, None]
+
+    images = torch.randn(BATCH + 3, 2, 4, 4)
+    torch.testing.assert_close(Exported(session)(images), images.sum((1, 2, 3))[:, None])
+    assert [len(x) for x in asked] == [BATCH, BATCH]
 
 
 def test_rows_in_processes_of_their_own_are_those_of_one_process(vision, tmp_path, monkeypatch):
