@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 
 import attnzoo
+from tests.tasks.detect import models as detectors
 from tests.zoo import _TEXT, _VISION, Host, images, tokens
 
 CAUSAL = {  # options under which mixers of the registry stand in decoders
@@ -65,18 +66,29 @@ def detr_images():
     return {"pixel_values": torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(4)), "pixel_mask": mask}
 
 
+def mmdet():
+    return detectors.mmdet_detector("DABDETR")
+
+
+def mmdet_images():
+    """As mmengine calls it: a padded batch, what is told of each image, and what is asked for."""
+    images = torch.randn(2, 3, 64, 80, generator=torch.Generator().manual_seed(5))
+    return images, detectors.samples([(64, 80), (48, 64)], 64, 80), "tensor"
+
+
 KINDS = [
     Host("timm", vit, images, lambda model, x: model(x), 2),
     Host("torch", encoder, padded, lambda model, x: model(**x), 2),
     Host("transformers", hf_vit, images, lambda model, x: model(x).logits, 2),
     Host("detector", detr, detr_images, lambda model, x: model(**x).logits, 2),
+    Host("mmdet", mmdet, mmdet_images, lambda model, x: model(*x)[0], 2),
     Host("decoder", llama, tokens, lambda model, x: model(**x).logits, 2, causal=True),
 ]
 
 
 def swap_options(host, name):
     """Options under which a mixer can be tried in a host; None where it cannot stand there."""
-    count = {"timm": 17, "transformers": 17, "torch": 16, "detector": 12}.get(host.name)
+    count = {"timm": 17, "transformers": 17, "torch": 16, "detector": 12, "mmdet": 20}.get(host.name)
     grid = attnzoo.describe(name).capabilities.grid
     options = {"kernel_size": 5} if grid and name != "pooling" else {}
     if name == "mlp_mixer":
@@ -85,4 +97,4 @@ def swap_options(host, name):
         return CAUSAL.get(name)
     if host.name == "torch" and grid:
         options["grid"] = (4, 4)
-    return options | ({"where": "model.encoder.*"} if host.name == "detector" else {})
+    return options | ({"where": "*encoder.*"} if host.name in ("detector", "mmdet") else {})
