@@ -211,6 +211,11 @@ class Quality(Entry, ABC):
         return None
 
     @property
+    def is_control(self) -> bool:
+        """Whether the row is what the others are compared with, besides the baseline, and no result of its method."""
+        return False
+
+    @property
     def brief(self) -> Self:
         """What rows of cost carry of it: all, but for what only the row of quality itself should hold."""
         return self

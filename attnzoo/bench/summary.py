@@ -225,7 +225,8 @@ def _most_kept(summary: Summary) -> list[str]:
         rows = [row for row in summary.quality if (row.part, row.workload) == (part, workload)]
         dense = next((row.quality for row in rows if row.is_baseline), None)
         methods = [row for row in rows if not row.is_baseline and (row.attention or row.options)]
-        found = [(one.ratio, row.label, one) for row in methods if (one := row.quality) and one.ratio is not None]
+        results = [(row.label, row.quality) for row in methods if row.quality and not row.quality.is_control]
+        found = [(one.ratio, label, one) for label, one in results if one.ratio is not None]
         if not found:
             continue
         metric = found[0][2].METRIC.removesuffix(" %")

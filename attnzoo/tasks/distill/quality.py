@@ -64,6 +64,11 @@ class RepairedQuality(Quality):
     teacher: float | None = None
 
     @property
+    def is_control(self) -> bool:
+        """Whether it was trained from scratch."""
+        return self.trials[0].points[-1].stage == SCRATCH
+
+    @property
     def score(self) -> float:
         """The mean of the trials."""
         return statistics.fmean(trial.final for trial in self.trials)

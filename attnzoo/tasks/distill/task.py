@@ -9,7 +9,7 @@ from typing import Any
 
 from attnzoo.bench.attentions import row_of
 from attnzoo.bench.config import digest
-from attnzoo.bench.highlights import of_records
+from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.plots import mean_curves
 from attnzoo.bench.record import Record
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
@@ -135,6 +135,12 @@ def plots(records: Sequence[DistillRecord]) -> list[tuple[str, str]]:
     return [("Share of the gap to the teacher that is closed", mean_curves(lines, "samples seen", "gap closed, %"))]
 
 
+def highlights(records: Sequence[DistillRecord]) -> list[Highlight]:
+    """What the results page shows: repaired models, and none from scratch."""
+    results = [record for record in records if record.quality is None or not record.quality.is_control]
+    return of_records(results, lambda _: "distill")
+
+
 TASK = Task(
     name="distill",
     ref="attnzoo.tasks.distill.task:TASK",
@@ -145,5 +151,5 @@ TASK = Task(
     check=check,
     record=DistillRecord,
     plots=plots,
-    highlights=lambda records: of_records(records, lambda _: "distill"),
+    highlights=highlights,
 )

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 from attnzoo import tasks
+from attnzoo.bench.summary import summarize, verdict
 from attnzoo.errors import ConfigError
 from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
@@ -91,6 +92,9 @@ def test_teacher_swap_stages_and_control_are_recorded_and_shown(vision, tmp_path
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "Share of the gap to the teacher" in page
     assert "gap closed" in page
+    records = list(found.values())
+    assert f"of {len(repaired_rows)} measured" in verdict(summarize(records)), "from scratch is a control, no result"
+    assert {one.label for one in tasks.find("distill").highlights(records)} == set(repaired_rows)
     before = (tmp_path / "out/records.jsonl").read_bytes()
     assert main([written(vision, tmp_path)]) == 0
     assert (tmp_path / "out/records.jsonl").read_bytes() == before
