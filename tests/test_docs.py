@@ -32,8 +32,6 @@ from attnzoo.tasks.decode.config import load_config as load_decode_config
 from attnzoo.tasks.decode.kvpress.quality import beside
 from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.flags import config_of
-from attnzoo.tasks.operations import config as operations
-from attnzoo.tasks.suite import load_config
 from attnzoo.units import megabytes
 from eval import kernels, report
 from tests.tasks.classify.tables import results_table
@@ -180,7 +178,7 @@ def test_shell_commands_are_real(page, tmp_path):
                 script = next(word for word in command if word.endswith(".py"))
                 command = ["python", *command[command.index(script) :]]
             load = {
-                "eval/bench.py": load_bench,
+                "eval/bench.py": tasks.load,
                 "eval/decode.py": load_decode_config,
                 "eval/compare_kvpress.py": tasks.load,
                 "train/decode.py": tasks.load,
@@ -341,12 +339,6 @@ def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
     curves = [[f"{100 * right / t.images:.2f}" for right in t.epoch_correct] for t in (padre, softmax)]
     told = [f"{', '.join(values[:-1])} and {values[-1]}%" for values in curves]
     assert f"ahead after every epoch: {told[0]} against softmax's {told[1]}" in page
-
-
-def load_bench(path, overrides):
-    """A config of attentions, or one of single operations."""
-    load = operations.load_config if "operations" in read_yaml(path) else load_config
-    return load(path, overrides)
 
 
 def test_the_readmes_table_is_that_of_the_committed_record():
@@ -552,6 +544,8 @@ def test_modules_run_as_commands():
         "gpu_kernels",
         "prose",
         "policies_cost",
+        "export",
+        "repair_digits",
         "kvpress",
         "kvpress_prompt",
         "train_bytes",

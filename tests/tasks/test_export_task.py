@@ -1,7 +1,9 @@
 """The task export: exported, compared, quantized and timed in ONNX Runtime."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from attnzoo import tasks
 from attnzoo.bench.page import page_of
 from attnzoo.bench.run import run
 from attnzoo.errors import ConfigError
-from attnzoo.tasks import export
+from attnzoo.tasks import export, read_records
 from attnzoo.tasks.classify.build import build_host
 from eval.bench import main
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = {
     "task": "export",
@@ -112,3 +116,19 @@ def test_what_cannot_be_exported_is_refused_early():
             export.ExportConfig.check({**CONFIG, **changes})
     with pytest.raises(ConfigError, match=r"model\.name: timm has no model"):
         export.check(export.ExportConfig.check({**CONFIG, "model": {"name": "vit_tinny"}}))
+
+
+def test_the_table_of_the_docs_is_that_of_the_record():
+    """And so is what is said of it: the larger the degree, the further int8 moves the outputs."""
+    records = read_records(ROOT / "docs/records/export.jsonl")
+    assert {record.tokens for record in records} == {196, 784, 3136}
+    assert {record.status for record in records} == {"ok"}
+    page = (ROOT / "docs/repair.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- export:begin -->")[1].split("<!-- export:end -->")[0].strip()
+    assert shown == export.columns([record for record in records if record.tokens == 784]).markdown()
+    errors = {
+        name: [100 * r.cost.error for r in records if r.label.startswith(name) and r.dtype != "float32"]
+        for name in ("dense", *(f"padre degree={degree}" for degree in (1, 2, 3)))
+    }
+    told = re.findall(r"by (\d+) to (\d+)% with", page.replace("\n", " "))
+    assert [(f"{min(each):.0f}", f"{max(each):.0f}") for each in errors.values()] == told
