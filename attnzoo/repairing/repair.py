@@ -387,7 +387,7 @@ class Repair:
             return manager
         if self.options.autocast is None:
             return contextlib.nullcontext()
-        return torch.autocast(next(iter(self.parameters)).device.type, dtype=self.options.autocast)
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=self.options.autocast)
 
     def _backward(self, loss: Tensor) -> None:
         if self.options.accelerator is None:

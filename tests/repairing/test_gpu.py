@@ -1,4 +1,4 @@
-"""On a GPU a repair comes to what it comes to on a CPU; on a CPU the same is tried there."""
+"""On a GPU a repair comes to what it comes to on a CPU; where there is none, two repairs on the CPU are compared."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def repaired(name, device, **options):
 
 
 @pytest.mark.parametrize("name", ["padre", "conv", "linear_angular"])
-def test_a_repair_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(name):
+def test_a_repair_comes_to_the_same_on_every_device(name):
     expected, logits = repaired(name, "cpu")
     figures, other = repaired(name, DEVICE)
     assert figures == pytest.approx(expected, rel=1e-2)
@@ -33,8 +33,12 @@ def test_a_repair_on_a_gpu_comes_to_what_it_comes_to_on_a_cpu(name):
     assert figures[3] < figures[2]
 
 
-def test_layers_are_compared_on_a_gpu():
-    model = vit().to(DEVICE)
-    report = attnzoo.sensitivity(model, [torch.randn(4, 3, 64, 64).to(DEVICE) for _ in range(4)], "padre", steps=4)
-    assert len(report.layers) == 2
-    assert all(layer.cost >= 0 for layer in report.layers)
+def test_layers_cost_the_same_on_every_device():
+    data = [torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(at)) for at in range(4)]
+    costs = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(1)
+        report = attnzoo.sensitivity(vit().to(device), [x.to(device) for x in data], "pooling", steps=1)
+        costs.append([layer.cost for layer in report.layers])
+    assert costs[1] == pytest.approx(costs[0], rel=2e-2)
+    assert min(costs[0]) > 0

@@ -143,3 +143,8 @@ def test_padding_does_not_count():
         report = attnzoo.sensitivity(llama(), [batch] * 2, "padre", steps=1, held_out=1, **CAUSAL["padre"])
         costs.append([layer.cost for layer in report.layers])
     assert costs[0] == pytest.approx(costs[1], rel=1e-4)
+
+
+def test_a_mixer_without_weights_is_compared_in_half_precision():
+    report = attnzoo.sensitivity(vit(), batches(3), "pooling", steps=1, repair={"autocast": torch.bfloat16})
+    assert all(layer.cost > 0 for layer in report.layers)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from attnzoo import files
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_vision_keys
@@ -26,7 +26,15 @@ MOST_STD = 10  # more than that is a deviation of pixels from 0 to 255
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Pair = tuple[PositiveFloat, PositiveFloat]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+def _no_seed_twice(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed stands twice: the same training would count as two")
+    return seeds
+
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_no_seed_twice)]
 
 
 class ModelConfig(Section):

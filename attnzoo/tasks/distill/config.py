@@ -100,16 +100,16 @@ class ScratchConfig(Section):
     weight_decay: NonNegativeFloat = 0.05
     shares: tuple[Share, ...] | None = None
 
-    def wants(self, layers: Layers) -> bool:
+    def has(self, layers: Layers) -> bool:
         """Whether there is one for this choice of layers."""
         return self.shares is None or layers.share in self.shares
 
 
 class RepairedMixer(AttentionConfig):
-    """A mixer; `init` is how it begins, as `attnzoo.replace_attention` takes it.
+    """A mixer, or in a language model an eviction policy as a control, which has nothing to repair.
 
-    In a language model an eviction policy can stand beside it as a control that has nothing to repair, such as
-    ``streaming``, a sliding window. `layers` and `seeds` stand in place of the config's.
+    `init` is how a mixer begins, as `attnzoo.replace_attention` takes it. ``streaming`` with ``sink: 0`` is a sliding
+    window. `layers` and `seeds` stand in place of the config's.
     """
 
     init: Literal["random", "inherit"] = "random"
@@ -132,9 +132,10 @@ class RepairedMixer(AttentionConfig):
 class DistillConfig(RunConfig):
     """Every attention in every choice of layers, repaired in `stages`, and scored `points` times in each stage.
 
-    `workers` rows are measured at a time, each in a process of its own. With `autocast` repairs compute in it. A
-    control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`. An image
-    classifier is scored in `precisions`, too, by ONNX Runtime at the end of each row's first seed.
+    `workers` rows are measured at a time, each in a process of its own. `autocast` is what repairs compute in. A
+    control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`. The
+    teacher and the repaired model of each row's first seed, image classifiers alone, are also scored in `precisions` by
+    ONNX Runtime.
     """
 
     task: Literal["distill"] = "distill"
@@ -166,6 +167,8 @@ class DistillConfig(RunConfig):
             raise ValueError("vision.data.workers: each of several workers reads its images itself; give 0")
         if self.precisions and self.vision is None:
             raise ValueError("precisions: image classifiers alone are exported; leave it out with language")
+        if len(set(self.precisions)) < len(self.precisions):
+            raise ValueError("precisions: one stands twice")
         refuse_expect(self.attentions)
         refuse_vision_keys(self.attentions)
         for index, attention in enumerate(self.attentions):
@@ -183,6 +186,10 @@ class DistillConfig(RunConfig):
                 raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
             if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
                 raise ValueError(f"stages.{index}: train and hidden are for objective: model")
+        shares = {layers.share for one in self.attentions for layers in one.layers or self.layers}
+        wanted = self.scratch.shares if self.scratch is not None else None
+        if wanted is not None and not (wanted and set(wanted) <= shares):
+            raise ValueError(f"scratch.shares: {list(wanted)} must be among those of layers, {sorted(shares)}")
         labels = [f"{one.label} {layers.label}" for one in self.attentions for layers in one.layers or self.layers]
         refuse_twins([self.baseline, *labels])
         return self
@@ -206,6 +213,14 @@ class DistillConfig(RunConfig):
 
             how["language"] |= {key: contents(getattr(self.language, key)) for key in ("model", "text")}
         return how
+
+    def seeds_of(self, attention: RepairedMixer) -> tuple[int, ...]:
+        """Its own, or those of all."""
+        return attention.seeds or self.seeds
+
+    def chosen_by(self, attention: RepairedMixer) -> RepairedMixer:
+        """The mixer whose sensitivity chooses the cheapest layers: its own, or of a control that of the first mixer."""
+        return attention if attention.is_mixer else next(one for one in self.attentions if one.is_mixer)
 
     @property
     def trials(self) -> Path:

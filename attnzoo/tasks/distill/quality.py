@@ -54,7 +54,7 @@ class Trial(Entry):
 class RepairedQuality(Quality):
     """Score of a repaired model, the mean of its trials, beside the teacher's on the same test images or text.
 
-    `metric` is ``top-1``, a share of test images, or ``NLL``, in nats per token.
+    `metric` is ``top-1``, a share of test images, or ``NLL``, in nats per token. A `control` was not repaired.
     """
 
     METRIC: ClassVar[str] = "score"
@@ -62,11 +62,12 @@ class RepairedQuality(Quality):
     metric: Metric
     trials: tuple[Trial, ...]
     teacher: float | None = None
+    control: bool = False
 
     @property
     def is_control(self) -> bool:
-        """Whether it was trained from scratch."""
-        return self.trials[0].points[-1].stage == SCRATCH
+        """Whether it was trained from scratch, or is no mixer."""
+        return self.control or self.trials[0].points[-1].stage == SCRATCH  # older records do not say it otherwise
 
     @property
     def score(self) -> float:
@@ -121,7 +122,7 @@ class RepairedQuality(Quality):
             points = [point for trial in self.trials if (point := trial.after(stage)) is not None]
             found[stage] = self.said([point.score for point in points])
         for precision in first.quantized:
-            found[f"{precision}, %"] = self.said([first.quantized[precision]])
+            found[f"{precision}, first seed"] = self.said([first.quantized[precision]])
         shares = [share for trial in self.trials if (share := self.closed(trial, trial.final)) is not None]
         for name, at in (("needles found at the start", 0), ("needles found", -1)):
             asked = [share for trial in self.trials if (share := trial.points[at].found) is not None]

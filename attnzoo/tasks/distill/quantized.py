@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from attnzoo.tasks.export import Precision, Session, export, quantize
 
 BATCH = 64  # of the exported program: the last batch of a test set is filled up
+CALIBRATION_IMAGES = 4 * BATCH
 
 
 class Exported(nn.Module):
@@ -40,9 +41,9 @@ def quantized_scores(
     Parameters
     ----------
     model
-        An image classifier; it is left as it is.
+        An image classifier; it is left in evaluation mode.
     images
-        Training images ``(B, C, H, W)`` to calibrate on, at least `BATCH`.
+        Training images ``(B, C, H, W)`` to calibrate on, a multiple of `BATCH`.
     precisions
         See `attnzoo.tasks.export.ExportConfig`.
     threads
@@ -59,7 +60,6 @@ def quantized_scores(
         for precision in precisions:
             target = path
             if precision != "float32":
-                seen = [part for part in images.split(BATCH) if len(part) == BATCH]
-                target = quantize(path, Path(folder) / "int8.onnx", seen, precision == "int8")
+                target = quantize(path, Path(folder) / "int8.onnx", images.split(BATCH), precision == "int8")
             found[precision] = score(Exported(Session(target, threads)))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,9 +21,6 @@ from attnzoo.tasks.export import Precision
 if TYPE_CHECKING:
     from attnzoo.tasks.classify.loading import TestImages, TestStream
     from attnzoo.tasks.decode.needles import Sample
-
-
-CALIBRATION = 104_729  # the order of the training images that int8 is calibrated on
 
 
 class Subject(Protocol):
@@ -107,13 +105,16 @@ class Images:
         """Nothing: images hide no needles."""
 
     def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
-        """Top-1 accuracy in ONNX Runtime, calibrated on two batches of training images."""
+        """Top-1 accuracy in ONNX Runtime, calibrated on training images that are transformed as test images are."""
         if not precisions:
             return {}
-        from attnzoo.tasks.distill.quantized import BATCH, quantized_scores
+        from attnzoo.tasks.classify.loading import Draw, TrainImages, transforms
+        from attnzoo.tasks.distill.quantized import CALIBRATION_IMAGES, quantized_scores
 
-        batches = self.batches(0, CALIBRATION)
-        images = torch.cat([next(batches)[0] for _ in range(max(2, BATCH // self.batch + 1))])  # (B, C, H, W)
+        source: Any = self.splits.train
+        seen = TrainImages(source, transforms(self.config.data, self.config.augment)[1], 0)
+        draw = random.Random(0).choices(range(self.splits.train_images), k=CALIBRATION_IMAGES)
+        images = torch.stack([seen[Draw(0, index)][0] for index in draw])  # (B, C, H, W)
         return quantized_scores(model, images, precisions, threads, self.score)
 
 

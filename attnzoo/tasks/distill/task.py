@@ -10,10 +10,11 @@ from typing import Any
 from attnzoo.bench.attentions import row_of
 from attnzoo.bench.config import digest
 from attnzoo.bench.highlights import Highlight, of_records
+from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.plots import mean_curves
 from attnzoo.bench.record import Record
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
-from attnzoo.errors import AttnZooError, ConfigError
+from attnzoo.errors import AttnZooError, ConfigError, TrainingError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
@@ -42,6 +43,7 @@ def plan(config: DistillConfig) -> list[Cell]:
         "workers": config.workers,
         "isolated": config.workers > 1,
         "timeout": config.timeout_seconds,
+        "renewed": True,  # a trial that is done is kept in the folder, whatever is added to its row
     }
     part = "vision" if vision else "language"
     cells: list[Cell] = []
@@ -49,20 +51,24 @@ def plan(config: DistillConfig) -> list[Cell]:
     repair |= {"autocast": config.autocast} if config.autocast else {}
     exported = {"precisions": config.precisions} if config.precisions else {}
     cells.append(Cell(**row_of(None, config.baseline, part), **shared, depends_on={**how, **exported}, stage="score"))
-    known: list[Any] = []  # networks that a row from scratch is of: how a repair begins makes no difference to it
+    known: list[Any] = []  # networks that a row from scratch is of: how a mixer begins makes no difference to it
     for index, attention in enumerate(config.attentions):
         for layers in attention.layers or config.layers:
             about: dict[str, Any] = {
                 "attention": [attention.name, attention.swap],
                 "layers": layers.model_dump(mode="json"),
             }
-            about["seeds"] = attention.seeds or config.seeds
+            about["seeds"] = config.seeds_of(attention)
+            by_cost = layers.order == "cheapest" and layers.share < 1
+            if by_cost and not attention.is_mixer:
+                about["chosen_by"] = [config.chosen_by(attention).name, config.chosen_by(attention).swap]
             label = f"{attention.label} {layers.label}"
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
             asks = {"attention": index, "layers": about["layers"], "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **exported, **about}, asks=asks, stage="repair"))
-            network = [attention.name, attention.options, layers]
-            if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.wants(layers):
+            network = [attention.name, attention.options, layers, config.seeds_of(attention)]
+            network += [attention.init] if by_cost else []  # which decides which layers are cheap
+            if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.has(layers):
                 continue
             known.append(network)
             about["scratch"] = config.scratch.model_dump(mode="json", exclude={"shares"})
@@ -77,6 +83,8 @@ def check(config: DistillConfig) -> None:
 
     refuse_launcher()
     require("timm" if config.vision else "transformers", "accelerate", "matplotlib", extra="train")
+    if config.precisions:
+        require("onnx", "onnxscript", "onnxruntime", extra="dev")
     subject = subject_of(config)
     problems = []
     for index, attention in enumerate(config.attentions):
@@ -97,36 +105,50 @@ def prepare(config: DistillConfig, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Score the teacher, or repair a swapped copy of it once per seed."""
+    try:
+        return Result(status="ok", quality=_quality(config, cell, say))
+    except Exception as error:
+        if config.workers == 1 or not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory with {config.workers} rows at a time; try fewer workers: {error}"
+        ) from error
+
+
+def _quality(config: DistillConfig, cell: Cell, say: OnProgress) -> RepairedQuality:
     subject = subject_of(config)
-    note = _note(config)
     if cell.is_baseline:
         say("score")
         teacher = subject.teacher()
-        point = Point(
-            stage="teacher", samples=0, seconds=0.0, score=subject.score(teacher), found=subject.found(teacher)
-        )
+        score, found = subject.score(teacher), subject.found(teacher)
         quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
-        trial = Trial(seed=0, points=(point,), quantized=quantized)
-        quality = RepairedQuality(metric=subject.metric, trials=(trial,), note=note)
-        return Result(status="ok", quality=quality)
+        points = (Point(stage="teacher", samples=0, seconds=0.0, score=score, found=found),)
+        trial = Trial(seed=0, points=points, quantized=quantized)
+        return RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")
     attention, layers = config.attentions[cell.asks["attention"]], Layers.model_validate(cell.asks["layers"])
-    how = digest({key: value for key, value in cell.depends_on.items() if key != "seeds"})  # each seed is a trial
+    # a trial depends neither on the other seeds nor on what is measured of it at the end
+    how = digest({key: value for key, value in cell.depends_on.items() if key not in ("seeds", "precisions")})
     trials = []
-    for seed in attention.seeds or config.seeds:
+    for seed in config.seeds_of(attention):
         folder = config.trials / f"{slug(cell.label)}-seed{seed}-{how}"
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
-    return Result(status="ok", quality=RepairedQuality(metric=subject.metric, trials=tuple(trials), note=note))
+    control = cell.asks["scratch"] or not attention.is_mixer
+    note = _note(config, cell.asks["scratch"], attention.is_mixer)
+    return RepairedQuality(metric=subject.metric, trials=tuple(trials), control=control, note=note)
 
 
 def _say(say: OnProgress, seed: int, text: str) -> None:
     say(f"seed {seed}: {text}")
 
 
-def _note(config: DistillConfig) -> str:
+def _note(config: DistillConfig, scratch: bool, mixer: bool) -> str:
+    if not mixer:
+        return "a control: nothing is repaired"
     stages = " then ".join(f"{stage.objective} on {stage.samples:,}" for stage in config.stages)
     what = "images" if config.vision else f"sequences of {config.language.tokens} tokens" if config.language else ""
-    return f"repaired by {stages} {what}"
+    computed = f", computed in {config.autocast}" if config.autocast else ""
+    return f"{SCRATCH}, on as many {what}{computed}" if scratch else f"repaired by {stages} {what}{computed}"
 
 
 def plots(records: Sequence[DistillRecord]) -> list[tuple[str, str]]:
@@ -136,8 +158,12 @@ def plots(records: Sequence[DistillRecord]) -> list[tuple[str, str]]:
 
 
 def highlights(records: Sequence[DistillRecord]) -> list[Highlight]:
-    """What the results page shows: repaired models, and none from scratch."""
-    results = [record for record in records if record.quality is None or not record.quality.is_control]
+    """What the results page shows: repaired models, and no controls."""
+    results = [
+        record
+        for record in records
+        if not (record.quality.is_control if record.quality is not None else record.label.endswith(SCRATCH))
+    ]
     return of_records(results, lambda _: "distill")
 
 

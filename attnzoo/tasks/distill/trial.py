@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,8 +57,7 @@ def choose_layers(
     if layers.order == "random":
         order, samples = random.Random(seed).sample(paths, len(paths)), 0
     else:
-        mixer = attention if attention.is_mixer else next(one for one in config.attentions if one.is_mixer)
-        order, samples = _cheapest_first(config, subject, model, mixer, seed)
+        order, samples = _cheapest_first(config, subject, model, config.chosen_by(attention), seed)
     return Choice(tuple(path for path in paths if path in order[:count]), samples)
 
 
@@ -68,21 +68,22 @@ def _cheapest_first(
     how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
     how |= {"autocast": config.autocast} if config.autocast else {}
     place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
-    if not place.is_file():
-        torch.manual_seed(seed)
-        report = attnzoo.sensitivity(
-            model,
-            (batch for batch, _ in subject.batches(0, seed)),
-            attention.name,
-            steps=config.sensitivity_steps,
-            held_out=HELD_OUT,
-            repair={"lr": config.stages[0].lr, "autocast": autocast_of(config)},
-            **attention.swap,
-        )
-        place.parent.mkdir(parents=True, exist_ok=True)
-        layers = [vars(layer) for layer in report.ordered()]
-        samples = (report.steps + HELD_OUT) * config.batch
-        files.write_json(place, {"attention": attention.label, "seed": seed, "samples": samples, "layers": layers})
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):  # rows that are measured at a time wait for one another
+        if not place.is_file():
+            torch.manual_seed(seed)
+            report = attnzoo.sensitivity(
+                model,
+                (batch for batch, _ in subject.batches(0, seed)),
+                attention.name,
+                steps=config.sensitivity_steps,
+                held_out=HELD_OUT,
+                repair={"lr": config.stages[0].lr, "autocast": autocast_of(config)},
+                **attention.swap,
+            )
+            layers = [vars(layer) for layer in report.ordered()]
+            samples = (report.steps + HELD_OUT) * config.batch
+            files.write_json(place, {"attention": attention.label, "seed": seed, "samples": samples, "layers": layers})
     found = files.read_json(place)
     return [layer["path"] for layer in found["layers"]], found["samples"]
 
@@ -173,8 +174,7 @@ def repaired(
         progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
         progress.save(model, None)
-    first = seed == (attention.seeds or config.seeds)[0]
-    if first and len(progress.quantized) < len(config.precisions):
+    if seed == config.seeds_of(attention)[0] and progress.quantized.keys() != set(config.precisions):
         say("quantize")
         progress.quantized = subject.quantized(model, config.precisions, config.threads or 1)
         progress.save(model, None)
@@ -260,7 +260,8 @@ def from_scratch(
         began = time.monotonic()
         model.train()
         torch.manual_seed(seed * 1_000_003 + step)
-        loss = F.cross_entropy(logits_of(model(x)), y)
+        with torch.autocast(x.device.type, dtype=autocast_of(config), enabled=config.autocast is not None):
+            loss = F.cross_entropy(logits_of(model(x)).float(), y)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"{SCRATCH}, step {step + 1}: the loss is not finite; try a lower scratch.lr")
         optimizer.zero_grad()

@@ -2,22 +2,28 @@
 
 import contextlib
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from safetensors.torch import save_file
 
+import attnzoo
 from attnzoo import tasks
 from attnzoo.bench.summary import summarize, verdict
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
-from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, VisionConfig
+from attnzoo.tasks.decode import lm
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, VisionConfig
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
-from attnzoo.tasks.distill.quantized import BATCH, Exported
-from attnzoo.tasks.distill.trial import STATE
+from attnzoo.tasks.distill.quantized import BATCH, CALIBRATION_IMAGES, Exported, quantized_scores
+from attnzoo.tasks.distill.subject import subject_of
+from attnzoo.tasks.distill.trial import STATE, choose_layers
 from tests.repairing.models import CAUSAL
 from tests.tasks.classify.conftest import write_images
 from tests.tasks.decode import llm
@@ -158,7 +164,7 @@ def test_layers_are_chosen_by_sensitivity_once_per_attention_and_seed(vision, tm
     assert "±" in found["padre 50%"].quality.figure
 
 
-def test_a_language_model_is_repaired_on_a_text(tmp_path):
+def test_a_language_model_is_repaired_on_a_text(tmp_path, monkeypatch):
     llm.save(tmp_path / "llm")
     (tmp_path / "text.txt").write_text(llm.prose(), encoding="utf-8")
     config = {
@@ -173,8 +179,8 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path):
             "needles": 2,
         },
         "attentions": [
-            {"name": "padre", "options": CAUSAL["padre"], "init": "inherit"},
-            {"name": "streaming", "options": {"budget": 16, "block_size": 4}},
+            {"name": "padre", "options": CAUSAL["padre"], "init": "inherit", "label": "mixer"},
+            {"name": "streaming", "options": {"budget": 16, "block_size": 4}, "label": "window"},
         ],
         "layers": [{"share": 0.5}],
         "sensitivity_steps": 2,
@@ -194,6 +200,16 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path):
     (only,) = window.quality.trials[0].points
     assert only.score != teacher.quality.score, "a window of 16 of so many tokens loses something"
     assert window.quality.trials[0].layers == row.quality.trials[0].layers, "a control stands where the mixer does"
+    assert window.quality.is_control
+    assert [one.label for one in tasks.find("distill").highlights([teacher, row, window])] == [row.label]
+    other = {"name": "padre", "options": {**CAUSAL["padre"], "degree": 1}, "label": "other"}
+    first = DistillConfig.check({**config, "attentions": [other, *config["attentions"]]})
+    again = {cell.label: cell.measured for cell in tasks.find("distill").plan(first)}
+    assert again[window.label] != window.measured, "it stands in the layers of another mixer"
+    assert again[row.label] == row.measured
+    monkeypatch.setattr(lm, "retrieve", lambda *args: lm.Answer("", (True, False), None))
+    subject = subject_of(DistillConfig.check(config))
+    assert subject.found(subject.teacher()) == 0.5
     long = DistillConfig.check({**config, "language": {**config["language"], "windows": 4000}})
     with pytest.raises(ConfigError, match="too few to keep 4000 windows"):
         tasks.find("distill").check(long)
@@ -210,7 +226,6 @@ def test_a_seed_more_leaves_the_trials_of_the_others_as_they_are(vision, tmp_pat
         Repair, "run", lambda self, *args, **kwargs: seeds.append(self.options.seed) or run(self, *args, **kwargs)
     )
     config = {**vision, **short, "attentions": [{**mixer, "seeds": [0, 1]}], "fresh": False}
-    (tmp_path / "out/records.jsonl").unlink()
     assert main([written(config, tmp_path)]) == 0
     assert seeds == [1]
     after = by_label(tmp_path)["padre 100%"].quality.trials
@@ -226,8 +241,24 @@ def test_a_repaired_model_is_scored_in_int8(vision, tmp_path):
     for record in by_label(tmp_path).values():
         (trial,) = record.quality.trials
         assert trial.quantized["float32"] == trial.final
-        assert 0 <= trial.quantized["int8"] <= 1
-        assert {"float32, %", "int8, %"} <= set(record.quality.details)
+        assert {"float32, first seed", "int8, first seed"} <= set(record.quality.details)
+
+
+def test_int8_gives_nearly_the_same_logits():
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=3, **OPTIONS).eval()
+    images, found = torch.randn(CALIBRATION_IMAGES, 3, 8, 8), []
+
+    def keep(exported):
+        found.append(exported(images[:5]))
+        return 0.0
+
+    quantized_scores(model, images, ["float32", "int8"], 1, keep)
+    with torch.no_grad():
+        wanted = model(images[:5])
+    torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)
+    off = ((found[1] - wanted).norm() / wanted.norm()).item()
+    assert 1e-4 < off < 0.3, off
 
 
 def test_an_exported_model_takes_any_number_of_images():
@@ -256,6 +287,42 @@ def test_rows_in_processes_of_their_own_are_those_of_one_process(vision, tmp_pat
             assert [point.score for point in one.points] == [point.score for point in other.points]
 
 
+def test_rows_that_are_measured_at_a_time_choose_layers_once(vision, monkeypatch):
+    config, calls, chosen = DistillConfig.check({**vision, "sensitivity_steps": 1}), [], []
+    real = attnzoo.sensitivity
+
+    def slow(*args, **kwargs):
+        calls.append(args)
+        time.sleep(0.5)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(attnzoo, "sensitivity", slow)
+
+    def choose():
+        chosen.append(choose_layers(config, subject_of(config), config.attentions[0], Layers(share=0.5), 0))
+
+    threads = [threading.Thread(target=choose) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert chosen[0] == chosen[1]
+
+
+def test_memory_that_other_rows_took_is_no_result(vision, monkeypatch):
+    task = tasks.find("distill")
+
+    def full(*args):
+        raise MemoryError("full")
+
+    monkeypatch.setattr("attnzoo.tasks.distill.task._quality", full)
+    for workers, error in ((1, MemoryError), (2, TrainingError)):
+        config = DistillConfig.check({**vision, "workers": workers})
+        with pytest.raises(error, match="full"):
+            task.measure(config, task.plan(config)[0], {}, print)
+
+
 def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, capsys):
     wrong = {
         "either vision or language": {"vision": None},
@@ -267,6 +334,20 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
         "`layers` says which": {"attentions": [{"name": "padre", "where": "blocks.0"}]},
         "labels": {"layers": [{"share": 0.5}, {"share": 0.5}]},
         "greater than 0": {"layers": [{"share": 0.0}]},
+        "a seed stands twice": {"seeds": [1, 1]},
+        "precisions: one stands twice": {"precisions": ["int8", "int8"]},
+        "scratch.shares: .0.6. must be among": {"scratch": {"shares": [0.6]}},
+        "reads its images itself; give 0": {
+            "workers": 2,
+            "vision": {**vision["vision"], "data": {**vision["vision"]["data"], "workers": 1}},
+        },
+        "an image classifier keeps no cache|evicts a language model": {"attentions": ["padre", "streaming"]},
+        "image classifiers alone are exported": {
+            "precisions": ["int8"],
+            "vision": None,
+            "language": {},
+            "scratch": None,
+        },
     }
     for words, changes in wrong.items():
         with pytest.raises(ConfigError, match=words):

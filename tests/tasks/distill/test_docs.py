@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+import yaml
+
 from attnzoo import tasks
 from attnzoo.bench.report import quality_table
 from attnzoo.bench.summary import summarize
@@ -35,15 +38,26 @@ def test_the_commands_run(tmp_path, forked):
     assert "gap closed" in (tmp_path / "runs/distill-digits/report.html").read_text(encoding="utf-8")
 
 
-def test_the_table_is_that_of_the_record():
-    records = read_records(ROOT / "docs/records/repair_digits.jsonl")
-    shown = PAGE.split("<!-- repair-digits:begin -->")[1].split("<!-- repair-digits:end -->")[0].strip()
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_the_table_is_that_of_the_record(name):
+    path = ROOT / f"docs/records/repair_{name}.jsonl"
+    assert tasks.task_of(path).name == "distill"
+    records = read_records(path)
+    assert {record.benchmark for record in records} == {f"distill-{name}"}
+    assert {record.status for record in records} == {"ok"}
+    shown = PAGE.split(f"<!-- repair-{name}:begin -->")[1].split(f"<!-- repair-{name}:end -->")[0].strip()
     assert shown == quality_table(summarize(records), "vision").markdown()
 
 
-def test_the_committed_records_are_those_of_the_config():
-    """But for where the teacher's weights lie."""
-    records = read_records(ROOT / "docs/records/repair_digits.jsonl")
-    assert tasks.task_of(ROOT / "docs/records/repair_digits.jsonl").name == "distill"
-    assert {record.benchmark for record in records} == {"distill-digits"}
-    assert all(len(record.quality.trials) == 3 for record in records if not record.is_baseline)
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_the_committed_records_are_those_of_the_config(name, tmp_path):
+    """Stages, and the seeds of each row; the teacher's weights are not here."""
+    (tmp_path / "trained.safetensors").touch()
+    weights = f"vision.model.weights={tmp_path / 'trained.safetensors'}"
+    task, config = tasks.load(ROOT / f"configs/distill/{name}.yaml", [weights])
+    cells = {cell.label: cell for cell in task.plan(config)}
+    kept = yaml.safe_load((ROOT / f"docs/records/repair_{name}.yaml").read_text(encoding="utf-8"))
+    assert kept["stages"] == [stage.model_dump() for stage in config.stages]
+    for record in read_records(ROOT / f"docs/records/repair_{name}.jsonl"):
+        seeds = cells[record.label].depends_on.get("seeds", (0,))
+        assert [trial.seed for trial in record.quality.trials] == list(seeds)
