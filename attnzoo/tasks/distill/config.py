@@ -115,6 +115,7 @@ class RepairedMixer(AttentionConfig):
     init: Literal["random", "inherit"] = "random"
     layers: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
     seeds: Seeds | None = None
+    scratch: Annotated[bool, Field(description="whether the config's `scratch` is for its rows, too")] = True
 
     @property
     def is_mixer(self) -> bool:

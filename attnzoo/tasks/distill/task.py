@@ -68,7 +68,8 @@ def plan(config: DistillConfig) -> list[Cell]:
             cells.append(Cell(**row, depends_on={**how, **repair, **exported, **about}, asks=asks, stage="repair"))
             network = [attention.name, attention.options, layers, config.seeds_of(attention)]
             network += [attention.init] if by_cost else []  # which decides which layers are cheap
-            if config.scratch is None or network in known or not attention.is_mixer or not config.scratch.has(layers):
+            control = attention.scratch and attention.is_mixer and network not in known
+            if config.scratch is None or not config.scratch.has(layers) or not control:
                 continue
             known.append(network)
             about["scratch"] = config.scratch.model_dump(mode="json", exclude={"shares"})
