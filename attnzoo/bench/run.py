@@ -171,7 +171,8 @@ class _Engine:
                 futures[pool.submit(self._result, cell, _teller(bars, bar, cell.title))] = cell
             try:
                 for future in as_completed(futures):
-                    yield futures[future], *future.result()
+                    result, seconds = future.result()
+                    yield futures[future], _beside_others(result), seconds
             except BaseException:  # interrupted, or a record could not be written: do not wait for what still runs
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.isolation.kill()
@@ -319,6 +320,14 @@ class _Engine:
         if threads not in self.places:
             self.places[threads] = environment(self.config.used_device, threads)
         return self.places[threads]
+
+
+def _beside_others(result: Result) -> Result:
+    """The result of a cell that ran beside others: memory that they took says nothing of its method."""
+    if result.status != "oom":
+        return result
+    message = f"out of memory beside other rows; try fewer workers: {result.message}"
+    return result.model_copy(update={"status": "failed", "message": message})
 
 
 def visible_gpus(device: str) -> list[str]:

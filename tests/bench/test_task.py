@@ -21,7 +21,7 @@ from attnzoo.bench.run import run, visible_gpus
 from attnzoo.bench.task import Result
 from attnzoo.errors import AssetError, ConfigError, DataError, OptionError, UnsupportedError
 from eval import bench
-from tests.bench import gpus, toy
+from tests.bench import full, gpus, toy
 from tests.bench.data import cost, record_data
 
 ROOT = Path(attnzoo.__file__).parent
@@ -435,6 +435,15 @@ def test_cells_that_are_measured_at_a_time_see_a_gpu_each(tmp_path, monkeypatch)
     assert {r.message for r in found.values()} == {"3", "GPU-5"}
     found = engine(tmp_path / "one", gpus.TASK, isolated=True)
     assert {r.message for r in found.values()} == {"all"}, "one after another all see what this process sees"
+
+
+def test_memory_that_other_rows_took_is_no_result(tmp_path):
+    """A row that had no memory beside others is measured again by a resumed run; one that had it to itself is not."""
+    found = engine(tmp_path / "two", full.TASK, isolated=True, sizes=(16, 64))
+    assert {record.status for record in found.values()} == {"failed"}
+    assert all("try fewer workers: full" in record.message for record in found.values())
+    alone = engine(tmp_path / "one", full.TASK, isolated=True)
+    assert {record.status for record in alone.values()} == {"oom"}
 
 
 def test_the_gpus_that_are_shared_out_are_those_that_this_process_sees(monkeypatch):

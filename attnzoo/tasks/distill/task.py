@@ -10,11 +10,10 @@ from typing import Any
 from attnzoo.bench.attentions import row_of
 from attnzoo.bench.config import digest
 from attnzoo.bench.highlights import Highlight, of_records
-from attnzoo.bench.isolate import is_out_of_memory
 from attnzoo.bench.plots import mean_curves
 from attnzoo.bench.record import Record
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
-from attnzoo.errors import AttnZooError, ConfigError, TrainingError
+from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
@@ -106,17 +105,6 @@ def prepare(config: DistillConfig, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
     """Score the teacher, or repair a swapped copy of it once per seed."""
-    try:
-        return Result(status="ok", quality=_quality(config, cell, say))
-    except Exception as error:
-        if config.workers == 1 or not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"out of memory with {config.workers} rows at a time; try fewer workers: {error}"
-        ) from error
-
-
-def _quality(config: DistillConfig, cell: Cell, say: OnProgress) -> RepairedQuality:
     subject = subject_of(config)
     if cell.is_baseline:
         say("score")
@@ -125,7 +113,8 @@ def _quality(config: DistillConfig, cell: Cell, say: OnProgress) -> RepairedQual
         quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
         points = (Point(stage="teacher", samples=0, seconds=0.0, score=score, found=found),)
         trial = Trial(seed=0, points=points, quantized=quantized)
-        return RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")
+        quality = RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")
+        return Result(status="ok", quality=quality)
     attention, layers = config.attentions[cell.asks["attention"]], Layers.model_validate(cell.asks["layers"])
     # a trial depends neither on the other seeds nor on what is measured of it at the end
     how = digest({key: value for key, value in cell.depends_on.items() if key not in ("seeds", "precisions")})
@@ -136,7 +125,8 @@ def _quality(config: DistillConfig, cell: Cell, say: OnProgress) -> RepairedQual
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
     control = cell.asks["scratch"] or not attention.is_mixer
     note = _note(config, cell.asks["scratch"], attention.is_mixer)
-    return RepairedQuality(metric=subject.metric, trials=tuple(trials), control=control, note=note)
+    quality = RepairedQuality(metric=subject.metric, trials=tuple(trials), control=control, note=note)
+    return Result(status="ok", quality=quality)
 
 
 def _say(say: OnProgress, seed: int, text: str) -> None:

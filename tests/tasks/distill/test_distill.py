@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import attnzoo
 from attnzoo import tasks
 from attnzoo.bench.summary import summarize, verdict
-from attnzoo.errors import ConfigError, TrainingError
+from attnzoo.errors import ConfigError
 from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.decode import lm
@@ -308,19 +308,6 @@ def test_rows_that_are_measured_at_a_time_choose_layers_once(vision, monkeypatch
         thread.join()
     assert len(calls) == 1
     assert chosen[0] == chosen[1]
-
-
-def test_memory_that_other_rows_took_is_no_result(vision, monkeypatch):
-    task = tasks.find("distill")
-
-    def full(*args):
-        raise MemoryError("full")
-
-    monkeypatch.setattr("attnzoo.tasks.distill.task._quality", full)
-    for workers, error in ((1, MemoryError), (2, TrainingError)):
-        config = DistillConfig.check({**vision, "workers": workers})
-        with pytest.raises(error, match="full"):
-            task.measure(config, task.plan(config)[0], {}, print)
 
 
 def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, capsys):
