@@ -546,6 +546,8 @@ def test_modules_run_as_commands():
         "policies_cost",
         "export",
         "repair_digits",
+        "repair_cifar10",
+        "repair_cifar10_tenth",
         "kvpress",
         "kvpress_prompt",
         "train_bytes",

@@ -49,7 +49,7 @@ def test_the_table_is_that_of_the_record(name):
     assert shown == quality_table(summarize(records), "vision").markdown()
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_tenth"])
 def test_the_committed_records_are_those_of_the_config(name, tmp_path):
     """Stages, and the seeds of each row; the teacher's weights are not here."""
     (tmp_path / "trained.safetensors").touch()
@@ -61,3 +61,27 @@ def test_the_committed_records_are_those_of_the_config(name, tmp_path):
     for record in read_records(ROOT / f"docs/records/repair_{name}.jsonl"):
         seeds = cells[record.label].depends_on.get("seeds", (0,))
         assert [trial.seed for trial in record.quality.trials] == list(seeds)
+
+
+def test_what_is_said_of_cifar10_is_in_its_records():
+    rows = {record.label: record.quality for record in read_records(ROOT / "docs/records/repair_cifar10.jsonl")}
+    page = " ".join(PAGE.split())
+    whole, scratch = rows["padre degree=2 100%"], rows["padre degree=2 100% from scratch"]
+    assert f"has {100 * whole.trials[0].points[0].score:.1f}% at the start and {whole.figure}% at the end" in page
+    assert f"{whole.details['gap closed']} of the gap; from scratch the same network has {scratch.figure}%" in page
+    first, second, third = (rows[f"padre degree={degree} 100%"] for degree in (1, 2, 3))
+    assert f"{first.figure}, {second.figure} and {third.figure}% with degree 1, 2 and 3" in page
+    assert first.score < second.score < third.score
+    assert f"the convolution alone comes to {rows['conv 100%'].figure}%" in page
+    half = [quality.score for label, quality in rows.items() if " 50%" in label and quality.trials[0].errors[1:]]
+    assert max(half) - min(half) < 0.01, "in half of the layers all end within a point"
+    chosen, others = (rows[f"padre degree=2 50%{order}"] for order in ("", " random"))
+    assert len(chosen.trials) == len(others.trials) == 3
+    assert chosen.score < others.score, "the cheapest layers are no better than others"
+    longer = read_records(ROOT / "docs/records/repair_cifar10_tenth.jsonl")[1].quality
+    assert longer.trials[0].points[-1].samples < 120_000, "a tenth of what the teacher saw"
+    assert f"comes to {longer.figure}%, {longer.details['gap closed']} of the gap" in page
+    lost = [
+        quality.trials[0].final - score for quality in rows.values() for score in quality.trials[0].quantized.values()
+    ]
+    assert max(lost) < 0.005, "int8 costs no more than half a point"
