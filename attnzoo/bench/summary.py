@@ -241,6 +241,8 @@ def _kept(found: list[tuple[float, str, Quality]], dense: Quality | None, metric
     verdicts = [quality_verdict(one, dense) for *_, one in found]
     better, worse = (verdicts.count(which) or "none" for which in ("better", "worse"))
     counted = f"of {len(found)} measured, {worse} worse than dense beyond the interval, {better} better"
+    if all(one.ratio_low is None for *_, one in found):
+        counted = f"of {len(found)} measured, none with an interval that could tell better from worse"
     few = best.compared is not None and best.compared < MIN_SAMPLES and best.ratio_low is None
     if few and best.compared is not None:
         counted = f"{_too_few(best.compared, 'sample', 'samples')} better from worse"

@@ -306,7 +306,7 @@ def test_a_page_of_quality_alone_says_who_keeps_most_and_how_many_are_worse(make
     )
     assert found in page_of(TASK, records).replace("&#39;", "'")
     other = [row(quality=quality(), workload="night"), row("a", quality=quality(0.94, 0.99), workload="night")]
-    assert "vit, night: a keeps most, 0.990x of dense's quality; of 1 measured, none worse" in verdict(
+    assert "vit, night: a keeps most, 0.990x of dense's quality; of 1 measured, none with an interval" in verdict(
         summarize([*records, *other])
     )
     tied = row("d", quality=better)

@@ -99,7 +99,8 @@ def test_teacher_swap_stages_and_control_are_recorded_and_shown(vision, tmp_path
     assert "Share of the gap to the teacher" in page
     assert "gap closed" in page
     records = list(found.values())
-    assert f"of {len(repaired_rows)} measured" in verdict(summarize(records)), "from scratch is a control, no result"
+    told = verdict(summarize(records))
+    assert f"of {len(repaired_rows)} measured, none with an interval" in told, "from scratch is a control, no result"
     assert {one.label for one in tasks.find("distill").highlights(records)} == set(repaired_rows)
     before = (tmp_path / "out/records.jsonl").read_bytes()
     assert main([written(vision, tmp_path)]) == 0
