@@ -72,7 +72,8 @@ def test_what_is_said_of_cifar10_is_in_its_records():
     first, second, third = (rows[f"padre degree={degree} 100%"] for degree in (1, 2, 3))
     assert f"{first.figure}, {second.figure} and {third.figure}% with degree 1, 2 and 3" in page
     assert first.score < second.score < third.score
-    assert f"the convolution alone comes to {rows['conv 100%'].figure}%" in page
+    others = [rows[f"{name} 100%"].figure for name in ("linear_angular", "conv", "pooling")]
+    assert "`linear_angular` comes to {}%, the convolution alone to {}% and `pooling` to {}%".format(*others) in page
     half = [quality.score for label, quality in rows.items() if " 50%" in label and quality.trials[0].errors[1:]]
     assert max(half) - min(half) < 0.01, "in half of the layers all end within a point"
     chosen, others = (rows[f"padre degree=2 50%{order}"] for order in ("", " random"))
