@@ -70,7 +70,7 @@ def test_what_is_said_of_cifar10_is_in_its_records():
     assert f"has {100 * whole.trials[0].points[0].score:.1f}% at the start and {whole.figure}% at the end" in page
     assert f"{whole.details['gap closed']} of the gap; from scratch the same network has {scratch.figure}%" in page
     first, second, third = (rows[f"padre degree={degree} 100%"] for degree in (1, 2, 3))
-    assert f"{first.figure}, {second.figure} and {third.figure}% with degree 1, 2 and 3" in page
+    assert f"{first.figure}, {second.figure} and {third.figure}% with degree 1, 2 and 3 (one seed each)" in page
     assert first.score < second.score < third.score
     others = [rows[f"{name} 100%"].figure for name in ("linear_angular", "conv", "pooling")]
     assert "`linear_angular` comes to {}%, the convolution alone to {}% and `pooling` to {}%".format(*others) in page
