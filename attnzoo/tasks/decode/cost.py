@@ -84,10 +84,11 @@ def measure_cost(
         result = result.model_copy(update={"gate": run.bounded(gate)})
         if failed := result.refused:
             return failed
-    shares: tuple[float | None, float | None] = None, None
-    if spec is None:  # which is the same beside every row
-        say("share")
-        shares = _shares(run_dense, layers, config.cost, device, rows)
+        shares: tuple[float | None, float | None] = None, None
+        if spec is None:  # which is the same beside every row
+            say("share")
+            run.forget()
+            shares = _shares(run_dense, layers, config.cost, device, rows)
     models = (candidate, dense)
     caches = (run.step_bytes, run_dense.step_bytes)
     traces = (traced[1], traced_dense[1])
