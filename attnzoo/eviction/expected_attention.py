@@ -13,7 +13,8 @@ none, is refused at the swap.
 
 Differs from the paper: it takes the statistics from all tokens of the prompt but the first few; here from the last
 `window` queries, whose rotation is reverted. Evicts after each block of `block_size` tokens, in decoding too. Query
-heads that share a key/value head are averaged, as in kvpress. Half the budget is kept for recent entries by default,
+heads that share a key/value head are averaged, as in kvpress, the authors' code, which leaves the sinks out of the sum
+of e (``count_sinks=False``). Half the budget is kept for recent entries by default,
 for that loses less; ``recent=0`` is the paper's. A soft cap on the logits is left out.
 """
 
@@ -29,7 +30,7 @@ from attnzoo.errors import UnsupportedError
 from attnzoo.eviction.layer_data import Rotary
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, wide
 
-AS_PUBLISHED = {"recent": 0, "schedule": "prompt"}
+AS_PUBLISHED = {"recent": 0, "count_sinks": False, "schedule": "prompt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +47,23 @@ class ExpectedAttention(AttentionPolicy):
         Take the covariance of the queries in, or their mean alone.
     epsilon
         Added to the expected attention before it is multiplied by the norm: the larger, the more the norm counts.
+    count_sinks
+        Let the sinks have their share of the expected attention, of which each query head has as much as any other.
+        Without them a head that mostly attends to sinks weighs more.
     """
 
     window: int = 128
     future: int = 512
     covariance: bool = True
     epsilon: float = 0.0
+    count_sinks: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_int("window", self.window, minimum=1)
         check_int("future", self.future, minimum=1)
         check_bool("covariance", self.covariance)
+        check_bool("count_sinks", self.count_sinks)
         check_number("epsilon", self.epsilon, minimum=0)
 
     @property
@@ -110,6 +116,9 @@ class ExpectedAttention(AttentionPolicy):
             apart = (queries - mean) * asked
             covariance = (apart.mT @ apart / count).unflatten(1, (-1, groups))  # (B, Hkv, G, D, D)
             logits = logits + ((keys @ covariance) * keys).sum(-1) * (scale**2 / 2)
+        if not self.count_sinks:
+            sinks = view.positions < self.protected[0]  # (B, Hkv, S)
+            logits = logits.masked_fill(sinks[:, :, None], torch.finfo(logits.dtype).min)
         return logits.softmax(-1).flatten(1, 2)
 
     def score(self, view: CacheView) -> Tensor:

@@ -19,7 +19,7 @@ from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, original_of
 from attnzoo.registry import describe
 from attnzoo.repairing.losses import divergence, logits_of, real_rows
-from attnzoo.repairing.options import RepairOptions
+from attnzoo.repairing.options import Loss, RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import as_teacher
 from attnzoo.swap import replace_attention, restore_attention, swapped_layers
@@ -119,6 +119,7 @@ def sensitivity(
     held_out: int = 2,
     where: str | Sequence[str] | None = None,
     metric: Metric | None = None,
+    loss: Loss | None = None,
     repair: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> SensitivityReport:
@@ -142,6 +143,8 @@ def sensitivity(
         Which layers are looked at.
     metric
         Quality of the model, the higher the better, in place of the divergence of its output.
+    loss
+        Compares the model's output with the original's, in place of the divergence of their logits.
     repair
         Options of `attnzoo.repair` for the fit, such as ``{"lr": 3e-3, "forward": call}``.
     **options
@@ -177,7 +180,7 @@ def sensitivity(
         model.eval()
         errors = fit.errors(held[0])
         with torch.no_grad(), fit.autocast():
-            costs = _divergences(model, fit, held) if metric is None else _lost(model, fit, metric)
+            costs = _divergences(model, fit, held, loss) if metric is None else _lost(model, fit, metric)
             shares = _shares(model, fit, held[0])
     finally:
         restore_attention(model)
@@ -192,16 +195,20 @@ def _alone(fit: Repair, path: str | None) -> dict[str, MixerLayer]:
     return {other: layer for other, layer in fit.swapped.items() if other != path}
 
 
-def _divergences(model: nn.Module, fit: Repair, held: Sequence[Any]) -> dict[str, float]:
+def _divergences(model: nn.Module, fit: Repair, held: Sequence[Any], loss: Loss | None) -> dict[str, float]:
     """How far the output is from the original's with each layer swapped alone; the mean of the batches."""
+    compared: Callable[[Any], Any] = logits_of if loss is None else lambda output: output
     found: dict[str, list[float]] = {path: [] for path in fit.layers}
     for batch in held:
         with as_teacher(model, _alone(fit, None)):
-            original = logits_of(fit.call(batch))
+            original = compared(fit.call(batch))
         for path, each in found.items():
             with as_teacher(model, _alone(fit, path)):
-                swapped = logits_of(fit.call(batch))
-            each.append(float(divergence(swapped, original, mask=real_rows(batch, original))))
+                swapped = compared(fit.call(batch))
+            if loss is None:
+                each.append(float(divergence(swapped, original, mask=real_rows(batch, original))))
+            else:
+                each.append(float(loss(swapped, original)))
     return {path: sum(each) / len(each) for path, each in found.items()}
 
 

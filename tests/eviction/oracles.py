@@ -156,7 +156,7 @@ def turns(rotary, positions, width):
     return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
 
 
-def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0, aggregate="mean"):
+def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0, count_sinks=True, aggregate="mean"):
     entries, width = row.keys.shape
     last = torch.arange(max(entries - window, 0), entries)
     back = turns(row.rotary, last, width).mT
@@ -168,7 +168,8 @@ def expected_attention(row, window=128, future=512, covariance=True, epsilon=0.0
         logits = row.keys @ mean * width**-0.5
         if covariance:
             logits = logits + (row.keys @ spread * row.keys).sum(-1) / width / 2
-        found.append(logits.softmax(-1))
+        counted = logits.exp() * (1 if count_sinks else torch.arange(entries) >= 4)
+        found.append(counted / counted.sum())
     scores = AGGREGATE[aggregate](torch.stack(found)) + epsilon
     return (scores * row.values.norm(dim=-1)).tolist(), 4, row.budget // 2
 

@@ -43,6 +43,24 @@ class VisionConfig(Section):
         return Run(config, None, "teacher", seed)
 
 
+class FeaturesConfig(Section):
+    """An image encoder without a classifier, and the images that it is repaired on.
+
+    Its features of an image, the class token or the mean of all tokens, are scored by their nearest neighbors: `bank`
+    training images vote on the classes of `queries` test images, both drawn at random.
+    """
+
+    model: Annotated[
+        str, Field(min_length=1, description="an asset, a folder, or a name of the hub, as AutoModel reads it")
+    ] = "vit_s14"
+    data: DataConfig
+    augment: AugmentConfig | None = None
+    pool: Literal["class", "mean"] = "class"
+    bank: PositiveInt = 2000
+    queries: PositiveInt = 1000
+    neighbors: PositiveInt = 20
+
+
 class LanguageConfig(Section):
     """A causal language model, and the text that it is repaired on; the last windows of it are kept for scoring.
 
@@ -142,6 +160,7 @@ class DistillConfig(RunConfig):
     task: Literal["distill"] = "distill"
     vision: VisionConfig | None = None
     language: LanguageConfig | None = None
+    features: FeaturesConfig | None = None
     baseline: Annotated[str, Field(min_length=1, description="the unswapped model's label")] = "teacher"
     attentions: Annotated[tuple[RepairedMixer, ...], Field(min_length=1)]
     layers: Annotated[tuple[Layers, ...], Field(min_length=1)] = (Layers(share=1.0),)
@@ -160,14 +179,17 @@ class DistillConfig(RunConfig):
 
     @model_validator(mode="after")
     def _whole(self) -> DistillConfig:
-        if (self.vision is None) == (self.language is None):
-            raise ValueError("give either vision or language")
-        if self.language is not None and self.scratch is not None:
-            raise ValueError("scratch trains on the classes of images; a language model from scratch is not offered")
-        if self.workers > 1 and self.vision is not None and self.vision.data.workers:
-            raise ValueError("vision.data.workers: each of several workers reads its images itself; give 0")
+        if sum(part is not None for part in (self.vision, self.language, self.features)) != 1:
+            raise ValueError("give one of vision, language and features")
+        if self.vision is None and self.scratch is not None:
+            raise ValueError("scratch trains on the classes of images; with language and features it is not offered")
+        images = self.vision or self.features
+        if self.workers > 1 and images is not None and images.data.workers:
+            raise ValueError("data.workers: each of several workers reads its images itself; give 0")
+        if self.workers > 1 and self.threads is None:
+            raise ValueError("threads: say how many each of several workers has; they share the machine")
         if self.precisions and self.vision is None:
-            raise ValueError("precisions: image classifiers alone are exported; leave it out with language")
+            raise ValueError("precisions: image classifiers alone are exported; leave it out")
         if len(set(self.precisions)) < len(self.precisions):
             raise ValueError("precisions: one stands twice")
         refuse_expect(self.attentions)
@@ -178,15 +200,17 @@ class DistillConfig(RunConfig):
         if not any(attention.is_mixer for attention in self.attentions):
             raise ValueError("attentions: there is no mixer among them, and nothing to repair")
         for index, attention in enumerate(self.attentions):
-            if self.vision is not None and not attention.is_mixer:
+            if self.language is None and not attention.is_mixer:
                 raise ValueError(
-                    f"attentions.{index}.name: {attention.name!r} is no mixer: an image classifier keeps no cache"
+                    f"attentions.{index}.name: {attention.name!r} is no mixer: an image model has no cache"
                 )
         for index, stage in enumerate(self.stages):
             if stage.samples < self.batch:
                 raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
             if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
                 raise ValueError(f"stages.{index}: train and hidden are for objective: model")
+            if self.features is not None and stage.temperature != 1:
+                raise ValueError(f"stages.{index}.temperature is for logits, which features are not")
         shares = {layers.share for one in self.attentions for layers in one.layers or self.layers}
         wanted = self.scratch.shares if self.scratch is not None else None
         if wanted is not None and not (wanted and set(wanted) <= shares):
@@ -203,16 +227,20 @@ class DistillConfig(RunConfig):
     @cached_property
     def inputs(self) -> dict[str, Any]:
         """The model, by its weights, and its data, as far as what is measured depends on them."""
-        how = self.model_dump(mode="json", include={"vision", "language", "batch", "device"})
+        parts = [part for part in ("vision", "language", "features") if part != "features" or self.features is not None]
+        how = self.model_dump(mode="json", include={*parts, "batch", "device"})
+        for part in ("vision", "features"):
+            for key in ("workers", "path", "root") if how.get(part) else ():
+                how[part]["data"].pop(key)
         if self.vision is not None:
-            for key in ("workers", "path", "root"):
-                how["vision"]["data"].pop(key)
             weights = self.vision.model.weights
             how["vision"]["model"]["weights"] = None if weights is None else sha256(weights.read_bytes()).hexdigest()
-        if self.language is not None:
-            from attnzoo.tasks.decode.cells import contents
+        from attnzoo.tasks.decode.cells import contents
 
+        if self.language is not None:
             how["language"] |= {key: contents(getattr(self.language, key)) for key in ("model", "text")}
+        if self.features is not None:
+            how["features"]["model"] = contents(self.features.model)
         return how
 
     def seeds_of(self, attention: RepairedMixer) -> tuple[int, ...]:

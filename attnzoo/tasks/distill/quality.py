@@ -12,13 +12,14 @@ from pydantic import Field
 from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Share
 from attnzoo.tasks.distill.config import SCRATCH
 
-Metric = Literal["top-1", "NLL"]
+Metric = Literal["top-1", "k-NN top-1", "NLL"]
 
 
 class Point(Entry):
     """One score: at the end of, or within, a stage; `samples` were seen by then, `seconds` spent on the repair.
 
-    `found` is the share of the needles that were found, at the start and at the end of a stage.
+    `found` is the share of the needles that were found, at the start and at the end of a stage; `error` the squared
+    error of the test images' features relative to the teacher's, the mean over images.
     """
 
     stage: str
@@ -26,6 +27,7 @@ class Point(Entry):
     seconds: NonNegative
     score: float
     found: Share | None = None
+    error: NonNegative | None = None
 
 
 class Trial(Entry):
@@ -54,7 +56,8 @@ class Trial(Entry):
 class RepairedQuality(Quality):
     """Score of a repaired model, the mean of its trials, beside the teacher's on the same test images or text.
 
-    `metric` is ``top-1``, a share of test images, or ``NLL``, in nats per token. A `control` was not repaired.
+    `metric` is ``top-1`` or ``k-NN top-1``, a share of test images, or ``NLL``, in nats per token. A `control`
+    was not repaired.
     """
 
     METRIC: ClassVar[str] = "score"
@@ -77,7 +80,7 @@ class RepairedQuality(Quality):
     def against(self, dense: Self) -> Self:
         """The same with the teacher's score, and the ratio of accuracies or of perplexities."""
         ratio: float | None = math.exp(min(dense.score - self.score, 50.0))
-        if self.metric == "top-1":
+        if self.metric != "NLL":
             ratio = self.score / dense.score if dense.score else None
         return self.model_copy(update={"ratio": ratio, "teacher": dense.score})
 
@@ -98,9 +101,9 @@ class RepairedQuality(Quality):
 
     def said(self, scores: list[float]) -> str:
         """Scores of all trials as tables show them: the mean, and the standard deviation of several."""
-        if self.metric == "top-1":
+        if self.metric != "NLL":
             scores = [100 * score for score in scores]
-        digits = 1 if self.metric == "top-1" else 3
+        digits = 3 if self.metric == "NLL" else 1
         spread = f" ± {statistics.stdev(scores):.{digits}f}" if len(scores) > 1 else ""
         return f"{statistics.fmean(scores):.{digits}f}{spread}"
 
@@ -114,7 +117,7 @@ class RepairedQuality(Quality):
         """Columns of the table of quality."""
         first = self.trials[0]
         stages = list(dict.fromkeys(point.stage for point in first.points))
-        title = "top-1 %" if self.metric == "top-1" else "NLL, nats per token"
+        title = "NLL, nats per token" if self.metric == "NLL" else f"{self.metric} %"
         found = {title: self.figure}
         for stage in stages if len(first.points) > 1 else ():
             if stage == SCRATCH:  # whose end is the score
@@ -124,10 +127,12 @@ class RepairedQuality(Quality):
         for precision in first.quantized:
             found[f"{precision}, first seed"] = self.said([first.quantized[precision]])
         shares = [share for trial in self.trials if (share := self.closed(trial, trial.final)) is not None]
-        for name, at in (("needles found at the start", 0), ("needles found", -1)):
-            asked = [share for trial in self.trials if (share := trial.points[at].found) is not None]
-            if asked and (at or len(first.points) > 1):
-                found[name] = f"{statistics.fmean(asked):.0%}"
+        for when, at in ((" at the start", 0), ("", -1)) if len(first.points) > 1 else (("", -1),):
+            ends = [trial.points[at] for trial in self.trials]
+            if asked := [end.found for end in ends if end.found is not None]:
+                found[f"needles found{when}"] = f"{statistics.fmean(asked):.0%}"
+            if errors := [end.error for end in ends if end.error is not None]:
+                found[f"error of the features{when}"] = f"{statistics.fmean(errors):.3f}"
         found["gap closed"] = f"{statistics.fmean(shares):.0%}" if shares else ""
         found["samples seen"] = f"{first.points[-1].samples:,}" if len(first.points) > 1 else ""
         seconds = [trial.points[-1].seconds for trial in self.trials]

@@ -31,8 +31,10 @@ class DistillRecord(Record):
 
 def plan(config: DistillConfig) -> list[Cell]:
     """The teacher, then each mixer in each choice of layers, repaired and, where asked for, from scratch."""
-    vision, language = config.vision, config.language
-    host = f"{vision.model.library}:{vision.model.name}" if vision else f"transformers:{language and language.model}"
+    vision, of_transformers = config.vision, config.language or config.features
+    host = f"{vision.model.library}:{vision.model.name}" if vision else ""
+    if of_transformers is not None:
+        host = f"transformers:{of_transformers.model}"
     how = config.inputs
     shared: dict[str, Any] = {
         "kind": "quality",
@@ -44,7 +46,7 @@ def plan(config: DistillConfig) -> list[Cell]:
         "timeout": config.timeout_seconds,
         "renewed": True,  # a trial that is done is kept in the folder, whatever is added to its row
     }
-    part = "vision" if vision else "language"
+    part = "language" if config.language else "vision"
     cells: list[Cell] = []
     repair = config.model_dump(mode="json", include={"stages", "points", "sensitivity_steps"})
     repair |= {"autocast": config.autocast} if config.autocast else {}
@@ -82,7 +84,7 @@ def check(config: DistillConfig) -> None:
     import attnzoo
 
     refuse_launcher()
-    require("timm" if config.vision else "transformers", "accelerate", "matplotlib", extra="train")
+    require("transformers" if config.language else "timm", "accelerate", "matplotlib", extra="train")
     if config.precisions:
         require("onnx", "onnxscript", "onnxruntime", extra="dev")
     subject = subject_of(config)
@@ -109,9 +111,8 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
     if cell.is_baseline:
         say("score")
         teacher = subject.teacher()
-        score, found = subject.score(teacher), subject.found(teacher)
+        points = (Point(stage="teacher", samples=0, seconds=0.0, **subject.score(teacher)._asdict()),)
         quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
-        points = (Point(stage="teacher", samples=0, seconds=0.0, score=score, found=found),)
         trial = Trial(seed=0, points=points, quantized=quantized)
         quality = RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")
         return Result(status="ok", quality=quality)
@@ -137,7 +138,7 @@ def _note(config: DistillConfig, scratch: bool, mixer: bool) -> str:
     if not mixer:
         return "a control: nothing is repaired"
     stages = " then ".join(f"{stage.objective} on {stage.samples:,}" for stage in config.stages)
-    what = "images" if config.vision else f"sequences of {config.language.tokens} tokens" if config.language else ""
+    what = f"sequences of {config.language.tokens} tokens" if config.language else "images"
     computed = f", computed in {config.autocast}" if config.autocast else ""
     return f"{SCRATCH}, on as many {what}{computed}" if scratch else f"repaired by {stages} {what}{computed}"
 

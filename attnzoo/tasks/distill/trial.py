@@ -24,9 +24,10 @@ from attnzoo.repairing.losses import logits_of
 from attnzoo.repairing.options import RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import teacher_values
+from attnzoo.tasks.distill.classifier import Classifier
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer, ScratchConfig
 from attnzoo.tasks.distill.quality import Point, Trial
-from attnzoo.tasks.distill.subject import Images, Subject
+from attnzoo.tasks.distill.subject import Subject
 
 START = "at the start"
 STATE, SENSITIVITY = "state.pt", "sensitivity"
@@ -78,6 +79,7 @@ def _cheapest_first(
                 attention.name,
                 steps=config.sensitivity_steps,
                 held_out=HELD_OUT,
+                loss=subject.loss,
                 repair={"lr": config.stages[0].lr, "autocast": autocast_of(config)},
                 **attention.swap,
             )
@@ -185,6 +187,7 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     stage, name = config.stages[at], f"stage {at + 1}: {config.stages[at].objective}"
     steps = stage.samples // config.batch
     about: dict[str, Any] = {"seed": progress.seed, "autocast": autocast_of(config), **stage.options}
+    about |= {"loss": subject.loss} if stage.objective == "model" else {}
     fit = Repair(model, RepairOptions(steps=steps, **about))
     if not fit.parameters:  # nothing to fit in a mixer without weights
         progress.points.append(progress.points[-1].model_copy(update={"stage": name}))
@@ -198,10 +201,9 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     def told(step: int, loss: float) -> None:
         say(f"stage {at + 1} of {len(config.stages)}, step {step} of {steps}, loss {loss:.3g}")
         if step in ends:
-            score = subject.score(model)
             samples, seconds = seen + step * config.batch, round(last.seconds + fit.seconds, 3)
-            found = subject.found(model) if step == steps else None
-            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, score=score, found=found))
+            score = subject.score(model, whole=step == steps)._asdict()
+            progress.points.append(Point(stage=name, samples=samples, seconds=seconds, **score))
             progress.save(model, fit.state_dict())
 
     if fit.step < steps:
@@ -212,7 +214,7 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
 
 
 def _start(subject: Subject, model: nn.Module) -> Point:
-    return Point(stage=START, samples=0, seconds=0.0, score=subject.score(model), found=subject.found(model))
+    return Point(stage=START, samples=0, seconds=0.0, **subject.score(model)._asdict())
 
 
 def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:
@@ -235,7 +237,7 @@ def from_scratch(
     """Train the same network from random weights on the classes of as many images as the repair saw."""
     how, progress = config.scratch, Progress(folder, seed)
     assert how is not None
-    assert isinstance(subject, Images)  # the config has no row from scratch of a language model
+    assert isinstance(subject, Classifier)  # the config has no such row of anything else
     if not progress.layers:
         progress.choose(choose_layers(config, subject, attention, layers, seed))
     model = subject.fresh(seed)
@@ -251,7 +253,7 @@ def from_scratch(
         schedule.load_state_dict(progress.fit["schedule"])
         step, seconds = progress.fit["step"], progress.fit["seconds"]
     else:
-        progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model)))
+        progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model).score))
     count = config.points * len(config.stages)
     ends = {math.ceil(steps * part / count) for part in range(1, count + 1)}
     batches = subject.batches(step, seed)
@@ -272,7 +274,7 @@ def from_scratch(
         step, seconds = step + 1, seconds + time.monotonic() - began
         say(f"{SCRATCH}, step {step} of {steps}, loss {loss.item():.3g}")
         if step in ends:
-            score, seen = subject.score(model), step * config.batch
+            score, seen = subject.score(model).score, step * config.batch
             progress.points.append(Point(stage=SCRATCH, samples=seen, seconds=round(seconds, 3), score=score))
             state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             progress.save(model, {**state, "step": step, "seconds": seconds})

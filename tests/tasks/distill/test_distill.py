@@ -19,6 +19,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.decode import lm
+from attnzoo.tasks.distill import language
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, VisionConfig
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.quantized import BATCH, CALIBRATION_IMAGES, Exported, quantized_scores
@@ -208,9 +209,10 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path, monkeypatch):
     again = {cell.label: cell.measured for cell in tasks.find("distill").plan(first)}
     assert again[window.label] != window.measured, "it stands in the layers of another mixer"
     assert again[row.label] == row.measured
-    monkeypatch.setattr(lm, "retrieve", lambda *args: lm.Answer("", (True, False), None))
+    monkeypatch.setattr(language, "retrieve", lambda *args: lm.Answer("", (True, False), None))
     subject = subject_of(DistillConfig.check(config))
-    assert subject.found(subject.teacher()) == 0.5
+    assert subject.score(subject.teacher()).found == 0.5
+    assert subject.score(subject.teacher(), whole=False).found is None
     long = DistillConfig.check({**config, "language": {**config["language"], "windows": 4000}})
     with pytest.raises(ConfigError, match="too few to keep 4000 windows"):
         tasks.find("distill").check(long)
@@ -313,7 +315,7 @@ def test_rows_that_are_measured_at_a_time_choose_layers_once(vision, monkeypatch
 
 def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, capsys):
     wrong = {
-        "either vision or language": {"vision": None},
+        "give one of vision, language and features": {"vision": None},
         "gives? weights or pretrained": {"vision": {**vision["vision"], "model": {"name": "vit_tiny_patch16_224"}}},
         "is no mixer": {"attentions": ["sdpa"]},
         "'padre' has no option 'sides'": {"attentions": [{"name": "padre", "options": {"sides": 2}}]},
@@ -329,7 +331,8 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
             "workers": 2,
             "vision": {**vision["vision"], "data": {**vision["vision"]["data"], "workers": 1}},
         },
-        "an image classifier keeps no cache|evicts a language model": {"attentions": ["padre", "streaming"]},
+        "an image model has no cache|evicts a language model": {"attentions": ["padre", "streaming"]},
+        "threads: say how many each": {"workers": 2, "threads": None},
         "image classifiers alone are exported": {
             "precisions": ["int8"],
             "vision": None,

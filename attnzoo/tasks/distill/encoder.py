@@ -1,0 +1,132 @@
+"""An image encoder without a classifier, scored by the nearest neighbors of its features.
+
+The classifier by neighbors is DINO's (https://arxiv.org/abs/2104.14294, appendix F): each of the k training images
+whose features have the largest cosine to a test image's votes for its class with weight exp(cosine / 0.07). Features of
+training images are the same model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from attnzoo.assets import model_folder
+from attnzoo.errors import ConfigError
+from attnzoo.extras import require
+from attnzoo.repairing.losses import normalized_error
+from attnzoo.tasks.classify.loading import TestImages, Unreadable, transforms
+from attnzoo.tasks.classify.sources import NO_CLASS, Source
+from attnzoo.tasks.distill.config import FeaturesConfig
+from attnzoo.tasks.distill.images import Images
+from attnzoo.tasks.distill.quality import Metric
+from attnzoo.tasks.distill.subject import Score
+from attnzoo.tasks.export import Precision
+
+TEMPERATURE = 0.07
+
+
+class Encoder:
+    """An image encoder of transformers'."""
+
+    metric: Metric = "k-NN top-1"
+
+    def __init__(self, config: FeaturesConfig, batch: int, device: str) -> None:
+        self.config, self.batch, self.device = config, batch, device
+        self.images = Images(config.data, config.augment, batch, device)
+        splits: Any = self.images.splits
+        for key, wanted, source in (("bank", config.bank, splits.train), ("queries", config.queries, splits.test)):
+            if wanted > len(source):
+                raise ConfigError(f"features.{key}: {wanted} images asked for, but there are {len(source)}")
+
+    def teacher(self) -> nn.Module:
+        """The encoder."""
+        require("transformers", extra="llm")
+        from transformers import AutoModel
+
+        name = self.config.model
+        try:
+            model = AutoModel.from_pretrained(str(model_folder(name) or name)).to(self.device).eval()
+            with torch.inference_mode():
+                given = model(torch.zeros(1, *self.config.data.shape, device=self.device)).last_hidden_state
+        except Exception as error:  # of the hub, or of a model that takes no images
+            raise ConfigError(
+                f"features.model: {name!r} is no image encoder that transformers loads: {type(error).__name__}: {error}"
+            ) from error
+        size, patch = self.config.data.image_size, getattr(model.config, "patch_size", 1)
+        if given.ndim != 3 or size % patch:
+            raise ConfigError(
+                f"features.model: {name!r} gives {tuple(given.shape)} of an image of {size} pixels; an encoder with "
+                f"tokens is needed, whose patches ({patch} pixels) divide features.data.image_size"
+            )
+        return model
+
+    def batches(self, first: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(B, C, H, W)`` and their classes ``(B,)``."""
+        return self.images.batches(first, seed)
+
+    def loss(self, mine: Any, theirs: Any) -> Tensor:
+        """Squared error of the tokens' features relative to the original's."""
+        return normalized_error(mine.last_hidden_state, theirs.last_hidden_state)
+
+    def score(self, model: nn.Module, whole: bool = True) -> Score:
+        """Share of the test images whose nearest neighbors are of their class, and the error of their features."""
+        splits: Any = self.images.splits
+        known, classes = self._features(model, splits.train, self.config.bank)
+        asked, wanted = self._features(model, splits.test, self.config.queries)
+        answers = neighbors(known, classes, asked, min(self.config.neighbors, len(known)))
+        error = float(normalized_error(asked[:, None], self._originals[:, None]))
+        return Score(float((answers == wanted).float().mean()), error=error)
+
+    @cached_property
+    def _originals(self) -> Tensor:
+        """The teacher's features of the test images."""
+        test: Any = self.images.splits.test
+        return self._features(self.teacher(), test, self.config.queries)[0]
+
+    def _features(self, model: nn.Module, source: Source, count: int) -> tuple[Tensor, Tensor]:
+        """Features ``(count, C)`` of images drawn at random, the same each time, and their classes ``(count,)``."""
+        data = self.config.data
+        images = TestImages(source, transforms(data, self.config.augment)[1], data.shape)
+        drawn: Any = np.random.default_rng(0).permutation(len(source))[:count].tolist()
+        features, classes = [], []
+        unreadable = Unreadable(source, count)
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            for x, y, index in DataLoader(images, batch_size=self.batch, sampler=drawn, num_workers=data.workers):
+                unreadable.note(index[y == NO_CLASS].tolist())
+                tokens = model(x.to(self.device)).last_hidden_state  # (B, N, C)
+                features.append((tokens[:, 0] if self.config.pool == "class" else tokens.mean(1)).float().cpu())
+                classes.append(y)
+        model.train(training)
+        read = (targets := torch.cat(classes)) != NO_CLASS
+        return torch.cat(features)[read], targets[read]
+
+    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
+        """Nothing: classifiers alone are exported."""
+        return {}
+
+
+def neighbors(known: Tensor, classes: Tensor, asked: Tensor, count: int) -> Tensor:
+    """Give the class ``(Q,)`` for which the `count` nearest of the known features vote.
+
+    Parameters
+    ----------
+    known, asked
+        Features ``(M, C)`` and ``(Q, C)``.
+    classes
+        Of the known ones, ``(M,)``.
+    count
+        Number of neighbors that vote.
+    """
+    cosines = nn.functional.normalize(asked, dim=-1) @ nn.functional.normalize(known, dim=-1).T  # (Q, M)
+    nearest = cosines.topk(count)
+    votes = torch.zeros(len(asked), int(classes.max()) + 1)
+    votes.scatter_add_(1, classes[nearest.indices], (nearest.values / TEMPERATURE).exp())
+    return votes.argmax(-1)
