@@ -20,6 +20,7 @@ import yaml
 
 from attnzoo import list_attentions, replace_attention, swap_report, tasks
 from attnzoo.__main__ import capability_table, keys, main, parser, source_table
+from attnzoo.bench import words
 from attnzoo.bench.config import read_yaml
 from attnzoo.bench.readme import markdown_section
 from attnzoo.bench.report import quality_table
@@ -347,24 +348,38 @@ def test_the_readmes_table_is_that_of_the_committed_record():
 
 
 def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
-    dense, keydiff = (json.loads(line) for line in (ROOT / "docs/records/long.jsonl").read_text().splitlines())
-    cost, text = keydiff["cost"], (ROOT / "docs/eviction.md").read_text(encoding="utf-8")
+    records = read_records(ROOT / "docs/records/long.jsonl")
+    cost = {(r.label, r.workload, r.phase): r.cost for r in records if r.kind == "cost"}
+    prefill, one, eight = (
+        cost["keydiff 1024", *key] for key in (("", "prefill"), ("", "decode"), ("batch 8", "decode"))
+    )
 
-    def spread(q):
-        return f"{q['p50']:.2f}x ({q['p20']:.2f}-{q['p80']:.2f})"
+    def row(title, each, of, ratio):
+        return f"| {title} | {of(each.baseline)} | {of(each.candidate)} | {ratio} |"
 
-    one, eight = cost["batches"]
-    first = [one[side]["first_token"]["p50"] for side in ("dense", "candidate")]
-    assert f"| {first[0]:.1f} s | {first[1]:.1f} s | {spread(one['first_token_speedup'])} |" in text
-    for batch in (one, eight):
-        token = [batch[side]["token"]["p50"] * 1e3 for side in ("dense", "candidate")]
-        assert f"| {token[0]:,.0f} ms | {token[1]:,.0f} ms | {spread(batch['token_speedup'])} |" in text
-    for what in ("entries", "allocated"):
-        held = [cost[cache][what] for cache in ("cache_dense", "cache")]
-        assert f"| {megabytes(held[0])} | {megabytes(held[1])} | {held[1] / held[0]:.2f}x |" in text
-    peak = [cost[memory]["activation_peak_bytes"] for memory in ("memory_dense", "memory")]
-    assert f"| {megabytes(peak[0])} | {megabytes(peak[1])} | {peak[1] / peak[0]:.2f}x |" in text
-    assert spread(dense["cost"]["batches"][0]["first_token_speedup"]) in text
+    def times(side):
+        p50 = side.latency_ms.p50
+        return f"{p50 / 1e3:.1f} s" if p50 > 1e4 else f"{p50:,.0f} ms"
+
+    def size(name):
+        return lambda side: megabytes(getattr(side.memory, name))
+
+    ratios = one.ratios
+    assert between(ROOT / "docs/eviction.md", "long").splitlines()[2:] == [
+        row("TTFT", prefill, times, words.times(prefill.ratios.speedup)),
+        row("TPOT, batch 1", one, times, words.times(ratios.speedup)),
+        row("TPOT, batch 8", eight, times, words.times(eight.ratios.speedup)),
+        row("cache held", one, size("cache_held_bytes"), f"{ratios.cache_held:.2f}x"),
+        row("cache allocated", one, size("cache_allocated_bytes"), f"{ratios.cache_allocated:.2f}x"),
+        row(
+            "peak memory of the prefill",
+            prefill,
+            size("activation_peak_bytes"),
+            f"{prefill.ratios.activation_peak:.2f}x",
+        ),
+    ]
+    noise = cost["dense", "", "prefill"].ratios.speedup
+    assert words.times(noise) in (ROOT / "docs/eviction.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_what_policies_cost_has_all_of_them_and_h2o_is_as_fast_as_keydiff():
@@ -548,6 +563,7 @@ def test_modules_run_as_commands():
         "repair_digits",
         "repair_cifar10",
         "repair_cifar10_tenth",
+        "long",
         "kvpress",
         "kvpress_prompt",
         "train_bytes",

@@ -77,7 +77,7 @@ def task_of(records: Path) -> Task:
     except (OSError, ValueError):
         first = {}  # reading it in earnest will tell what is wrong
     first = first if isinstance(first, dict) else {}
-    if (first and not {"task", "benchmark", "kind"} & first.keys()) or "nll" in first:
+    if first and not {"task", "benchmark", "kind"} & first.keys():
         raise ConfigError(f"{records} is not of a benchmark: report it with the script of eval/ or train/ that made it")
     return find(first.get("task") or "suite")
 

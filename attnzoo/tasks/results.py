@@ -16,7 +16,6 @@ LEFT_OUT = ("samples.*.jsonl", "records.old*.jsonl")  # of a run under way, and 
 
 
 FORMATS = {  # files whose lines name no task, by keys that every line has, and what they hold that is no method's
-    frozenset({"nll", "retrieval", "label"}): "time and memory of the bounded cache, of a run that kept no gate",
     frozenset({"kernel", "case", "registers"}): "registers and memory of the compiled Triton kernels",
     frozenset({"degree", "rms", "largest"}): "how large PADRe's activations are at the start, by degree",
 }
