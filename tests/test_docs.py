@@ -434,15 +434,14 @@ def test_the_tables_beside_kvpress_are_those_of_the_committed_records(name):
 
 
 def test_under_kvpresss_own_protocol_attnzoo_finds_at_least_as_many():
-    """In every cell but one, whose reason the page gives, and `random`, of which each side draws its own entries."""
+    """In every cell but those of `random`, of which each side draws its own entries."""
     found = {}
     for record in read_records(ROOT / "docs/records/kvpress_prompt.jsonl"):
         found[record.part, record.quality.row.policy, record.quality.row.side] = sum(record.quality.found)
     cells = {key[:2] for key in found if key[1] not in ("random", "dense")}
     assert len(cells) == 2 * 9
     for cell in cells:
-        less = cell == ("question after", "expected_attention")  # one: the two sides differ there, as the page says
-        assert found[*cell, "attnzoo"] >= found[*cell, "kvpress"] - less, cell
+        assert found[*cell, "attnzoo"] >= found[*cell, "kvpress"], cell
 
 
 def test_the_table_of_kernels_is_that_of_the_committed_record():
