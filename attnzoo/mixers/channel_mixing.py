@@ -37,6 +37,16 @@ def dense(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     return linear
 
 
+def become_identity(mixing: nn.Module) -> None:
+    """Set the weights of a map of one copy so that channels stay as they are."""
+    if isinstance(mixing, Copies):
+        return
+    assert isinstance(mixing, nn.Linear | GroupedLinear)
+    with torch.no_grad():
+        mixing.weight.copy_(torch.eye(mixing.weight.shape[-1]).expand_as(mixing.weight))
+        mixing.bias.zero_()
+
+
 def as_matrix(mixing: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """Write a map of tokens `like` ``(N, C)`` out as a matrix ``(copies * C, C)`` and a bias: for references only."""
     if isinstance(mixing, Copies):

@@ -26,11 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_odd, check_tokens
+from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_number, check_odd, check_tokens
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
 from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
-from attnzoo.mixers.channel_mixing import CHANNEL_MIXINGS, as_matrix, make_channel_mixing
+from attnzoo.mixers.channel_mixing import (
+    CHANNEL_MIXINGS,
+    GroupedLinear,
+    as_matrix,
+    become_identity,
+    dense,
+    make_channel_mixing,
+)
 from attnzoo.mixers.token_mixing import (
     TOKEN_MIXINGS,
     CausalConv1d,
@@ -41,6 +48,9 @@ from attnzoo.mixers.token_mixing import (
 )
 
 OUTPUTS = ("last", "sum", "element_sum")
+STARTS = ("random", "identity")
+Z_MIXINGS = ("full", "identity")
+NEAR = 0.3  # of the weights of all factors but the first with start="identity": what they add to 1
 
 
 class Padre(nn.Module):
@@ -65,6 +75,16 @@ class Padre(nn.Module):
     output
         ``last``: Z_d. ``sum``: all Z_i, with one weight per channel, and a bias. ``element_sum``: with one weight for
         each token and channel, as the paper writes it.
+    start
+        How the weights begin. ``random``: those of all factors alike. ``identity``: all factors but the first near 1,
+        and C and D the identity, so that Z_d begins near Z_1.
+    z_mixing
+        What C and D are: ``full``, as A and B, or the ``identity``, which leaves d maps over tokens and channels of
+        2 d - 1.
+    out_proj
+        Map the channels of the output once more.
+    gain
+        A learned factor per channel on the output, which begins at this value; None for none.
     tokens
         Number of tokens, prefix included, for the parts that have weights for each of them (``dense``,
         ``element_sum``); such a module is for this number alone. All others take any number at any time.
@@ -88,6 +108,10 @@ class Padre(nn.Module):
         token_mixing: str = "conv2d",
         channel_mixing: str = "dense",
         output: str = "last",
+        start: str = "random",
+        z_mixing: str = "full",
+        out_proj: bool = False,
+        gain: float | None = None,
         tokens: int | None = None,
         mix_prefix: bool = True,
     ) -> None:
@@ -96,6 +120,11 @@ class Padre(nn.Module):
         self.degree = check_int("degree", degree, minimum=1)
         self.mix_prefix = check_bool("mix_prefix", mix_prefix)
         self.output = check_choice("output", output, OUTPUTS)
+        check_choice("start", start, STARTS)
+        products = degree - 1 if check_choice("z_mixing", z_mixing, Z_MIXINGS) == "full" else 0
+        check_bool("out_proj", out_proj)
+        if gain is not None:
+            check_number("gain", gain, minimum=0)
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
         check_choice("channel_mixing", channel_mixing, CHANNEL_MIXINGS)
         if kind.causal:
@@ -120,14 +149,18 @@ class Padre(nn.Module):
 
         # all Y_i come from X, so their maps over channels are one matrix
         self.y_channels, self.y_tokens = over_channels(degree), over_tokens(degree)
-        self.z_channels = nn.ModuleList(over_channels(1) for _ in range(degree - 1))
-        self.z_tokens = over_tokens(degree - 1)
+        self.z_channels = nn.ModuleList(over_channels(1) for _ in range(products))
+        self.z_tokens = over_tokens(products)
         if output == "element_sum" and tokens is None:
             raise OptionError("output='element_sum' has weights for each token: say tokens=, prefix tokens included")
         if output != "last":
             each: tuple[int, ...] = (dim,) if tokens is None or output == "sum" else (tokens, dim)
             self.term_weights = nn.Parameter(torch.full((degree, *each), degree**-0.5))
             self.term_bias = nn.Parameter(torch.zeros(each))
+        self.out_proj = dense(dim, dim) if out_proj else None
+        self.gain = None if gain is None else nn.Parameter(torch.full((dim,), float(gain)))
+        if start == "identity":
+            self._start_near_identity()
 
     causal_form = "token_mixing='causal_conv1d'"  # what messages tell where a causal mixer is needed
 
@@ -178,21 +211,48 @@ class Padre(nn.Module):
         """
         if not isinstance(self.y_channels, nn.Linear):
             raise OptionError("init='inherit' needs channel_mixing='dense', which can hold any matrix over channels")
-        y_tokens, z_tokens = (cast(Sequence[TokenMixing], each) for each in (self.y_tokens, self.z_tokens))
+        y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
         with torch.no_grad():
             self.y_channels.weight.zero_()[: self.dim] = weight
             self.y_channels.bias.zero_()
             y_tokens[0].become_mean()
             for index, mixing in enumerate(y_tokens):  # after the first, of zeros: what it gives is its bias
-                there = getattr(mixing, "bias", self.y_channels.bias[index * self.dim :][: self.dim])
+                there = getattr(mixing, "bias", self._of_factor(index, "bias"))
                 there.copy_(torch.ones_like(bias) if index else bias)
             if self.output != "last":
                 self.term_weights.zero_()[0] = 1
-        for linear in cast(Sequence[nn.Linear], self.z_channels):
-            nn.init.eye_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        for mixing in z_tokens:
+            if self.gain is not None:
+                self.gain.fill_(1.0)
+        self._keep_between_factors()
+        if self.out_proj is not None:
+            become_identity(self.out_proj)
+
+    def _start_near_identity(self) -> None:
+        """Set all factors but the first to 1 and a little, and the maps between them to the identity."""
+        with torch.no_grad():
+            for index, mixing in enumerate(self.y_tokens):
+                if index == 0:
+                    continue
+                for name, weight in mixing.named_parameters():
+                    weight.mul_(NEAR) if name != "bias" else weight.fill_(1.0)
+                if not hasattr(mixing, "bias"):  # and no weights
+                    self._of_factor(index, "weight").mul_(NEAR)
+                    self._of_factor(index, "bias").fill_(1.0)
+        self._keep_between_factors()
+
+    def _keep_between_factors(self) -> None:
+        for linear in self.z_channels:
+            become_identity(linear)
+        for mixing in cast(Sequence[TokenMixing], self.z_tokens):
             mixing.become_identity()
+
+    def _of_factor(self, index: int, name: str) -> Tensor:
+        """The part of weight or bias of the maps over channels that is factor `index`'s, as one row."""
+        if not isinstance(self.y_channels, nn.Linear | GroupedLinear):
+            raise OptionError(
+                "start='identity' needs a bias: token_mixing and channel_mixing cannot both be 'identity'"
+            )
+        return getattr(self.y_channels, name).view(self.degree, -1)[index]
 
     def extend(
         self, x: Tensor, state: Sequence[Tensor] | None = None, mask: Tensor | None = None
@@ -237,18 +297,30 @@ class Padre(nn.Module):
         ys = list(zip(*(self.y_channels(part).chunk(self.degree, dim=-1) for part in x), strict=True))
         y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
         terms = [way.mix(y_tokens[0], ys[0])]
-        for i, (over_channels, over_tokens) in enumerate(zip(self.z_channels, self.z_tokens, strict=True), start=1):
-            head, patches = terms[-1]
-            inputs = over_channels(head), over_channels(patches)
-            term = way.product(cast(TokenMixing, over_tokens), inputs, y_tokens[i], ys[i])
+        for i in range(1, self.degree):
+            if len(self.z_tokens):
+                over_channels, over_tokens = self.z_channels[i - 1], cast(TokenMixing, self.z_tokens[i - 1])
+                head, patches = terms[-1]
+                inputs = over_channels(head), over_channels(patches)
+                term = way.product(over_tokens, inputs, y_tokens[i], ys[i])
+            else:
+                term = way.product(y_tokens[i], ys[i], None, terms[-1])
             terms = [term] if self.output == "last" else [*terms, term]
         return terms
 
     def _output(self, terms: list[Parts], canvas: Canvas, real: Tensor | None) -> Tensor:
         if self.output == "last":
-            return canvas.take(*terms[-1])
-        out = hadamard_chain([canvas.take(*z) for z in terms], weights=self.term_weights, bias=self.term_bias)
-        return hide(out, None if real is None else real.unsqueeze(-1))
+            out = canvas.take(*terms[-1])
+        else:
+            out = hadamard_chain([canvas.take(*z) for z in terms], weights=self.term_weights, bias=self.term_bias)
+        out = self._after(out)
+        biased = self.output != "last" or self.out_proj is not None
+        return hide(out, real.unsqueeze(-1)) if biased and real is not None else out
+
+    def _after(self, out: Tensor) -> Tensor:
+        """The output map and the gain."""
+        out = out if self.out_proj is None else self.out_proj(out)
+        return out if self.gain is None else out * self.gain
 
     def reference(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
         """Compute the same by the paper's equation, with every A_i and C_i as a dense matrix, image by image. Slow."""
@@ -262,11 +334,12 @@ class Padre(nn.Module):
             width = 1 if grid is None else int(grid[b][1] if isinstance(grid, Tensor) else grid[1])
             terms = self._reference_terms(image[kept], self._places(kept.tolist(), prefix), width)
             if self.output == "last":
-                out[b, kept] = terms[-1]
+                polynomial = terms[-1]
             else:
                 weights = self.term_weights if self.output == "sum" else self.term_weights[:, kept]
                 bias = self.term_bias if self.output == "sum" else self.term_bias[kept]
-                out[b, kept] = sum((w * z for w, z in zip(weights, terms, strict=True)), bias)
+                polynomial = sum((w * z for w, z in zip(weights, terms, strict=True)), bias)
+            out[b, kept] = self._after(polynomial)
         return out
 
     def _reference_terms(self, x: Tensor, places: list[int], width: int) -> list[Tensor]:
@@ -278,6 +351,9 @@ class Padre(nn.Module):
             y.append(torch.einsum("cnm,mc->nc", a, x @ b[i].T + b_bias[i]) + a_bias)
         z = [y[0]]
         for i in range(self.degree - 1):
+            if not len(self.z_tokens):
+                z.append(z[-1] * y[i + 1])
+                continue
             d, d_bias = as_matrix(self.z_channels[i], x)
             c, c_bias = _matrices(cast(TokenMixing, self.z_tokens[i]), places, width, x)
             z.append((torch.einsum("cnm,mc->nc", c, z[-1] @ d.T + d_bias) + c_bias) * y[i + 1])
@@ -303,7 +379,7 @@ class Padre(nn.Module):
             )
 
     def _check_state(self, state: Sequence[Tensor] | None, rows: int) -> None:
-        wanted = [(rows, self._mixing.kernel_size - 1, self.dim)] * (2 * self.degree - 1)
+        wanted = [(rows, self._mixing.kernel_size - 1, self.dim)] * (len(self.y_tokens) + len(self.z_tokens))
         if state is not None and [tuple(part.shape) for part in state] != wanted:
             raise ShapeError(f"the state must be {wanted}, not {[tuple(part.shape) for part in state]}")
 
@@ -324,7 +400,7 @@ class _AtOnce:
     def mix(self, mixing: TokenMixing, parts: Parts) -> Parts:
         return cast(Parts, mixing(*parts, self.canvas))
 
-    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing, others: Parts) -> Parts:
+    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts) -> Parts:
         return mixing.product(parts, other, others, self.canvas)
 
 
@@ -347,8 +423,9 @@ class _FromState:
         self.state.append(_last(line, length, self.count))
         return head, mixing.along(line)
 
-    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing, others: Parts) -> Parts:
-        (head, patches), (other_head, other_patches) = self.mix(mixing, parts), self.mix(other, others)
+    def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts) -> Parts:
+        head, patches = self.mix(mixing, parts)
+        other_head, other_patches = others if other is None else self.mix(other, others)
         return head * other_head, patches * other_patches
 
 

@@ -232,9 +232,10 @@ class CausalConv1d(TokenMixing):
 
     def product(self, parts: Parts, other: TokenMixing | None, others: Parts, canvas: Canvas) -> Parts:
         """Convolve and multiply in one operation."""
-        assert isinstance(other, CausalConv1d)
-        factors = (parts[1], self.weight, self.bias, others[1], other.weight, other.bias)
-        return parts[0] * others[0], depthwise_pair(*factors, causal=True, **canvas.place)
+        assert other is None or isinstance(other, CausalConv1d)
+        factors = (parts[1], self.weight, self.bias, others[1])
+        more = () if other is None else (other.weight, other.bias)
+        return parts[0] * others[0], depthwise_pair(*factors, *more, causal=True, **canvas.place)
 
     def become_identity(self) -> None:
         """Only the tap of the token itself, the last one, is 1."""

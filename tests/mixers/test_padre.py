@@ -23,6 +23,16 @@ def padre(degree: int, dim: int = 5, kernel_size: int = 3, **options) -> Padre:
     return mixer
 
 
+PARTS = [
+    {},
+    {"channel_mixing": "grouped"},
+    {"channel_mixing": "identity"},
+    {"token_mixing": "conv1d"},
+    {"token_mixing": "identity"},
+    {"z_mixing": "identity"},
+]
+
+
 @pytest.mark.parametrize("prefix", [0, 1, 3])
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 5])
 def test_is_a_polynomial_of_exactly_its_degree(degree, prefix):
@@ -167,6 +177,39 @@ def test_starts_in_range_and_keeps_patches_apart(degree, prefix):
         assert 0.5 < out[:, :prefix].square().mean().sqrt() < 2
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("options", PARTS, ids=str)
+def test_near_the_identity_each_product_changes_little(options, prefix):
+    """Z_d begins as Z_1, its first factor, times a little more or less than 1 each time."""
+    torch.manual_seed(0)
+    mixer = Padre(64, num_heads=2, degree=3, start="identity", mix_prefix=prefix > 0, **options)
+    first = Padre(64, num_heads=2, degree=1, mix_prefix=prefix > 0, **options)
+    state = mixer.state_dict()
+    with torch.no_grad():
+        for name, weight in first.named_parameters():  # the maps of all factors are one matrix, the first one's first
+            weight.copy_(state[name].reshape(3, *weight.shape)[0] if name.startswith("y_channels") else state[name])
+        x = torch.randn(2, prefix + 64, 64)
+        out, alone = mixer(x, grid=(8, 8), prefix=prefix), first(x, grid=(8, 8), prefix=prefix)
+    assert 0.02 < ((out - alone).norm() / alone.norm()) < 0.8
+    assert torch.cosine_similarity(out.flatten(), alone.flatten(), dim=0) > 0.8
+
+
+def test_near_the_identity_there_must_be_a_bias():
+    with pytest.raises(OptionError, match="cannot both be 'identity'"):
+        Padre(8, start="identity", token_mixing="identity", channel_mixing="identity")
+
+
+def test_a_gain_is_a_factor_per_channel():
+    torch.manual_seed(0)
+    mixer, x = Padre(8, degree=2, kernel_size=3, gain=0.02, mix_prefix=False), torch.randn(1, 20, 8)
+    small = mixer(x, grid=(4, 5))
+    with torch.no_grad():
+        mixer.gain.fill_(1.0)
+        torch.testing.assert_close(small, 0.02 * mixer(x, grid=(4, 5)))
+        mixer.gain[3] = 0
+        assert not mixer(x, grid=(4, 5))[..., 3].any()
+
+
 def test_half_precision_holds_many_tokens_with_an_offset():
     """A sum over 12,544 tokens that have something in common is beyond float16: the mean must not be."""
     torch.manual_seed(0)
@@ -203,6 +246,10 @@ def test_degree_one_is_one_convolution():
         ({"kernel_size": 4}, "odd"),
         ({"kernel_size": -1}, "at least 1"),
         ({"mix_prefix": 1}, "True or False"),
+        ({"start": "near"}, "start must be one of"),
+        ({"z_mixing": "dense"}, "z_mixing must be one of"),
+        ({"out_proj": 1}, "True or False"),
+        ({"gain": float("nan")}, "gain must be a number"),
     ],
 )
 def test_bad_options_are_refused(options, said):
@@ -261,6 +308,12 @@ def test_every_configuration_equals_the_written_out_equation(case, masked):
 def test_every_configuration_is_a_polynomial_of_exactly_its_degree(case, degree):
     mixer = Case("padre", {**case.options, "degree": degree}).build()
     assert finite_difference_degree(lambda x: mixer(x, **ARGS), tokens(), degree + 1) == degree
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_without_maps_between_factors_there_are_as_many_as_the_degree(degree):
+    mixer = Padre(8, degree=degree, z_mixing="identity", mix_prefix=False)
+    assert sum(p.numel() for p in mixer.parameters()) == degree * (64 + 8 + 121 * 8 + 8)
 
 
 @pytest.mark.parametrize("degree", [1, 3])

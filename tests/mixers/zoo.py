@@ -62,6 +62,9 @@ def _cases() -> list[Case]:
         own = {"tokens": TOKENS} if output == "element_sum" else {}
         cases.append(Case("padre", {"degree": 4, "output": output, **own}))
         cases.append(Case("padre", {"token_mixing": "causal_conv1d", "output": output, "kernel_size": 4, **own}))
+        cases.append(Case("padre", {"z_mixing": "identity", "output": output, **own}))
+    cases.append(Case("padre", {"z_mixing": "identity", "token_mixing": "causal_conv1d", "kernel_size": 4}))
+    cases.append(Case("padre", {"start": "identity", "out_proj": True, "gain": 0.5}))
     return cases
 
 
