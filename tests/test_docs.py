@@ -265,14 +265,13 @@ def load_detection(path: Path, words: list[str]):
         detection.load_config(config, keys)
 
 
-def test_the_first_commands_of_the_page_on_training_run(tmp_path):
+def test_the_first_commands_of_the_page_on_training_run(tmp_path, forked):
     lines = "".join(blocks(ROOT / "docs/classify.md", "sh")).splitlines()
     first = {line.split()[1]: line for line in reversed(lines) if line.startswith("python")}  # of each script
     quick = ["recipe.epochs=1", "recipe.warmup_epochs=0", "costs.0.image_sizes=[8]"]
     quick += [f"costs.{at}.min_seconds=0" for at in range(2)]
     for command in (first["train/classify.py"], first["eval/classify.py"]):
-        run = [sys.executable, *command.split()[1:], f"output={tmp_path}", *quick]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+        done = forked.script(*command.split()[1:], f"output={tmp_path}", *quick).finish()
         assert done.returncode == 0, done.stderr
         assert "padre degree=2" in done.stdout
     assert (tmp_path / "report.html").exists()

@@ -14,19 +14,19 @@ def surrounded(tensor, device):
     return inner
 
 
-def outputs_and_gradients(function, leaves):
-    """The output, and the gradients of its product with random numbers, by every leaf that is one."""
+def outputs_and_gradients(function, leaves, dtype):
+    """The output, and the gradients of its product with random numbers of `dtype`, by every leaf that is one."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in leaves]
     out = function(*leaves)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    grads = torch.autograd.grad(out, [t for t in leaves if t is not None], cotangent.to(out))
+    grads = torch.autograd.grad(out, [t for t in leaves if t is not None], cotangent.to(dtype).to(out))
     return out, *grads
 
 
 def assert_as_the_reference(op, reference, leaves, dtype, device):
     """Compare, and see to it that every element was written with a number."""
-    got = outputs_and_gradients(op, [None if t is None else surrounded(t.to(dtype), device) for t in leaves])
-    want = outputs_and_gradients(reference, [None if t is None else t.to(dtype).double() for t in leaves])
+    got = outputs_and_gradients(op, [None if t is None else surrounded(t.to(dtype), device) for t in leaves], dtype)
+    want = outputs_and_gradients(reference, [None if t is None else t.to(dtype).double() for t in leaves], dtype)
     assert got[0].dtype == dtype
     for a, b in zip(got, want, strict=True):
         a = a.double().cpu()

@@ -26,8 +26,8 @@ from train.classify import main as train
 
 from .conftest import fork, tiny
 
-KILLS = 12
-EPOCHS = 14  # of 12 steps each, by batches of 8
+KILLS = 8
+EPOCHS = 10  # of 12 steps each, by batches of 8
 
 
 def weights(folder, name="padre-seed0"):
