@@ -313,6 +313,20 @@ def test_the_tables_of_trainings_are_those_of_the_committed_records(name, worklo
     assert between(ROOT / "docs/classify.md", name.replace("_", "-")) == table
 
 
+def test_where_the_products_pay_is_that_of_the_committed_record():
+    records = read_records(ROOT / "docs/records/padre_starts.jsonl")
+    page = ROOT / "docs/padre.md"
+    assert between(page, "padre-starts") == results_table(records).markdown()
+    runs = {record.label: record.quality.trainings for record in records}
+    assert all(len(each) == 3 and abs(each[0].parameters / 91_000 - 1) < 0.005 for each in runs.values())
+    top1 = {label: statistics.fmean(100 * t.correct / t.images for t in each) for label, each in runs.items()}
+    assert round(top1["padre degree=2"] - top1["conv"]) == 3
+    assert round(top1["padre degree=2"] - top1["padre degree=1"]) == 4
+    assert abs(top1["padre degree=3"] - top1["padre degree=2"]) < 1
+    assert abs(top1["padre degree=3 near identity"] - top1["padre degree=3"]) < 1
+    assert all(2 <= round(top1[f"padre degree={degree}"] - top1["conv"]) <= 3 for degree in (2, 3))
+
+
 def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
     page = " ".join((ROOT / "docs/classify.md").read_text(encoding="utf-8").split())
 
@@ -567,6 +581,7 @@ def test_modules_run_as_commands():
         "train_bytes",
         "fashion_mnist",
         "cifar10_cpu",
+        "padre_starts",
     ],
 )
 def test_committed_pages_are_what_the_records_give_today(name):
