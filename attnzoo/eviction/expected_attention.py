@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_bool, check_int, check_number
-from attnzoo.errors import UnsupportedError
+from attnzoo.errors import OptionError, UnsupportedError
 from attnzoo.eviction.layer_data import Rotary
 from attnzoo.eviction.policy import AttentionPolicy, CacheView, wide
 
@@ -48,8 +48,8 @@ class ExpectedAttention(AttentionPolicy):
     epsilon
         Added to the expected attention before it is multiplied by the norm: the larger, the more the norm counts.
     count_sinks
-        Let the sinks have their share of the expected attention, of which each query head has as much as any other.
-        Without them a head that mostly attends to sinks weighs more.
+        Let the first `sink` entries have their share of the expected attention, which sums to 1 in each query head. If
+        they are left out, a head that mostly attends to sinks weighs more in the mean.
     """
 
     window: int = 128
@@ -63,7 +63,10 @@ class ExpectedAttention(AttentionPolicy):
         check_int("window", self.window, minimum=1)
         check_int("future", self.future, minimum=1)
         check_bool("covariance", self.covariance)
-        check_bool("count_sinks", self.count_sinks)
+        if not check_bool("count_sinks", self.count_sinks) and self.sink == 0:
+            raise OptionError(
+                "count_sinks=False leaves the first `sink` entries out, and sink=0 says that there are none"
+            )
         check_number("epsilon", self.epsilon, minimum=0)
 
     @property
@@ -90,7 +93,7 @@ class ExpectedAttention(AttentionPolicy):
         return int(self.budget) // 2
 
     def attention_scores(self, view: CacheView) -> Tensor:
-        """The expected attention, which sums to 1 for each query head.
+        """The expected attention, which sums to 1 over the entries that count, for each query head.
 
         Raises
         ------

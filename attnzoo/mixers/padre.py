@@ -197,7 +197,8 @@ class Padre(nn.Module):
     def inherit(self, weight: Tensor, bias: Tensor) -> None:
         """Begin as attention whose weights are all alike: Z_1 = A X W^T + b, all further factors Y_i = 1.
 
-        A is the mean over the tokens that the mixing reaches, the one tap of ``token_mixing="identity"``.
+        This stands in place of `start` and of the value at which `gain` begins. A is the mean over the tokens that the
+        mixing reaches, the one tap of ``token_mixing="identity"``.
 
         Parameters
         ----------
@@ -230,6 +231,8 @@ class Padre(nn.Module):
     def _start_near_identity(self) -> None:
         """Set all factors but the first to 1 and a little, and the maps between them to the identity."""
         with torch.no_grad():
+            if self.output != "last":  # the mean of terms that are all near Z_1
+                self.term_weights.fill_(1 / self.degree)
             for index, mixing in enumerate(self.y_tokens):
                 if index == 0:
                     continue
@@ -249,9 +252,7 @@ class Padre(nn.Module):
     def _of_factor(self, index: int, name: str) -> Tensor:
         """The part of weight or bias of the maps over channels that is factor `index`'s, as one row."""
         if not isinstance(self.y_channels, nn.Linear | GroupedLinear):
-            raise OptionError(
-                "start='identity' needs a bias: token_mixing and channel_mixing cannot both be 'identity'"
-            )
+            raise OptionError("this start needs a bias: token_mixing and channel_mixing cannot both be 'identity'")
         return getattr(self.y_channels, name).view(self.degree, -1)[index]
 
     def extend(

@@ -155,9 +155,11 @@ def sensitivity(
     SwapError
         If the model has swapped layers, or `name` is no mixer.
     OptionError
-        If the batches are too few, or an option is invalid.
+        If the batches are too few, an option is invalid, or both `metric` and `loss` are given.
     """
     check_int("held_out", held_out, minimum=1)
+    if metric is not None and loss is not None:
+        raise OptionError("metric and loss both stand in place of the divergence: give one of them")
     if describe(name).kind != "mixer":
         raise SwapError(f"{name!r} is no mixer: it runs on the model's own weights, and there is nothing to fit")
     if wrong := sorted({"steps", "objective", "layers"} & set(repair or ())):

@@ -382,6 +382,7 @@ def test_bad_bases(name):
         ("expected_attention", {"future": 0}),
         ("expected_attention", {"covariance": 1}),
         ("expected_attention", {"count_sinks": 1}),
+        ("expected_attention", {"count_sinks": False, "sink": 0}),
         ("expected_attention", {"epsilon": -1}),
         ("lagkv", {"lag": 1}),
         ("rkv", {"kernel": 4}),

@@ -30,6 +30,7 @@ PARTS = [
     {"token_mixing": "conv1d"},
     {"token_mixing": "identity"},
     {"z_mixing": "identity"},
+    {"output": "sum"},
 ]
 
 
@@ -187,7 +188,10 @@ def test_near_the_identity_each_product_changes_little(options, prefix):
     state = mixer.state_dict()
     with torch.no_grad():
         for name, weight in first.named_parameters():  # the maps of all factors are one matrix, the first one's first
-            weight.copy_(state[name].reshape(3, *weight.shape)[0] if name.startswith("y_channels") else state[name])
+            if name == "term_weights":
+                weight.fill_(1.0)
+            else:
+                weight.copy_(state[name].reshape(3, *weight.shape)[0] if name.startswith("y_channels") else state[name])
         x = torch.randn(2, prefix + 64, 64)
         out, alone = mixer(x, grid=(8, 8), prefix=prefix), first(x, grid=(8, 8), prefix=prefix)
     assert 0.02 < ((out - alone).norm() / alone.norm()) < 0.8

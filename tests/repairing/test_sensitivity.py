@@ -74,6 +74,23 @@ def test_the_cost_is_that_of_a_swap_of_the_layer_alone():
             assert dense - metric(model) == pytest.approx(layer.cost, rel=1e-4, abs=1e-6)
 
 
+def test_a_loss_of_ones_own_compares_the_outputs_in_place_of_the_divergence():
+    model, data = vit(), batches(3)
+    own = [model(batch) for batch in data[:2]]
+    calls = []
+
+    def loss(mine, theirs):
+        calls.append(theirs)
+        return (mine - theirs).square().mean()
+
+    torch.manual_seed(0)
+    report = attnzoo.sensitivity(model, data, "padre", steps=2, loss=loss, **SHORT)
+    torch.testing.assert_close(calls[0], own[0])
+    torch.testing.assert_close(calls[-1], own[1])
+    assert len(calls) == 2 * len(report.layers)
+    assert all(layer.cost > 0 for layer in report.layers)
+
+
 def test_batches_that_come_once_are_not_held_out_twice():
     data, seen = batches(5), []
 
@@ -90,6 +107,8 @@ def test_bad_input_is_refused_and_the_model_left_alone():
     model = vit()
     with pytest.raises(OptionError, match="batches gave 1, and 2 are held out"):
         attnzoo.sensitivity(model, batches(1), "padre", **SHORT)
+    with pytest.raises(OptionError, match="give one of them"):
+        attnzoo.sensitivity(model, batches(3), "padre", metric=len, loss=max, **SHORT)
     with pytest.raises(SwapError, match="is no mixer"):
         attnzoo.sensitivity(model, batches(3), "sdpa")
     assert not attnzoo.swap_report(model).swapped

@@ -60,6 +60,12 @@ class FeaturesConfig(Section):
     queries: PositiveInt = 1000
     neighbors: PositiveInt = 20
 
+    @model_validator(mode="after")
+    def _enough(self) -> FeaturesConfig:
+        if self.neighbors > self.bank:
+            raise ValueError(f"neighbors: {self.neighbors} cannot vote where bank has {self.bank} images")
+        return self
+
 
 class LanguageConfig(Section):
     """A causal language model, and the text that it is repaired on; the last windows of it are kept for scoring.
@@ -183,9 +189,11 @@ class DistillConfig(RunConfig):
             raise ValueError("give one of vision, language and features")
         if self.vision is None and self.scratch is not None:
             raise ValueError("scratch trains on the classes of images; with language and features it is not offered")
-        images = self.vision or self.features
+        images, part = self.vision or self.features, "vision" if self.vision else "features"
+        if images is not None and images.augment is not None and (images.augment.mixes or images.augment.repeats > 1):
+            raise ValueError(f"{part}.augment: mixup, cutmix and repeats mean nothing to a repair; leave them out")
         if self.workers > 1 and images is not None and images.data.workers:
-            raise ValueError("data.workers: each of several workers reads its images itself; give 0")
+            raise ValueError(f"{part}.data.workers: each of several workers reads its images itself; give 0")
         if self.workers > 1 and self.threads is None:
             raise ValueError("threads: say how many each of several workers has; they share the machine")
         if self.precisions and self.vision is None:

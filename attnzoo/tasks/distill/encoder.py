@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnzoo.assets import model_folder
-from attnzoo.errors import ConfigError
+from attnzoo.errors import ConfigError, TrainingError
 from attnzoo.extras import require
 from attnzoo.repairing.losses import normalized_error
 from attnzoo.tasks.classify.loading import TestImages, Unreadable, transforms
@@ -58,12 +58,14 @@ class Encoder:
             raise ConfigError(
                 f"features.model: {name!r} is no image encoder that transformers loads: {type(error).__name__}: {error}"
             ) from error
-        size, patch = self.config.data.image_size, getattr(model.config, "patch_size", 1)
-        if given.ndim != 3 or size % patch:
+        size, patch = self.config.data.image_size, getattr(model.config, "patch_size", None)
+        if given.ndim != 3 or not isinstance(patch, int) or size % patch:
             raise ConfigError(
                 f"features.model: {name!r} gives {tuple(given.shape)} of an image of {size} pixels; an encoder with "
-                f"tokens is needed, whose patches ({patch} pixels) divide features.data.image_size"
+                f"tokens is needed, whose square patches ({patch} pixels) divide features.data.image_size"
             )
+        if self.config.pool == "class" and given.shape[1] <= (size // patch) ** 2:
+            raise ConfigError(f"features.pool: {name!r} has no class token, its tokens are all patches; say pool: mean")
         return model
 
     def batches(self, first: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,7 +81,9 @@ class Encoder:
         splits: Any = self.images.splits
         known, classes = self._features(model, splits.train, self.config.bank)
         asked, wanted = self._features(model, splits.test, self.config.queries)
-        answers = neighbors(known, classes, asked, min(self.config.neighbors, len(known)))
+        if not (known.isfinite().all() and asked.isfinite().all()):
+            raise TrainingError("the model's features are not finite; try a lower rate, or other options of the mixer")
+        answers = neighbors(known, classes, asked, min(self.config.neighbors, len(known)))  # some may be unreadable
         error = float(normalized_error(asked[:, None], self._originals[:, None]))
         return Score(float((answers == wanted).float().mean()), error=error)
 

@@ -26,7 +26,7 @@ class Images:
         self.data, self.augment, self.batch, self.device = data, augment, batch, device
         self.splits = open_splits(data)
         if self.splits.streamed:
-            raise ConfigError("data: a stream has no order to resume in; use a folder, an asset or an index")
+            raise ConfigError("a stream of images has no order to resume in; use a folder, an asset or an index")
         if self.splits.train_images < batch:
             raise ConfigError(f"batch: {batch} are more than the {self.splits.train_images} training images")
         self.test = test_images(data, augment, self.splits.test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -88,10 +89,10 @@ def check(config: DistillConfig) -> None:
     if config.precisions:
         require("onnx", "onnxscript", "onnxruntime", extra="dev")
     subject = subject_of(config)
-    problems = []
+    teacher, problems = subject.teacher(), []
     for index, attention in enumerate(config.attentions):
         try:
-            attnzoo.replace_attention(subject.teacher(), attention.name, **attention.swap)
+            attnzoo.replace_attention(copy.deepcopy(teacher), attention.name, **attention.swap)
         except AttnZooError as error:
             problems.append(f"attentions.{index}: {error}")
     if problems:

@@ -13,6 +13,7 @@ from attnzoo.errors import AssetError
 from attnzoo.extras import require
 
 ENCODER = "backbone."  # begins the names of its weights; those of the saliency decoder are left out
+PATCHES = "embeddings.patch_embeddings.projection.weight"
 NODE = re.compile(r"/backbone/(?P<path>.+)/MatMul$")
 
 
@@ -55,16 +56,17 @@ def convert(folder: Path, target: Path) -> None:
     for name, array in arrays.items():
         if name.startswith("onnx::") and array.ndim == 3:  # positions of the class token, and of the patches
             places[array.shape] = torch.from_numpy(array)
-    if len(places) != 2 or not linear:
+    blocks = {int(key.split(".")[2]) for key in linear if key.startswith("encoder.layer.")}
+    if len(places) != 2 or not blocks or PATCHES not in state:
         raise AssetError(f"{files[0]} is not the encoder that was expected")
     state |= linear
     state["embeddings.position_embeddings"] = torch.cat([places[shape] for shape in sorted(places)], 1)  # (1, 1 + N, C)
     side = round((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
-    width, _, patch, _ = state["embeddings.patch_embeddings.projection.weight"].shape
+    width, _, patch, _ = state[PATCHES].shape
     config = Dinov2Config(
         hidden_size=width,
         num_attention_heads=width // 64,
-        num_hidden_layers=1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.layer.")),
+        num_hidden_layers=len(blocks),
         image_size=side * patch,
         patch_size=patch,
         use_mask_token=False,

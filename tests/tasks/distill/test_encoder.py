@@ -9,7 +9,7 @@ import yaml
 from onnx import helper, numpy_helper
 
 from attnzoo import tasks
-from attnzoo.errors import AssetError, ConfigError
+from attnzoo.errors import AssetError, ConfigError, TrainingError
 from attnzoo.tasks.distill.config import DistillConfig
 from attnzoo.tasks.distill.encoder import TEMPERATURE, neighbors
 from attnzoo.tasks.distill.subject import subject_of
@@ -113,9 +113,42 @@ def test_what_an_encoder_cannot_do_is_refused_before_any_work(change, told, conf
         tasks.find("distill").check(DistillConfig.check(config))
 
 
+def test_without_a_class_token_the_mean_is_asked_for(config, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    told = transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=2)
+    transformers.SiglipVisionModel(told).save_pretrained(tmp_path / "siglip")
+    config["features"]["model"] = str(tmp_path / "siglip")
+    with pytest.raises(ConfigError, match=r"has no class token.*say pool: mean"):
+        subject_of(DistillConfig.check(config)).teacher()
+    config["features"]["pool"] = "mean"
+    assert subject_of(DistillConfig.check(config)).teacher()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"bank": 4}, "neighbors: 5 cannot vote where bank has 4"),
+        ({"augment": {"mixup": 0.5}}, "features.augment: mixup, cutmix and repeats mean nothing"),
+    ],
+)
+def test_what_a_config_of_features_cannot_say_is_refused(change, told, config):
+    config["features"] |= change
+    with pytest.raises(ConfigError, match=told):
+        DistillConfig.check(config)
+
+
+def test_features_that_are_not_finite_are_told(config):
+    subject = subject_of(DistillConfig.check(config))
+    model = subject.teacher()
+    with torch.no_grad():
+        model.layernorm.bias.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="features are not finite"):
+        subject.score(model)
+
+
 def test_patches_must_divide_the_image(config):
     config["features"]["data"]["image_size"] = 9
-    with pytest.raises(ConfigError, match="whose patches"):
+    with pytest.raises(ConfigError, match=r"^features.model: .* whose square patches"):
         tasks.find("distill").check(DistillConfig.check(config))
 
 
@@ -152,6 +185,9 @@ def test_an_onnx_encoder_becomes_what_transformers_reads(tmp_path):
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(again(images).last_hidden_state, model(images).last_hidden_state)
+    onnx_file(torch.nn.Linear(2, 2), tmp_path / "other/other.onnx")
+    with pytest.raises(AssetError, match="is not the encoder that was expected"):
+        convert(tmp_path / "other", tmp_path / "again")
     onnx_file(model, tmp_path / "package/models/another.onnx")
     with pytest.raises(AssetError, match="2 ONNX files"):
         convert(tmp_path / "package", tmp_path / "again")
