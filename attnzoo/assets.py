@@ -416,6 +416,22 @@ def get(name: str, path: str | Path | None = None) -> Path:
     return obtain(_named(name), path=path)
 
 
+def only_file(folder: Path, ending: str) -> Path:
+    """Give the one file under an asset's folder whose name ends so.
+
+    Raises
+    ------
+    AssetError
+        If there is none, or more than one.
+    """
+    files = sorted(folder.rglob(f"*{ending}"))
+    if len(files) != 1:
+        raise AssetError(
+            f"{folder} holds {len(files)} {ending} files where one was expected; remove it, to fetch it anew"
+        )
+    return files[0]
+
+
 def model_folder(name: str) -> Path | None:
     """Give the folder of a model that is an asset, which is fetched first where need be; None for all other names."""
     known = {asset.name for asset in ASSETS}

@@ -14,8 +14,8 @@ none, is refused at the swap.
 Differs from the paper: it takes the statistics from all tokens of the prompt but the first few; here from the last
 `window` queries, whose rotation is reverted. Evicts after each block of `block_size` tokens, in decoding too. Query
 heads that share a key/value head are averaged, as in kvpress, the authors' code, which leaves the sinks out of the sum
-of e (``count_sinks=False``). Half the budget is kept for recent entries by default,
-for that loses less; ``recent=0`` is the paper's. A soft cap on the logits is left out.
+of e (``count_sinks=False``). Half the budget is kept for recent entries by default, for that loses less; ``recent=0``
+is the paper's. A soft cap on the logits is left out.
 """
 
 from __future__ import annotations

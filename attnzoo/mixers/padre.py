@@ -50,7 +50,7 @@ from attnzoo.mixers.token_mixing import (
 OUTPUTS = ("last", "sum", "element_sum")
 STARTS = ("random", "identity")
 Z_MIXINGS = ("full", "identity")
-NEAR = 0.3  # of the weights of all factors but the first with start="identity": what they add to 1
+NEAR = 0.3  # with start="identity" the weights of all factors but the first, whose biases are 1, are scaled by this
 
 
 class Padre(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from attnzoo.errors import AssetError
+from attnzoo.assets import only_file
 from attnzoo.extras import require
 
 
@@ -25,10 +25,8 @@ def convert(folder: Path, target: Path) -> None:
     require("transformers", "gguf", "safetensors", extra="llm")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    files = sorted(folder.rglob("*.gguf"))
-    if len(files) != 1:
-        raise AssetError(f"{folder} holds {len(files)} GGUF files where one was expected; remove it and fetch it again")
-    place, name = files[0].parent, files[0].name
+    file = only_file(folder, ".gguf")
+    place, name = file.parent, file.name
     read = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)  # its weights are plain now, but transformers refuses to save the mark

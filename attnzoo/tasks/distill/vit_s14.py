@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnzoo.assets import only_file
 from attnzoo.errors import AssetError
 from attnzoo.extras import require
 
@@ -36,10 +37,8 @@ def convert(folder: Path, target: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel, Dinov2Config
 
-    files = sorted(folder.rglob("*.onnx"))
-    if len(files) != 1:
-        raise AssetError(f"{folder} holds {len(files)} ONNX files where one was expected; remove it and fetch it again")
-    graph = onnx.load(str(files[0])).graph
+    file = only_file(folder, ".onnx")
+    graph = onnx.load(str(file)).graph
     arrays = {weight.name: np.array(to_array(weight)) for weight in graph.initializer}
     state = {
         name.removeprefix(ENCODER): torch.from_numpy(array)
@@ -58,7 +57,7 @@ def convert(folder: Path, target: Path) -> None:
             places[array.shape] = torch.from_numpy(array)
     blocks = {int(key.split(".")[2]) for key in linear if key.startswith("encoder.layer.")}
     if len(places) != 2 or not blocks or PATCHES not in state:
-        raise AssetError(f"{files[0]} is not the encoder that was expected")
+        raise AssetError(f"{file} is not the encoder that was expected")
     state |= linear
     state["embeddings.position_embeddings"] = torch.cat([places[shape] for shape in sorted(places)], 1)  # (1, 1 + N, C)
     side = round((state["embeddings.position_embeddings"].shape[1] - 1) ** 0.5)
@@ -77,4 +76,4 @@ def convert(folder: Path, target: Path) -> None:
     save_file({key: value.contiguous() for key, value in state.items()}, target / "model.safetensors", {"format": "pt"})
     _, told = AutoModel.from_pretrained(target, output_loading_info=True)
     if lost := sorted({*told["missing_keys"], *told["unexpected_keys"], *map(str, told["mismatched_keys"])}):
-        raise AssetError(f"{files[0]}: transformers' DINOv2 does not know, or misses, {', '.join(lost[:5])}")
+        raise AssetError(f"{file}: transformers' DINOv2 does not know, or misses, {', '.join(lost[:5])}")

@@ -333,6 +333,7 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
         },
         "an image model has no cache|evicts a language model": {"attentions": ["padre", "streaming"]},
         "threads: say how many each": {"workers": 2, "threads": None},
+        "vision.augment: mixup, cutmix and repeats": {"vision": {**vision["vision"], "augment": {"repeats": 3}}},
         "image classifiers alone are exported": {
             "precisions": ["int8"],
             "vision": None,
