@@ -176,7 +176,8 @@ class Table:
             if index == len(row.cells) - 1 and spanned > 1:
                 found.append(f'<td class="text" colspan="{spanned}">{text}</td>')
             else:
-                found.append(f"<td{_left(column)}{_label(column, cell) if labeled else ''}>{text}</td>")
+                kind = _left(column) or (' class="list"' if ", " in cell.text else "")
+                found.append(f"<td{kind}{_label(column, cell) if labeled else ''}>{text}</td>")
         base = ' class="base"' if row.base else ""
         return f"<tr{base}{_tags(row)}>{''.join(found)}</tr>"
 

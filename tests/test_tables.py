@@ -6,6 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
+from attnzoo.bench import html
 from attnzoo.tables import Cell, Column, Table
 
 
@@ -77,3 +78,10 @@ def test_cells_may_link_and_rows_have_what_filters_go_by():
     assert '<td data-head="speed-up" data-empty>-</td></tr>' in text
     assert "data-head" not in table.html()
     assert "page.html" not in table.markdown() + table.csv()
+
+
+def test_lists_may_be_broken_on_a_page_and_figures_may_not():
+    page = Table(("method", "top-1", "each seed"), [("padre", "49.8 (49.3-50.4)", "49.1, 49.9, 50.5")]).html()
+    assert '<td>49.8 (49.3-50.4)</td><td class="list">49.1, 49.9, 50.5</td>' in page
+    rule = next(line for line in html.page("nothing", []).splitlines() if "td.list" in line)
+    assert "white-space: normal" in rule
