@@ -18,6 +18,7 @@ from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
+MADE = "attnzoo/interactions"  # see `attnzoo.tasks.classify.interactions`
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")
 IMAGE_SIZE = 224
 FINAL, MANIFEST, RESULT, WEIGHTS = "final", "manifest.json", "result.json", "model.safetensors"  # of a trained run
@@ -73,9 +74,10 @@ class DataConfig(Section):
 
     Give either the `asset` of this package, or a `root` that has a folder for each split, in it a folder for each class
     (see `attnzoo.tasks.classify.folders`), or what timm's ``create_dataset`` takes: a `name` (``torch/cifar100``,
-    ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`. `path` is where an asset is that was fetched by hand.
-    `options` go to timm's factory; for the test images, `test_options` where given. `mean` and `std` standardize
-    pixels, which run from 0 to 1; timm's for ImageNet by default.
+    ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`; or the `name` ``attnzoo/interactions`` (see
+    `attnzoo.tasks.classify.interactions`). `path` is where an asset is that was fetched by hand. `options` go to timm's
+    factory; for the test images, `test_options` where given. `mean` and `std` standardize pixels, which run from 0 to
+    1; timm's for ImageNet by default.
     """
 
     asset: Literal["digits", "fashion_mnist", "cifar10"] | None = None
@@ -106,7 +108,7 @@ class DataConfig(Section):
         if self.name in FOLDERS[1:] and self.root is None:
             raise ValueError(f"name {self.name!r} is a folder of images: give its root")
         prefix, slash, _ = self.name.partition("/")
-        if self.name not in FOLDERS and not (slash and prefix.lower() in READERS):
+        if self.name not in (*FOLDERS, MADE) and not (slash and prefix.lower() in READERS):
             raise ValueError(
                 f"name {self.name!r} is none that timm takes: it begins with {'/, '.join(READERS)}/; leave it out for "
                 "a folder of images (root)"

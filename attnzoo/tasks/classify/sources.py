@@ -16,7 +16,8 @@ from attnzoo import assets
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.extras import require
 from attnzoo.pixels import Mode, to_mode
-from attnzoo.tasks.classify.config import FOLDERS, DataConfig
+from attnzoo.tasks.classify import interactions
+from attnzoo.tasks.classify.config import FOLDERS, MADE, DataConfig
 from attnzoo.tasks.classify.folders import ImageFolder
 from attnzoo.tasks.classify.randomness import SUBSET, seed_of
 
@@ -167,6 +168,8 @@ def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[
     split = data.train if training else data.test
     if data.asset == "digits":
         return _digits(assets.get("digits", data.path), training)
+    if data.name == MADE:
+        return _interactions(data, training)
     name, root = data.name, data.root
     if data.asset is not None:
         root = assets.get(data.asset, data.path)
@@ -309,10 +312,17 @@ def _of_torchvision(dataset: Any, mode: Mode) -> Indexed:
 def _digits(folder: Path, training: bool) -> Indexed:
     x, y = read_digits(folder)[0 if training else 1]
     pixels = (x * (255 / 16)).round().astype(np.uint8)
-    return Indexed(len(y), partial(_digit, pixels, y), "L", tuple("0123456789"))
+    return Indexed(len(y), partial(_of_arrays, pixels, y), "L", tuple("0123456789"))
 
 
-def _digit(pixels: np.ndarray, classes: np.ndarray, index: int) -> tuple[Image.Image, Any]:
+def _interactions(data: DataConfig, training: bool) -> Indexed:
+    order, distance, images = interactions.options_of(_options(data, training), data.image_size)
+    count = images if training else interactions.TEST_IMAGES
+    pixels, classes = interactions.draw(data.image_size, order, distance, count, training)
+    return Indexed(count, partial(_of_arrays, pixels, classes), _mode(data), interactions.CLASSES)
+
+
+def _of_arrays(pixels: np.ndarray, classes: np.ndarray, index: int) -> tuple[Image.Image, Any]:
     return Image.fromarray(pixels[index]), classes[index]
 
 
