@@ -46,12 +46,20 @@ def forked() -> Iterator[Server]:
     server.close()
 
 
+# what the tasks ask for, but for detection, whose imports take as long as those of all others
+PRELOADS = {
+    *("attnzoo.tasks.model", "attnzoo.tasks.suite", "attnzoo.tasks.export", "attnzoo.tasks.classify.task", "timm"),
+    *("attnzoo.tasks.decode.task", "attnzoo.tasks.decode.kvpress.task", "transformers"),
+    *("transformers.models.llama.modeling_llama", "tests.bench.toy"),
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def every_preload() -> Iterator[None]:
     """Let the server that benchmarks fork their children from import what a later one asks for as well.
 
     Python has one such server in a process, with what was asked for before it started; the children of a later
-    benchmark would each take seconds to import what they need.
+    benchmark would each take seconds to import what they need, and another server as long to start.
     """
     held: set[str] = set()
     ask = forkserver.set_forkserver_preload
@@ -59,7 +67,7 @@ def every_preload() -> Iterator[None]:
     def ask_for_all(modules: list[str]) -> None:
         if not held.issuperset(modules):
             forkserver._forkserver._stop()  # made for tests
-            held.update(modules)
+            held.update(modules, PRELOADS)
             ask(sorted(held))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -35,6 +35,7 @@ from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.flags import config_of
 from attnzoo.units import megabytes
 from eval import kernels, report
+from tests.mixers.tables import instances_table
 from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
 from tests.tasks.decode.tables import TABLES, cost_table, lost_table, pairs_by_setting
@@ -325,6 +326,24 @@ def test_where_the_products_pay_is_that_of_the_committed_record():
     assert abs(top1["padre degree=3"] - top1["padre degree=2"]) < 1
     assert abs(top1["padre degree=3 near identity"] - top1["padre degree=3"]) < 1
     assert all(2 <= round(top1[f"padre degree={degree}"] - top1["conv"]) <= 3 for degree in (2, 3))
+
+
+def test_which_instance_to_take_is_told_from_the_committed_records():
+    table = instances_table(ROOT / "docs/records")
+    assert between(ROOT / "docs/padre.md", "instances") == table.markdown()
+    number = re.compile(r"[\d.]+")
+    figures = {
+        row.cells[0].text: [float(found[0]) if (found := number.match(cell.text)) else None for cell in row.cells[1:]]
+        for row in table.rows
+    }
+    cifar, fashion, text = ({name: row[at] for name, row in figures.items()} for at in range(3))
+    assert max(cifar, key=cifar.get) == "padre degree=2"
+    assert min(fashion["conv"], fashion["padre degree=1"]) > fashion["padre degree=2"]
+    assert text["softmax"] < text["padre degree=1"] < text["padre degree=2"] < text["padre degree=3"]
+    small, middle = figures["padre degree=2"][3], figures["padre degree=2"][4]
+    assert 1 <= small < 1.2, "as fast as fused attention at 196 tokens"
+    assert figures["padre degree=1"][3] / small > 2.8, "at a third of the time"
+    assert round(middle / figures["padre degree=3"][4], 1) == 1.6
 
 
 def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
