@@ -20,6 +20,7 @@ Pointwise comes before depthwise, and padding is zero before each convolution. T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -81,6 +82,8 @@ class Padre(nn.Module):
     z_mixing
         What C and D are: ``full``, as A and B, or the ``identity``, which leaves d maps over tokens and channels of
         2 d - 1.
+    products
+        False adds the factors instead of multiplying them: a control of the same size that is linear in its input.
     out_proj
         Map the channels of the output once more.
     gain
@@ -110,6 +113,7 @@ class Padre(nn.Module):
         output: str = "last",
         start: str = "random",
         z_mixing: str = "full",
+        products: bool = True,
         out_proj: bool = False,
         gain: float | None = None,
         tokens: int | None = None,
@@ -121,7 +125,10 @@ class Padre(nn.Module):
         self.mix_prefix = check_bool("mix_prefix", mix_prefix)
         self.output = check_choice("output", output, OUTPUTS)
         check_choice("start", start, STARTS)
-        products = degree - 1 if check_choice("z_mixing", z_mixing, Z_MIXINGS) == "full" else 0
+        self.products = check_bool("products", products)
+        if start == "identity" and not products:
+            raise OptionError("start='identity' begins with factors near 1, and products=False has none: leave one out")
+        between = degree - 1 if check_choice("z_mixing", z_mixing, Z_MIXINGS) == "full" else 0
         check_bool("out_proj", out_proj)
         if gain is not None:
             check_number("gain", gain, minimum=0)
@@ -149,8 +156,8 @@ class Padre(nn.Module):
 
         # all Y_i come from X, so their maps over channels are one matrix
         self.y_channels, self.y_tokens = over_channels(degree), over_tokens(degree)
-        self.z_channels = nn.ModuleList(over_channels(1) for _ in range(products))
-        self.z_tokens = over_tokens(products)
+        self.z_channels = nn.ModuleList(over_channels(1) for _ in range(between))
+        self.z_tokens = over_tokens(between)
         if output == "element_sum" and tokens is None:
             raise OptionError("output='element_sum' has weights for each token: say tokens=, prefix tokens included")
         if output != "last":
@@ -166,7 +173,12 @@ class Padre(nn.Module):
 
     @staticmethod
     def abilities(
-        *, token_mixing: str = "conv2d", channel_mixing: str = "dense", output: str = "last", **options: object
+        *,
+        token_mixing: str = "conv2d",
+        channel_mixing: str = "dense",
+        output: str = "last",
+        products: bool = True,
+        **options: object,
     ) -> dict[str, bool]:
         """Say which capabilities depend on the options."""
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
@@ -176,7 +188,7 @@ class Padre(nn.Module):
             "grid": kind.needs_grid,
             "any_order": kind.any_order and alike,
             "decode": kind.causal and alike,
-            "inherit": channel_mixing == "dense",
+            "inherit": channel_mixing == "dense" and products,
         }
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
@@ -208,8 +220,10 @@ class Padre(nn.Module):
         Raises
         ------
         OptionError
-            Unless ``channel_mixing="dense"``.
+            Unless ``channel_mixing="dense"``, and with ``products=False``.
         """
+        if not self.products:
+            raise OptionError("init='inherit' begins with factors of 1, and products=False has none")
         if not isinstance(self.y_channels, nn.Linear):
             raise OptionError("init='inherit' needs channel_mixing='dense', which can hold any matrix over channels")
         y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
@@ -297,15 +311,16 @@ class Padre(nn.Module):
         """Z_d, or Z_1 to Z_d where the output needs them, by one `way` of mixing tokens."""
         ys = list(zip(*(self.y_channels(part).chunk(self.degree, dim=-1) for part in x), strict=True))
         y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
+        combine = way.product if self.products else partial(_sum, way)
         terms = [way.mix(y_tokens[0], ys[0])]
         for i in range(1, self.degree):
             if len(self.z_tokens):
                 over_channels, over_tokens = self.z_channels[i - 1], cast(TokenMixing, self.z_tokens[i - 1])
                 head, patches = terms[-1]
                 inputs = over_channels(head), over_channels(patches)
-                term = way.product(over_tokens, inputs, y_tokens[i], ys[i])
+                term = combine(over_tokens, inputs, y_tokens[i], ys[i])
             else:
-                term = way.product(y_tokens[i], ys[i], None, terms[-1])
+                term = combine(y_tokens[i], ys[i], None, terms[-1])
             terms = [term] if self.output == "last" else [*terms, term]
         return terms
 
@@ -352,12 +367,12 @@ class Padre(nn.Module):
             y.append(torch.einsum("cnm,mc->nc", a, x @ b[i].T + b_bias[i]) + a_bias)
         z = [y[0]]
         for i in range(self.degree - 1):
-            if not len(self.z_tokens):
-                z.append(z[-1] * y[i + 1])
-                continue
-            d, d_bias = as_matrix(self.z_channels[i], x)
-            c, c_bias = _matrices(cast(TokenMixing, self.z_tokens[i]), places, width, x)
-            z.append((torch.einsum("cnm,mc->nc", c, z[-1] @ d.T + d_bias) + c_bias) * y[i + 1])
+            last = z[-1]
+            if len(self.z_tokens):
+                d, d_bias = as_matrix(self.z_channels[i], x)
+                c, c_bias = _matrices(cast(TokenMixing, self.z_tokens[i]), places, width, x)
+                last = torch.einsum("cnm,mc->nc", c, last @ d.T + d_bias) + c_bias
+            z.append(last * y[i + 1] if self.products else last + y[i + 1])
         return z
 
     def _places(self, kept: list[int], prefix: int) -> list[int]:
@@ -428,6 +443,15 @@ class _FromState:
         head, patches = self.mix(mixing, parts)
         other_head, other_patches = others if other is None else self.mix(other, others)
         return head * other_head, patches * other_patches
+
+
+def _sum(
+    way: _AtOnce | _FromState, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts
+) -> Parts:
+    """What `way` of mixing tokens gives of both, added."""
+    head, patches = way.mix(mixing, parts)
+    other_head, other_patches = others if other is None else way.mix(other, others)
+    return head + other_head, patches + other_patches
 
 
 def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:

@@ -251,6 +251,7 @@ def test_degree_one_is_one_convolution():
         ({"kernel_size": -1}, "at least 1"),
         ({"mix_prefix": 1}, "True or False"),
         ({"start": "near"}, "start must be one of"),
+        ({"products": 0}, "products must be True or False, not 0"),
         ({"z_mixing": "dense"}, "z_mixing must be one of"),
         ({"out_proj": 1}, "True or False"),
         ({"gain": float("nan")}, "gain must be a number"),
@@ -311,7 +312,19 @@ def test_every_configuration_equals_the_written_out_equation(case, masked):
 @pytest.mark.parametrize("case", PADRES, ids=str)
 def test_every_configuration_is_a_polynomial_of_exactly_its_degree(case, degree):
     mixer = Case("padre", {**case.options, "degree": degree}).build()
-    assert finite_difference_degree(lambda x: mixer(x, **ARGS), tokens(), degree + 1) == degree
+    assert finite_difference_degree(lambda x: mixer(x, **ARGS), tokens(), degree + 1) == (
+        degree if mixer.products else 1
+    )
+
+
+def test_the_control_has_as_many_weights_and_no_products():
+    whole, control = (Padre(8, degree=3, products=products) for products in (True, False))
+    assert whole.state_dict().keys() == control.state_dict().keys()
+    with pytest.raises(OptionError, match="products=False has none"):
+        Padre(8, start="identity", products=False)
+    with pytest.raises(OptionError, match="products=False has none"):
+        control.inherit(torch.eye(8), torch.zeros(8))
+    assert not Padre.abilities(products=False)["inherit"]
 
 
 @pytest.mark.parametrize("degree", [1, 3])
