@@ -47,11 +47,17 @@ def forked() -> Iterator[Server]:
 
 
 # what the tasks ask for, but for detection, whose imports take as long as those of all others
-PRELOADS = {
-    *("attnzoo.tasks.model", "attnzoo.tasks.suite", "attnzoo.tasks.export", "attnzoo.tasks.classify.task", "timm"),
-    *("attnzoo.tasks.decode.task", "attnzoo.tasks.decode.kvpress.task", "transformers"),
-    *("transformers.models.llama.modeling_llama", "tests.bench.toy"),
-}
+PRELOADS = (
+    "attnzoo.tasks.model",
+    "attnzoo.tasks.suite",
+    "attnzoo.tasks.export",
+    "attnzoo.tasks.classify.task",
+    "attnzoo.tasks.decode.task",
+    "attnzoo.tasks.decode.kvpress.task",
+    "timm",
+    "transformers.models.llama.modeling_llama",
+    "tests.bench.toy",
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -83,7 +83,8 @@ class Padre(nn.Module):
         What C and D are: ``full``, as A and B, or the ``identity``, which leaves d maps over tokens and channels of
         2 d - 1.
     products
-        False adds the factors instead of multiplying them: a control of the same size that is linear in its input.
+        False adds the factors instead of multiplying them, Z_{i+1} = (C_i Z_i D_i + Y_{i+1}) / sqrt(2): a control of
+        the same size that starts in the same range and is linear in its input. With degree 1 it changes nothing.
     out_proj
         Map the channels of the output once more.
     gain
@@ -127,7 +128,7 @@ class Padre(nn.Module):
         check_choice("start", start, STARTS)
         self.products = check_bool("products", products)
         if start == "identity" and not products:
-            raise OptionError("start='identity' begins with factors near 1, and products=False has none: leave one out")
+            raise OptionError("start='identity' begins with factors near 1, which change nothing only in a product")
         between = degree - 1 if check_choice("z_mixing", z_mixing, Z_MIXINGS) == "full" else 0
         check_bool("out_proj", out_proj)
         if gain is not None:
@@ -223,7 +224,7 @@ class Padre(nn.Module):
             Unless ``channel_mixing="dense"``, and with ``products=False``.
         """
         if not self.products:
-            raise OptionError("init='inherit' begins with factors of 1, and products=False has none")
+            raise OptionError("init='inherit' begins with factors of 1, which change nothing only in a product")
         if not isinstance(self.y_channels, nn.Linear):
             raise OptionError("init='inherit' needs channel_mixing='dense', which can hold any matrix over channels")
         y_tokens = cast(Sequence[TokenMixing], self.y_tokens)
@@ -372,7 +373,7 @@ class Padre(nn.Module):
                 d, d_bias = as_matrix(self.z_channels[i], x)
                 c, c_bias = _matrices(cast(TokenMixing, self.z_tokens[i]), places, width, x)
                 last = torch.einsum("cnm,mc->nc", c, last @ d.T + d_bias) + c_bias
-            z.append(last * y[i + 1] if self.products else last + y[i + 1])
+            z.append(last * y[i + 1] if self.products else (last + y[i + 1]) * 0.5**0.5)
         return z
 
     def _places(self, kept: list[int], prefix: int) -> list[int]:
@@ -404,6 +405,7 @@ class Padre(nn.Module):
         return (
             f"dim={self.dim}, degree={self.degree}, kernel_size={self._mixing.kernel_size}, "
             f"mixing=({type(self._mixing).__name__}, {type(self.y_channels).__name__}), output={self.output!r}"
+            + ("" if self.products else ", products=False")
         )
 
 
@@ -448,10 +450,10 @@ class _FromState:
 def _sum(
     way: _AtOnce | _FromState, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts
 ) -> Parts:
-    """What `way` of mixing tokens gives of both, added."""
+    """Mix both inputs and add the results, so that the variance stays."""
     head, patches = way.mix(mixing, parts)
     other_head, other_patches = others if other is None else way.mix(other, others)
-    return head + other_head, patches + other_patches
+    return (head + other_head) * 0.5**0.5, (patches + other_patches) * 0.5**0.5
 
 
 def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:

@@ -65,7 +65,8 @@ def _cases() -> list[Case]:
         cases.append(Case("padre", {"z_mixing": "identity", "output": output, **own}))
     cases.append(Case("padre", {"z_mixing": "identity", "token_mixing": "causal_conv1d", "kernel_size": 4}))
     cases.append(Case("padre", {"products": False}))
-    cases.append(Case("padre", {"products": False, "token_mixing": "causal_conv1d", "kernel_size": 4, "output": "sum"}))
+    causal = {"products": False, "token_mixing": "causal_conv1d", "kernel_size": 4}
+    cases += [Case("padre", {**causal, "output": "sum"}), Case("padre", {**causal, "z_mixing": "identity"})]
     cases.append(Case("padre", {"start": "identity", "out_proj": True, "gain": 0.5}))
     return cases
 

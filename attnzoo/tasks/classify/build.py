@@ -98,6 +98,8 @@ def equal_parameters(dense: Dense, spec: AttentionConfig, seed: int) -> dict[str
     model: Any = dense({})
     wanted, width = count_parameters(model), model.embed_dim
     one, two = count(1), count(2)
+    if one == two:
+        raise UnsupportedError(f"{type(model).__name__} has no MLPs whose width could make the parameters equal")
     hidden = round(width * (1 + (wanted - one) / (two - one)))
     ratio = (hidden + 0.5) / width  # timm cuts the product to a whole number
     found = count(ratio) if hidden > 0 else 0

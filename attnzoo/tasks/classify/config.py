@@ -18,7 +18,8 @@ from attnzoo.tasks.classify.cost_config import CostConfig, vision_problems
 
 # what timm and torchvision call a folder with a folder for each class, and prefixes of timm's other readers
 FOLDERS = ("", "folder", "image_folder", "torch/folder", "torch/image_folder")
-MADE = "attnzoo/interactions"  # see `attnzoo.tasks.classify.interactions`
+INTERACTIONS = "attnzoo/interactions"  # see `attnzoo.tasks.classify.interactions`
+OF_FILES = ("root", "train", "test", "test_options", "crop_pct")  # what made images do not have
 READERS = ("torch", "hfds", "hfids", "tfds", "wds")
 IMAGE_SIZE = 224
 FINAL, MANIFEST, RESULT, WEIGHTS = "final", "manifest.json", "result.json", "model.safetensors"  # of a trained run
@@ -74,10 +75,10 @@ class DataConfig(Section):
 
     Give either the `asset` of this package, or a `root` that has a folder for each split, in it a folder for each class
     (see `attnzoo.tasks.classify.folders`), or what timm's ``create_dataset`` takes: a `name` (``torch/cifar100``,
-    ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`; or the `name` ``attnzoo/interactions`` (see
-    `attnzoo.tasks.classify.interactions`). `path` is where an asset is that was fetched by hand. `options` go to timm's
-    factory; for the test images, `test_options` where given. `mean` and `std` standardize pixels, which run from 0 to
-    1; timm's for ImageNet by default.
+    ``hfds/...``, ``hfids/...``, ``wds/...``) and `root`; or the `name` ``attnzoo/interactions``. `path` is where an
+    asset is that was fetched by hand. `options` go to timm's factory, or say what is made (see
+    `attnzoo.tasks.classify.interactions`); for the test images, `test_options` where given. `mean` and `std`
+    standardize pixels, which run from 0 to 1; timm's for ImageNet by default.
     """
 
     asset: Literal["digits", "fashion_mnist", "cifar10"] | None = None
@@ -107,11 +108,15 @@ class DataConfig(Section):
             raise ValueError("give an asset, a root (a folder with one folder per class), or a name as timm takes it")
         if self.name in FOLDERS[1:] and self.root is None:
             raise ValueError(f"name {self.name!r} is a folder of images: give its root")
+        if self.name == INTERACTIONS:
+            odd = [key for key in OF_FILES if getattr(self, key) != type(self).model_fields[key].default]
+            if odd:
+                raise ValueError(f"{', '.join(odd)}: not for {INTERACTIONS}, whose images are made and not read")
         prefix, slash, _ = self.name.partition("/")
-        if self.name not in (*FOLDERS, MADE) and not (slash and prefix.lower() in READERS):
+        if self.name not in (*FOLDERS, INTERACTIONS) and not (slash and prefix.lower() in READERS):
             raise ValueError(
                 f"name {self.name!r} is none that timm takes: it begins with {'/, '.join(READERS)}/; leave it out for "
-                "a folder of images (root)"
+                f"a folder of images (root), or say {INTERACTIONS}"
             )
         return self
 
@@ -286,6 +291,8 @@ class ClassifyConfig(RunConfig):
         augment = self.augment
         if augment is not None and augment.auto_augment and self.data.channels == 1:
             raise ValueError("augment.auto_augment is for images of 3 channels")
+        if augment is not None and self.data.name == INTERACTIONS:
+            raise ValueError(f"augment would change the cells of {INTERACTIONS} that its classes are made of")
         if augment is not None and augment.mixes and self.recipe.batch // self.recipe.accumulate % 2:
             raise ValueError(f"augment.mixup and cutmix pair images, and a part of batch {self.recipe.batch} is odd")
         return self

@@ -1,7 +1,8 @@
 """A ViT of attention alone: no normalization, no MLP, no activation.
 
-With a mixer of degree d in its one block, its logits are polynomials of degree d in the pixels, so what it can learn is
-what the mixer can. timm knows it as ``vit_products`` once this module is imported, which ``imports:`` in a config does.
+With a mixer of degree d in each of L blocks its logits are polynomials of degree d^L in the pixels, so what it can
+learn is what the mixer can. timm knows it as ``vit_products`` once this module is imported, which ``imports:`` in a
+config does.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 DEFAULTS = {"patch_size": 1, "embed_dim": 32, "depth": 1, "num_heads": 4, "class_token": False, "global_pool": "avg"}
+FIXED = ("norm_layer", "act_layer", "mlp_layer", "mlp_ratio")
 OF_PRETRAINED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 class Nothing(nn.Module):
-    """In the place of an MLP: zeros, which the residual connection leaves out."""
+    """Stands in for an MLP: zeros, which change nothing after the residual connection."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -30,8 +32,14 @@ class Nothing(nn.Module):
 
 @register_model
 def vit_products(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Build it, with the options of timm's ``VisionTransformer``; by default one block of width 32 on single pixels."""
+    """Build it, with the options of timm's ``VisionTransformer``; by default one block of width 32 on single pixels.
+
+    Raises `ValueError` for what it does not have: pretrained weights, normalization, MLPs and activations.
+    """
     if pretrained:
         raise ValueError("vit_products has no pretrained weights")
+    without = sorted(set(FIXED) & set(options))
+    if without:
+        raise ValueError(f"vit_products has no normalization, MLP or activation, so no {', '.join(without)}")
     own = {key: value for key, value in options.items() if key not in OF_PRETRAINED}
     return VisionTransformer(**{**DEFAULTS, **own}, norm_layer=nn.Identity, mlp_layer=Nothing)

@@ -17,7 +17,7 @@ from attnzoo.errors import ConfigError, DataError
 from attnzoo.extras import require
 from attnzoo.pixels import Mode, to_mode
 from attnzoo.tasks.classify import interactions
-from attnzoo.tasks.classify.config import FOLDERS, MADE, DataConfig
+from attnzoo.tasks.classify.config import FOLDERS, INTERACTIONS, DataConfig
 from attnzoo.tasks.classify.folders import ImageFolder
 from attnzoo.tasks.classify.randomness import SUBSET, seed_of
 
@@ -168,7 +168,7 @@ def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[
     split = data.train if training else data.test
     if data.asset == "digits":
         return _digits(assets.get("digits", data.path), training)
-    if data.name == MADE:
+    if data.name == INTERACTIONS:
         return _interactions(data, training)
     name, root = data.name, data.root
     if data.asset is not None:
