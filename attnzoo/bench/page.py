@@ -72,7 +72,8 @@ def page_of(task: Task, records: Iterable[Any], config: str | None = None, folde
     records = list(records)
     summary = summarize(records)
     several = "These records were made by more than one version of the code or its libraries."
-    warnings = [several if len(versions(summary)) > 1 else "", drifted(summary)]
+    mixed = any(len(each) > 1 for each in versions(summary).values())
+    warnings = [several if mixed else "", drifted(summary)]
     if task.columns is None:
         table, how_to_read, found = cost_table(summary), HOW_TO_READ, verdict(summary)
         drawn, parts = _plots(summary), [_workloads(summary), _stages(summary)]
@@ -120,7 +121,7 @@ def _what_was_run(summary: Summary) -> dict[str, str]:
         facts[part.capitalize()] = told
     facts |= {
         "Machine": machine(summary),
-        "Versions": "; ".join(versions(summary)),
+        "Versions": ", ".join(f"{name} {' or '.join(each)}".strip() for name, each in versions(summary).items()),
         "Measured": dates(summary),
         "Config": summary.last.config_hash,
         "Again": summary.last.command,

@@ -152,16 +152,18 @@ def keeps_freed_memory(summary: Summary) -> bool:
     return any(isinstance(row.cost, Cost) and row.cost.freed_memory_kept for row in summary.records)
 
 
-def versions(summary: Summary) -> list[str]:
-    """Software versions, one line for each set of them that measured something."""
-    lines: dict[str, None] = {}
+def versions(summary: Summary) -> dict[str, list[str]]:
+    """Give the versions of each library, and of the system, that measured something, as they come."""
+    found: dict[str, dict[str, None]] = {}
     for record in summary.records:
         e = record.environment
         commit = "outside git" if e.commit is None else e.commit[:12] + (" with uncommitted changes" if e.dirty else "")
-        libraries = f"torch {e.torch}, timm {e.timm}, transformers {e.transformers}, Python {e.python}"
-        compiler = f", C++ compiler {e.compiler}" if e.compiler else ""
-        lines[f"attnzoo {e.attnzoo} ({commit}), {libraries}, {e.system}{compiler}"] = None
-    return list(lines)
+        libraries = {"torch": e.torch, "timm": e.timm, "transformers": e.transformers, "Python": e.python}
+        own = {"attnzoo": f"{e.attnzoo} ({commit})", **libraries, "": e.system, "C++ compiler": e.compiler}
+        for name, version in own.items():
+            if version:
+                found.setdefault(name, {})[version] = None
+    return {name: list(each) for name, each in found.items()}
 
 
 def dates(summary: Summary) -> str:

@@ -1,11 +1,13 @@
 """The tables of eviction policies that the docs show, made from their records."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from attnzoo.bench.record import Record
 from attnzoo.bench.words import difference, ratio, times
 from attnzoo.tables import Cell, Column, Table
+from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity, Retrieval
 
 MILD = ("128 block", "256 block", "128 prompt", "256 prompt")
 ENDS = ("64 block", "512 block", "64 prompt")
@@ -73,4 +75,21 @@ def pairs_by_setting(records: Sequence[Record], settings: Sequence[str], pairs: 
             interval, verdict = quality[f"{first} {setting}"].minus(quality[f"{second} {setting}"])["NLL"]
             cells.append(Cell(difference(interval), verdict))
         table.add(f"{first} - {second}", *cells)
+    return table
+
+
+def survival_table(records: Sequence[Record]) -> Table:
+    """What each policy loses on prose, and of each kind of needles what was found and what share of them was held."""
+    prose = {record.label: record.quality for record in records if isinstance(record.quality, Perplexity)}
+    needles = [(record.label, record.quality) for record in records if isinstance(record.quality, Retrieval)]
+    asked = {(label, quality.kind): quality for label, quality in needles}
+    kinds = [kind for kind in KIND_TITLES if all((label, kind) in asked for label in prose)]
+    table = Table((Column("policy", code=True), "NLL above dense", *(KIND_TITLES[kind] for kind in kinds)))
+    for label, quality in prose.items():
+        cells = []
+        for kind in kinds:
+            one = asked[label, kind]
+            held = f" (held {math.fsum(one.held) / len(one.held):.0%})" if one.held and quality.difference else ""
+            cells.append(f"{sum(one.hits)} of {len(one.hits)}{held}")
+        table.add(label, "-" if quality.difference is None else difference(quality.difference), *cells)
     return table
