@@ -16,6 +16,7 @@ TABLES = {
     "claims": ("claims", "claims", MILD),
     "claims-ends": ("claims", "claims", ENDS),
     "claims-reference": ("claims_reference", "claims", MILD),
+    "claims-reference-ends": ("claims_reference", "claims", ENDS),
     "budgets": ("budgets", "budgets", MILD[:3]),
     "budgets-reference": ("budgets_reference", "budgets", MILD[:1]),
 }
