@@ -97,7 +97,8 @@ def _describe(model: Any, about: Mapping[str, Any]) -> None:
     if about["library"] == "timm":
         images = {key: tuple(v) if isinstance(v, list) else v for key, v in about["images"].items()}
         named = {} if names is None else {"label_names": names}
-        model.pretrained_cfg = {**model.pretrained_cfg, **images, **named, "num_classes": about["classes"]}
+        own = getattr(model, "pretrained_cfg", {})  # a model that a user registered may have none
+        model.pretrained_cfg = {**own, **images, **named, "num_classes": about["classes"]}
         model.default_cfg = model.pretrained_cfg
     elif names is not None:
         model.config.id2label = dict(enumerate(names))

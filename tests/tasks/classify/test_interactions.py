@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 import attnzoo
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.config import read_yaml
+from attnzoo.bench.page import page_of
 from attnzoo.errors import ConfigError, UnsupportedError
 from attnzoo.tasks.classify import interactions, products
 from attnzoo.tasks.classify.build import equal_parameters, logits
 from attnzoo.tasks.classify.config import DataConfig, validate_config
 from attnzoo.tasks.classify.run import train_all
 from attnzoo.tasks.classify.sources import open_splits
+from attnzoo.tasks.classify.task import TASK
 
-from .conftest import ROOT
+from .conftest import ROOT, evaluated
 
 CONFIG = ROOT / "configs/classify/interactions.yaml"
 
@@ -138,7 +140,10 @@ def test_a_product_of_two_is_soon_learned_by_degree_two_and_not_by_one(tmp_path)
     more = {"seeds": [0], "only": list(wanted), "trackers": [], "output": str(tmp_path)}
     loaded = validate_config({**config, **more})
     train_all(loaded)
-    for run in loaded.runs():
-        low, high = wanted[run.label]
-        test = run.result["test"]
-        assert low <= test["top1"] / test["images"] <= high
+    with pytest.raises(ConfigError, match="not trained yet: softmax-seed0"):
+        evaluated(validate_config({**config, **more, "only": [*wanted, "softmax"]}))
+    for label, record in evaluated(loaded).items():
+        low, high = wanted[label]
+        assert low <= record.quality.accuracy <= high
+    page = page_of(TASK, evaluated(loaded).values())
+    assert "attnzoo/interactions at 12 pixels" in page
