@@ -35,10 +35,10 @@ from attnzoo.tasks.detect import config as detection
 from attnzoo.tasks.flags import config_of
 from attnzoo.units import megabytes
 from eval import kernels, report
-from tests.mixers.tables import instances_table
+from tests.mixers.tables import INTERACTIONS, instances_table, interactions_table
 from tests.tasks.classify.tables import results_table
 from tests.tasks.decode import llm
-from tests.tasks.decode.tables import TABLES, cost_table, lost_table, pairs_by_setting
+from tests.tasks.decode.tables import TABLES, cost_table, lost_table, pairs_by_setting, survival_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -350,6 +350,23 @@ def test_which_instance_to_take_is_told_from_the_committed_records():
     assert round(middle / figures["padre degree=3"][4], 1) == 1.6
 
 
+def test_which_mixers_multiply_is_that_of_the_committed_records():
+    folder = ROOT / "docs/records"
+    assert between(ROOT / "docs/padre.md", "interactions") == interactions_table(folder).markdown()
+    top1 = {}
+    for name in INTERACTIONS:
+        records = read_records(folder / f"{name}.jsonl")
+        assert all(record.status == "ok" and len(record.quality.trainings) == 3 for record in records)
+        top1[name] = {record.label: record.quality.accuracy for record in records}
+    learned = {name: {label for label, share in each.items() if share > 0.97} for name, each in top1.items()}
+    (unsure,) = [(name, label) for name, each in top1.items() for label, share in each.items() if 0.52 < share < 0.97]
+    assert unsure == ("interactions_far", "hyena"), "which learns in two seeds of three"
+    third, second = {"padre degree=3", "padre degree=3 near identity"}, {f"padre degree=2{a}" for a in ("", " d maps")}
+    assert learned["interactions"] == {"hyena", *third, *second, "padre degree=2 kernel_size=7"}
+    assert learned["interactions_three"] == {"hyena", *third}
+    assert learned["interactions_far"] == {"padre degree=3", "padre degree=2 kernel_size=7"}
+
+
 def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
     page = " ".join((ROOT / "docs/classify.md").read_text(encoding="utf-8").split())
 
@@ -605,6 +622,9 @@ def test_modules_run_as_commands():
         "fashion_mnist",
         "cifar10_cpu",
         "padre_starts",
+        "claims_reference",
+        "survival",
+        *INTERACTIONS,
     ],
 )
 def test_committed_pages_are_what_the_records_give_today(name):
@@ -640,6 +660,22 @@ def test_the_tables_of_what_policies_lose_are_those_of_the_committed_records(nam
     assert between(ROOT / "docs/eviction.md", name) == lost_table(records, settings).markdown()
     found = pairs_by_setting(records, settings, pairs).markdown()
     assert between(ROOT / "docs/eviction.md", f"{name}-pairs") == found
+
+
+def test_what_survives_is_that_of_the_committed_record():
+    records = read_records(ROOT / "docs/records/survival.jsonl")
+    assert between(ROOT / "docs/eviction.md", "survival") == survival_table(records).markdown()
+    asked = {(r.label.removesuffix(" 300"), r.quality.kind): r.quality for r in records if hasattr(r.quality, "kind")}
+    kinds = {kind for _, kind in asked}
+    held = {key: statistics.fmean(one.held) for key, one in asked.items() if one.held}
+    found = {key: sum(one.hits) for key, one in asked.items()}
+    by_attention = ("h2o", "tova", "snapkv", "scissorhands", "vatp", "caote", "dropkv")
+    shares = [held[name, kind] for name in by_attention for kind in kinds]
+    assert 0.02 <= min(shares) < max(shares) < 0.105
+    assert all(0.24 < held["random", kind] < 0.27 for kind in kinds)
+    assert all(1.8 < held["keydiff", kind] / held[name, kind] < 10 for name in by_attention for kind in kinds)
+    assert {name for (name, _), count in found.items() if count} == {"dense", "keydiff"}
+    assert (found["dense", "question_between"], found["dense", "two_hop"]) == (7, 7)
 
 
 def test_what_holds_on_both_texts_is_in_the_records():

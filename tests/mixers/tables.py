@@ -33,3 +33,19 @@ def instances_table(folder: Path) -> Table:
             *(speed[FUSED if label == DENSE else label, tokens] for tokens in TOKENS),
         )
     return table
+
+
+INTERACTIONS = {
+    "interactions": "two cells, 1 apart",
+    "interactions_three": "three cells, 1 apart",
+    "interactions_far": "two cells, 4 apart",
+}
+
+
+def interactions_table(folder: Path) -> Table:
+    """Top-1 on each set of made images: the mean and the deviation of the seeds."""
+    each = [qualities_of(read_records(folder / f"{name}.jsonl")) for name in INTERACTIONS]
+    table = Table((Column("attention", code=True), "parameters", *INTERACTIONS.values()))
+    for label, quality in each[0].items():
+        table.add(label, f"{quality.trainings[0].parameters or 0:,}", *(one[label].mean_of_seeds for one in each))
+    return table

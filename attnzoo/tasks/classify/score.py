@@ -112,8 +112,9 @@ def measure_quality(config: ClassifyConfig, label: str, say: OnProgress) -> Resu
         trainings.append(_training(run, counted[-1], wrong))
     start, data = config.model, config.data
     begun = "trained on" if start.pretrained or start.weights else "from scratch on"
+    options = f" ({listed(start.options)})" if start.options else ""
     note = (
-        f"{start.name} ({listed(start.options)}) {begun} {data.asset or data.name or 'a folder of images'} at "
+        f"{start.name}{options} {begun} {data.asset or data.name or 'a folder of images'} at "
         f"{data.image_size} pixels, {runs[0].result['epochs']} epochs, {counted[0]['images']:,} test images"
     )
     return Result(status="ok", quality=accuracy_of(trainings, counted, about["classes"], note))
