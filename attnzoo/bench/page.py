@@ -29,6 +29,7 @@ from attnzoo.bench.task import Task
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
+SIDE_BY_SIDE = 2  # workloads in one table of quality; more would not fit a page
 STAGED = ("attention", Column("stage", left=True), Column("ms", SPREAD), Column("speed-up", SPREAD), "part of the time",
           "FLOPs", "peak memory", "parameters")  # fmt: skip
 GATED = ("passed", "error", "allowed", Column("against", left=True))
@@ -162,8 +163,10 @@ def _quality(summary: Summary) -> list[Section]:
         measured = [(row.workload, row.quality) for row in rows if row.quality is not None]
         notes = {about: f"{f'{about}: ' if about else ''}{quality.note}." for about, quality in reversed(measured)}
         remarks = dict.fromkeys(quality.remark for _, quality in measured if quality.remark)
-        table = quality_table(summary, part).html()
-        found.append(Section(table, "" if found else "Quality", " ".join([*reversed(notes.values()), *remarks])))
+        note, workloads = " ".join([*reversed(notes.values()), *remarks]), dict.fromkeys(row.workload for row in rows)
+        apart = workloads if len(workloads) > SIDE_BY_SIDE else (None,)
+        tables = "".join(quality_table(summary, part, one).html() for one in apart)
+        found.append(Section(tables, "" if found else "Quality", note))
     return found
 
 

@@ -78,12 +78,12 @@ def cost_table(summary: Summary) -> Table:
     return table.without_empty_columns()
 
 
-def quality_table(summary: Summary, part: str) -> Table:
+def quality_table(summary: Summary, part: str, workload: str | None = None) -> Table:
     """The quality of a part's rows, of all workloads side by side: the columns are those of the quality's own class.
 
-    A workload that failed in every row has one column, of its own name.
+    A workload that failed in every row has one column, of its own name. With `workload`, of that one alone.
     """
-    rows = [row for row in summary.quality if row.part == part]
+    rows = [row for row in summary.quality if row.part == part and workload in (None, row.workload)]
     heads = {row.workload: [row.workload or "quality"] for row in rows}
     told: dict[str, list[list[str]]] = {}  # titles of each row, the longest list first
     for row in rows:

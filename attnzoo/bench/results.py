@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from attnzoo.errors import AttnZooError
 from attnzoo.registry import REQUIRED, AttentionInfo, Kind, describe, list_attentions
 from attnzoo.tables import Cell, Column, Table
 
+MOST_QUALITIES = 2  # columns of quality on the page; the CSV has all
 NAME = "results"
 BUILT_WITH = re.compile(r"\s*\([^()]*=[^()]*\)")
 Shown = tuple[str, Measure]  # what a figure is called, and its measure
@@ -77,7 +79,7 @@ def html(sources: Sequence[Source], tasks: Sequence[str], folder: Path, command:
     tasks = _columns(found, tasks)
     views = {task: _first_view([one for rows in found.values() for one in rows if one.task == task]) for task in tasks}
     methods = [_shown(describe(name), rows, views) for name, rows in found.items()]
-    others, policies = _others(sources, folder), policies_table(sources, folder)
+    others, policies = _others(sources, folder), policies_table(sources, folder, MOST_QUALITIES)
     side_by_side = f'<div id="policies" class="more">{policies.html(labeled=True)}</div>'
     return page(
         "attnzoo: results",
@@ -266,14 +268,20 @@ def _table(by_task: Mapping[str, Sequence[Highlight]]) -> Table:
     return table.without_empty_columns()
 
 
-def policies_table(sources: Sequence[Source], folder: Path) -> Table:
-    """Eviction policies side by side: a section per run, model and budget, a column per figure that any of them has."""
+def policies_table(sources: Sequence[Source], folder: Path, qualities: int | None = None) -> Table:
+    """Eviction policies side by side: a section per run, model and budget, a column per figure that any of them has.
+
+    Of the columns of quality there are at most as many as `qualities`, those that most rows have.
+    """
     groups: dict[tuple[str, str, str], list[Highlight]] = {}
     for one in (one for source in sources for one in _placed(source, folder)):
         if one.budget and describe(one.method).kind == "eviction":
             groups.setdefault((one.record, one.host, _budget(one)), []).append(one)
     found = [one for rows in groups.values() for one in rows]
     heads = {_head(one, m): m for m in (CACHE, QUALITY, SPEED, PEAK) for one in found if m in one.figures}
+    counts = Counter(_head(one, QUALITY) for one in found if QUALITY in one.figures)
+    shown = {head for head, _ in counts.most_common(qualities)}
+    heads = {head: measure for head, measure in heads.items() if measure is not QUALITY or head in shown}
     table = Table(("policy", "budget", *heads, Column("record", left=True)))
     for (record, host, budget), rows in groups.items():
         tags = {"task": rows[0].task, "kind": "eviction"}

@@ -369,6 +369,8 @@ def test_policies_of_two_budgets_do_not_mix_and_a_row_without_a_figure_says_why(
         ("tova", "128", "0.90x", "", ""),
         ("h2o", "128", "0.80x", "", ""),
     ]
+    (most,) = [head for head in read_csv(results.policies_table([source], tmp_path, 1).csv())[0] if "kept" in head]
+    assert most == "perplexity kept", "which four rows have; one has a pass key"
     made = results.html([source], ("decode",), tmp_path, "make")
     assert "<small>not measured</small>" in made
     assert "<small>no memory</small>" in made

@@ -10,6 +10,8 @@ from attnzoo.tables import Cell, Column, Table
 from attnzoo.tasks.decode.config import paired_labels
 from attnzoo.tasks.decode.quality import Differences, Perplexity, Retrieval
 
+MOST_COLUMNS = 6  # of differences; more would not fit a page, and come one below the other
+
 
 def pairs_table(records: Sequence[Any], config: Mapping[str, Any]) -> Table | None:
     """Give a row for each pair of a config: the first row's figures minus the second's, window by window.
@@ -36,6 +38,13 @@ def pairs_table(records: Sequence[Any], config: Mapping[str, Any]) -> Table | No
     heads = list(dict.fromkeys(name for row in rows.values() for name in row))
     if not heads:
         return None
+    if len(heads) > MOST_COLUMNS:
+        table = Table((Column("pair", code=True), "difference (95%)"))
+        for head in heads:
+            table.section(head)
+            for pair, row in rows.items():
+                table.add(pair, Cell(difference(row[head][0]), row[head][1]) if head in row else "-")
+        return table
     table = Table((Column("pair", code=True), *(f"{head} (95%)" for head in heads)))
     for pair, row in rows.items():
         cells = [Cell(difference(row[head][0]), row[head][1]) if head in row else "-" for head in heads]

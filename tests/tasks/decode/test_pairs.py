@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attnzoo.bench import page
 from attnzoo.bench.page import page_of
 from attnzoo.bench.stats import paired_difference
 from attnzoo.bench.task import Task
 from attnzoo.errors import ConfigError
 from attnzoo.eviction.size import CacheBytes
+from attnzoo.tables import Section
 from attnzoo.tasks import suite
-from attnzoo.tasks.decode import lm
+from attnzoo.tasks.decode import lm, pairs
 from attnzoo.tasks.decode.config import paired_labels, validate_config
 from attnzoo.tasks.decode.needles import Sample
 from attnzoo.tasks.decode.pairs import pairs_table
@@ -62,6 +64,22 @@ def test_pairs_are_set_against_each_other_window_by_window(measured):
     assert shown["h2o 12 - dense"][1] == "-", "dense is not compared with itself"
     held = paired_difference(quality["caote 12", "pass key"].held, quality["h2o 12", "pass key"].held)
     assert shown["caote 12 - h2o 12"][3].startswith(f"{held.mean:+.3f} (")
+
+
+def test_tables_that_would_not_fit_a_page_come_one_below_the_other(measured, monkeypatch):
+    records, data = measured
+    wide = pairs_table(records, data)
+    monkeypatch.setattr(pairs, "MOST_COLUMNS", 2)
+    long = pairs_table(records, data)
+    assert [row.title for row in long.rows if isinstance(row, Section)] == [
+        column.head.removesuffix(" (95%)") for column in wide.columns[1:]
+    ]
+    for row in wide.rows:
+        under = [one.cells[1] for one in long.rows if not isinstance(one, Section) and one.cells[0] == row.cells[0]]
+        assert under == list(row.cells[1:])
+    before = page_of(TASK, records).count("<table>")
+    monkeypatch.setattr(page, "SIDE_BY_SIDE", 1)
+    assert page_of(TASK, records).count("<table>") == before + 1, "one of prose, one of the pass key"
 
 
 def test_the_table_needs_records_and_config_alone(measured, capsys):
