@@ -177,9 +177,8 @@ def test_transforms_of_functions_see_through_it(case):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-@every
-def test_compiles_without_a_break(case):
-    assert case.able.compile
+@pytest.mark.parametrize("case", [case for case in CASES if set(case.options) <= {"tokens"}], ids=str)
+def test_compiles_in_float64(case):
     mixer, x = case.build(), tokens()
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
@@ -187,13 +186,17 @@ def test_compiles_without_a_break(case):
 
 
 @every
-def test_compiled_gradients_in_float32(case):
+def test_compiles_without_a_break_with_its_gradients(case):
+    """In float32, in which operators of our own run."""
+    assert case.able.compile
     mixer, x = case.build(torch.float32), tokens(dtype=torch.float32).requires_grad_()
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    inputs = [x, *mixer.parameters()]
-    got, expected = (torch.autograd.grad(f(x, **ARGS).square().sum(), inputs) for f in (compiled, mixer))
-    for a, b in zip(got, expected, strict=True):
+    inputs, results = [x, *mixer.parameters()], []
+    for function in (compiled, mixer):
+        out = function(x, **ARGS)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
 
