@@ -33,4 +33,5 @@ def assert_as_the_reference(op, reference, leaves, dtype, device):
         assert a.shape == b.shape
         if b.numel():
             assert a.isfinite().all()
-            assert (a - b).abs().max() <= TOLERANCE[dtype] * max(b.abs().max().item(), 1e-3)
+            size = max(b.abs().max().item(), 0.1)  # sums of numbers of about 1 may cancel
+            assert (a - b).abs().max() <= TOLERANCE[dtype] * size
