@@ -701,6 +701,8 @@ def test_what_holds_on_both_texts_is_in_the_records():
         for a, b in (("caote", "h2o"), ("caote over tova", "tova"), ("caote over snapkv", "snapkv"))
     ]
     assert all(set(verdicts) == {"better"} for _, verdicts in at_64)
+    assert [count - 4 for count in sure] == [5, 8, 2], "at 128 and 256 entries"
+    assert "over `h2o` in five cases of eight, over `snapkv` in two of eight" in page
     means, verdicts = pairs("vatp", "h2o")
     assert max(means) <= 0
     assert f"is ahead by 0.000 to {-min(means):.3f} up to 25%, beyond doubt in two cases of twelve" in page
