@@ -442,17 +442,22 @@ class _FromState:
         return head, mixing.along(line)
 
     def product(self, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts) -> Parts:
-        head, patches = self.mix(mixing, parts)
-        other_head, other_patches = others if other is None else self.mix(other, others)
+        (head, patches), (other_head, other_patches) = _both(self, mixing, parts, other, others)
         return head * other_head, patches * other_patches
+
+
+def _both(
+    way: _AtOnce | _FromState, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts
+) -> tuple[Parts, Parts]:
+    """Mix the tokens of both; `others` stay as they are where there is no `other` mixing."""
+    return way.mix(mixing, parts), others if other is None else way.mix(other, others)
 
 
 def _sum(
     way: _AtOnce | _FromState, mixing: TokenMixing, parts: Parts, other: TokenMixing | None, others: Parts
 ) -> Parts:
     """Mix both inputs and add the results, so that the variance stays."""
-    head, patches = way.mix(mixing, parts)
-    other_head, other_patches = others if other is None else way.mix(other, others)
+    (head, patches), (other_head, other_patches) = _both(way, mixing, parts, other, others)
     return (head + other_head) * 0.5**0.5, (patches + other_patches) * 0.5**0.5
 
 
