@@ -133,12 +133,13 @@ class RepairedMixer(AttentionConfig):
     """A mixer, or in a language model an eviction policy as a control, which has nothing to repair.
 
     `init` is how a mixer begins, as `attnzoo.replace_attention` takes it. ``streaming`` with ``sink: 0`` is a sliding
-    window. `layers` and `seeds` stand in place of the config's.
+    window. `layers`, `seeds` and `stages` stand in place of the config's.
     """
 
     init: Literal["random", "inherit"] = "random"
     layers: Annotated[tuple[Layers, ...], Field(min_length=1)] | None = None
     seeds: Seeds | None = None
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)] | None = None
     scratch: Annotated[bool, Field(description="whether the config's `scratch` is for its rows, too")] = True
 
     @property
@@ -212,13 +213,16 @@ class DistillConfig(RunConfig):
                 raise ValueError(
                     f"attentions.{index}.name: {attention.name!r} is no mixer: an image model has no cache"
                 )
-        for index, stage in enumerate(self.stages):
-            if stage.samples < self.batch:
-                raise ValueError(f"stages.{index}.samples: {stage.samples} are fewer than a batch of {self.batch}")
-            if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
-                raise ValueError(f"stages.{index}: train and hidden are for objective: model")
-            if self.features is not None and stage.temperature != 1:
-                raise ValueError(f"stages.{index}.temperature is for logits, which features are not")
+        owned = {f"attentions.{index}.stages": one.stages or () for index, one in enumerate(self.attentions)}
+        for place, stages in ({"stages": self.stages} | owned).items():
+            for index, stage in enumerate(stages):
+                where = f"{place}.{index}"
+                if stage.samples < self.batch:
+                    raise ValueError(f"{where}.samples: {stage.samples} are fewer than a batch of {self.batch}")
+                if stage.objective == "layer" and (stage.train == "all" or stage.hidden):
+                    raise ValueError(f"{where}: train and hidden are for objective: model")
+                if self.features is not None and stage.temperature != 1:
+                    raise ValueError(f"{where}.temperature is for logits, which features are not")
         shares = {layers.share for one in self.attentions for layers in one.layers or self.layers}
         wanted = self.scratch.shares if self.scratch is not None else None
         if wanted is not None and not (wanted and set(wanted) <= shares):
@@ -254,6 +258,10 @@ class DistillConfig(RunConfig):
     def seeds_of(self, attention: RepairedMixer) -> tuple[int, ...]:
         """Its own, or those of all."""
         return attention.seeds or self.seeds
+
+    def stages_of(self, attention: RepairedMixer) -> tuple[StageConfig, ...]:
+        """Its own, or those of all."""
+        return attention.stages or self.stages
 
     def chosen_by(self, attention: RepairedMixer) -> RepairedMixer:
         """The mixer whose sensitivity chooses the cheapest layers: its own, or of a control that of the first mixer."""

@@ -18,7 +18,7 @@ from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
-from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.subject import subject_of
 from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
@@ -49,12 +49,14 @@ def plan(config: DistillConfig) -> list[Cell]:
     }
     part = "language" if config.language else "vision"
     cells: list[Cell] = []
-    repair = config.model_dump(mode="json", include={"stages", "points", "sensitivity_steps"})
-    repair |= {"autocast": config.autocast} if config.autocast else {}
+    common = config.model_dump(mode="json", include={"points", "sensitivity_steps"})
+    common |= {"autocast": config.autocast} if config.autocast else {}
     exported = {"precisions": config.precisions} if config.precisions else {}
     cells.append(Cell(**row_of(None, config.baseline, part), **shared, depends_on={**how, **exported}, stage="score"))
     known: list[Any] = []  # networks that a row from scratch is of: how a mixer begins makes no difference to it
     for index, attention in enumerate(config.attentions):
+        stages = [stage.model_dump(mode="json") for stage in config.stages_of(attention)]
+        repair = {**common, "stages": stages}
         for layers in attention.layers or config.layers:
             about: dict[str, Any] = {
                 "attention": [attention.name, attention.swap],
@@ -68,7 +70,7 @@ def plan(config: DistillConfig) -> list[Cell]:
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
             asks = {"attention": index, "layers": about["layers"], "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **exported, **about}, asks=asks, stage="repair"))
-            network = [attention.name, attention.options, layers, config.seeds_of(attention)]
+            network = [attention.name, attention.options, layers, config.seeds_of(attention), stages]
             network += [attention.init] if by_cost else []  # which decides which layers are cheap
             control = attention.scratch and attention.is_mixer and network not in known
             if config.scratch is None or not config.scratch.has(layers) or not control:
@@ -126,7 +128,7 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
     control = cell.asks["scratch"] or not attention.is_mixer
-    note = _note(config, cell.asks["scratch"], attention.is_mixer)
+    note = _note(config, cell.asks["scratch"], attention)
     quality = RepairedQuality(metric=subject.metric, trials=tuple(trials), control=control, note=note)
     return Result(status="ok", quality=quality)
 
@@ -135,10 +137,10 @@ def _say(say: OnProgress, seed: int, text: str) -> None:
     say(f"seed {seed}: {text}")
 
 
-def _note(config: DistillConfig, scratch: bool, mixer: bool) -> str:
-    if not mixer:
+def _note(config: DistillConfig, scratch: bool, attention: RepairedMixer) -> str:
+    if not attention.is_mixer:
         return "a control: nothing is repaired"
-    stages = " then ".join(f"{stage.objective} on {stage.samples:,}" for stage in config.stages)
+    stages = " then ".join(f"{stage.objective} on {stage.samples:,}" for stage in config.stages_of(attention))
     what = f"sequences of {config.language.tokens} tokens" if config.language else "images"
     computed = f", computed in {config.autocast}" if config.autocast else ""
     return f"{SCRATCH}, on as many {what}{computed}" if scratch else f"repaired by {stages} {what}{computed}"

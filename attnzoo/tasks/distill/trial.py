@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from attnzoo.repairing.options import RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import teacher_values
 from attnzoo.tasks.distill.classifier import Classifier
-from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer, ScratchConfig
+from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer, ScratchConfig, StageConfig
 from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Subject
 
@@ -66,7 +66,7 @@ def _cheapest_first(
     config: DistillConfig, subject: Subject, model: nn.Module, attention: RepairedMixer, seed: int
 ) -> tuple[list[str], int]:
     """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
-    how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages[0].lr}
+    how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages_of(attention)[0].lr}
     how |= {"autocast": config.autocast} if config.autocast else {}
     place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _cheapest_first(
                 steps=config.sensitivity_steps,
                 held_out=HELD_OUT,
                 loss=subject.loss,
-                repair={"lr": config.stages[0].lr, "autocast": autocast_of(config)},
+                repair={"lr": config.stages_of(attention)[0].lr, "autocast": autocast_of(config)},
                 **attention.swap,
             )
             layers = [vars(layer) for layer in report.ordered()]
@@ -171,8 +171,9 @@ def repaired(
     else:
         progress.points.append(_start(subject, model))
         progress.errors.append(_mean_error(model, looked_at))
-    for at in range(progress.stage, len(config.stages)):
-        _stage(config, subject, model, at, progress, say)
+    stages = config.stages_of(attention)
+    for at in range(progress.stage, len(stages)):
+        _stage(config, stages, subject, model, at, progress, say)
         progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
         progress.save(model, None)
@@ -183,8 +184,16 @@ def repaired(
     return progress.trial
 
 
-def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, progress: Progress, say: Say) -> None:
-    stage, name = config.stages[at], f"stage {at + 1}: {config.stages[at].objective}"
+def _stage(
+    config: DistillConfig,
+    stages: Sequence[StageConfig],
+    subject: Subject,
+    model: nn.Module,
+    at: int,
+    progress: Progress,
+    say: Say,
+) -> None:
+    stage, name = stages[at], f"stage {at + 1}: {stages[at].objective}"
     steps = stage.samples // config.batch
     about: dict[str, Any] = {"seed": progress.seed, "autocast": autocast_of(config), **stage.options}
     about |= {"loss": subject.loss} if stage.objective == "model" else {}
@@ -199,7 +208,7 @@ def _stage(config: DistillConfig, subject: Subject, model: nn.Module, at: int, p
     ends = {math.ceil(steps * part / config.points) for part in range(1, config.points + 1)}
 
     def told(step: int, loss: float) -> None:
-        say(f"stage {at + 1} of {len(config.stages)}, step {step} of {steps}, loss {loss:.3g}")
+        say(f"stage {at + 1} of {len(stages)}, step {step} of {steps}, loss {loss:.3g}")
         if step in ends:
             samples, seconds = seen + step * config.batch, round(last.seconds + fit.seconds, 3)
             score = subject.score(model, whole=step == steps)._asdict()
@@ -243,7 +252,8 @@ def from_scratch(
     model = subject.fresh(seed)
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.options)
-    fitted = [s for s in config.stages if s.train == "all" or any(True for _ in _mixer_parameters(model))]
+    stages = config.stages_of(attention)
+    fitted = [s for s in stages if s.train == "all" or any(True for _ in _mixer_parameters(model))]
     steps = progress.chosen_by // config.batch + sum(stage.samples // config.batch for stage in fitted)
     optimizer, schedule = _optimizer(model, how, steps)
     step, seconds = 0, 0.0
@@ -254,7 +264,7 @@ def from_scratch(
         step, seconds = progress.fit["step"], progress.fit["seconds"]
     else:
         progress.points.append(Point(stage=START, samples=0, seconds=0.0, score=subject.score(model).score))
-    count = config.points * len(config.stages)
+    count = config.points * len(stages)
     ends = {math.ceil(steps * part / count) for part in range(1, count + 1)}
     batches = subject.batches(step, seed)
     while step < steps:

@@ -236,6 +236,20 @@ def test_a_seed_more_leaves_the_trials_of_the_others_as_they_are(vision, tmp_pat
     assert after[0] == before["padre 100%"].quality.trials[0]
 
 
+def test_an_attention_has_stages_of_its_own(vision, tmp_path):
+    mixer = vision["attentions"][0]
+    own = {**mixer, "label": "longer", "stages": [{**STAGES[0], "lr": 2e-3}, {**STAGES[1], "samples": 96}]}
+    short = {"layers": [{"share": 0.5}], "points": 1}
+    assert main([written({**vision, **short, "attentions": [mixer, own]}, tmp_path)]) == 0
+    found = by_label(tmp_path)
+    assert found["longer 50%"].quality.trials[0].points[-1].samples == (
+        found["padre 50%"].quality.trials[0].points[-1].samples + 96 - STAGES[1]["samples"]
+    )
+    assert "model on 96 images" in found["longer 50%"].quality.note
+    assert "longer 50% from scratch" in found, "which is trained on as many images as the repair"
+    assert len(list((tmp_path / "out/sensitivity").glob("*.json"))) == 2, "at the rate of each one's first stage"
+
+
 def test_a_repaired_model_is_scored_in_int8(vision, tmp_path):
     """In float32 ONNX Runtime answers as PyTorch does; int8 rounds."""
     short = {"attentions": vision["attentions"][:1], "layers": [{"share": 1.0}], "stages": STAGES[:1], "scratch": None}
@@ -321,6 +335,9 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
         "'padre' has no option 'sides'": {"attentions": [{"name": "padre", "options": {"sides": 2}}]},
         "8 are fewer than a batch of 16": {"stages": [{"objective": "layer", "samples": 8}]},
         "are for objective: model": {"stages": [{"objective": "layer", "samples": 32, "train": "all"}]},
+        "attentions.0.stages.0.samples: 8": {
+            "attentions": [{"name": "padre", "stages": [{"objective": "layer", "samples": 8}]}]
+        },
         "`layers` says which": {"attentions": [{"name": "padre", "where": "blocks.0"}]},
         "labels": {"layers": [{"share": 0.5}, {"share": 0.5}]},
         "greater than 0": {"layers": [{"share": 0.0}]},
