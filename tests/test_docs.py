@@ -615,6 +615,8 @@ def test_modules_run_as_commands():
         "repair_digits",
         "repair_cifar10",
         "repair_cifar10_tenth",
+        "repair_cifar10_rates",
+        "repair_smollm2",
         "long",
         "kvpress",
         "kvpress_prompt",

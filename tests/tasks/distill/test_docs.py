@@ -38,29 +38,31 @@ def test_the_commands_run(tmp_path, forked):
     assert "gap closed" in (tmp_path / "runs/distill-digits/report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_rates", "smollm2"])
 def test_the_table_is_that_of_the_record(name):
     path = ROOT / f"docs/records/repair_{name}.jsonl"
     assert tasks.task_of(path).name == "distill"
     records = read_records(path)
-    assert {record.benchmark for record in records} == {f"distill-{name}"}
+    assert {record.benchmark for record in records} == {f"distill-{name.replace('_', '-')}"}
     assert {record.status for record in records} == {"ok"}
     shown = PAGE.split(f"<!-- repair-{name}:begin -->")[1].split(f"<!-- repair-{name}:end -->")[0].strip()
-    assert shown == quality_table(summarize(records), "vision").markdown()
+    assert shown == quality_table(summarize(records), records[0].part).markdown()
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_tenth"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_tenth", "cifar10_rates", "smollm2"])
 def test_the_committed_records_are_those_of_the_config(name, tmp_path):
     """Stages, and the seeds of each row; the teacher's weights are not here."""
     (tmp_path / "trained.safetensors").touch()
-    weights = f"vision.model.weights={tmp_path / 'trained.safetensors'}"
-    task, config = tasks.load(ROOT / f"configs/distill/{name}.yaml", [weights])
+    weights = [] if name == "smollm2" else [f"vision.model.weights={tmp_path / 'trained.safetensors'}"]
+    task, config = tasks.load(ROOT / f"configs/distill/{name}.yaml", weights)
     cells = {cell.label: cell for cell in task.plan(config)}
     kept = yaml.safe_load((ROOT / f"docs/records/repair_{name}.yaml").read_text(encoding="utf-8"))
     assert kept["stages"] == [stage.model_dump() for stage in config.stages]
     for record in read_records(ROOT / f"docs/records/repair_{name}.jsonl"):
         seeds = cells[record.label].depends_on.get("seeds", (0,))
         assert [trial.seed for trial in record.quality.trials] == list(seeds)
+    own = [one["stages"] for one in kept["attentions"] if one.get("stages")]
+    assert own == [[stage.model_dump() for stage in one.stages] for one in config.attentions if one.stages]
 
 
 def test_what_is_said_of_cifar10_is_in_its_records():
@@ -86,3 +88,40 @@ def test_what_is_said_of_cifar10_is_in_its_records():
         quality.trials[0].final - score for quality in rows.values() for score in quality.trials[0].quantized.values()
     ]
     assert max(lost) < 0.005, "int8 costs no more than half a point"
+
+
+def test_what_is_said_of_rates_is_in_their_record():
+    rows = {record.label: record.quality for record in read_records(ROOT / "docs/records/repair_cifar10_rates.jsonl")}
+    page = " ".join(PAGE.split())
+    middle = [rows[f"rate {rate} 50%"] for rate in ("1e-3", "2e-3", "4e-3")]
+    assert {f"{100 * one.score:.1f}" for one in middle} == {"77.3"}
+    assert {one.details["gap closed"] for one in middle} == {"90%"}
+    assert rows["rate 5e-4 50%"].score < min(one.score for one in middle)
+    errors = rows["rate 2e-3, layers' errors in the loss 50%"]
+    assert f"it is {100 * errors.score:.1f}%, {errors.details['gap closed']}, as near" in page
+    assert all(len(one.trials) == 2 for one in (*middle, errors)), "two seeds"
+    assert max(trial.points[-1].samples for one in middle for trial in one.trials) < 120_000, "a tenth of 1.2 million"
+
+
+def test_what_is_said_of_the_language_model_is_in_its_record():
+    rows = {record.label: record.quality for record in read_records(ROOT / "docs/records/repair_smollm2.jsonl")}
+    page = " ".join(PAGE.split())
+    tenth, half = rows["padre degree=2 10%"], rows["padre degree=2 50%"]
+    assert len(tenth.trials[0].layers) == 3
+    assert f"nothing is lost: {tenth.figure} nats per token, where the unswapped model has {rows['teacher'].figure}" in page
+    start = half.trials[0].points[0]
+    assert f"takes the NLL to {start.score:.3f}, and the repair brings it back to {half.figure}" in page
+    assert f"{half.details['gap closed']} of the gap; a window in the same layers has {rows['window of 64 50%'].figure}" in page
+    first, third = (rows[f"padre degree={degree} 50%"] for degree in (1, 3))
+    assert f"{first.figure}, {half.figure} and {third.figure} with degree 1, 2 and 3" in page
+    assert first.score > half.score > third.score
+    assert f"half of the layers end at {rows['padre degree=2 random 50%'].figure}" in page
+    closed: dict[bool, list[float]] = {True: [], False: []}  # by the first stage, from a random start or not
+    for label, quality in rows.items():
+        for trial in quality.trials if label.startswith("padre") else ():
+            closed["random" in label].append(quality.closed(trial, trial.after("stage 1: layer").score))
+    assert 0.595 < min(closed[False]) < max(closed[False]) < 0.855
+    assert 0.4 < min(closed[True]) < max(closed[True]) < 0.6
+    assert rows["window of 64 50%"].trials[0].layers == half.trials[0].layers
+    assert rows["window of 64 50%"].trials[0].points[0].found == start.found == 0
+    assert half.trials[0].after("stage 1: layer").found == half.trials[0].points[-1].found == 1
