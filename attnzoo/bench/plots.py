@@ -227,7 +227,7 @@ def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y:
     if not shown:
         return ""
     longest = max(map(len, shown))  # characters, for which the key has room
-    right = KEYED - 0.03 - 0.01 * max(0, longest - 23)
+    right = KEYED - 0.03 - 0.0125 * max(0, longest - 20)
     figure, axes = new_figure(right=right, height=max(4.2, 0.6 + 0.21 * len(shown)))
     for label, each in shown.items():
         places = sorted(set.intersection(*map(set, each)))
