@@ -25,7 +25,7 @@ lock: setup  ## renew requirements.lock: the newest release of everything that p
 
 test: setup  ## run the tests: most side by side, then those that must run alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not serial"
-	$(BIN)/python -m pytest -m serial
+	$(BIN)/python -m pytest -m serial tests/bench
 
 lint: setup  ## check style and types, as CI and pre-commit do
 	$(BIN)/ruff check .

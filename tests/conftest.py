@@ -2,6 +2,7 @@ import gc
 import os
 from collections.abc import Iterator
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,16 @@ import attnzoo
 from attnzoo.registry import unregister_attention
 from tests.forked import Server
 
+BENCH = Path(__file__).parent / "bench"
+
 torch.set_num_threads(1)  # the models here are so small that threads cost more than they bring
+
+
+def pytest_collection_modifyitems(items):
+    """`make test` looks for tests that run alone in one folder, so that it need not collect all others again."""
+    for item in items:
+        if item.get_closest_marker("serial") and not item.path.is_relative_to(BENCH):
+            raise pytest.UsageError(f"{item.nodeid} is marked serial: move it to tests/bench")
 
 
 @pytest.hookimpl(trylast=True)

@@ -220,24 +220,28 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, capsys, monkeypatch):
     assert bench.main([str(path)]) == 0
 
 
-@pytest.mark.serial
-@pytest.mark.parametrize("delay", [0, 4])
-def test_an_interrupt_is_a_sentence_and_130(tmp_path, delay):
-    path = tmp_path / "tiny.yaml"
+def test_an_interrupt_is_a_sentence_and_130(tmp_path, forked):
+    """While it begins, of a script that is started as users do it, and while a row is measured."""
     long = {"tokens": [16], "min_seconds": 100, "repeats": 3}
-    path.write_text(yaml.safe_dump(test_run.tiny(tmp_path / "run", cost=long)), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "eval" / "bench.py"), str(path)]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / CONFIG_FILE).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    time.sleep(delay)
-    running.send_signal(signal.SIGINT)
-    _, told = running.communicate(timeout=30)
-    assert running.returncode == 130, told
-    assert "interrupted; finished work is kept" in told
-    assert "Traceback" not in told
+    for place in ("begin", "measure"):
+        data = test_run.tiny(tmp_path / place, cost=long)
+        (tmp_path / f"{place}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "eval" / "bench.py"), str(tmp_path / "begin.yaml")]
+    begun = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    measures = forked.script("eval/bench.py", tmp_path / "measure.yaml")
+    deadline = time.monotonic() + 120
+    for place, process, seconds in (("begin", begun, 0), ("measure", measures, 4)):
+        while not (tmp_path / place / CONFIG_FILE).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(seconds)
+        os.kill(process.pid, signal.SIGINT)
+    _, told = begun.communicate(timeout=60)
+    done = measures.finish(60)
+    for status, said in ((begun.returncode, told), (done.returncode, done.stderr)):
+        assert status == 130, said
+        assert "interrupted; finished work is kept" in said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,6 @@ def test_rows_that_cannot_be_measured_have_a_status_and_the_run_goes_on(tmp_path
     assert by_key["sdpa", 64].status == "ok"
 
 
-@pytest.mark.serial
 def test_a_row_that_takes_too_long_is_a_timeout_and_is_tried_again(tmp_path):
     config = validate_config(
         tiny(tmp_path, attentions=["sdpa"], cost={"tokens": [16], "min_seconds": 60, "timeout_seconds": 2})
