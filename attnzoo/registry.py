@@ -272,6 +272,22 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
         Capabilities(mask=True, inherit=True),
     ),
     AttentionInfo(
+        "power",
+        "mixer",
+        "attnzoo.mixers.power:Power",
+        "Linear attention whose weights are an even power of the scores, exactly.",
+        "Power attention, https://arxiv.org/abs/2507.04239",
+        Capabilities(mask=True, inherit=True),
+    ),
+    AttentionInfo(
+        "poly_attention",
+        "mixer",
+        "attnzoo.mixers.poly_attention:PolyAttention",
+        "Attention from a token to a second and from there to a third: products of values, in quadratic time.",
+        "Poly-attention, https://arxiv.org/abs/2602.02422",
+        Capabilities(mask=True, any_order=True, inherit=True),
+    ),
+    AttentionInfo(
         "mamba",
         "mixer",
         "attnzoo.mixers.mamba:Mamba",

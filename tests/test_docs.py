@@ -212,7 +212,9 @@ def test_shell_commands_are_real(page, tmp_path):
             elif command[1] == "train/distill.py":  # whose teacher is trained by the command before it
                 trained = tmp_path / "trained.safetensors"
                 trained.touch()
-                load[command[1]](ROOT / command[2], [*command[3:], f"vision.model.weights={trained}"])
+                of_images = "vision" in read_yaml(ROOT / command[2])
+                weights = [f"vision.model.weights={trained}"] if of_images else []
+                load[command[1]](ROOT / command[2], [*command[3:], *weights])
             else:
                 load[command[1]](ROOT / command[2], [word for word in command[3:] if word != "--so-far"])
 

@@ -10,6 +10,7 @@ DENSE = "#808080"
 METHODS = {
     "softmax": "#D55E00", "sdpa": "#0088CC", "flash": "#009E73", "flash_scored": "#7B68EE",
     "padre": "#C2185B", "conv2former": "#E69F00", "hyena": "#00695C", "sima": "#5E35B1", "linear_angular": "#8D6E63",
+    "power": "#9E2A2B", "poly_attention": "#00796B",
     "mamba": "#2E7D32", "conv": "#0277BD", "mlp_mixer": "#AD8B00", "pooling": "#546E7A",
     "streaming": "#2F7F2F", "h2o": "#6A3D9A", "tova": "#17A2A2", "snapkv": "#B15928", "scissorhands": "#A6A000",
     "knorm": "#4682B4", "keydiff": "#1F78B4", "random": "#E6550D", "vatp": "#C71585", "caote": "#843C39",

@@ -132,7 +132,8 @@ def sensitivity(
     model
         A model with its own attention.
     batches
-        As for `attnzoo.repair`.
+        As for `attnzoo.repair`. Where they end before the last step and are iterated again, their order must be the
+        same, or those held out are trained on.
     name
         A mixer.
     steps
@@ -168,7 +169,6 @@ def sensitivity(
         raise SwapError("this model has swapped layers; sensitivity looks at its own: call restore_attention first")
     stream = iter(batches)
     held = list(itertools.islice(stream, held_out))
-    rest = stream if isinstance(batches, Iterator) else batches
     if len(held) < held_out:
         raise OptionError(f"batches gave {len(held)}, and {held_out} are held out")
     modes = {module: module.training for module in model.modules()}
@@ -176,7 +176,7 @@ def sensitivity(
     try:
         fit = Repair(model, RepairOptions(steps=steps, objective="layer", **(repair or {})))
         if fit.parameters:  # or there is nothing to fit
-            fit.run(_after(rest, held_out if rest is batches else 0))
+            fit.run(_Rest(stream, batches, held_out))
         if fit.interrupted:
             raise KeyboardInterrupt
         model.eval()
@@ -271,13 +271,14 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _after(batches: Iterable[Any], count: int) -> Iterable[Any]:
-    """The batches but the first `count`, of an iterable that can be begun anew."""
-    if not count:
-        return batches
+class _Rest:
+    """The batches after those held out: what is left of a stream, and then, if it can be begun anew, all again."""
 
-    class Rest:
-        def __iter__(self) -> Iterator[Any]:
-            return itertools.islice(iter(batches), count, None)
+    def __init__(self, stream: Iterator[Any], batches: Iterable[Any], held_out: int) -> None:
+        self.stream, self.batches, self.held_out = stream, batches, held_out
 
-    return Rest()
+    def __iter__(self) -> Iterator[Any]:
+        stream, self.stream = self.stream, iter(())
+        yield from stream
+        if not isinstance(self.batches, Iterator):
+            yield from itertools.islice(iter(self.batches), self.held_out, None)

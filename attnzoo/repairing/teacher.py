@@ -112,9 +112,12 @@ def teacher_values(model: nn.Module, layers: Mapping[str, MixerLayer], keep: boo
     """
     mixers = {id(module) for layer in layers.values() for module in layer.mixer.modules()}
     if keep:
+        copies: dict[Tensor, Tensor] = {}  # one of weights that several modules share
         for module in model.modules():
             if id(module) not in mixers and KEPT not in vars(module):
-                vars(module)[KEPT] = {name: tensor.detach().clone() for name, tensor in _own_tensors(module)}
+                named = dict(_own_tensors(module))
+                copies |= {tensor: tensor.detach().clone() for tensor in named.values() if tensor not in copies}
+                vars(module)[KEPT] = {name: copies[tensor] for name, tensor in named.items()}
     roots = {"": model} | {path: original for path, layer in layers.items() if (original := original_of(layer))}
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for root, whole in roots.items():
@@ -144,14 +147,19 @@ def own_values(values: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Within, parameters and buffers have other values: the teacher's, as `teacher_values` gives them."""
     now = {tensor: tensor.data for tensor, _ in values.values()}
     try:
-        with uninterrupted():
-            for tensor, value in values.values():
-                tensor.data = value
+        _have(dict(values.values()))
         yield
     finally:
-        with uninterrupted():
-            for tensor, value in now.items():
-                tensor.data = value
+        _have(now)
+
+
+def _have(values: Mapping[Tensor, Tensor]) -> None:
+    """Give tensors other values. Autocast, which knows tensors by identity, forgets what it cast of those before."""
+    with uninterrupted():
+        for tensor, value in values.items():
+            tensor.data = value
+        if values:
+            torch.clear_autocast_cache()
 
 
 @contextmanager

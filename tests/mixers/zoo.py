@@ -55,6 +55,8 @@ def _cases() -> list[Case]:
         cases.append(Case(name, {"tokens": TOKENS} if needs else {}))
         if "bidirectional" in describe(name).options:
             cases.append(Case(name, {"bidirectional": False}))
+    cases.append(Case("power", {"power": 4, "bidirectional": False, "gate": True}))
+    cases.append(Case("poly_attention", {"order": 2}))
     for tokens in TOKEN_MIXINGS:
         own = {"tokens": TOKENS} if tokens == "dense" else {}
         cases += [Case("padre", {"token_mixing": tokens, "channel_mixing": c, **own}) for c in CHANNEL_MIXINGS]

@@ -11,6 +11,7 @@ from tests.zoo import _TEXT, _VISION, Host, images, tokens
 
 CAUSAL = {  # options under which mixers of the registry stand in decoders
     "padre": {"token_mixing": "causal_conv1d", "degree": 2, "kernel_size": 5},
+    "power": {"bidirectional": False},
 }
 
 

@@ -209,6 +209,26 @@ def test_half_precision_is_trained_through_float32():
         assert {p.dtype for p in model.parameters()} == {torch.float32 if how else torch.bfloat16}
 
 
+def test_the_loss_that_is_reported_in_half_precision_is_that_of_the_trained_weights():
+    """Autocast keeps what it cast of a weight: of the teacher's, whose place it is in for one call, it must not."""
+    model = swapped()
+    options = RepairOptions(steps=8, objective="model", train="all", lr=1e-2, autocast=torch.bfloat16)
+    fit = Repair(model, options)
+    report = fit.run(batches(1))
+    fit._set_modes(training=False)
+    with torch.no_grad():
+        wanted = float(fit._model_loss(batches(1)[0], training=False))
+    assert report.loss_after == pytest.approx(wanted, rel=1e-3)
+
+
+def test_weights_that_modules_share_are_kept_once():
+    model = attnzoo.replace_attention(llama(), "padre", **CAUSAL["padre"])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    fit = Repair(model, RepairOptions(steps=1, objective="model", train="all"))
+    kept = [fit.teacher[name][1] for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    assert kept[0].data_ptr() == kept[1].data_ptr()
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers", "detector"])
 def test_gradient_checkpointing_changes_nothing(library):
     """Not even dropout, which transformers has in training mode."""

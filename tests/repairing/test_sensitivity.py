@@ -103,6 +103,22 @@ def test_batches_that_come_once_are_not_held_out_twice():
     assert seen == [0, 1, 2, 3, 4]
 
 
+def test_what_a_shuffling_loader_gave_first_is_held_out():
+    """The fit goes on where the comparison's batches end, whatever order a new iteration would have."""
+    data, given = batches(6), []
+
+    class Shuffled:
+        def __iter__(self):
+            order = torch.randperm(6).tolist()
+            for number in order:
+                given.append(number)
+                yield data[number]
+
+    torch.manual_seed(0)
+    attnzoo.sensitivity(vit(), Shuffled(), "padre", steps=4, **SHORT)
+    assert sorted(given) == [0, 1, 2, 3, 4, 5], "no batch twice"
+
+
 def test_bad_input_is_refused_and_the_model_left_alone():
     model = vit()
     with pytest.raises(OptionError, match="batches gave 1, and 2 are held out"):

@@ -188,6 +188,8 @@ class DistillConfig(RunConfig):
     def _whole(self) -> DistillConfig:
         if sum(part is not None for part in (self.vision, self.language, self.features)) != 1:
             raise ValueError("give one of vision, language and features")
+        if self.seed:
+            raise ValueError(f"seed: {self.seed} would change nothing; give seeds")
         if self.vision is None and self.scratch is not None:
             raise ValueError("scratch trains on the classes of images; with language and features it is not offered")
         images, part = self.vision or self.features, "vision" if self.vision else "features"
@@ -241,9 +243,9 @@ class DistillConfig(RunConfig):
         """The model, by its weights, and its data, as far as what is measured depends on them."""
         parts = [part for part in ("vision", "language", "features") if part != "features" or self.features is not None]
         how = self.model_dump(mode="json", include={*parts, "batch", "device"})
-        for part in ("vision", "features"):
-            for key in ("workers", "path", "root") if how.get(part) else ():
-                how[part]["data"].pop(key)
+        for part, of_images in (("vision", self.vision), ("features", self.features)):
+            if of_images is not None:
+                how[part]["data"] = _data(of_images.data, how[part]["data"])
         if self.vision is not None:
             weights = self.vision.model.weights
             how["vision"]["model"]["weights"] = None if weights is None else sha256(weights.read_bytes()).hexdigest()
@@ -271,6 +273,19 @@ class DistillConfig(RunConfig):
     def trials(self) -> Path:
         """Where trials keep how far they are."""
         return self.folder / "trials"
+
+
+def _data(data: DataConfig, said: dict[str, Any]) -> dict[str, Any]:
+    """Images, wherever they are: those that no hash stands for by their classes and how many there are."""
+    kept = {key: value for key, value in said.items() if key not in ("workers", "path", "root")}
+    if data.root is None and (data.path is None or not data.path.is_dir()):
+        return kept
+    from attnzoo.tasks.classify.sources import open_splits
+
+    splits = open_splits(data)
+    classes = splits.classes if splits.names is None else list(splits.names)
+    images = [len(part) if hasattr(part, "__len__") else None for part in (splits.train, splits.test)]
+    return {**kept, "classes": classes, "images": images}
 
 
 def _mixer_problems(info: Any, options: Mapping[str, Any], where: str) -> list[str]:

@@ -51,7 +51,8 @@ class Encoder:
 
         name = self.config.model
         try:
-            model = AutoModel.from_pretrained(str(model_folder(name) or name)).to(self.device).eval()
+            model = AutoModel.from_pretrained(str(model_folder(name) or name), dtype=torch.float32)
+            model = model.to(self.device).eval()
             with torch.inference_mode():
                 given = model(torch.zeros(1, *self.config.data.shape, device=self.device)).last_hidden_state
         except Exception as error:  # of the hub, or of a model that takes no images

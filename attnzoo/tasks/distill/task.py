@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from attnzoo.bench.attentions import row_of
+from attnzoo.bench.attentions import own_sources, row_of
 from attnzoo.bench.config import digest
 from attnzoo.bench.highlights import Highlight, of_records
 from attnzoo.bench.plots import mean_curves
@@ -65,13 +65,15 @@ def plan(config: DistillConfig) -> list[Cell]:
             about["seeds"] = config.seeds_of(attention)
             by_cost = layers.order == "cheapest" and layers.share < 1
             if by_cost and not attention.is_mixer:
-                about["chosen_by"] = [config.chosen_by(attention).name, config.chosen_by(attention).swap]
+                about["chosen_by"] = _choice(config, config.chosen_by(attention))
             label = f"{attention.label} {layers.label}"
             row = {**row_of(attention, config.baseline, part), **shared, "label": label}
             asks = {"attention": index, "layers": about["layers"], "scratch": False}
             cells.append(Cell(**row, depends_on={**how, **repair, **exported, **about}, asks=asks, stage="repair"))
-            network = [attention.name, attention.options, layers, config.seeds_of(attention), stages]
-            network += [attention.init] if by_cost else []  # which decides which layers are cheap
+            steps = [[stage.samples, stage.train] for stage in config.stages_of(attention)]
+            network = [attention.name, attention.options, layers, config.seeds_of(attention), steps]
+            # these decide which layers are cheap
+            network += [attention.init, config.stages_of(attention)[0].lr] if by_cost else []
             control = attention.scratch and attention.is_mixer and network not in known
             if config.scratch is None or not config.scratch.has(layers) or not control:
                 continue
@@ -80,6 +82,14 @@ def plan(config: DistillConfig) -> list[Cell]:
             row, asks = {**row, "label": f"{label} {SCRATCH}"}, {**asks, "scratch": True}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage=SCRATCH))
     return cells
+
+
+def _choice(config: DistillConfig, mixer: RepairedMixer) -> list[Any]:
+    """What the layers of a control depend on: the mixer that chooses them."""
+    found: list[Any] = [mixer.name, mixer.swap]
+    found += [mixer.stages[0].lr] if mixer.stages else []  # else it is among the stages of all
+    sources = own_sources(mixer.name, mixer.options) if config.imports else {}
+    return [*found, sources] if sources else found
 
 
 def check(config: DistillConfig) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import attnzoo
 from attnzoo import files
+from attnzoo.bench.attentions import own_sources
 from attnzoo.bench.config import digest
 from attnzoo.errors import TrainingError
 from attnzoo.hosts.site import MixerLayer
@@ -68,6 +69,8 @@ def _cheapest_first(
     """Paths of all layers, the cheapest first, and how many samples that took; it is kept in the run's folder."""
     how = {**config.inputs, "steps": config.sensitivity_steps, "lr": config.stages_of(attention)[0].lr}
     how |= {"autocast": config.autocast} if config.autocast else {}
+    sources = own_sources(attention.name, attention.options) if config.imports else {}
+    how |= {"sources": sources} if sources else {}
     place = config.folder / SENSITIVITY / f"{digest([how, attention.name, attention.swap, seed])}.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):  # rows that are measured at a time wait for one another
@@ -293,5 +296,6 @@ def from_scratch(
 
 def _optimizer(model: nn.Module, how: ScratchConfig, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=how.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.lr, total_steps=steps + 1, pct_start=0.1)
+    rise = 0.1 if steps != 9 else 0.2  # a rise that ends with the first of ten steps is a division by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.lr, total_steps=steps + 1, pct_start=rise)
     return optimizer, schedule

@@ -209,6 +209,9 @@ def test_a_language_model_is_repaired_on_a_text(tmp_path, monkeypatch):
     again = {cell.label: cell.measured for cell in tasks.find("distill").plan(first)}
     assert again[window.label] != window.measured, "it stands in the layers of another mixer"
     assert again[row.label] == row.measured
+    own = {**config["attentions"][0], "stages": [{**config["stages"][0], "lr": 0.01}, config["stages"][1]]}
+    faster = DistillConfig.check({**config, "attentions": [own, config["attentions"][1]]})
+    assert {cell.label: cell.measured for cell in tasks.find("distill").plan(faster)}[window.label] != window.measured
     monkeypatch.setattr(language, "retrieve", lambda *args: lm.Answer("", (True, False), None))
     subject = subject_of(DistillConfig.check(config))
     assert subject.score(subject.teacher()).found == 0.5
@@ -248,6 +251,33 @@ def test_an_attention_has_stages_of_its_own(vision, tmp_path):
     assert "model on 96 images" in found["longer 50%"].quality.note
     assert "longer 50% from scratch" in found, "which is trained on as many images as the repair"
     assert len(list((tmp_path / "out/sensitivity").glob("*.json"))) == 2, "at the rate of each one's first stage"
+
+
+def test_rates_of_a_repair_make_no_other_network_from_scratch(vision):
+    mixer = {**vision["attentions"][0], "layers": [{"share": 1.0}]}
+    other = {**mixer, "label": "faster", "stages": [STAGES[0], {**STAGES[1], "lr": 0.01}]}
+    longer = {**mixer, "label": "longer", "stages": [STAGES[0], {**STAGES[1], "samples": 96}]}
+    config = DistillConfig.check({**vision, "attentions": [mixer, other, longer]})
+    labels = [cell.label for cell in tasks.find("distill").plan(config) if SCRATCH in cell.label]
+    assert labels == [f"padre 100% {SCRATCH}", f"longer 100% {SCRATCH}"]
+
+
+def test_nine_steps_from_scratch_are_trained(vision, tmp_path):
+    nine = [{**STAGES[0], "samples": 80}, {**STAGES[1], "samples": 64}]
+    short = {"attentions": vision["attentions"][:1], "layers": [{"share": 1.0}], "stages": nine, "points": 1}
+    assert main([written({**vision, **short}, tmp_path)]) == 0
+    assert by_label(tmp_path)[f"padre 100% {SCRATCH}"].status == "ok"
+
+
+def test_images_in_another_folder_are_others(vision, tmp_path):
+    write_images(tmp_path / "more/train", 17)
+    write_images(tmp_path / "more/val", 10, seed=1)
+    elsewhere = {**vision["vision"], "data": {**vision["vision"]["data"], "root": str(tmp_path / "more")}}
+    found = []
+    for one in (vision, {**vision, "vision": elsewhere}):
+        config = DistillConfig.check(one)
+        found.append({cell.measured for cell in tasks.find("distill").plan(config)})
+    assert not found[0] & found[1]
 
 
 def test_a_repaired_model_is_scored_in_int8(vision, tmp_path):
@@ -342,6 +372,7 @@ def test_what_a_config_cannot_say_is_refused_before_any_work(vision, tmp_path, c
         "labels": {"layers": [{"share": 0.5}, {"share": 0.5}]},
         "greater than 0": {"layers": [{"share": 0.0}]},
         "a seed stands twice": {"seeds": [1, 1]},
+        "seed: 3 would change nothing; give seeds": {"seed": 3},
         "precisions: one stands twice": {"precisions": ["int8", "int8"]},
         "scratch.shares: .0.6. must be among": {"scratch": {"shares": [0.6]}},
         "reads its images itself; give 0": {
