@@ -15,7 +15,7 @@ from attnzoo.tasks.script import run_task
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status, as in `attnzoo.command`."""
-    return run_task("train/distill.py", __doc__, arguments, task="distill")
+    return run_task("train/distill.py", __doc__, arguments, task="distill", only=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnzoo.errors import OptionError, SwapError, TrainingError, UnsupportedError
+from attnzoo.errors import AttnZooError, OptionError, SwapError, TrainingError, UnsupportedError
 from attnzoo.hosts.site import MixerLayer, original_of, swapped_record
 from attnzoo.repairing.batches import call, repeated, rows_of
 from attnzoo.repairing.kept import (
@@ -119,7 +119,7 @@ def repair(
     SwapError
         If no layer is swapped for a mixer, one was swapped with ``keep_original=False``, or a batch does not reach one.
     OptionError
-        For a value that an option cannot take, or batches that yield nothing.
+        For a value that an option cannot take, batches that yield nothing, or a batch that the model does not take.
     UnsupportedError
         For weights in float16, a model wrapped for parallel training, or an output without logits and no `loss`.
     TrainingError
@@ -167,6 +167,10 @@ class Repair:
         rest = [p for p in model.parameters() if p.is_floating_point() and p.requires_grad and p not in others]
         trained = [*mixers, *rest] if options.train == "all" else list(mixers)
         _refuse_model(model, trained)
+        if options.objective == "model" and options.loss is None and getattr(model, "num_classes", None) == 0:
+            raise UnsupportedError(
+                "this model has no classifier (num_classes=0): give loss=, which compares its outputs"
+            )
         self.parameters: dict[nn.Parameter, nn.Parameter] = {p: _master(p) for p in trained}
         self._share_weights()
         self.teacher = teacher_values(model, self.swapped, keep=options.train == "all")
@@ -197,8 +201,8 @@ class Repair:
             try:
                 for index, batch in enumerate(self._shared_batches(repeated(batches, last - start)), start):
                     if self._first is None:
+                        self.before = self.before or self._first_errors(batch)
                         self._first = batch
-                        self.before = self.before or self.errors(batch)
                     if index < self.step:
                         continue
                     loss = self.take(batch)
@@ -207,7 +211,7 @@ class Repair:
                 if self._first is None:
                     raise OptionError("batches yielded nothing")
                 if self.step < last:
-                    ended = f"the data ended after {self.step:,} of {last:,} steps"
+                    ended = f"the data ended after {self.step:,} of {last:,} steps; a list or a loader is begun anew"
                     warnings.warn(ended, stacklevel=3)
             except KeyboardInterrupt:
                 self.interrupted = True
@@ -265,6 +269,19 @@ class Repair:
             by_layer = self.options.objective == "layer"
             errors["loss"] = mean if by_layer else float(self._model_loss(batch, training=False))
         return errors
+
+    def _first_errors(self, batch: Any) -> dict[str, float]:
+        """Errors on the first batch; raises `OptionError` where the model does not take it."""
+        try:
+            return self.errors(batch)
+        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if isinstance(error, (AttnZooError, torch.OutOfMemoryError)):
+                raise
+            raise OptionError(
+                f"the model cannot be called with the first batch, {_said(batch)}: {type(error).__name__}: {error}. A "
+                "batch holds all that the model takes and nothing else: of a loader of images and labels give "
+                "forward=lambda model, batch: model(batch[0])"
+            ) from error
 
     def report(self, ended: str = "") -> RepairReport:
         """Say what was done so far, measured on the first batch."""
@@ -458,12 +475,15 @@ def _fitted(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, MixerLay
     """The swapped layers that `wanted` selects, by path."""
     layers = {path: layer for path, layer in swapped_layers(model).items() if isinstance(layer, MixerLayer)}
     if not layers:
-        raise SwapError("no layer of this model is swapped for a mixer, so there is nothing to fit")
+        raise SwapError(
+            "no layer of this model is swapped for a mixer, so there is nothing to fit: call replace_attention(model, "
+            "'padre') first; cores run on the model's own weights and need no repair"
+        )
     gone = [path for path, layer in layers.items() if original_of(layer) is None]
     if gone:
         raise SwapError(
             "swapped with keep_original=False, or loaded by attnzoo.load, which keeps no originals, so there is "
-            f"nothing to fit to: {', '.join(gone)}"
+            f"nothing to fit to: {', '.join(gone)}; repair a model before it is saved"
         )
     if wanted == "all":
         return layers
@@ -484,6 +504,15 @@ def _refuse_model(model: nn.Module, trained: Iterable[nn.Parameter]) -> None:
             "the model is wrapped in DistributedDataParallel, which sums gradients in its own way: give the model "
             "inside it, and accelerator="
         )
+
+
+def _said(batch: Any) -> str:
+    """A batch in a few words."""
+    if isinstance(batch, Mapping):
+        return f"a mapping of {', '.join(map(str, batch))}"
+    if isinstance(batch, (tuple, list)):
+        return f"{len(batch)} values: {', '.join(map(_said, batch))}"
+    return f"a tensor {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
 
 
 def _name(layer: nn.Module) -> str:

@@ -59,7 +59,9 @@ class RepairReport:
         for layer in self.layers:
             table.add(layer.path, layer.attention, f"{layer.before:.3g}", f"{layer.after:.3g}")
         ended = f"; {self.ended}" if self.ended else ""
+        worse = "; it rose: take more steps, or a lower lr" if self.loss_after > self.loss_before else ""
+        others = " (errors of single layers are not what is minimized)" if self.objective == "model" else ""
         return (
             f"{table.markdown()}\n{self.objective} loss {self.loss_before:.3g} -> {self.loss_after:.3g} in "
-            f"{self.steps:,} steps, {self.samples:,} samples, {self.seconds:.1f} s{ended}"
+            f"{self.steps:,} steps, {self.samples:,} samples, {self.seconds:.1f} s{worse}{others}{ended}"
         )

@@ -125,7 +125,7 @@ def sensitivity(
 ) -> SensitivityReport:
     """Swap every layer for a mixer, fit them all to their originals, and see what each costs alone.
 
-    The model is as it was at the end.
+    The model is as it was at the end; the mixers' weights are drawn from the global generator, as in a swap.
 
     Parameters
     ----------
@@ -169,8 +169,13 @@ def sensitivity(
         raise SwapError("this model has swapped layers; sensitivity looks at its own: call restore_attention first")
     stream = iter(batches)
     held = list(itertools.islice(stream, held_out))
-    if len(held) < held_out:
-        raise OptionError(f"batches gave {len(held)}, and {held_out} are held out")
+    first = next(stream, None)
+    if len(held) < held_out or first is None:
+        raise OptionError(
+            f"batches gave {len(held)}, of which {held_out} are held out and none are left to fit to: give more, or a "
+            "smaller held_out"
+        )
+    stream = itertools.chain([first], stream)
     modes = {module: module.training for module in model.modules()}
     replace_attention(model, name, where=where, **options)
     try:

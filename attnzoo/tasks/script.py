@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from attnzoo.bench.task import Task
 
 
-def run_task(script: str, about: str | None, arguments: Sequence[str] | None = None, task: str = "suite") -> int:
+def run_task(
+    script: str, about: str | None, arguments: Sequence[str] | None = None, task: str = "suite", only: bool = False
+) -> int:
     """Run a script's command line; give the exit status, as in `attnzoo.command`.
 
     `script` is its path, for the command in the records, `about` its docstring; `arguments` are those of the command
-    line by default; `task` is of configs that name none.
+    line by default; `task` is of configs that name none, and of all where it is the `only` one.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,12 +45,15 @@ def run_task(script: str, about: str | None, arguments: Sequence[str] | None = N
             shown, records = tasks.task_of(parsed.report), tasks.read_records(parsed.report)
             publish(shown, records, parsed.report, output_console(), parsed.readme)
             return OK
+        found, config = tasks.load(parsed.config, parsed.overrides, task)
+        if only and found.name != task:
+            raise ConfigError(f"{parsed.config} is of the task {found.name!r}, and {script} is for {task!r} alone")
         if parsed.so_far:
-            so_far(*tasks.load(parsed.config, parsed.overrides, task))
+            so_far(found, config)
             return OK
         lasting = [argument for argument in arguments if not argument.startswith("fresh=")]
         command = shlex.join(["python", script, *lasting])
-        return measure(*tasks.load(parsed.config, parsed.overrides, task), command, parsed.readme)
+        return measure(found, config, command, parsed.readme)
 
     return run_script(body)
 

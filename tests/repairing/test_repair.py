@@ -14,6 +14,7 @@ import attnzoo
 from attnzoo.errors import AttnZooError, OptionError, SwapError, TrainingError, UnsupportedError
 from attnzoo.repairing.options import RepairOptions
 from attnzoo.repairing.repair import Repair
+from attnzoo.repairing.report import RepairReport
 from attnzoo.repairing.teacher import as_teacher, own_values
 from attnzoo.swap import swapped_layers
 from tests.repairing.models import CAUSAL, KINDS, detr, detr_images, encoder, hf_vit, llama, padded, swap_options, vit
@@ -209,6 +210,25 @@ def test_half_precision_is_trained_through_float32():
         assert {p.dtype for p in model.parameters()} == {torch.float32 if how else torch.bfloat16}
 
 
+def test_a_batch_that_the_model_does_not_take_is_told_with_what_to_give():
+    model, (images,) = swapped(), batches(1)
+    labels = torch.zeros(4, dtype=torch.long)
+    for batch, said in (
+        ((images, labels), r"2 values: a tensor \(4, 3, 64, 64\), a tensor \(4,\)"),
+        ({"pixels": images}, "a mapping of pixels"),
+    ):
+        with pytest.raises(OptionError, match=rf"cannot be called with the first batch, {said}.*model\(batch\[0\]\)"):
+            attnzoo.repair(model, [batch], steps=1)
+    report = attnzoo.repair(model, [(images, labels)], steps=1, forward=lambda m, batch: m(batch[0]))
+    assert report.steps == 1
+
+
+def test_a_loss_that_rose_is_told():
+    assert "it rose: take more steps, or a lower lr" in str(RepairReport("layer", (), 0.1, 0.2, 3, 12, 1.0))
+    assert "rose" not in str(RepairReport("layer", (), 0.2, 0.1, 3, 12, 1.0))
+    assert "not what is minimized" in str(RepairReport("model", (), 0.2, 0.1, 3, 12, 1.0))
+
+
 def test_the_loss_that_is_reported_in_half_precision_is_that_of_the_trained_weights():
     """Autocast keeps what it cast of a weight: of the teacher's, whose place it is in for one call, it must not."""
     model = swapped()
@@ -349,6 +369,9 @@ def test_outputs_that_have_no_logits_need_a_loss():
 
     report = attnzoo.repair(model, [images()], steps=4, objective="model", loss=apart)
     assert report.loss_after < report.loss_before
+    headless = attnzoo.replace_attention(vit(num_classes=0), "padre", **SHORT)
+    with pytest.raises(UnsupportedError, match=r"num_classes=0\): give loss="):
+        attnzoo.repair(headless, batches(1), steps=1, objective="model")
 
 
 def test_gradients_may_be_off_where_it_is_called():

@@ -121,7 +121,7 @@ def test_what_a_shuffling_loader_gave_first_is_held_out():
 
 def test_bad_input_is_refused_and_the_model_left_alone():
     model = vit()
-    with pytest.raises(OptionError, match="batches gave 1, and 2 are held out"):
+    with pytest.raises(OptionError, match="batches gave 1, of which 2 are held out"):
         attnzoo.sensitivity(model, batches(1), "padre", **SHORT)
     with pytest.raises(OptionError, match="give one of them"):
         attnzoo.sensitivity(model, batches(3), "padre", metric=len, loss=max, **SHORT)

@@ -66,7 +66,8 @@ class ModelConfig(Section):
                 raise ValueError(f"options.{key} cannot be set here: the data, or a key of the model, decide it")
         if self.weights is not None and not self.weights.is_file():
             inside = " (a folder; give the file of weights in it)" if self.weights.is_dir() else ""
-            raise ValueError(f"weights: there is no file {str(self.weights)!r}{inside}")
+            here = "" if self.weights.is_absolute() or inside else f" in {Path.cwd()}"
+            raise ValueError(f"weights: there is no file {str(self.weights)!r}{here}{inside}")
         return self
 
 

@@ -161,7 +161,8 @@ class DistillConfig(RunConfig):
     `workers` rows are measured at a time, each in a process of its own. `autocast` is what repairs compute in. A
     control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`. The
     teacher and the repaired model of each row's first seed, image classifiers alone, are also scored in `precisions` by
-    ONNX Runtime.
+    ONNX Runtime. With `save_models` each repaired model is saved in ``trials/NAME/model`` of the run's folder, for
+    `attnzoo.load`.
     """
 
     task: Literal["distill"] = "distill"
@@ -179,6 +180,7 @@ class DistillConfig(RunConfig):
     scratch: ScratchConfig | None = None
     precisions: tuple[Precision, ...] = ()
     autocast: Literal["bfloat16"] | None = None
+    save_models: bool = False
     workers: PositiveInt = 1
     timeout_seconds: Annotated[PositiveFloat, Field(description="of a row, where several are measured at a time")] = (
         86400.0

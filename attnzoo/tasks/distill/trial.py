@@ -31,7 +31,7 @@ from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Subject
 
 START = "at the start"
-STATE, SENSITIVITY = "state.pt", "sensitivity"
+STATE, MODEL, SENSITIVITY = "state.pt", "model", "sensitivity"
 OTHER_ORDER = 7919  # of the training data, for the batch that errors are measured on
 HELD_OUT = 2  # batches that layers are compared on
 Say = Callable[[str], None]
@@ -180,6 +180,9 @@ def repaired(
         progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
         progress.save(model, None)
+    if config.save_models and not (folder / MODEL).exists():
+        say("save the model")
+        attnzoo.save(model, folder / MODEL)
     if seed == config.seeds_of(attention)[0] and progress.quantized.keys() != set(config.precisions):
         say("quantize")
         progress.quantized = subject.quantized(model, config.precisions, config.threads or 1)

@@ -30,6 +30,7 @@ from tests.tasks.classify.conftest import write_images
 from tests.tasks.decode import llm
 from train.distill import main
 
+ROOT = Path(__file__).parents[3]
 TOKENS = 384  # of a prompt: what is asked around a needle takes most of it
 OPTIONS = {"patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
 STAGES = [
@@ -260,6 +261,20 @@ def test_rates_of_a_repair_make_no_other_network_from_scratch(vision):
     config = DistillConfig.check({**vision, "attentions": [mixer, other, longer]})
     labels = [cell.label for cell in tasks.find("distill").plan(config) if SCRATCH in cell.label]
     assert labels == [f"padre 100% {SCRATCH}", f"longer 100% {SCRATCH}"]
+
+
+def test_a_repaired_model_is_saved_where_that_is_asked_for(vision, tmp_path):
+    short = {"attentions": vision["attentions"][:1], "layers": [{"share": 1.0}], "points": 1, "scratch": None}
+    config = {**vision, **short, "save_models": True}
+    assert main([written(config, tmp_path)]) == 0
+    (folder,) = (tmp_path / "out/trials").glob("*/model")
+    subject = subject_of(DistillConfig.check(config))
+    assert subject.score(attnzoo.load(folder)).score == by_label(tmp_path)["padre 100%"].quality.score
+
+
+def test_a_config_of_another_task_is_refused(capsys):
+    assert main([str(ROOT / "configs/classify/digits.yaml")]) == 2
+    assert "is of the task 'classify', and train/distill.py is for 'distill' alone" in capsys.readouterr().err
 
 
 def test_nine_steps_from_scratch_are_trained(vision, tmp_path):
