@@ -688,6 +688,48 @@ def test_what_survives_is_that_of_the_committed_record():
     assert (found["dense", "instruction"], found["keydiff", "instruction"]) == (8, 6)
 
 
+def test_what_budgets_are_worth_is_in_the_records():
+    page = " ".join((ROOT / "docs/eviction.md").read_text(encoding="utf-8").split())
+    texts = []
+    for file in ("budgets", "budgets_reference"):
+        records = read_records(ROOT / f"docs/records/{file}.jsonl")
+        texts.append({record.label: record.quality for record in records if not record.is_baseline})
+    larger = ("128 block", "256 block", "128 prompt")
+
+    def pairs(kind, policies, settings, other=""):
+        found = [
+            text[f"{name}, {kind} {one}"].minus(text[f"{other or name} {one}"])["NLL"]
+            for text in texts
+            for name in policies
+            for one in settings
+        ]
+        return [interval.mean for interval, _ in found], [verdict for _, verdict in found]
+
+    means, verdicts = pairs("measured", ("h2o", "caote", "snapkv"), larger)
+    assert max(means) < 0
+    assert (len(means), verdicts.count("better")) == (18, 15)
+    assert f"in all 18 cases (three policies, three settings, two texts), by {-max(means):.3f} to 0.027" in page
+    assert 0.027 <= -min(means) < 0.0276
+    means, verdicts = pairs("measured", ("h2o", "caote", "snapkv"), ("64 block",))
+    assert f"more in all six, by {min(means):.3f} to {max(means):.3f}, beyond doubt in three" in page
+    assert (len(means), verdicts.count("worse")) == (6, 3)
+    assert min(means) > 0
+    means, verdicts = pairs("measured", ("caote",), larger)
+    assert verdicts.count("better") == 5
+    for text in texts:
+        for one in larger:
+            rows = {label: quality.nll for label, quality in text.items() if label.endswith(f" {one}")}
+            assert min(rows, key=rows.get) == f"caote, measured {one}"
+    means, verdicts = pairs("measured", ("caote",), larger, other="h2o, measured")
+    assert max(means) < 0
+    assert verdicts == ["same"] * 3 + ["better"] * 3
+    means, verdicts = pairs("pyramid", ("h2o", "snapkv"), (*larger, "64 block"))
+    assert set(verdicts) == {"worse"}
+    assert f"in all 16 cases, by {min(means):.3f} to {max(means):.3f}" in page
+    means, _ = pairs("adaptive", ("h2o", "snapkv"), (*larger, "64 block"))
+    assert f"loses more, too, by {min(means):.3f} to {max(means):.3f}" in page
+
+
 def test_what_holds_on_both_texts_is_in_the_records():
     page = " ".join((ROOT / "docs/eviction.md").read_text(encoding="utf-8").split())
     texts = []

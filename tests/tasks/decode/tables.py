@@ -17,8 +17,8 @@ TABLES = {
     "claims-ends": ("claims", "claims", ENDS),
     "claims-reference": ("claims_reference", "claims", MILD),
     "claims-reference-ends": ("claims_reference", "claims", ENDS),
-    "budgets": ("budgets", "budgets", MILD[:3]),
-    "budgets-reference": ("budgets_reference", "budgets", MILD[:1]),
+    "budgets": ("budgets", "budgets", (ENDS[0], *MILD[:3])),
+    "budgets-reference": ("budgets_reference", "budgets", (ENDS[0], *MILD[:3])),
 }
 
 
