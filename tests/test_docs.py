@@ -619,6 +619,7 @@ def test_modules_run_as_commands():
         "repair_cifar10_tenth",
         "repair_cifar10_rates",
         "repair_smollm2",
+        "repair_vit_s14",
         "long",
         "kvpress",
         "kvpress_prompt",

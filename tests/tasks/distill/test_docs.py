@@ -37,7 +37,7 @@ def test_the_commands_run(tmp_path, forked):
     assert "gap closed" in (tmp_path / "runs/distill-digits/report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_rates", "smollm2"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_rates", "vit_s14", "smollm2"])
 def test_the_table_is_that_of_the_record(name):
     path = ROOT / f"docs/records/repair_{name}.jsonl"
     assert tasks.task_of(path).name == "distill"
@@ -48,11 +48,11 @@ def test_the_table_is_that_of_the_record(name):
     assert shown == quality_table(summarize(records), records[0].part).markdown()
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_tenth", "cifar10_rates", "smollm2"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "cifar10_tenth", "cifar10_rates", "vit_s14", "smollm2"])
 def test_the_committed_records_are_those_of_the_config(name, tmp_path):
     """All that it says but where the teacher's weights are, which are not here, and how many rows run at a time."""
     (tmp_path / "trained.safetensors").touch()
-    weights = [] if name == "smollm2" else [f"vision.model.weights={tmp_path / 'trained.safetensors'}"]
+    weights = [] if name in ("smollm2", "vit_s14") else [f"vision.model.weights={tmp_path / 'trained.safetensors'}"]
     task, config = tasks.load(ROOT / f"configs/distill/{name}.yaml", weights)
     cells = {cell.label: cell for cell in task.plan(config)}
     kept = tasks.load(ROOT / f"docs/records/repair_{name}.yaml", weights)[1]
@@ -132,3 +132,17 @@ def test_what_is_said_of_the_language_model_is_in_its_record():
         each = rows[f"padre degree={degree} 50%"].trials[0]
         assert (each.points[0].found, each.after("stage 1: layer").found, each.points[-1].found) == (0, 1, 1)
     assert window.trials[0].points[0].found == 0
+
+
+def test_what_is_said_of_the_encoder_is_in_its_record():
+    rows = {record.label: record.quality for record in read_records(ROOT / "docs/records/repair_vit_s14.jsonl")}
+    half, whole = rows["padre degree=2 50%"], rows["padre degree=2 100%"]
+    assert len(half.trials[0].layers) == 6
+    assert f"{half.trials[0].points[-1].error:.2f}" == "0.12"
+    assert half.figure == rows["teacher"].figure
+    assert whole.details["gap closed"] == "50%"
+    for share in ("50%", "100%"):
+        (trial,) = rows[f"conv {share}"].trials
+        assert 10 < trial.errors[0] ** 0.5 < 15, "a hundred times the square"
+        assert trial.points[-1].error > 1.9
+    assert half.trials[0].points[-1].samples == 3440
