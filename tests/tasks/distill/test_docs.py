@@ -1,6 +1,7 @@
 """What docs/repair.md says: its commands run, its table is that of the record."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from attnzoo import tasks
 from attnzoo.bench.report import quality_table
 from attnzoo.bench.summary import summarize
+from attnzoo.tables import Table
 from attnzoo.tasks import read_records
 
 ROOT = Path(__file__).parents[3]
@@ -61,6 +63,37 @@ def test_the_committed_records_are_those_of_the_config(name, tmp_path):
     for record in read_records(ROOT / f"docs/records/repair_{name}.jsonl"):
         seeds = cells[record.label].depends_on.get("seeds", (0,))
         assert [trial.seed for trial in record.quality.trials] == list(seeds)
+
+
+BOUGHT = (  # record, row, the model, what is swapped, and the device
+    ("cifar10", "padre degree=2 50%", "ViT of 6 layers, CIFAR-10", "half", "one core"),
+    ("cifar10", "padre degree=2 100%", "", "all", "one core"),
+    ("vit_s14", "padre degree=2 50%", "ViT-S/14, pretrained, its features", "half", "one core"),
+    ("vit_s14", "padre degree=2 100%", "", "all", "one core"),
+    ("smollm2", "padre degree=2 10%", "SmolLM2-135M", "a tenth", "H200, shared"),
+    ("smollm2", "padre degree=2 25%", "", "a quarter", "H200, shared"),
+    ("smollm2", "padre degree=2 50%", "", "half", "H200, shared"),
+)
+
+
+def bought() -> Table:
+    """What a repair buys and costs: padre of degree 2 that inherits, in each model; of several seeds the mean."""
+    table = Table(("model", "layers swapped", "score", "original", "swapped", "repaired", "seen", "time of the repair"))
+    for name, label, model, layers, device in BOUGHT:
+        (quality,) = (r.quality for r in read_records(ROOT / f"docs/records/repair_{name}.jsonl") if r.label == label)
+        ends = [quality.said([trial.points[at].score for trial in quality.trials]) for at in (0, -1)]
+        seen = f"{quality.trials[0].points[-1].samples:,} {'sequences' if name == 'smollm2' else 'images'}"
+        seconds = statistics.fmean(trial.points[-1].seconds for trial in quality.trials)
+        metric = quality.metric if quality.metric == "NLL" else f"{quality.metric} %"
+        table.add(
+            model, layers, metric, quality.said([quality.teacher]), *ends, seen, f"{seconds / 60:.0f} min, {device}"
+        )
+    return table
+
+
+def test_what_a_repair_buys_is_in_the_records():
+    shown = PAGE.split("<!-- repair-bought:begin -->")[1].split("<!-- repair-bought:end -->")[0].strip()
+    assert shown == bought().markdown()
 
 
 def test_what_is_said_of_cifar10_is_in_its_records():
