@@ -9,7 +9,7 @@ https://arxiv.org/abs/2602.02422
 h is a path, the simplest of the trees for which the paper has quadratic time: the sums are nested, from the last one
 on, each an attention whose scores have the logarithm of the next one's sum added. Order s = 2 is softmax attention;
 3 composes two functions, which one layer of attention cannot. The exponentials are no polynomials; given its weights an
-output is a product of s - 1 values, as in PADRe.
+output is a mean over tokens of products of s - 1 values, and of that degree in them.
 
 Differs from the paper: scores are divided by sqrt(D), as those of attention, not by D.
 """

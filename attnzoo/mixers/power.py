@@ -9,7 +9,8 @@ Its sums over j are a state of (D + p - 1 choose p) features by D + 1, so that t
 tokens. Numerator and denominator are polynomials of degree 2p + 1 and 2p exactly, where nothing is forgotten (g = 1).
 
 Differs from the paper: by default j runs over all tokens, and nothing is forgotten; queries and keys are not rotated by
-their positions, of which only ``gate`` knows; where all scores of a token are 0 its output is 0.
+their positions, of which only ``gate`` knows; where all scores of a token are 0 its output is 0; scores are not divided
+by the largest of their row, so that powers of large ones overflow (inputs of about 10,000 with p = 4).
 """
 
 from __future__ import annotations
@@ -106,13 +107,16 @@ class Power(nn.Module):
         line = Canvas.line(x, None, 0, real_tokens(x, grid, prefix, mask))
         head, x = line.lay(x)
         q, k, v = self._heads(x, line.patch_mask)
-        if not self.bidirectional:
-            sums = self._ahead(q, k, v, self._kept(x, line.patch_mask), None, last=False)[0]
-        elif x.shape[1] < self.count or self.count > MOST_FEATURES:
-            sums = (q @ k.mT) ** self.power @ v
-        else:
-            sums = self.features(q) @ (self.features(k).mT @ v)
-        return line.take(head, self._out(sums, x))
+        kept = self._kept(x, line.patch_mask)
+        with torch.autocast(x.device.type, enabled=False):
+            if not self.bidirectional:
+                sums = self._ahead(q, k, v, kept, None, last=False)[0]
+            elif self._by_scores(x.shape[1]):
+                sums = (q @ k.mT) ** self.power @ v
+            else:
+                sums = self.features(q) @ (self.features(k).mT @ v)
+            mean = _mean(sums)
+        return line.take(head, self.proj(mean.to(x.dtype)))
 
     def extend(
         self, x: Tensor, state: Sequence[Tensor] | None = None, mask: Tensor | None = None
@@ -131,7 +135,8 @@ class Power(nn.Module):
         Returns
         -------
         tuple
-            The output ``(B, N, C)``, and the state, one tensor ``(B, H, F, D + 1)`` in float32 at least.
+            The output ``(B, N, C)``, and the state, one tensor ``(B, H, F, D + 1)`` in float32 at least: 0.5 MB of
+            each head of width 64.
 
         Raises
         ------
@@ -148,15 +153,16 @@ class Power(nn.Module):
             raise ShapeError(f"the state must be {wanted}, not {[tuple(part.shape) for part in state]}")
         line = Canvas.line(x, None, 0, mask)
         head, x = line.lay(x)
-        heads = self._heads(x, line.patch_mask)
-        sums, after = self._ahead(
-            *heads, self._kept(x, line.patch_mask), None if state is None else state[0], last=True
-        )
+        q, k, v = self._heads(x, line.patch_mask)
+        kept = self._kept(x, line.patch_mask)
+        with torch.autocast(x.device.type, enabled=False):
+            sums, after = self._ahead(q, k, v, kept, None if state is None else state[0], last=True)
+            mean = _mean(sums)
         assert after is not None
-        return line.take(head, self._out(sums, x)), (after,)
+        return line.take(head, self.proj(mean.to(x.dtype))), (after,)
 
     def features(self, x: Tensor) -> Tensor:
-        """Phi of ``(B, H, N, D)``: ``(B, H, N, F)``."""
+        """Give the features phi ``(B, H, N, F)`` of queries or keys ``(B, H, N, D)``."""
         parts = [x[..., channels] for channels in self.sets]
         return math.prod(parts[1:], start=parts[0]) * self.counts.to(x.dtype).sqrt()
 
@@ -172,13 +178,15 @@ class Power(nn.Module):
         """Queries and keys ``(B, H, N, D)``, and values with a one after each, ``(B, H, N, D + 1)``, in float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (part.to(wide) for part in split_heads(self.qkv(x), self.num_heads, mask))
+        q = q * q.shape[-1] ** -0.5  # changes no weight, and leaves powers more room
         return q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
     def _kept(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """Logarithm of what each token keeps of those before it, ``(B, H, N)``: padding keeps all."""
         if self.gate is None:
             return None
-        return hide(nn.functional.logsigmoid(self.gate(x)), mask).mT.to(torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return hide(nn.functional.logsigmoid(self.gate(x).to(wide)), mask).mT
 
     def _ahead(
         self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, state: Tensor | None, last: bool
@@ -199,15 +207,21 @@ class Power(nn.Module):
                 sums = sums + (before if since is None else before * since.exp())
             found.append(sums)
             if last or index + 1 < len(chunks):
-                keys = self.features(k_c)
-                if log is not None and since is not None:
-                    whole = log.sum(2)[..., None, None]
-                    keys = keys * (whole - since).exp()
+                whole = None if log is None else log.sum(2)[..., None, None]
+                if whole is not None and since is not None:
+                    v_c = v_c * (whole - since).exp()
                     state = None if state is None else state * whole.exp()
-                state = keys.mT @ v_c if state is None else state + keys.mT @ v_c
+                for k_p, v_p in zip(k_c.split(CHUNK, 2), v_c.split(CHUNK, 2), strict=True):
+                    added = self.features(k_p).mT @ v_p
+                    state = added if state is None else state + added
         return torch.cat(found, 2), state
 
-    def _out(self, sums: Tensor, x: Tensor) -> Tensor:
-        """Divide by the sum of the weights, and join the heads."""
-        total = sums[..., -1:]
-        return self.proj(join_heads(sums[..., :-1] / torch.where(total == 0, 1.0, total)).to(x.dtype))
+    def _by_scores(self, tokens: int) -> bool:
+        """Whether scores of all pairs cost less than features; a graph that is exported has one way for all lengths."""
+        return self.count > MOST_FEATURES or (not torch.compiler.is_exporting() and tokens < self.count)
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """Divide ``(B, H, N, D + 1)`` by its last channel, the sum of weights, and join the heads to ``(B, N, H * D)``."""
+    total = sums[..., -1:]
+    return join_heads(sums[..., :-1] / torch.where(total == 0, 1.0, total))

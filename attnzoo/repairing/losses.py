@@ -13,12 +13,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attnzoo.errors import UnsupportedError
 
 NOTHING = 1e-20  # mean square of a layer's output that counts as zero
+
+
+def headless(model: nn.Module) -> bool:
+    """Whether a model of timm was built without a classifier: its output are features, which look like logits."""
+    return getattr(model, "num_classes", None) == 0
 
 
 def normalized_error(out: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

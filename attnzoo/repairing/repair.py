@@ -28,7 +28,7 @@ from attnzoo.repairing.kept import (
     recompute_without_dropout,
     watched_outputs,
 )
-from attnzoo.repairing.losses import divergence, logits_of, real_rows
+from attnzoo.repairing.losses import divergence, headless, logits_of, real_rows
 from attnzoo.repairing.options import Forward, Loss, RepairOptions
 from attnzoo.repairing.report import RepairedLayer, RepairReport
 from attnzoo.repairing.teacher import (
@@ -167,7 +167,7 @@ class Repair:
         rest = [p for p in model.parameters() if p.is_floating_point() and p.requires_grad and p not in others]
         trained = [*mixers, *rest] if options.train == "all" else list(mixers)
         _refuse_model(model, trained)
-        if options.objective == "model" and options.loss is None and getattr(model, "num_classes", None) == 0:
+        if options.objective == "model" and options.loss is None and options.forward is None and headless(model):
             raise UnsupportedError(
                 "this model has no classifier (num_classes=0): give loss=, which compares its outputs"
             )
@@ -201,7 +201,7 @@ class Repair:
             try:
                 for index, batch in enumerate(self._shared_batches(repeated(batches, last - start)), start):
                     if self._first is None:
-                        self.before = self.before or self._first_errors(batch)
+                        self.before = self.before or self.errors(batch)
                         self._first = batch
                     if index < self.step:
                         continue
@@ -216,7 +216,7 @@ class Repair:
             except KeyboardInterrupt:
                 self.interrupted = True
                 ended = f"interrupted after {self.step:,} of {last:,} steps"
-                if self.before is None:
+                if self.before is None or self._first is None:
                     raise
             return self.report(ended)
 
@@ -270,19 +270,6 @@ class Repair:
             errors["loss"] = mean if by_layer else float(self._model_loss(batch, training=False))
         return errors
 
-    def _first_errors(self, batch: Any) -> dict[str, float]:
-        """Errors on the first batch; raises `OptionError` where the model does not take it."""
-        try:
-            return self.errors(batch)
-        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
-            if isinstance(error, (AttnZooError, torch.OutOfMemoryError)):
-                raise
-            raise OptionError(
-                f"the model cannot be called with the first batch, {_said(batch)}: {type(error).__name__}: {error}. A "
-                "batch holds all that the model takes and nothing else: of a loader of images and labels give "
-                "forward=lambda model, batch: model(batch[0])"
-            ) from error
-
     def report(self, ended: str = "") -> RepairReport:
         """Say what was done so far, measured on the first batch."""
         before, after = self.before or {}, self.errors(self._first)
@@ -290,11 +277,33 @@ class Repair:
             RepairedLayer(path, _name(layer), before[path], after[path]) for path, layer in self.layers.items()
         )
         loss = before["loss"], after["loss"]
-        return RepairReport(self.options.objective, layers, *loss, self.step, self.samples, self.seconds, ended)
+        return RepairReport(
+            self.options.objective,
+            layers,
+            *loss,
+            steps=self.step,
+            samples=self.samples,
+            seconds=self.seconds,
+            ended=ended,
+            hidden=self.options.hidden,
+        )
 
     def call(self, batch: Any) -> Any:
-        """Call the model with a batch."""
-        return (self.options.forward or call)(self.model, batch)
+        """Call the model with a batch; raises `OptionError` where it does not take the first one."""
+        try:
+            return (self.options.forward or call)(self.model, batch)
+        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+            if self._first is not None or isinstance(error, (AttnZooError, torch.OutOfMemoryError)):
+                raise
+            several = isinstance(batch, (tuple, list, Mapping)) and self.options.forward is None
+            hint = (
+                ". A batch holds all that the model takes and nothing else: of a loader of images and labels give "
+                "forward=lambda model, batch: model(batch[0])"
+            )
+            raise OptionError(
+                f"the model cannot be called with the first batch, {_said(batch)}: {type(error).__name__}: {error}"
+                f"{hint if several else ''}"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume, but for the model's weights."""

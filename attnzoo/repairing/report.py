@@ -43,6 +43,8 @@ class RepairReport:
         Wall-clock time of the steps.
     ended
         Why it ended before its last step; empty if it did not.
+    hidden
+        Weight of the layers' errors in the loss.
     """
 
     objective: str
@@ -53,6 +55,7 @@ class RepairReport:
     samples: int
     seconds: float
     ended: str = ""
+    hidden: float = 0.0
 
     def __str__(self) -> str:
         table = Table((Column("layer", code=True), "mixer", "error before", "error after"))
@@ -60,7 +63,11 @@ class RepairReport:
             table.add(layer.path, layer.attention, f"{layer.before:.3g}", f"{layer.after:.3g}")
         ended = f"; {self.ended}" if self.ended else ""
         worse = "; it rose: take more steps, or a lower lr" if self.loss_after > self.loss_before else ""
-        others = " (errors of single layers are not what is minimized)" if self.objective == "model" else ""
+        others = (
+            " (errors of single layers are not what is minimized)"
+            if self.objective == "model" and not self.hidden
+            else ""
+        )
         return (
             f"{table.markdown()}\n{self.objective} loss {self.loss_before:.3g} -> {self.loss_after:.3g} in "
             f"{self.steps:,} steps, {self.samples:,} samples, {self.seconds:.1f} s{worse}{others}{ended}"

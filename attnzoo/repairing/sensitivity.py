@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from attnzoo.checks import check_int
-from attnzoo.errors import OptionError, SwapError
+from attnzoo.errors import OptionError, SwapError, UnsupportedError
 from attnzoo.extras import require
 from attnzoo.hosts.site import MixerLayer, original_of
 from attnzoo.registry import describe
-from attnzoo.repairing.losses import divergence, logits_of, real_rows
+from attnzoo.repairing.losses import divergence, headless, logits_of, real_rows
 from attnzoo.repairing.options import Loss, RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import as_teacher
@@ -155,6 +155,8 @@ def sensitivity(
     ------
     SwapError
         If the model has swapped layers, or `name` is no mixer.
+    UnsupportedError
+        For a model without a classifier, with neither `metric` nor `loss`.
     OptionError
         If the batches are too few, an option is invalid, or both `metric` and `loss` are given.
     """
@@ -169,19 +171,20 @@ def sensitivity(
         raise SwapError("this model has swapped layers; sensitivity looks at its own: call restore_attention first")
     stream = iter(batches)
     held = list(itertools.islice(stream, held_out))
-    first = next(stream, None)
-    if len(held) < held_out or first is None:
-        raise OptionError(
-            f"batches gave {len(held)}, of which {held_out} are held out and none are left to fit to: give more, or a "
-            "smaller held_out"
-        )
-    stream = itertools.chain([first], stream)
+    first = [*itertools.islice(stream, 1)]
+    few = f"batches gave {len(held)}, of which {held_out} are held out and none are left to fit to: give more"
+    if len(held) < held_out:
+        raise OptionError(few)
+    if metric is None and loss is None and headless(model):
+        raise UnsupportedError("this model has no classifier (num_classes=0): give metric=, or loss=")
     modes = {module: module.training for module in model.modules()}
     replace_attention(model, name, where=where, **options)
     try:
         fit = Repair(model, RepairOptions(steps=steps, objective="layer", **(repair or {})))
         if fit.parameters:  # or there is nothing to fit
-            fit.run(_Rest(stream, batches, held_out))
+            if not first:
+                raise OptionError(few)
+            fit.run(_Rest(itertools.chain(first, stream), batches, held_out))
         if fit.interrupted:
             raise KeyboardInterrupt
         model.eval()

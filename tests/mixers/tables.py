@@ -43,9 +43,9 @@ INTERACTIONS = {
 
 
 def interactions_table(folder: Path) -> Table:
-    """Top-1 on each set of made images: the mean and the deviation of the seeds."""
+    """Top-1 on each set of made images, where it was measured: the mean and the deviation of the seeds."""
     each = [qualities_of(read_records(folder / f"{name}.jsonl")) for name in INTERACTIONS]
     table = Table((Column("attention", code=True), "parameters", *INTERACTIONS.values()))
     for label, quality in each[0].items():
-        table.add(label, f"{quality.trainings[0].parameters or 0:,}", *(one[label].mean_of_seeds for one in each))
+        table.add(label, f"{quality.trainings[0].parameters or 0:,}", *(one[label].mean_of_seeds if label in one else "-" for one in each))
     return table

@@ -130,6 +130,31 @@ def test_half_precision_has_room_for_powers():
     assert (m(x) - wide(x.double())).abs().max() < 0.05 * m(x).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_sums_and_state_are_in_float32(dtype):
+    """Where they were in half precision a long text would swallow what each token adds, and powers would overflow."""
+    m = create_attention("power", DIM, HEADS, bidirectional=False)
+    x = 20 * torch.randn(1, 600, DIM, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        whole, (out, state) = m(x), m.extend(x[:, :500])
+        steps = [out]
+        for token in x[:, 500:].split(1, dim=1):
+            out, state = m.extend(token, state)
+            steps.append(out)
+    assert state[0].dtype == torch.float32
+    assert whole.isfinite().all()
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=0.02 * float(whole.abs().max()), rtol=0)
+
+
+def test_one_exported_graph_takes_any_number_of_tokens():
+    m = create_attention("power", DIM, HEADS).eval()
+    tokens = torch.export.Dim("tokens", min=2, max=512)
+    exported = torch.export.export(m, (torch.randn(2, N, DIM),), dynamic_shapes={"x": {1: tokens}}).module()
+    for count in (3, 40):
+        x = torch.randn(2, count, DIM)
+        torch.testing.assert_close(exported(x), m(x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("gate", [False, True])
 def test_it_decodes_in_a_language_model(gate):
     torch.manual_seed(0)

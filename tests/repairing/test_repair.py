@@ -222,11 +222,18 @@ def test_a_batch_that_the_model_does_not_take_is_told_with_what_to_give():
     report = attnzoo.repair(model, [(images, labels)], steps=1, forward=lambda m, batch: m(batch[0]))
     assert report.steps == 1
 
+    def wrong(mine, theirs):
+        return mine.logits - theirs.logits
+
+    with pytest.raises(AttributeError, match="logits"):  # a mistake in what is the caller's own, and not of the batch
+        attnzoo.repair(model, [images], steps=1, objective="model", loss=wrong)
+
 
 def test_a_loss_that_rose_is_told():
     assert "it rose: take more steps, or a lower lr" in str(RepairReport("layer", (), 0.1, 0.2, 3, 12, 1.0))
     assert "rose" not in str(RepairReport("layer", (), 0.2, 0.1, 3, 12, 1.0))
     assert "not what is minimized" in str(RepairReport("model", (), 0.2, 0.1, 3, 12, 1.0))
+    assert "not what is" not in str(RepairReport("model", (), 0.2, 0.1, 3, 12, 1.0, hidden=0.5))
 
 
 def test_the_loss_that_is_reported_in_half_precision_is_that_of_the_trained_weights():
@@ -372,6 +379,9 @@ def test_outputs_that_have_no_logits_need_a_loss():
     headless = attnzoo.replace_attention(vit(num_classes=0), "padre", **SHORT)
     with pytest.raises(UnsupportedError, match=r"num_classes=0\): give loss="):
         attnzoo.repair(headless, batches(1), steps=1, objective="model")
+    head = nn.Linear(48, 5)
+    report = attnzoo.repair(headless, batches(1), steps=1, objective="model", forward=lambda m, batch: head(m(batch)))
+    assert report.steps == 1
 
 
 def test_gradients_may_be_off_where_it_is_called():

@@ -161,8 +161,8 @@ class DistillConfig(RunConfig):
     `workers` rows are measured at a time, each in a process of its own. `autocast` is what repairs compute in. A
     control that is no mixer stands in the layers that are the cheapest of the first mixer among `attentions`. The
     teacher and the repaired model of each row's first seed, image classifiers alone, are also scored in `precisions` by
-    ONNX Runtime. With `save_models` each repaired model is saved in ``trials/NAME/model`` of the run's folder, for
-    `attnzoo.load`.
+    ONNX Runtime. With `save_models` each model that this run repairs is saved in ``trials/NAME/model`` of its folder,
+    for `attnzoo.load`; rows that were done before are not.
     """
 
     task: Literal["distill"] = "distill"
@@ -217,6 +217,8 @@ class DistillConfig(RunConfig):
                 raise ValueError(
                     f"attentions.{index}.name: {attention.name!r} is no mixer: an image model has no cache"
                 )
+            if not attention.is_mixer and (attention.stages or attention.init != "random"):
+                raise ValueError(f"attentions.{index}: {attention.name!r} is no mixer: stages and init are for mixers")
         owned = {f"attentions.{index}.stages": one.stages or () for index, one in enumerate(self.attentions)}
         for place, stages in ({"stages": self.stages} | owned).items():
             for index, stage in enumerate(stages):

@@ -25,6 +25,7 @@ from attnzoo.repairing.losses import logits_of
 from attnzoo.repairing.options import RepairOptions
 from attnzoo.repairing.repair import Repair
 from attnzoo.repairing.teacher import teacher_values
+from attnzoo.saving import DESCRIPTION
 from attnzoo.tasks.distill.classifier import Classifier
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer, ScratchConfig, StageConfig
 from attnzoo.tasks.distill.quality import Point, Trial
@@ -180,7 +181,7 @@ def repaired(
         progress.errors.append(_mean_error(model, looked_at))
         progress.stage, progress.fit = at + 1, None
         progress.save(model, None)
-    if config.save_models and not (folder / MODEL).exists():
+    if config.save_models and not (folder / MODEL / DESCRIPTION).exists():
         say("save the model")
         attnzoo.save(model, folder / MODEL)
     if seed == config.seeds_of(attention)[0] and progress.quantized.keys() != set(config.precisions):
