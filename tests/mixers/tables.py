@@ -47,5 +47,6 @@ def interactions_table(folder: Path) -> Table:
     each = [qualities_of(read_records(folder / f"{name}.jsonl")) for name in INTERACTIONS]
     table = Table((Column("attention", code=True), "parameters", *INTERACTIONS.values()))
     for label, quality in each[0].items():
-        table.add(label, f"{quality.trainings[0].parameters or 0:,}", *(one[label].mean_of_seeds if label in one else "-" for one in each))
+        shown = (one[label].mean_of_seeds if label in one else "-" for one in each)
+        table.add(label, f"{quality.trainings[0].parameters or 0:,}", *shown)
     return table
