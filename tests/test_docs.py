@@ -790,5 +790,6 @@ def test_the_recipe_of_auto_is_what_lost_least(name):
     settings = {label.removeprefix("auto ") for label in lost if label.startswith("auto ")} - {"512 block"}
     assert len(settings) >= 4, "of 12.5 and 25%, with both schedules"
     for setting in settings:
-        assert lost[f"caote {setting}"] == min(nll for label, nll in lost.items() if label.endswith(setting))
-        assert lost[f"auto {setting}"] == lost[f"caote {setting}"]
+        least = min(nll for label, nll in lost.items() if label.endswith(setting))
+        assert lost[f"caote {setting}"] == pytest.approx(least, rel=1e-6), "rows of other machines are rounded otherwise"
+        assert lost[f"auto {setting}"] == pytest.approx(least, rel=1e-6)
