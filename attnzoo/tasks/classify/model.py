@@ -162,7 +162,8 @@ def _create_transformers(config: ModelConfig, size: int, channels: int, classes:
     torch.manual_seed(seed)
     try:
         if config.pretrained:
-            model = make.from_pretrained(config.name, ignore_mismatched_sizes=True, **sizes)
+            how: Any = {"ignore_mismatched_sizes": True, "dtype": torch.float32}  # whatever the checkpoint is in
+            model = make.from_pretrained(config.name, **how, **sizes)
         else:
             model = make.from_config(AutoConfig.for_model(config.name, **sizes))
     except Exception as error:  # of the hub, too

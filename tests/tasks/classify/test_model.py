@@ -201,13 +201,15 @@ def test_two_builds_are_the_same_and_leave_the_config_alone(images):
 def test_a_pretrained_transformers_model_is_read_back_without_what_it_was_loaded_from(images, tmp_path):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     given = transformers.AutoConfig.for_model("vit", **sizes, image_size=8, patch_size=2, num_labels=7)
-    transformers.AutoModelForImageClassification.from_config(given).save_pretrained(tmp_path / "given")
+    made = transformers.AutoModelForImageClassification.from_config(given)
+    made.bfloat16().save_pretrained(tmp_path / "given")  # it is trained in float32 all the same
     config = tiny(images, tmp_path / "runs", attentions=["padre"], only=["padre"], recipe__epochs=2)
     config["model"] = {"library": "transformers", "name": str(tmp_path / "given"), "pretrained": True}
     train_all(validate_config(config))
     shutil.rmtree(tmp_path / "given")
     model = load_trained(tmp_path / "runs/padre-seed0/final")
     assert model.config.num_labels == 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert swapped_layers(model)
 
 

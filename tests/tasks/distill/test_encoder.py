@@ -65,6 +65,12 @@ def test_an_encoder_is_repaired_without_classes(config, tmp_path, capsys):
     assert "k-NN top-1 %" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
+def test_an_encoder_in_half_precision_is_repaired_in_float32(config):
+    encoder().bfloat16().save_pretrained(config["features"]["model"])
+    teacher = subject_of(DistillConfig.check(config)).teacher()
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
 def test_features_are_those_of_the_model(config):
     """Scores are those of features that are computed here, one image at a time."""
     config["features"] |= {"pool": "mean", "bank": 48}
