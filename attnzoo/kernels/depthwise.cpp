@@ -2,22 +2,11 @@
 //
 // x and out are (B, H * W, C) with any distance between tokens (channels side by side); the kernel is K x K, stride 1,
 // zeros beyond the edges. A block of LANES channels is copied to a padded buffer and convolved there; the buffer holds
-// a strip of rows that fits the second-level cache, and WIDE neighboring outputs stay in registers for all K * K taps.
+// a strip of rows that fits the second-level cache.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <memory>
-#include <new>
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+#include "lanes.hpp"
 
 namespace {
 
@@ -28,7 +17,6 @@ struct Image {
   int64_t batch, height, width, channels, size;  // size: of the kernel
   int64_t half() const { return size / 2; }
   int64_t blocks() const { return (channels + LANES - 1) / LANES; }
-  int64_t padded(int64_t wide) const { return (width + wide - 1) / wide * wide + size - 1; }
   int64_t strip(int64_t row) const {  // rows of output whose input fits, `row` vectors each
     int64_t rows = STRIP_BYTES / (row * LANES * int64_t(sizeof(float))) - (size - 1);
     return std::min(height, std::max<int64_t>(rows, 4));
@@ -38,14 +26,6 @@ struct Image {
 struct Tokens {
   const float* data;
   int64_t image, token;  // distances, in floats
-};
-
-struct Buffer {
-  explicit Buffer(int64_t vectors)
-      : data(static_cast<Lanes*>(::operator new(vectors * sizeof(Lanes), std::align_val_t(64), std::nothrow))) {}
-  ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Lanes* data;
 };
 
 // Rows first .. first + rows of a block of channels, each shifted right by `margin`, zeros round them.
@@ -66,60 +46,6 @@ void load(const Image& im, const Tokens& x, int64_t b, int64_t block, int64_t fi
   }
 }
 
-// One strip of one block of channels. `taps`: size * size vectors.
-template <int WIDE>
-void convolve(const Image& im, const Lanes* buffer, int64_t row_vectors, const Lanes* taps, Lanes bias, int64_t rows,
-              int64_t lanes, float* out, int64_t token, bool multiply) {
-  for (int64_t x0 = 0; x0 < im.width; x0 += WIDE) {
-    const int64_t wide = std::min<int64_t>(WIDE, im.width - x0);
-    for (int64_t y = 0; y < rows; ++y) {
-      Lanes sum[WIDE];
-      for (int j = 0; j < WIDE; ++j) sum[j] = bias;
-      const Lanes* tap = taps;
-      for (int64_t ky = 0; ky < im.size; ++ky) {
-        const Lanes* row = buffer + (y + ky) * row_vectors + x0;
-        for (int64_t kx = 0; kx < im.size; ++kx, ++tap, ++row) {
-          const Lanes weight = *tap;
-          for (int j = 0; j < WIDE; ++j) sum[j] += row[j] * weight;
-        }
-      }
-      float* to = out + (y * im.width + x0) * token;
-      for (int64_t j = 0; j < wide; ++j, to += token) {
-        if (multiply) {
-          Lanes there = {};
-          std::memcpy(&there, to, lanes * sizeof(float));
-          sum[j] *= there;
-        }
-        std::memcpy(to, &sum[j], lanes * sizeof(float));
-      }
-    }
-  }
-}
-
-using Convolve = void (*)(const Image&, const Lanes*, int64_t, const Lanes*, Lanes, int64_t, int64_t, float*, int64_t,
-                          bool);
-
-// The width of a row of registers that leaves the fewest unused, the widest first.
-int64_t best_width(int64_t width) {
-  int64_t best = 14, waste = INT64_MAX;
-  for (int64_t wide : {14, 12, 10, 8, 7, 4}) {
-    const int64_t unused = (width + wide - 1) / wide * wide - width;
-    if (unused < waste) best = wide, waste = unused;
-  }
-  return best;
-}
-
-Convolve convolution(int64_t wide) {
-  switch (wide) {
-    case 4: return convolve<4>;
-    case 7: return convolve<7>;
-    case 8: return convolve<8>;
-    case 10: return convolve<10>;
-    case 12: return convolve<12>;
-    default: return convolve<14>;
-  }
-}
-
 }  // namespace
 
 extern "C" {
@@ -133,33 +59,37 @@ int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const fl
                       int threads) {
   const Image im{batch, height, width, channels, size};
   const Tokens tokens{x, x_image, x_token};
-  const int64_t wide = best_width(width), row_vectors = im.padded(wide), strip = im.strip(row_vectors);
+  const int64_t row_vectors = padded(width, size), strip = im.strip(row_vectors), half = im.half();
   const int64_t strips = (height + strip - 1) / strip, blocks = im.blocks(), area = size * size;
-  const Convolve run = convolution(wide);
-  Buffer taps(blocks * area);  // weights, channels side by side
+  const ConvolveRow convolve = row_convolution(width, size);
+  Buffer taps(blocks * area);
   if (!taps.data) return 1;
-  std::memset(static_cast<void*>(taps.data), 0, blocks * area * sizeof(Lanes));
-  for (int64_t c = 0; c < channels; ++c) {
-    float* to = reinterpret_cast<float*>(taps.data + c / LANES * area) + c % LANES;
-    for (int64_t k = 0; k < area; ++k) to[k * LANES] = weight[c * area + (flip ? area - 1 - k : k)];
+  for (int64_t block = 0; block < blocks; ++block) {
+    pack_taps(weight, channels, area, block, flip != 0, taps.data + block * area);
   }
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Buffer buffer((strip + size - 1) * row_vectors);
-    failed = !buffer.data;
+    std::unique_ptr<const Lanes*[]> under(new (std::nothrow) const Lanes*[size]);  // the row that a row of taps reads
+    const bool ready = buffer.data && under;
+    failed = !ready;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < batch * blocks * strips; ++task) {
-      if (!buffer.data) continue;  // every thread must come to the loop
+      if (!ready) continue;  // every thread must come to the loop
       // blocks of the same strip in a row: their channels share lines of the cache
       const int64_t b = task / (blocks * strips), block = task % blocks, first = task / blocks % strips * strip;
       const int64_t rows = std::min(strip, height - first), start = block * LANES;
       const int64_t lanes = std::min<int64_t>(LANES, channels - start);
-      load(im, tokens, b, block, first - im.half(), rows + size - 1, im.half(), row_vectors, buffer.data);
+      load(im, tokens, b, block, first - half, rows + size - 1, half, row_vectors, buffer.data);
       Lanes start_at = {};
       if (bias) std::memcpy(&start_at, bias + b * bias_image + start, lanes * sizeof(float));
-      run(im, buffer.data, row_vectors, taps.data + block * area, start_at, rows, lanes,
-          out + b * out_image + first * width * out_token + start, out_token, multiply != 0);
+      for (int64_t y = first; y < first + rows; ++y) {
+        const int64_t ky0 = std::max<int64_t>(0, half - y), ky1 = std::min(size, height + half - y);
+        for (int64_t ky = ky0; ky < ky1; ++ky) under[ky] = buffer.data + (y - first + ky) * row_vectors;
+        convolve(under.get(), ky0, ky1, size, width, taps.data + block * area, start_at,
+                 out + b * out_image + y * width * out_token + start, out_token, lanes, multiply != 0);
+      }
     }
   }
   return failed;

@@ -106,7 +106,7 @@ def _by_compiled(*tensors: Tensor) -> bool:
     fitting = all(t.device.type == "cpu" for t in tensors) and dtypes <= {torch.float32, torch.float16, torch.bfloat16}
     if not fitting or (len(dtypes) > 1 and not torch.is_autocast_enabled("cpu")):
         return False
-    return not torch.compiler.is_exporting() and not _transformed(tensors) and is_compiled()
+    return not torch.compiler.is_exporting() and not in_transform(tensors) and is_compiled()
 
 
 def _dtype_of_result(x: Tensor) -> torch.dtype:
@@ -114,7 +114,8 @@ def _dtype_of_result(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
-def _transformed(tensors: Sequence[Tensor]) -> bool:
+def in_transform(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch.func or forward-mode differentiation looks on."""
     if torch.compiler.is_compiling():
         return False
     functions = torch._C._are_functorch_transforms_active()

@@ -1,9 +1,9 @@
 """C++ for CPUs, compiled when it is first needed and kept in attnzoo's cache folder.
 
-A source is one file that needs no header but the standard library's, and is called through plain C functions, so that
-it is compiled in seconds and knows no version of torch. It shares the threads of torch, whose OpenMP runtime is loaded
-already. Where there is no compiler, or it fails, a warning says so once and there is None: the caller has a path in
-plain PyTorch.
+A source needs no header but the standard library's and those beside it, and is called through plain C functions, so
+that it is compiled in seconds and knows no version of torch. It shares the threads of torch, whose OpenMP runtime is
+loaded already. Where there is no compiler, or it fails, a warning says so once and there is None: the caller has a path
+in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _target(source: Path, compiler: str) -> Path:
     from attnzoo.assets import cache_folder
 
     key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.hpp")):
+        key.update(header.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=LIMIT_SECONDS)
     for part in (compiler, version.stdout, *FLAGS, _processor()):
         key.update(part.encode() + b"\0")

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from attnzoo.checks import Grid, check_bool, check_choice, check_int, check_number, check_odd, check_tokens
 from attnzoo.errors import OptionError, ShapeError, UnsupportedError
+from attnzoo.kernels import padre as fused
 from attnzoo.kernels.hadamard import hadamard_chain
 from attnzoo.mixers.canvas import Canvas, hide, real_tokens
 from attnzoo.mixers.channel_mixing import (
@@ -43,6 +44,7 @@ from attnzoo.mixers.token_mixing import (
     TOKEN_MIXINGS,
     CausalConv1d,
     DepthwiseConv1d,
+    DepthwiseConv2d,
     Parts,
     PrefixMixing,
     TokenMixing,
@@ -204,6 +206,8 @@ class Padre(nn.Module):
         self._mixing.check_prefix(prefix)
         self._check_count(x, grid)
         canvas = self._mixing.layout(x, grid, prefix, mask)
+        if (weights := self._fused_weights(canvas)) is not None and fused.fits(x, weights):
+            return self._after(fused.padre(x, weights, canvas.height, canvas.width))
         terms = self._terms(canvas.lay(x), _AtOnce(canvas))
         return self._output(terms, canvas, real_tokens(x, grid, prefix, mask))
 
@@ -324,6 +328,20 @@ class Padre(nn.Module):
                 term = combine(y_tokens[i], ys[i], None, terms[-1])
             terms = [term] if self.output == "last" else [*terms, term]
         return terms
+
+    def _fused_weights(self, canvas: Canvas) -> fused.Weights | None:
+        """The weights where one kernel can compute Z_d: pointwise maps, 2-D convolutions, no padding."""
+        plain = canvas.patch_mask is None and canvas.prefix_mask is None and canvas.slots is None
+        if not plain or not self.products or self.output != "last":
+            return None
+        if not all(_is_plain(m, DepthwiseConv2d) for m in (*self.y_tokens, *self.z_tokens)):
+            return None
+        if not all(_is_plain(m, nn.Linear) for m in (self.y_channels, *self.z_channels)):
+            return None
+        b, d = cast(nn.Linear, self.y_channels), cast(Sequence[nn.Linear], self.z_channels)
+        a, c = cast(Sequence[DepthwiseConv2d], self.y_tokens), cast(Sequence[DepthwiseConv2d], self.z_tokens)
+        prefix = [[t for m in mixings for t in m.of_prefix] if canvas.prefix else [] for mixings in (a, c)]
+        return fused.Weights(b.weight, b.bias, *_weights(a), *_weights(d), *_weights(c), *prefix)
 
     def _output(self, terms: list[Parts], canvas: Canvas, real: Tensor | None) -> Tensor:
         if self.output == "last":
@@ -459,6 +477,15 @@ def _sum(
     """Mix both inputs and add the results, so that the variance stays."""
     (head, patches), (other_head, other_patches) = _both(way, mixing, parts, other, others)
     return (head + other_head) * 0.5**0.5, (patches + other_patches) * 0.5**0.5
+
+
+def _weights(modules: Sequence[nn.Linear] | Sequence[DepthwiseConv2d]) -> tuple[list[Tensor], list[Tensor]]:
+    return [m.weight for m in modules], [m.bias for m in modules]
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its class says: no subclass (adapters, quantization), and nothing hooked in."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:

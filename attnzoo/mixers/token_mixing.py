@@ -103,6 +103,11 @@ class PrefixMixing(TokenMixing):
             self.to_prefix = nn.Parameter(torch.ones(channels))
             self.to_patches = nn.Parameter(torch.full((channels,), 1 / kernel_size))
 
+    @property
+    def of_prefix(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights ``own``, ``to_prefix`` and ``to_patches``."""
+        return self.own, self.to_prefix, self.to_patches
+
     def check_prefix(self, prefix: int) -> None:
         """Raise `ShapeError` if there are prefix tokens and no weights for them."""
         if prefix and not hasattr(self, "own"):
