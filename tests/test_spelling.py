@@ -21,7 +21,8 @@ ALLOWED = {
 def found(pattern: re.Pattern[str]) -> set[tuple[str, str]]:
     files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for folder in ("attnzoo", "eval", "train", "configs"):
-        files += [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml", ".jinja", ".cpp", ".hpp")]
+        kinds = (".py", ".yaml", ".jinja", ".cpp", ".hpp")
+        files += [file for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
     return {
         (str(file.relative_to(ROOT)), match.group().lower())
         for file in files
