@@ -65,7 +65,9 @@ int attnzoo_depthwise(const float* x, int64_t x_image, int64_t x_token, const fl
   Buffer taps(blocks * area);
   if (!taps.data) return 1;
   for (int64_t block = 0; block < blocks; ++block) {
-    pack_taps(weight, channels, area, block, flip != 0, taps.data + block * area);
+    Lanes* to = taps.data + block * area;
+    flip ? pack(weight, channels, area, block * LANES, to + area - 1, -1)
+         : pack(weight, channels, area, block * LANES, to, 1);
   }
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)

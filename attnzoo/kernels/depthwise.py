@@ -118,8 +118,10 @@ def in_transform(tensors: Sequence[Tensor]) -> bool:
     """Whether torch.func or forward-mode differentiation looks on."""
     if torch.compiler.is_compiling():
         return False
-    functions = torch._C._are_functorch_transforms_active()
-    return functions or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if torch._C._are_functorch_transforms_active():
+        return True
+    differentiating = getattr(forward_ad, "_current_level", 0) >= 0  # asking tensor by tensor takes long
+    return differentiating and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> None:

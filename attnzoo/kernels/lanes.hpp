@@ -21,6 +21,7 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Order __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -34,14 +35,48 @@ struct Buffer {
   Lanes* data;
 };
 
-// Taps of a block as vectors, `area` of them, from weights (C, area), the last first where `flip`; 0 past channel C.
-void pack_taps(const float* weight, int64_t channels, int64_t area, int64_t block, bool flip, Lanes* taps) {
-  const int64_t start = block * LANES, lanes = std::min<int64_t>(LANES, channels - start);
-  float* to = reinterpret_cast<float*>(taps);
-  if (lanes < LANES) std::memset(static_cast<void*>(taps), 0, area * sizeof(Lanes));
-  for (int64_t k = 0; k < area; ++k) {
-    const float* from = weight + start * area + (flip ? area - 1 - k : k);
-    for (int64_t c = 0; c < lanes; ++c) to[k * LANES + c] = from[c * area];
+#if defined(__clang__)
+INLINE Lanes pick(Lanes a, Lanes b, Order order) {
+  Lanes out;
+  for (int i = 0; i < LANES; ++i) out[i] = order[i] < LANES ? a[order[i]] : b[order[i] - LANES];
+  return out;
+}
+#else
+INLINE Lanes pick(Lanes a, Lanes b, Order order) { return __builtin_shuffle(a, b, order); }
+#endif
+
+// Turns LANES rows of LANES: blocks of STEP x STEP beside the diagonal change places, then those of twice the size.
+template <int STEP>
+INLINE void turn(Lanes* rows) {
+  Order upper = {}, lower = {};
+  for (int i = 0; i < LANES; ++i) {
+    upper[i] = i & STEP ? LANES + i - STEP : i;
+    lower[i] = i & STEP ? LANES + i : i + STEP;
+  }
+  for (int i = 0; i < LANES; ++i) {
+    if (i & STEP) continue;
+    const Lanes a = rows[i], b = rows[i + STEP];
+    rows[i] = pick(a, b, upper);
+    rows[i + STEP] = pick(a, b, lower);
+  }
+  if constexpr (2 * STEP < LANES) turn<2 * STEP>(rows);
+}
+
+// Rows first .. first + LANES of a matrix, turned: column k is the vector to[k * step], 0 past the last of the `rows`.
+void pack(const float* matrix, int64_t rows, int64_t columns, int64_t first, Lanes* to, int64_t step) {
+  const int64_t lanes = std::min<int64_t>(LANES, rows - first);
+  const float* from = matrix + first * columns;
+  int64_t k = 0;
+  for (; lanes == LANES && k + LANES <= columns; k += LANES) {
+    Lanes tile[LANES];
+    for (int i = 0; i < LANES; ++i) std::memcpy(&tile[i], from + i * columns + k, sizeof(Lanes));
+    turn<1>(tile);
+    for (int i = 0; i < LANES; ++i) to[(k + i) * step] = tile[i];
+  }
+  for (; k < columns; ++k) {
+    Lanes column = {};
+    for (int64_t i = 0; i < lanes; ++i) column[i] = from[i * columns + k];
+    to[k * step] = column;
   }
 }
 

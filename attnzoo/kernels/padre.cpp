@@ -55,17 +55,6 @@ void read(const float* vector, int64_t channels, int64_t pair, Pair& part) {
   std::memcpy(part, vector + start, std::min<int64_t>(PAIR * LANES, channels - start) * sizeof(float));
 }
 
-// The pair's columns of a map as vectors, one pair an input channel; 0 past channel C.
-void pack_map(const float* map, int64_t channels, int64_t pair, Pair* panel) {
-  const int64_t start = pair * PAIR * LANES, columns = std::min<int64_t>(PAIR * LANES, channels - start);
-  float* to = reinterpret_cast<float*>(panel);
-  if (columns < PAIR * LANES) std::memset(static_cast<void*>(panel), 0, channels * sizeof(Pair));
-  for (int64_t c = 0; c < columns; ++c) {
-    const float* from = map + (start + c) * channels;
-    for (int64_t k = 0; k < channels; ++k) to[k * PAIR * LANES + c] = from[k];
-  }
-}
-
 template <int COUNT>
 void map_tokens(const Tokens& x, int64_t channels, const Pair* panel, const Pair& bias, Pair* mapped) {
   Pair sum[COUNT];
@@ -235,10 +224,12 @@ extern "C" int attnzoo_padre(const float* x, int64_t x_image, int64_t x_token, c
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < count * pairs; ++i) {
       const Factor& factor = factors[i / pairs];
-      const int64_t pair = i % pairs;
-      pack_map(factor.map, channels, pair, reinterpret_cast<Pair*>(panels.data + i * panel_size));
-      for (int64_t p = 0; p < PAIR && pair * PAIR + p < l.blocks(); ++p) {
-        pack_taps(factor.taps, channels, l.area(), pair * PAIR + p, false, taps.data + i * taps_size + p * l.area());
+      Lanes* panel = panels.data + i * panel_size;
+      std::memset(static_cast<void*>(panel), 0, panel_size * sizeof(Lanes));
+      for (int64_t p = 0; p < PAIR && i % pairs * PAIR + p < l.blocks(); ++p) {
+        const int64_t first = (i % pairs * PAIR + p) * LANES;
+        pack(factor.map, channels, channels, first, panel + p, PAIR);
+        pack(factor.taps, channels, l.area(), first, taps.data + i * taps_size + p * l.area(), 1);
       }
     }
     Buffer rings(count * ring_size);

@@ -24,7 +24,7 @@ from attnzoo.kernels.depthwise import in_transform
 from attnzoo.kernels.native import library
 
 SYMBOLS = ("attnzoo_padre",)
-PREFIX = ("own", "to_prefix", "to_patches")
+NO_PREFIX = (0, 0, 0)
 
 
 class Weights(NamedTuple):
@@ -63,26 +63,19 @@ class Weights(NamedTuple):
         return self.b, self.b_bias, *self.d, *self.d_bias, *mixings
 
 
-class _Factor(ctypes.Structure):
-    """A map over channels and the convolution that reads it; see ``padre.cpp``."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("map", "map_bias", "taps", "bias", *PREFIX)),
-        *((name, ctypes.c_int64) for name in ("stage", "from_input")),
-    )
-
-
 def fits(x: Tensor, weights: Weights) -> bool:
     """Whether `padre` can compute this: float32 on a CPU, no gradient recorded, and a compiler found.
 
-    As with `depthwise2d`, an exported program and torch.func's transforms go through torch's own operators alone.
+    As with `depthwise2d`, an exported program and torch.func's transforms go through torch's own operators alone. Of
+    the weights only B is looked at, which all others must be like in a layer that works at all.
     """
-    tensors = (x, *weights.tensors)
-    if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in tensors):
+    if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in (x, weights.b)):
         return False
-    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
         return False
-    return not torch.compiler.is_exporting() and not in_transform(tensors) and is_compiled()
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in weights.tensors)):
+        return False
+    return not in_transform((x, *weights.tensors)) and is_compiled()
 
 
 @torch.compiler.assume_constant_result
@@ -115,11 +108,19 @@ def padre(x: Tensor, weights: Weights, height: int, width: int) -> Tensor:
     UnsupportedError
         Where it does not run; see `fits`.
     """
-    out: Tensor = _padre(x, *weights, height, width)
+    out: Tensor = torch.ops.attnzoo.padre(x, *weights, height, width)
     return out
 
 
-@torch.library.custom_op("attnzoo::padre", mutates_args=(), device_types="cpu")
+# not `torch.library.custom_op`, which takes a tenth of the time of a small layer to look for gradients
+_LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
+_LIBRARY.define(
+    "padre(Tensor x, Tensor b, Tensor b_bias, Tensor[] a, Tensor[] a_bias, Tensor[] d, Tensor[] d_bias, Tensor[] c, "
+    "Tensor[] c_bias, Tensor[] a_prefix, Tensor[] c_prefix, int height, int width) -> Tensor"
+)
+
+
+@torch.library.impl(_LIBRARY, "padre", "CPU")
 def _padre(
     x: Tensor,
     b: Tensor,
@@ -139,11 +140,11 @@ def _padre(
     _check(x, weights, height, width)
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     batch, tokens, channels = x.shape
-    factors, keep = _factors(weights)
+    count, factors, keep = _factors(weights)
     out = x.new_empty(x.shape)
     spare = torch.empty_like(out) if d else None
     failed = _function()(
-        x.data_ptr(), x.stride(0), x.stride(1), factors, len(factors), None if spare is None else spare.data_ptr(),
+        x.data_ptr(), x.stride(0), x.stride(1), factors, count, None if spare is None else spare.data_ptr(),
         out.data_ptr(), batch, tokens - height * width, height, width, channels, a[0].shape[-1],
         torch.get_num_threads(),
     )  # fmt: skip
@@ -153,7 +154,7 @@ def _padre(
     return out
 
 
-@_padre.register_fake
+@torch.library.register_fake("attnzoo::padre")
 def _(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -167,8 +168,8 @@ def _flops(
     return 2 * batch * tokens * channels * sum(channels + taps[-1] ** 2 for taps in (*a, *c))
 
 
-def _factors(weights: Weights) -> tuple[ctypes.Array[_Factor], list[Tensor]]:
-    """The factors in the order of their stages, and the tensors that must be kept while they are in use."""
+def _factors(weights: Weights) -> tuple[int, ctypes.Array[ctypes.c_int64], list[Tensor]]:
+    """Number of factors, a ``Factor`` of ``padre.cpp`` for each, and the tensors to keep while they are in use."""
     keep: list[Tensor] = []
 
     def addresses(tensors: Sequence[Tensor]) -> list[int]:
@@ -178,15 +179,15 @@ def _factors(weights: Weights) -> tuple[ctypes.Array[_Factor], list[Tensor]]:
 
     (b, b_bias), a, a_bias, d, d_bias, c, c_bias, a_prefix, c_prefix = map(addresses, (weights[:2], *weights[2:]))
     channels, size = weights.b.shape[1], weights.b.element_size()
-    factors: list[_Factor] = []
+    fields: list[int] = []
     for i in range(len(a)):
         if i and d:
-            prefix = c_prefix[3 * i - 3 : 3 * i] or (None,) * 3
-            factors.append(_Factor(d[i - 1], d_bias[i - 1], c[i - 1], c_bias[i - 1], *prefix, i, 0))
+            prefix = c_prefix[3 * i - 3 : 3 * i] or NO_PREFIX
+            fields += (d[i - 1], d_bias[i - 1], c[i - 1], c_bias[i - 1], *prefix, i, 0)
         own = b + i * channels * channels * size, b_bias + i * channels * size
-        prefix = a_prefix[3 * i : 3 * i + 3] or (None,) * 3
-        factors.append(_Factor(*own, a[i], a_bias[i], *prefix, i if d else 0, 1))
-    return (_Factor * len(factors))(*factors), keep
+        prefix = a_prefix[3 * i : 3 * i + 3] or NO_PREFIX
+        fields += (*own, a[i], a_bias[i], *prefix, i if d else 0, 1)
+    return len(a) + len(d), (ctypes.c_int64 * len(fields))(*fields), keep
 
 
 def _function() -> Any:
@@ -197,8 +198,7 @@ def _function() -> Any:
     if found.attnzoo_padre.argtypes is None:
         address, number = ctypes.c_void_p, ctypes.c_int64
         found.attnzoo_padre.argtypes = (
-            address, number, number, ctypes.POINTER(_Factor), number, address, address,
-            *[number] * 6, ctypes.c_int,
+            address, number, number, address, number, address, address, *[number] * 6, ctypes.c_int
         )  # fmt: skip
     return found.attnzoo_padre
 
