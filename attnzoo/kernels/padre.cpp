@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t PAIR = 2;                 // blocks of channels that are mapped together
 constexpr int TILE = LANES == 16 ? 12 : 6;  // tokens whose 2 * TILE sums stay in registers
+constexpr int64_t LINE = 16;                // floats in a line of the cache
 constexpr int64_t LEAST_STRIP = 16;         // rows of output: size - 1 more are mapped for each strip
 
 typedef Lanes Pair[PAIR];
@@ -60,6 +61,9 @@ void map_tokens(const Tokens& x, int64_t channels, const Pair* panel, const Pair
   Pair sum[COUNT];
   for (int t = 0; t < COUNT; ++t) sum[t][0] = bias[0], sum[t][1] = bias[1];
   for (int64_t k = 0; k < channels; ++k) {
+    if (k % LINE == 0) {  // have what is mapped next come near
+      for (int t = 0; t < COUNT; ++t) __builtin_prefetch(x.data + (t + COUNT) * x.distance + k);
+    }
     const Lanes first = panel[k][0], second = panel[k][1];
     for (int t = 0; t < COUNT; ++t) {
       const float value = x.data[t * x.distance + k];
