@@ -703,7 +703,8 @@ def test_what_budgets_are_worth_is_in_the_records():
     for file in ("budgets", "budgets_reference"):
         records = read_records(ROOT / f"docs/records/{file}.jsonl")
         texts.append({record.label: record.quality for record in records if not record.is_baseline})
-    larger = ("128 block", "256 block", "128 prompt")
+    larger = ("128 block", "256 block", "128 prompt", "256 prompt")
+    every = ("64 block", "64 prompt", *larger, "512 block")
 
     def pairs(kind, policies, settings, other=""):
         found = [
@@ -716,30 +717,32 @@ def test_what_budgets_are_worth_is_in_the_records():
 
     means, verdicts = pairs("measured", ("h2o", "caote", "snapkv"), larger)
     assert max(means) < 0
-    assert (len(means), verdicts.count("better")) == (18, 15)
+    assert (len(means), verdicts.count("better")) == (24, 18)
     assert (
-        f"in all 18 cases (three policies, three settings, two texts), by {-max(means):.3f} to {-min(means):.3f}"
-        in page
+        "in all 24 cases (three policies, two budgets, two schedules, two texts), "
+        f"by {-max(means):.3f} to {-min(means):.3f}, beyond doubt in 18" in page
     )
-    means, verdicts = pairs("measured", ("h2o", "caote", "snapkv"), ("64 block",))
-    assert f"more in all six, by {min(means):.3f} to {max(means):.3f}, beyond doubt in three" in page
-    assert (len(means), verdicts.count("worse")) == (6, 3)
+    means, verdicts = pairs("measured", ("h2o", "caote", "snapkv"), every[:2])
+    assert f"more in all 12, by {min(means):.3f} to {max(means):.3f}, beyond doubt in nine" in page
+    assert (len(means), verdicts.count("worse")) == (12, 9)
     assert min(means) > 0
+    assert set(pairs("measured", ("h2o", "caote", "snapkv"), every[-1:])[1]) == {"same"}
     means, verdicts = pairs("measured", ("caote",), larger)
-    assert verdicts.count("better") == 5
+    assert f"less than `caote` by {-max(means):.3f} to {-min(means):.3f} (beyond doubt in seven cases of eight)" in page
+    assert (len(verdicts), verdicts.count("better")) == (8, 7)
     for text in texts:
         for one in larger:
             rows = {label: quality.nll for label, quality in text.items() if label.endswith(f" {one}")}
             assert min(rows, key=rows.get) == f"caote, measured {one}"
     means, verdicts = pairs("measured", ("caote",), larger, other="h2o, measured")
     assert max(means) < 0
-    assert verdicts == ["same"] * 3 + ["better"] * 3
-    means, verdicts = pairs("pyramid", ("h2o", "snapkv"), (*larger, "64 block"))
+    assert (len(verdicts), verdicts.count("better"), verdicts.count("same")) == (8, 5, 3)
+    means, verdicts = pairs("pyramid", ("h2o", "snapkv"), every)
     assert set(verdicts) == {"worse"}
-    assert f"in all 16 cases, by {min(means):.3f} to {max(means):.3f}" in page
-    means, verdicts = pairs("adaptive", ("h2o", "snapkv"), (*larger, "64 block"))
-    assert (len(verdicts), verdicts.count("worse")) == (16, 13)
-    assert f"loses more, too, by {min(means):.3f} to {max(means):.3f}" in page
+    assert f"in all 28 cases, by {min(means):.3f} to {max(means):.3f}" in page
+    means, verdicts = pairs("adaptive", ("h2o", "snapkv"), every)
+    assert (len(verdicts), verdicts.count("worse"), verdicts.count("same")) == (28, 20, 8)
+    assert f"loses more, too, by {min(means):.3f} to {max(means):.3f}, beyond doubt in 20 of 28" in page
 
 
 def test_what_holds_on_both_texts_is_in_the_records():

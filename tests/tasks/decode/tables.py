@@ -17,8 +17,10 @@ TABLES = {
     "claims-ends": ("claims", "claims", ENDS),
     "claims-reference": ("claims_reference", "claims", MILD),
     "claims-reference-ends": ("claims_reference", "claims", ENDS),
-    "budgets": ("budgets", "budgets", (ENDS[0], *MILD[:3])),
-    "budgets-reference": ("budgets_reference", "budgets", (ENDS[0], *MILD[:3])),
+    "budgets": ("budgets", "budgets", MILD),
+    "budgets-ends": ("budgets", "budgets", ENDS),
+    "budgets-reference": ("budgets_reference", "budgets", MILD),
+    "budgets-reference-ends": ("budgets_reference", "budgets", ENDS),
 }
 
 
