@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from attnzoo.bench.record import Environment
-from attnzoo.kernels import depthwise, native
+from attnzoo.kernels import depthwise, native, padre
 
 NO_COMPILER = "none: kernels for CPUs are computed by plain PyTorch, slower"
 FAILED = ", failed to compile: plain PyTorch, slower"
@@ -39,7 +39,7 @@ def _compiler() -> str:
     path = native.compiler()
     if path is None:
         return NO_COMPILER
-    return Path(path).name + ("" if depthwise.is_compiled() else FAILED)
+    return Path(path).name + ("" if depthwise.is_compiled() and padre.is_compiled() else FAILED)
 
 
 def _version(package: str) -> str | None:

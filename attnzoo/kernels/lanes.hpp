@@ -2,8 +2,8 @@
 //
 // A block is LANES neighboring channels, side by side in a vector. A row of a block is padded: `size / 2` vectors of
 // zeros before its tokens and at least as many after them. WIDE neighboring outputs stay in registers for all taps. Taps
-// that read beyond the upper and lower edge of the grid are left out; so are those beyond its left and right edge where
-// the side of the kernel is known to the compiler (SIZE; 0 for any).
+// that read beyond the upper and lower edge of the grid are left out. Where the side of the kernel is known to the
+// compiler (SIZE; 0 for any) so are those beyond the left edge, and the right one if a row of registers ends there.
 
 #pragma once
 

@@ -160,6 +160,9 @@ struct Call {
   ConvolveRow convolve;
   const Lanes *panels, *taps;                // of each factor and pair
   int64_t panel_size, taps_size, ring_size;  // in vectors
+  const Pair* panel(int64_t factor, int64_t pair) const {
+    return reinterpret_cast<const Pair*>(panels + (factor * layer.pairs() + pair) * panel_size);
+  }
 };
 
 // What one stage reads and writes of one image.
@@ -169,32 +172,43 @@ struct Image {
   float* out;
 };
 
-// Rows first .. last of a pair of blocks, through all factors of a stage.
+// Of a thread.
+struct Scratch {
+  Lanes *rings, *biases;  // of each factor: its ring; bias of its map, and of its convolution
+  const Lanes** under;    // the row that each row of taps reads
+};
+
+// Rows first .. last of a pair of blocks, through all factors of a stage; the prefix with the first of them.
 void go_down(const Call& call, int64_t stage, const Image& image, int64_t pair, int64_t first, int64_t last,
-             Lanes* rings, const Lanes** under) {
+             const Scratch& scratch) {
   const Layer& l = call.layer;
   float* out = image.out + pair * PAIR * LANES;
-  int64_t mapped = std::max<int64_t>(0, first - l.half());  // rows before it are in the ring
+  Pair* biases = reinterpret_cast<Pair*>(scratch.biases);
+  bool multiply = false;
+  for (int64_t f = 0; f < call.count; ++f) {
+    const Factor& factor = call.factors[f];
+    if (factor.stage != stage) continue;
+    read(factor.map_bias, l.channels, pair, biases[2 * f]);
+    read(factor.bias, l.channels, pair, biases[2 * f + 1]);
+    if (l.prefix) {
+      mix_prefix(l, factor, factor.from_input ? image.input : image.before,
+                 factor.from_input ? image.input_sum : image.before_sum, pair, call.panel(f, pair), biases[2 * f],
+                 biases[2 * f + 1], first == 0 ? out : nullptr, multiply);
+    }
+    multiply = true;
+  }
+  int64_t mapped = std::max<int64_t>(0, first - l.half());  // rows before it are in the rings
   for (int64_t y = first; y < last; y += l.chunk()) {
     const int64_t end = std::min(y + l.chunk(), last), needed = std::min(l.height, end + l.half());
-    bool multiply = false;
+    multiply = false;
     for (int64_t f = 0; f < call.count; ++f) {
       const Factor& factor = call.factors[f];
       if (factor.stage != stage) continue;
-      const int64_t part = f * l.pairs() + pair;
-      const Pair* panel = reinterpret_cast<const Pair*>(call.panels + part * call.panel_size);
       const Tokens& source = factor.from_input ? image.input : image.before;
-      Pair map_bias, bias;
-      read(factor.map_bias, l.channels, pair, map_bias);
-      read(factor.bias, l.channels, pair, bias);
-      if (l.prefix) {
-        mix_prefix(l, factor, source, factor.from_input ? image.input_sum : image.before_sum, pair, panel, map_bias,
-                   bias, y == 0 ? out : nullptr, multiply);
-      }
-      Lanes* ring = rings + f * call.ring_size;
-      map_rows(l, source.from(l.prefix), mapped, needed, panel, map_bias, ring);
-      convolve_rows(l, call.convolve, y, end, pair, ring, call.taps + part * call.taps_size, bias, under,
-                    out + l.prefix * l.channels, multiply);
+      Lanes* ring = scratch.rings + f * call.ring_size;
+      map_rows(l, source.from(l.prefix), mapped, needed, call.panel(f, pair), biases[2 * f], ring);
+      convolve_rows(l, call.convolve, y, end, pair, ring, call.taps + (f * l.pairs() + pair) * call.taps_size,
+                    biases[2 * f + 1], scratch.under, out + l.prefix * l.channels, multiply);
       multiply = true;
     }
     mapped = needed;
@@ -236,10 +250,11 @@ extern "C" int attnzoo_padre(const float* x, int64_t x_image, int64_t x_token, c
         pack(factor.taps, channels, l.area(), first, taps.data + i * taps_size + p * l.area(), 1);
       }
     }
-    Buffer rings(count * ring_size);
+    Buffer rings(count * ring_size), biases(count * 2 * PAIR);
     std::unique_ptr<const Lanes*[]> under(new (std::nothrow) const Lanes*[size]);
     std::unique_ptr<double[]> wide(new (std::nothrow) double[channels]);
-    const bool ready = rings.data && under && wide;
+    const bool ready = rings.data && biases.data && under && wide;
+    const Scratch scratch{rings.data, biases.data, under.get()};
     failed = !ready;
     if (ready) std::memset(static_cast<void*>(rings.data), 0, count * ring_size * sizeof(Lanes));  // margins stay 0
     for (int64_t stage = 0; stage < stages; ++stage) {
@@ -263,7 +278,7 @@ extern "C" int attnzoo_padre(const float* x, int64_t x_image, int64_t x_token, c
       for (int64_t task = 0; task < batch * strips * pairs; ++task) {
         if (!ready) continue;
         const int64_t first = task / pairs % strips * strip, last = std::min(first + strip, height);
-        go_down(call, stage, image_of(task / (pairs * strips)), task % pairs, first, last, rings.data, under.get());
+        go_down(call, stage, image_of(task / (pairs * strips)), task % pairs, first, last, scratch);
       }
     }
   }

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from attnzoo.errors import ShapeError, UnsupportedError
@@ -25,6 +25,7 @@ from attnzoo.kernels.native import library
 
 SYMBOLS = ("attnzoo_padre",)
 NO_PREFIX = (0, 0, 0)
+PLAIN = (Tensor, nn.Parameter)
 
 
 class Weights(NamedTuple):
@@ -66,10 +67,13 @@ class Weights(NamedTuple):
 def fits(x: Tensor, weights: Weights) -> bool:
     """Whether `padre` can compute this: float32 on a CPU, no gradient recorded, and a compiler found.
 
-    As with `depthwise2d`, an exported program and torch.func's transforms go through torch's own operators alone. Of
-    the weights only B is looked at, which all others must be like in a layer that works at all.
+    As with `depthwise2d`, an exported program and torch.func's transforms go through torch's own operators alone; so do
+    subclasses of tensors. Of the weights' dtypes only B's is looked at, which all others must have in a layer that
+    works at all.
     """
     if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in (x, weights.b)):
+        return False
+    if any(type(t) not in PLAIN or t.layout is not torch.strided for t in (x, *weights.tensors)):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting():
         return False
@@ -106,8 +110,10 @@ def padre(x: Tensor, weights: Weights, height: int, width: int) -> Tensor:
     ShapeError
         If shapes do not fit together.
     UnsupportedError
-        Where it does not run; see `fits`.
+        If gradients are recorded, tensors are not float32 on a CPU, or there is no compiler.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights.tensors)):
+        raise UnsupportedError("attnzoo::padre has no gradient; call the mixer `padre`")
     out: Tensor = torch.ops.attnzoo.padre(x, *weights, height, width)
     return out
 
@@ -116,7 +122,8 @@ def padre(x: Tensor, weights: Weights, height: int, width: int) -> Tensor:
 _LIBRARY = torch.library.Library("attnzoo", "FRAGMENT")
 _LIBRARY.define(
     "padre(Tensor x, Tensor b, Tensor b_bias, Tensor[] a, Tensor[] a_bias, Tensor[] d, Tensor[] d_bias, Tensor[] c, "
-    "Tensor[] c_bias, Tensor[] a_prefix, Tensor[] c_prefix, int height, int width) -> Tensor"
+    "Tensor[] c_bias, Tensor[] a_prefix, Tensor[] c_prefix, SymInt height, SymInt width) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -138,6 +145,8 @@ def _padre(
 ) -> Tensor:
     weights = Weights(b, b_bias, a, a_bias, d, d_bias, c, c_bias, a_prefix, c_prefix)
     _check(x, weights, height, width)
+    if not x.numel():
+        return torch.empty_like(x)
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     batch, tokens, channels = x.shape
     count, factors, keep = _factors(weights)
@@ -163,9 +172,9 @@ def _(x: Tensor, *args: Any) -> Tensor:
 def _flops(
     x: tuple[int, ...], b: Any, b_bias: Any, a: Any, a_bias: Any, d: Any, d_bias: Any, c: Any, *args: Any, **kwargs: Any
 ) -> int:
-    """A multiply and an add per weight of a map and per tap, for each token; the shapes are those of the arguments."""
-    batch, tokens, channels = x
-    return 2 * batch * tokens * channels * sum(channels + taps[-1] ** 2 for taps in (*a, *c))
+    """A multiply and an add per weight of a map for each token, and per tap for each patch, from arguments' shapes."""
+    (batch, tokens, channels), (height, width) = x, args[-2:]
+    return 2 * batch * channels * sum(tokens * channels + height * width * taps[-1] ** 2 for taps in (*a, *c))
 
 
 def _factors(weights: Weights) -> tuple[int, ctypes.Array[ctypes.c_int64], list[Tensor]]:
@@ -206,7 +215,8 @@ def _function() -> Any:
 def _check(x: Tensor, weights: Weights, height: int, width: int) -> None:
     if x.dim() != 3 or min(height, width) < 1 or x.shape[1] < height * width:
         raise ShapeError(f"tokens of a grid {(height, width)} are (B, P + {height * width}, C), not {tuple(x.shape)}")
-    channels, degree, between, size = x.shape[2], len(weights.a), len(weights.d), weights.a[0].shape[-1]
+    channels, degree, between = x.shape[2], len(weights.a), len(weights.d)
+    size = weights.a[0].shape[-1] if degree else 0  # and 0 is not odd
     prefix = x.shape[1] > height * width
     row, square, taps = (channels,), (channels, channels), (channels, 1, size, size)
     fitting = (

@@ -484,8 +484,12 @@ def _weights(modules: Sequence[nn.Linear] | Sequence[DepthwiseConv2d]) -> tuple[
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its class says: no subclass (adapters, quantization), and nothing hooked in."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether a module computes what its class says: nothing put over it (adapters, quantization) or hooked in.
+
+    Hooks on all modules, which torch's own FLOP counter has, are called for the layer and not for its parts.
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked and module.bias is not None
 
 
 def _last(line: Tensor, length: int, count: Tensor | None) -> Tensor:

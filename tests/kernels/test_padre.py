@@ -22,6 +22,10 @@ def problem(batch=2, prefix=0, grid=(4, 5), channels=8, seed=0, **options):
     return mixer, torch.randn(batch, prefix + grid[0] * grid[1], channels), {"grid": grid, "prefix": prefix}
 
 
+def weights_of(mixer, x, grid, prefix):
+    return mixer._fused_weights(mixer._mixing.layout(x, grid, prefix, None))
+
+
 def operators(mixer, x, **place):
     with torch.no_grad():
         return set(trace(lambda: mixer(x, **place)).ops)
@@ -49,15 +53,35 @@ def test_equals_float64(batch, prefix, grid, channels, degree, kernel_size, z_mi
     options = {"degree": degree, "kernel_size": kernel_size, "z_mixing": z_mixing}
     mixer, x, place = problem(batch, prefix, grid, channels, seed, **options)
     exact = copy.deepcopy(mixer).double()(x.double(), **place)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            fast = mixer(x, **place)
-    finally:
-        torch.set_num_threads(before)
+    fast = by_threads(threads, mixer, x, **place)
     assert fast.dtype == torch.float32
     assert (fast.double() - exact).abs().max() <= 4e-6 * degree * exact.abs().max()
+
+
+def by_threads(count, mixer, x, grid, prefix):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with torch.no_grad():
+            weights = weights_of(mixer, x, grid, prefix)
+            assert fused.fits(x, weights)
+            out = fused.padre(x, weights, *grid)
+            assert torch.equal(out, mixer(x, grid=grid, prefix=prefix)), "a layer without output map is this alone"
+    finally:
+        torch.set_num_threads(before)
+    return out
+
+
+@pytest.mark.parametrize("threads", [2, 5, 16])
+def test_strips_of_rows_give_what_one_gives(threads):
+    mixer, x, place = problem(1, 1, (90, 3), 8, degree=3)
+    assert torch.equal(by_threads(threads, mixer, x, **place), by_threads(1, mixer, x, **place))
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_no_image_gives_nothing(prefix):
+    mixer, x, place = problem(2, prefix, degree=2)
+    assert by_threads(2, mixer, x[:0], **place).shape == x[:0].shape
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (28, 28), (7, 7), (56, 56), (16, 24)])
@@ -68,7 +92,7 @@ def test_equals_the_equation_on_common_grids(grid):
         assert (mixer(x, **place).double() - exact).abs().max() <= 4e-6 * exact.abs().max()
 
 
-def test_nothing_is_read_that_nobody_wrote():
+def test_every_output_is_written_and_no_other_read():
     mixer, x, place = problem(2, 2, (9, 13), 20, degree=3)
     with torch.no_grad():
         expected = mixer(x, **place)
@@ -94,7 +118,7 @@ def test_tokens_may_lie_anywhere():
 def test_the_operator_keeps_torchs_rules():
     mixer, x, place = problem(1, 1, degree=2, kernel_size=3)
     with torch.no_grad():
-        weights = mixer._fused_weights(mixer._mixing.layout(x, place["grid"], 1, None))
+        weights = weights_of(mixer, x, **place)
         torch.library.opcheck(torch.ops.attnzoo.padre.default, (x, *weights, *place["grid"]))
 
 
@@ -107,8 +131,12 @@ def test_gradients_are_recorded_as_ever():
         torch.testing.assert_close(mixer(x, **place), out)
     mixer.requires_grad_(False)
     assert "attnzoo.padre" in trace(lambda: mixer(x, **place)).ops, "nothing asks for a gradient"
-    x.requires_grad_()
-    assert mixer(x, **place).requires_grad
+    for one in (x, mixer.y_tokens[1].bias):
+        one.requires_grad_()
+        assert mixer(x, **place).requires_grad
+        with pytest.raises(UnsupportedError, match="no gradient"):
+            fused.padre(x, weights_of(mixer, x, **place), *place["grid"])
+        one.requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +185,30 @@ def test_what_is_hooked_in_or_put_in_place_of_a_map_is_called():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    adapter = Adapter(8, 8)
-    adapter.load_state_dict(mixer.z_channels[0].state_dict())
-    mixer.z_channels[0] = adapter
+    own = mixer.z_channels[0]
+    for other in (Adapter(8, 8), torch.nn.Linear(8, 8, bias=False)):
+        mixer.z_channels[0] = other
+        assert "attnzoo.padre" not in operators(mixer, x, **place)
+    mixer.z_channels[0] = own
+    own.forward = lambda x: torch.nn.Linear.forward(own, x)
     assert "attnzoo.padre" not in operators(mixer, x, **place)
+    del own.forward
+    assert "attnzoo.padre" in operators(mixer, x, **place)
+
+
+class Tagged(torch.Tensor):
+    """A subclass, as quantized weights are."""
+
+
+def test_subclasses_of_tensors_see_torchs_operators():
+    mixer, x, place = problem(degree=2)
+    expected = mixer(x, **place)
+    assert "attnzoo.padre" not in operators(mixer, x.as_subclass(Tagged), **place)
+    weight = mixer.y_channels.weight.detach().as_subclass(Tagged)
+    mixer.y_channels.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x, **place).as_subclass(torch.Tensor), expected)
+    assert not fused.fits(x, weights_of(mixer, x, **place))
 
 
 def test_torch_func_and_forward_mode_see_torchs_operators():
@@ -192,9 +240,27 @@ def test_compiles_without_a_break_and_exports_for_every_machine():
     assert not any("attnzoo" in str(node.target) for node in program.graph.nodes)
 
 
+def test_a_graph_of_symbolic_sizes_takes_any_grid():
+    mixer, _, _ = problem(1, 1, degree=2, kernel_size=3)
+    torch._dynamo.reset()
+
+    def run(image):
+        tokens = torch.cat([image[:, :1, 0], image.flatten(1, 2)], 1)
+        return mixer(tokens, grid=(image.shape[1], image.shape[2]), prefix=1)
+
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=frames, dynamic=True)
+    with torch.no_grad():
+        for height, width in ((4, 5), (7, 6), (9, 11)):
+            image = torch.randn(2, height, width, 8)
+            torch.testing.assert_close(compiled(image), run(image))
+    assert frames.frame_count == 1
+
+
 @pytest.mark.parametrize("z_mixing", ["full", "identity"])
-def test_flops_are_those_of_its_parts(z_mixing):
-    mixer, x, place = problem(2, 0, (6, 5), 8, degree=3, z_mixing=z_mixing)
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_flops_are_those_of_its_parts(z_mixing, prefix):
+    mixer, x, place = problem(2, prefix, (6, 5), 8, degree=3, z_mixing=z_mixing)
     with torch.no_grad():
         whole = trace(lambda: mixer(x, **place))
     parts = trace(lambda: mixer(x, **place))  # with gradients: one operator after the other
@@ -208,7 +274,7 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
     mixer, x, place = problem(1, 0, (4, 5), 8, degree=2)
     height, width = place["grid"]
     with torch.no_grad():
-        weights = mixer._fused_weights(mixer._mixing.layout(x, place["grid"], 0, None))
+        weights = weights_of(mixer, x, **place)
         wrong = [
             (x[:, :19], weights, r"\(B, P \+ 20, C\), not \(1, 19, 8\)"),
             (x[..., :7], weights, "do not fit together"),
@@ -216,6 +282,7 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched():
             (x, weights._replace(b=weights.b[:8]), "do not fit together"),
             (x, weights._replace(a=[*weights.a[:1], weights.a[1][..., :10, :10]]), "do not fit together"),
             (x, weights._replace(c_bias=[]), "do not fit together"),
+            (x, weights._replace(a=[], a_bias=[]), "do not fit together"),
             (x, weights._replace(d=[], d_bias=[]), "do not fit together"),
         ]
         for given_, some, said in wrong:
