@@ -17,7 +17,7 @@ from attnzoo.units import MB
 
 INK = "#010203"  # stands for the page's text color, which is put in afterwards
 MOST_MARKED = 30  # places on a curve, for each to have its marker
-KEYED = 0.7  # the right end of axes that have their key beside them
+KEYED, SHORT = 0.7, 17  # the right end of axes that have a key beside them with labels of so many characters at most
 SHAPES = {"forward": "o", "training": "s", "prefill": "^", "decode": "v"}
 
 
@@ -133,7 +133,7 @@ def _trade(trades: list[Trade], title: str, shapes: dict[str, str], salt: str) -
         return ""
     trades = sorted(trades, key=lambda trade: -trade.kept)
     height = max(4.6, 1.5 + 0.21 * len(trades))
-    figure, axes = new_figure(right=KEYED, height=height)
+    figure, axes = new_figure(height=height)
     figure.subplots_adjust(bottom=(0.62 + 0.2 * len(shapes)) / height)
     low, high = min(*(t.low for t in trades), 0.95), max(*(t.high for t in trades), 1.02)
     room = (high - low) * 0.06
@@ -179,7 +179,7 @@ def against_tokens(
     groups = [group for group in drawn_groups if group.phase == drawn_groups[0].phase]
     if part is None or len({group.tokens for group in groups}) < 2:
         return ""
-    figure, axes = new_figure(right=KEYED)
+    figure, axes = new_figure()
     labels = summary.labels[part]
     drawn: list[float] = []
     for label in labels:
@@ -226,9 +226,7 @@ def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y:
     shown = {label: each for label, each in seeds.items() if each and all(each)}
     if not shown:
         return ""
-    longest = max(map(len, shown))  # characters, for which the key has room
-    right = KEYED - 0.03 - 0.0125 * max(0, longest - 20)
-    figure, axes = new_figure(right=right, height=max(4.2, 0.6 + 0.21 * len(shown)))
+    figure, axes = new_figure(height=max(4.2, 0.6 + 0.21 * len(shown)))
     for label, each in shown.items():
         places = sorted(set.intersection(*map(set, each)))
         values = [[one[place] for one in each] for place in places]
@@ -244,14 +242,14 @@ def mean_curves(seeds: Mapping[str, Sequence[Mapping[float, float]]], x: str, y:
     return to_svg(figure, y)
 
 
-def new_figure(right: float = 0.97, height: float = 4.2) -> tuple[Any, Any]:
+def new_figure(height: float = 4.2) -> tuple[Any, Any]:
     """Give an empty figure and its axes, in the page's look; `height` in inches."""
     require("matplotlib")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, height))
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=0.13, right=right, top=0.97, bottom=0.13)
+    figure.subplots_adjust(left=0.13, right=0.97, top=0.97, bottom=0.13)
     axes.patch.set_alpha(0)
     axes.grid(True, color=INK, alpha=0.12, lw=0.7)
     axes.tick_params(colors=INK, which="both")
@@ -280,7 +278,9 @@ def plain_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def add_key(axes: Any) -> None:
-    """Add the key of what was drawn with a label, outside the axes, at their right, which ends at `KEYED`."""
+    """Add the key of what was drawn with a label, outside the axes, at their right, which leave room for it."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+    axes.figure.subplots_adjust(right=min(KEYED, KEYED - 0.0125 * (longest - SHORT)))
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.02, 1.02), borderaxespad=0, frameon=False, labelcolor=INK, fontsize=9
     )

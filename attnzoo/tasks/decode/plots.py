@@ -7,7 +7,7 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.colors import look
-from attnzoo.bench.plots import INK, KEYED, add_key, new_figure, to_svg
+from attnzoo.bench.plots import INK, add_key, new_figure, to_svg
 from attnzoo.bench.record import Interval, Record
 from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity, Retrieval
 
@@ -34,7 +34,7 @@ def position_plots(rows: Sequence[Row]) -> list[tuple[str, str]]:
     drawn, labels = [], [row.label for row, _ in rows]
     curves = [(row, quality) for row, quality in rows if quality.curve]
     for budget in dict.fromkeys(row.options.get("budget") for row, _ in curves):
-        figure, axes = new_figure(right=KEYED)
+        figure, axes = new_figure()
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
         for row, quality in curves:
             if row.options.get("budget") != budget:
