@@ -96,9 +96,10 @@ def interval_plot(rows: Sequence[Row], salt: str, of: Callable[[Any], Interval |
 def _tall_figure(rows: Sequence[Row]) -> tuple[Any, Any]:
     """Axes with a line for each row, named at the left, with the part of the dense cache that it held."""
     figure, axes = new_figure(height=1.1 + 0.27 * len(rows))
-    figure.subplots_adjust(left=0.34, bottom=0.6 / figure.get_figheight())
     held = [quality.cache_ratio for _, quality in rows]
     names = [row.label + (f" ({part:.2f}x)" if part else "") for (row, _), part in zip(rows, held, strict=True)]
+    longest = max(map(len, names), default=0)
+    figure.subplots_adjust(left=max(0.34, 0.03 + 0.0135 * longest), bottom=0.6 / figure.get_figheight())
     axes.set_yticks(range(len(rows)), names)
     return figure, axes
 
