@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, flop_regi
 Shape = tuple[int, ...]
 BY_PRODUCT = 1  # how `torch.cdist` hands down compute_mode="use_mm_for_euclid_dist"; 0 and None: where there are many
 MANY_ROWS = 25  # above which `torch.cdist` makes Euclidean distances of a product, unless told not to
-MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "depthwise", "fft", "padre")
+MIXING_WORDS = ("attention", "softmax", "bmm", "conv", "fft", "attnzoo")  # the last of all operators of our own
 MOVES = frozenset({"_to_copy", "_unsafe_view", "cat", "clone", "copy_", "detach", "empty", "empty_like", "fill_",
                    "new_empty", "zeros"})  # fmt: skip
 """Operators of ATen that only make or move data, besides the views."""

@@ -182,7 +182,7 @@ def _depthwise2d_backward(
     """Gradients of x, weight and bias (one `an_image`, or one for all), as far as `wanted`."""
     for tensor in (grad, x):
         _check(tensor, weight, None, height, width)
-    grad, x, grads = _side_by_side(grad), _side_by_side(x), []
+    grad, x, grads = side_by_side(grad), side_by_side(x), []
     if wanted[0]:
         grads.append(_convolve(grad, weight, None, height, width, flip=True))
     if wanted[1]:
@@ -272,7 +272,7 @@ def _convolve(
     """The convolution, by kernels turned by 180 degrees if `flip` (the input's gradient); times `into`, in place."""
     _check(x, weight, bias, height, width)
     _check_kinds(x, weight, *(() if bias is None else (bias,)))
-    x, weight = _side_by_side(x), weight.contiguous()
+    x, weight = side_by_side(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape) if into is None else into
     failed = _library().attnzoo_depthwise(
@@ -303,7 +303,7 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def _side_by_side(x: Tensor) -> Tensor:
+def side_by_side(x: Tensor) -> Tensor:
     """`x` with the channels of a token side by side."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 

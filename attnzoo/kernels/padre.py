@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from attnzoo.errors import ShapeError, UnsupportedError
-from attnzoo.kernels.depthwise import in_transform
+from attnzoo.kernels.depthwise import in_transform, side_by_side
 from attnzoo.kernels.native import library
 
 SYMBOLS = ("attnzoo_padre",)
@@ -147,7 +147,7 @@ def _padre(
     _check(x, weights, height, width)
     if not x.numel():
         return torch.empty_like(x)
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    x = side_by_side(x)
     batch, tokens, channels = x.shape
     count, factors, keep = _factors(weights)
     out = x.new_empty(x.shape)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnzoo import create_attention
 from attnzoo.bench.trace import trace
@@ -248,7 +249,7 @@ def test_a_graph_of_symbolic_sizes_takes_any_grid():
         tokens = torch.cat([image[:, :1, 0], image.flatten(1, 2)], 1)
         return mixer(tokens, grid=(image.shape[1], image.shape[2]), prefix=1)
 
-    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    frames = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=frames, dynamic=True)
     with torch.no_grad():
         for height, width in ((4, 5), (7, 6), (9, 11)):
