@@ -286,6 +286,13 @@ def add_key(axes: Any) -> None:
     )
 
 
+def name_rows(axes: Any, names: Sequence[str], least: float, fontsize: float = 10) -> None:
+    """Name the rows of a plot at its left; the axes leave room for the longest name, and at least the part `least`."""
+    axes.set_yticks(range(len(names)), names, fontsize=fontsize)
+    longest = max(map(len, names), default=0)
+    axes.figure.subplots_adjust(left=max(least, 0.03 + 0.0014 * fontsize * longest))
+
+
 def to_svg(figure: Any, salt: str) -> str:
     """Give the figure as an ``<svg>`` element whose identifiers are its own."""
     import matplotlib

@@ -1,9 +1,6 @@
-from types import SimpleNamespace
-
 import pytest
 
 from attnzoo.bench import plots
-from attnzoo.tasks.decode.plots import _tall_figure
 
 
 @pytest.mark.parametrize("length", [4, 17, 22, 30])
@@ -22,11 +19,12 @@ def test_the_key_of_a_plot_has_room_for_its_labels(length):
 
 
 @pytest.mark.parametrize("length", [4, 23, 34])
-def test_the_names_left_of_intervals_are_whole(length):
+@pytest.mark.parametrize("fontsize", [7, 10])
+def test_names_left_of_a_plot_are_whole(length, fontsize):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    rows = [(SimpleNamespace(label="n" * length), SimpleNamespace(cache_ratio=0.25))] * 2
-    figure, axes = _tall_figure(rows)
+    figure, axes = plots.new_figure()
+    plots.name_rows(axes, ["n" * length, "short"], least=0.34, fontsize=fontsize)
     FigureCanvasAgg(figure).draw()
     assert all(name.get_window_extent().x0 >= 0 for name in axes.get_yticklabels())
     assert axes.bbox.width > 0.25 * figure.bbox.width

@@ -9,7 +9,7 @@ from html import escape
 
 from attnzoo.bench.colors import DENSE
 from attnzoo.bench.html import Section, pictures
-from attnzoo.bench.plots import mean_curves, new_figure, to_svg
+from attnzoo.bench.plots import mean_curves, name_rows, new_figure, to_svg
 from attnzoo.bench.record import Record
 from attnzoo.tasks.classify.quality import Accuracy
 
@@ -62,7 +62,7 @@ def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
     order = sorted(seeds, key=lambda label: statistics.fmean(seeds[label]))
     height = 0.9 + 0.3 * len(order)
     figure, axes = new_figure(height=height)
-    figure.subplots_adjust(left=0.38, bottom=0.6 / height)
+    figure.subplots_adjust(bottom=0.6 / height)
     for place, label in enumerate(order):
         color, mean = DENSE if label == baseline else OTHER, statistics.fmean(seeds[label])
         if label == baseline:
@@ -71,7 +71,7 @@ def accuracy_plot(qualities: Mapping[str, Accuracy], baseline: str) -> str:
             axes.hlines(place, 100 * qualities[label].low, 100 * qualities[label].high, color=color, alpha=0.6, lw=1.2)
         axes.plot(seeds[label], [place] * len(seeds[label]), "o", color=color, alpha=0.6, ms=6, mew=0)
         axes.plot([mean], [place], "|", color=color, ms=16, mew=2.2)
-    axes.set_yticks(range(len(order)), order)
+    name_rows(axes, order, least=0.38)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel(TOP1)
     return to_svg(figure, "accuracy")

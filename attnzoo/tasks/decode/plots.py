@@ -7,7 +7,7 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.colors import look
-from attnzoo.bench.plots import INK, add_key, new_figure, to_svg
+from attnzoo.bench.plots import INK, add_key, name_rows, new_figure, to_svg
 from attnzoo.bench.record import Interval, Record
 from attnzoo.tasks.decode.quality import KIND_TITLES, Perplexity, Retrieval
 
@@ -98,9 +98,8 @@ def _tall_figure(rows: Sequence[Row]) -> tuple[Any, Any]:
     figure, axes = new_figure(height=1.1 + 0.27 * len(rows))
     held = [quality.cache_ratio for _, quality in rows]
     names = [row.label + (f" ({part:.2f}x)" if part else "") for (row, _), part in zip(rows, held, strict=True)]
-    longest = max(map(len, names), default=0)
-    figure.subplots_adjust(left=max(0.34, 0.03 + 0.0135 * longest), bottom=0.6 / figure.get_figheight())
-    axes.set_yticks(range(len(rows)), names)
+    figure.subplots_adjust(bottom=0.6 / figure.get_figheight())
+    name_rows(axes, names, least=0.34)
     return figure, axes
 
 

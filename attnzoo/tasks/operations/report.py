@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from attnzoo.bench.html import Section
-from attnzoo.bench.plots import INK, new_figure, plain_ticks, to_svg
+from attnzoo.bench.plots import INK, name_rows, new_figure, plain_ticks, to_svg
 from attnzoo.bench.words import milliseconds, one_line, speed_verdict, times
 from attnzoo.tables import Column, Table
 from attnzoo.tasks.operations.record import Record
@@ -82,7 +82,7 @@ def speed_plot(records: Sequence[Record]) -> str:
         return ""
     height = 0.9 + 0.3 * len(shown)  # inches
     figure, axes = new_figure(height=height)
-    figure.subplots_adjust(left=0.45, bottom=0.65 / height)
+    figure.subplots_adjust(bottom=0.65 / height)
     spreads = [speedup.bounds or (speedup.p50, speedup.p50) for _, speedup in shown]
     for y, (spread, (_, speedup)) in enumerate(zip(spreads, shown, strict=True)):
         axes.plot(spread, [y, y], lw=3, color=INK, alpha=0.35)
@@ -90,6 +90,6 @@ def speed_plot(records: Sequence[Record]) -> str:
     axes.axvline(1, color=INK, lw=0.8, ls=":")
     axes.set_xscale("log")
     plain_ticks(axes.xaxis, [1.0, *(end for spread in spreads for end in spread)])
-    axes.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=7)
+    name_rows(axes, [label for label, _ in shown], least=0.45, fontsize=7)
     axes.set_xlabel("times as fast")
     return to_svg(figure, "operations")
