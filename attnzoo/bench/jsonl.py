@@ -37,7 +37,7 @@ def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stac
         try:
             entries.append(model.model_validate_json(line))
         except ValidationError as error:
-            if number > len(lines) and not _is_json(line):
+            if number > len(lines) and not is_json(line):
                 torn = f"{path}: dropped a torn last line of {len(line)} bytes, left by a killed run"
                 warnings.warn(torn, stacklevel=stacklevel + 1)
                 if mend:
@@ -53,7 +53,8 @@ def read_lines(path: Path, model: type[M], schema: int, mend: bool = False, stac
     return entries
 
 
-def _is_json(line: bytes) -> bool:
+def is_json(line: bytes) -> bool:
+    """Whether these bytes are JSON: what a killed writer left torn is not."""
     try:
         json.loads(line)
     except ValueError:

@@ -5,7 +5,6 @@ They show what an attention learns, with no tokenizer between.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 import attnzoo
-from attnzoo.bench.attentions import AttentionConfig, refuse_expect
+from attnzoo.bench.attentions import AttentionConfig, refuse_expect, row_of
 from attnzoo.bench.config import RunConfig, Section, refuse_twins
 from attnzoo.bench.highlights import of_records
+from attnzoo.bench.jsonl import is_json
 from attnzoo.bench.plots import curves
 from attnzoo.bench.record import Count, NonNegative, Record
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
@@ -115,12 +115,8 @@ def plan(config: TrainConfig) -> list[Cell]:
     alike = config.model_dump(mode="json", include={"host", "recipe", "held_out", "seed"})
     return [
         Cell(
-            part="bytes",
+            **row_of(attention, DENSE, "bytes"),
             kind="quality",
-            label=DENSE if attention is None else attention.label,
-            attention=None if attention is None else attention.name,
-            options={} if attention is None else attention.swap,
-            is_baseline=attention is None,
             host="transformers:a small Llama of bytes",
             dtype="float32",
             depends_on={
@@ -186,10 +182,7 @@ def measure(config: TrainConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
 def split(text: str, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """The bytes of a text to train on, and `(windows, tokens)` of its end, which are kept for testing.
 
-    Raises
-    ------
-    ConfigError
-        If little more than the windows would be left for training.
+    Raises `ConfigError` if little more than the windows would be left for training.
     """
     data, tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8), config.recipe.tokens
     kept = config.held_out * tokens
@@ -268,19 +261,11 @@ def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint; those that a killed run left torn are removed, for they would count among those kept."""
     whole: list[Path] = []
     for path in folder.glob("checkpoint-*"):
-        if all((path / name).is_file() for name in FILES) and _is_json(path / STATE):
+        if all((path / name).is_file() for name in FILES) and is_json((path / STATE).read_bytes()):
             whole.append(path)
         else:
             shutil.rmtree(path)
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
 
 
 @torch.inference_mode()

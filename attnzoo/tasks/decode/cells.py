@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnzoo.assets import sha256_of
-from attnzoo.bench.attentions import AttentionConfig
+from attnzoo.bench.attentions import AttentionConfig, row_of
 from attnzoo.bench.task import Cell, OnProgress, Result
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
@@ -76,10 +76,7 @@ def _cell(
     **about: Any,
 ) -> Cell:
     spec = None if index is None else config.attentions[index]
-    who: dict[str, Any] = {
-        "attention": None if spec is None else spec.name,
-        "options": {} if spec is None else spec.swap,
-    }
+    row = row_of(spec, config.baseline, PART)
     asked: Any = getattr(config, section)
     stage = "time" if section == "cost" else "score"
     if section == "nll":
@@ -88,19 +85,17 @@ def _cell(
         canary = config.canary.model_dump(mode="json", exclude=named) if spec is None else config.canary.windows
         depends, stage = {"canary": canary}, "canary" if spec is None else stage
     return Cell(
-        part=PART,
+        **row,
         kind="cost" if section == "cost" else "quality",
-        label=config.baseline if spec is None else spec.label,
-        is_baseline=spec is None,
         host=config.host,
         dtype=config.dtype,
-        **who,
         depends_on={
             section: _depended(asked, spec),
             **inputs,
             **config.model_dump(mode="json", include={"dtype", "seed", "device"}),
             "dense": config.attention,
-            **who,
+            "attention": row["attention"],
+            "options": row["options"],
             **(depends or {}),
         },
         asks={"attention": index, "section": section, **(depends or {})},
@@ -143,12 +138,8 @@ def contents(name: str) -> str | list[Any]:
 def check(config: DecodeConfig) -> None:
     """Check, before anything is loaded, what the schema cannot: packages, text, model and the lengths it can take.
 
-    Raises
-    ------
-    MissingExtraError
-        If a package is missing.
-    ConfigError
-        With every other problem, one per line, or where a launcher started several processes.
+    Raises `MissingExtraError` if a package is missing; `ConfigError` with every other problem, one per line, or where a
+    launcher started several processes.
     """
     refuse_launcher("start it once; workers=N measures N rows at a time")
     require("transformers", "matplotlib", extra="llm")
@@ -192,12 +183,7 @@ def _check_lengths(config: DecodeConfig) -> None:
 def prepare(config: DecodeConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Fetch model and text, once for all processes, cut windows and prompts, and hide needles.
 
-    Raises
-    ------
-    AssetError
-        If one of them cannot be fetched.
-    ConfigError
-        With every reason why the text does not do.
+    Raises `AssetError` if one of them cannot be fetched; `ConfigError` with every reason why the text does not do.
     """
     wanted = {cell.asks["section"] for cell in cells}
     if config.fresh:

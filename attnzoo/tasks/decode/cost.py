@@ -12,7 +12,7 @@ from torch import Tensor
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
 from attnzoo.bench.cost import attention_paths, cost_of
-from attnzoo.bench.measure import Interleaved, clock_for, share_of
+from attnzoo.bench.measure import Interleaved, clock_for, interleave, share_of
 from attnzoo.bench.memory import Peak, keep_buffers, map_buffers, peak_memory
 from attnzoo.bench.record import Gate, Shapes
 from attnzoo.bench.task import OnProgress, Result
@@ -20,7 +20,7 @@ from attnzoo.bench.trace import Trace, trace
 from attnzoo.eviction.budgets import ample
 from attnzoo.hosts.versions import cache_arguments, output_cache
 from attnzoo.tasks.decode.config import DecodeConfig, DecodeCostConfig
-from attnzoo.tasks.decode.decoder import Decoder, decode_in_turn, load_dense, policy_of, read, swapped_twin
+from attnzoo.tasks.decode.decoder import Decoder, load_dense, policy_of, read, swapped_twin
 
 GATE_TOKENS, GATE_STEPS = 48, 4  # the gate's prompt, and the single steps after it
 NO_STEP_PEAK = "none"
@@ -32,15 +32,8 @@ def measure_cost(
 ) -> Result:
     """Load, swap, gate; then, only where the gate passed, memory and time of candidate and baseline in turn.
 
-    Parameters
-    ----------
-    config, spec, say
-        What is measured of which attention, None for dense itself; and who is told how far it is.
-    ids
-        The prompts' tokens, as many prompts as the first batch size.
-    batch
-        Of decoding. Where it is larger than the prompts are many, each row is repeated after the prefill, whose own
-        cost is then left out.
+    Without `spec` dense itself is measured. `ids` are the prompts' tokens, as many prompts as the first batch size.
+    Where the `batch` of decoding is larger, each row is repeated after the prefill, whose own cost is then left out.
     """
     assert config.cost is not None
     device = torch.device(config.device)
@@ -148,11 +141,24 @@ def _timed(
     run: Decoder, dense: Decoder, cost: DecodeCostConfig, device: torch.device, rows: int, say: OnProgress
 ) -> tuple[Interleaved, Interleaved]:
     """Seconds of prefills, in turn, and of a step: the mean of the steps after each prefill, taken in turn."""
+    clock, both = clock_for(device), (run, dense)
     prefills: tuple[list[float], list[float]] = ([], [])
     tokens: tuple[list[float], list[float]] = ([], [])
+
+    def looked(call: Any) -> float:
+        seconds = clock(call)
+        (run if call == run.step else dense).look()
+        return seconds
+
     for repeat in range(cost.repeats):
         say(f"time {repeat + 1}/{cost.repeats}")
-        once, then = decode_in_turn(run, dense, cost.new_tokens, clock_for(device), rows)
+        for each in both:
+            each.forget()
+        once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
+        for each in both:
+            each.look()
+            each.repeat_rows(rows)
+        then = interleave(run.step, dense.step, looked, warmup=0, repeats=cost.new_tokens, min_seconds=0)
         for kept, seconds in zip((*prefills, *tokens), (once.a, once.b, then.a, then.b), strict=True):
             kept.append(math.fsum(seconds) / len(seconds))
     return Interleaved(*map(tuple, prefills)), Interleaved(*map(tuple, tokens))

@@ -12,7 +12,6 @@ from torch import Tensor
 import attnzoo
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig
-from attnzoo.bench.measure import Clock, Interleaved, interleave
 from attnzoo.bench.record import Gate
 from attnzoo.eviction.policy import Policy
 from attnzoo.eviction.size import CacheBytes, kv_bytes
@@ -50,25 +49,6 @@ def policy_of(spec: AttentionConfig | None) -> Policy | None:
     return build_policy(attnzoo.describe(spec.name), spec.options)
 
 
-def decode_in_turn(
-    run: Decoder, dense: Decoder, steps: int, clock: Clock, rows: int = 1
-) -> tuple[Interleaved, Interleaved]:
-    """Seconds of a prefill of each, then of single steps of each, in turn; `rows` repeats every row in between."""
-    run.forget()
-    dense.forget()
-    once = interleave(run.read, dense.read, clock, warmup=0, repeats=1, min_seconds=0)
-    for each in (run, dense):
-        each.look()
-        each.repeat_rows(rows)
-
-    def looked(call: Any) -> float:
-        seconds = clock(call)
-        (run if call == run.step else dense).look()
-        return seconds
-
-    return once, interleave(run.step, dense.step, looked, warmup=0, repeats=steps, min_seconds=0)
-
-
 def read(model: Any, prompts: Tensor) -> Any:
     """A prefill: the prompts into a new cache, and the logits of the first new token."""
     return model(prompts, use_cache=True, logits_to_keep=1)
@@ -77,10 +57,7 @@ def read(model: Any, prompts: Tensor) -> Any:
 class Decoder:
     """A model at work on prompts: `read` them, then `step` greedily. After each the cache's bound is checked.
 
-    Attributes
-    ----------
-    read_bytes, step_bytes
-        Of the cache after a prompt, and the largest after any step.
+    `read_bytes` are those of the cache after a prompt, `step_bytes` the largest after any step.
     """
 
     def __init__(self, model: Any, prompts: Tensor, policy: Policy | None = None) -> None:

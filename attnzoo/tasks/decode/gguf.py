@@ -13,14 +13,8 @@ from attnzoo.extras import require
 def convert(folder: Path, target: Path) -> None:
     """Write the causal language model of the one GGUF file under `folder`, dequantized to float32, into `target`.
 
-    `target` becomes a folder that ``from_pretrained`` of model and tokenizer read.
-
-    Raises
-    ------
-    MissingExtraError
-        If transformers, gguf or safetensors is not installed.
-    AssetError
-        If there is not exactly one GGUF file.
+    `target` becomes a folder that ``from_pretrained`` of model and tokenizer read. Raises `MissingExtraError` without
+    transformers, gguf or safetensors; `AssetError` if there is not exactly one GGUF file.
     """
     require("transformers", "gguf", "safetensors", extra="llm")
     from transformers import AutoModelForCausalLM, AutoTokenizer

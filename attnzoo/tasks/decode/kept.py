@@ -26,10 +26,7 @@ class Line(Entry):
 class KeptSamples:
     """The windows and prompts of one row: each is on disk, whole, before the next begins.
 
-    Parameters
-    ----------
-    path
-        The file of the row, named after all that its figures depend on. One that cannot be read is begun anew.
+    The file is named after all that the row's figures depend on. One that cannot be read is begun anew.
     """
 
     def __init__(self, path: Path) -> None:

@@ -32,16 +32,10 @@ ROOM_FOR_WORDS = 12  # tokens that an answer may have besides the numbers asked 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a text costs the model.
+    """What a text costs the model, and the bytes of its `cache` after the last token.
 
-    Attributes
-    ----------
-    nll
-        Of each token but the first, given all before it that the cache still holds, in nats.
-    cache
-        Bytes of the cache after the last token.
-    kl
-        Of the dense model's distribution of each of these tokens from this model's, in nats, where it was asked for.
+    `nll` is of each token but the first, given all before it that the cache still holds, in nats; `kl`, where it was
+    asked for, the divergence of the dense model's distribution of each of these tokens from this model's, in nats.
     """
 
     nll: tuple[float, ...]
@@ -51,19 +45,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt.
+    """What the model said to a prompt, a line for each question; and of each answer asked for, whether it is there.
 
-    Attributes
-    ----------
-    text
-        Its words; of several questions, a line for each.
-    hits
-        Of each number or word asked for, whether it is there.
-    cache
-        The largest of all steps.
-    held
-        Share of the needles' tokens whose entries the cache held when the prompt had been read, the mean over layers
-        and key/value heads; None where nothing is ever evicted, or the prompt does not say which they are.
+    `cache` is the largest of all steps, `held` the share of the needles' tokens whose entries the cache held when the
+    prompt had been read, the mean over layers and key/value heads; None where nothing is ever evicted, or the prompt
+    does not say which they are.
     """
 
     text: str
@@ -96,23 +82,11 @@ def load_model(
 ) -> Any:
     """Load a causal language model, ready to be evaluated; with random weights, if its folder holds none.
 
-    Parameters
-    ----------
-    name
-        An asset of attnzoo, such as ``smollm2_135m_instruct``; a folder; or a name on the Hugging Face hub.
-    dtype, device
-        Of the weights.
-    attention
-        Which of transformers' own attentions the dense model uses.
+    `name` is an asset of attnzoo, such as ``smollm2_135m_instruct``, a folder, or a name on the Hugging Face hub;
+    `attention` says which of transformers' own the dense model uses.
 
-    Raises
-    ------
-    MissingExtraError
-        If transformers is not installed.
-    AssetError
-        If the asset cannot be fetched.
-    ConfigError
-        If transformers finds no such model, or cannot load it.
+    Raises `MissingExtraError` without transformers, `AssetError` if the asset cannot be fetched, and `ConfigError` if
+    transformers finds no such model, or cannot load it.
     """
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     folder = Path(name)
@@ -139,27 +113,18 @@ def _from_pretrained(kind: str, name: str, doing: str, **settings: Any) -> Any:
 def nll(
     model: Any, ids: Sequence[int] | Tensor, scored: int | None = None, step: int | None = None, dense: Any = None
 ) -> Scored:
-    """Score a text of T tokens through the model's cache.
+    """Score a text of T tokens ``(T,)``, 2 or more, through the cache of a causal language model of transformers.
 
     All logits are kept until they are scored, ``T x vocabulary`` in the model's own dtype (2,000 tokens of a vocabulary
     of 49,152 in float32: 390 MB; as much again with `dense`): a head applied to hidden states chunk by chunk would need
     less, but would leave out what some models do to their logits. Log-probabilities are computed in float32, `CHUNK`
     positions at a time.
 
-    Parameters
-    ----------
-    model
-        A causal language model of transformers.
-    ids
-        ``(T,)``, 2 tokens or more.
-    scored
-        Score the last so many tokens, after a call that reads those before as a prompt; by default all but the first,
-        in one call, so that an evicting cache works as it does in a prefill.
-    step
-        Tokens of each call after the prompt; by default all. With 1 the model decodes, each token given as the text has
-        it (teacher forcing), so that a cache works as it does when text is generated.
-    dense
-        The same model with a cache that holds everything, to be compared with: costs a pass of it, and its logits.
+    With `scored` the last so many tokens alone are scored, after a call that reads those before as a prompt; else all
+    but the first, in one call, so that an evicting cache works as it does in a prefill. After the prompt each call
+    takes `step` tokens, by default all: with 1 the model decodes, each token given as the text has it (teacher
+    forcing), so that a cache works as it does when text is generated. `dense`, the same model with a cache that holds
+    everything, is compared with, which costs a pass of it and its logits.
     """
     row = torch.as_tensor(ids, device=model.device).reshape(1, -1)
     logits, cache = _logits(model, row, scored, step)

@@ -11,6 +11,7 @@ each kind; not every question comes last. `TASKS` says what each kind measures.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -168,20 +169,10 @@ def _instruction(draw: random.Random, numbers: Numbers) -> Story:
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """A kind of prompts.
+    """A kind of prompts: what tables call it, a sentence on what it `measures`, and what makes the story of a prompt.
 
-    Attributes
-    ----------
-    title
-        What tables call it.
-    measures
-        A sentence that says so.
-    write
-        Makes the story of a prompt.
-    place
-        Between which depths of the haystack needles are hidden.
-    question
-        Where it stands: before the text, in its ``middle``, or at its end.
+    Needles are hidden between the depths `place` of the haystack; the question stands before the text, in its
+    ``middle``, or at its end.
     """
 
     title: str
@@ -263,29 +254,14 @@ TASKS: Mapping[Kind, NeedleTask] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt.
+    """One prompt of a kind, the `index`-th; `seed` and `text_sha256` are what it was made from.
 
-    Attributes
-    ----------
-    kind
-        See `TASKS`.
-    index
-        Its place among the samples of its kind.
-    ids
-        The whole prompt, with its first question if there are several, of exactly the number of tokens asked for.
-    answers
-        The numbers or words asked for; of several questions each asks for one.
-    depths
-        Of each answer's needle: 0 at the start of the haystack, 1 at its end.
-    question_at
-        Number of the token at which the text ends, and the question begins if it stands at the end; the empty line
-        before it is its own.
-    needles_at
-        Numbers of the tokens of the needles without which nobody can answer.
-    others
-        In place of the tokens from `question_at` on, those that ask each further question.
-    seed, text_sha256
-        What it was made from.
+    `ids` are the whole prompt, with its first question if there are several, of exactly the number of tokens asked for;
+    `others` are, in place of the tokens from `question_at` on, those that ask each further question. `answers` are the
+    numbers or words asked for (of several questions each asks for one), `depths` those of their needles: 0 at the start
+    of the haystack, 1 at its end. At token `question_at` the text ends, and the question begins if it stands at the
+    end; the empty line before it is its own. `needles_at` are the tokens of the needles without which nobody can
+    answer.
     """
 
     kind: Kind
@@ -308,10 +284,7 @@ def make_samples(text: Text, tokenizer: Any, *, kind: Kind, count: int, tokens: 
     samples may share sentences); only its first sentence is cut, so that the length is exact. A tokenizer that has a
     chat template is given the prompt in it.
 
-    Raises
-    ------
-    ConfigError
-        If the text is too short for a prompt, or `tokens` leave no room for a haystack.
+    Raises `ConfigError` if the text is too short for a prompt, or `tokens` leave no room for a haystack.
     """
     maker = _Maker(text, tokenizer, kind, tokens, seed)
     order = random.Random(f"depths {kind} {count} {seed}").sample(range(count), count)
@@ -330,10 +303,9 @@ class _Maker:
     def __init__(self, text: Text, tokenizer: Any, kind: Kind, tokens: int, seed: int) -> None:
         self.text, self.tokenizer = text, tokenizer
         self.kind, self.tokens, self.seed = kind, tokens, seed
-        self.sentences = self._encode_all(_sentences(text.text))
-        self.before = [0]
-        for ids in self.sentences:
-            self.before.append(self.before[-1] + len(ids))
+        encoded = tokenizer(_sentences(text.text), add_special_tokens=False).input_ids
+        self.sentences: list[list[int]] = [list(ids) for ids in encoded]
+        self.before = [0, *itertools.accumulate(map(len, self.sentences))]
 
     def sample(self, index: int, depth: float) -> Sample:
         """Make one prompt whose asked needle (or the mean of them) is at `depth` of the kind's place."""
@@ -412,9 +384,6 @@ class _Maker:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False).input_ids]
-
 
 def _sentences(text: str) -> list[str]:
     """Cut a text where sentences end; each keeps the white space before it."""
@@ -433,9 +402,7 @@ def _hide(
 
     Gives the ids, and of each needle the depth that came out and the place of its first token.
     """
-    ends = [0]
-    for sentence in hay:
-        ends.append(ends[-1] + len(sentence))
+    ends = [0, *itertools.accumulate(map(len, hay))]
     total = ends[-1]
     gaps = [_nearest(ends, depth * total) for depth in depths]
     ids: list[int] = []

@@ -14,14 +14,9 @@ MOST_COLUMNS = 6  # of differences; more would not fit a page, and come one belo
 
 
 def pairs_table(records: Sequence[Any], config: Mapping[str, Any]) -> Table | None:
-    """Give a row for each pair of a config: the first row's figures minus the second's, window by window.
+    """Give a row for each of the `pairs` of a config, as plain data: the first row's figures minus the second's.
 
-    Parameters
-    ----------
-    records
-        Of the run; all figures come from them alone.
-    config
-        Plain data; its `pairs` say which rows are set against each other.
+    All figures come from the records of the run alone, window by window.
     """
     quality: dict[tuple[str, str], Any] = {
         (record.label, record.workload): record.quality

@@ -42,21 +42,13 @@ class Window:
 
 
 def load_text(name: str) -> Text:
-    """Read a text.
+    """Read a text: a book, the help topics of the running CPython, or the UTF-8 file at a path.
 
-    Parameters
-    ----------
-    name
-        ``debian_handbook`` (The Debian Administrator's Handbook: English prose), ``debian_reference`` (Debian
-        Reference: prose among shell commands), ``pydoc_topics`` (the help topics of the running CPython: dense and
-        technical, another text in another version), or the path of a UTF-8 text file.
+    ``debian_handbook`` is The Debian Administrator's Handbook (English prose), ``debian_reference`` Debian Reference
+    (prose among shell commands), ``pydoc_topics`` dense and technical, and another text in another version.
 
-    Raises
-    ------
-    ConfigError
-        If there is neither such a text nor such a file, or the file is not UTF-8.
-    AssetError
-        If the book cannot be fetched.
+    Raises `ConfigError` if there is neither such a text nor such a file, or the file is not UTF-8; `AssetError` if the
+    book cannot be fetched.
     """
     if name in TEXTS:
         text = TEXTS[name]()
@@ -81,10 +73,7 @@ def windows(text: Text, tokenizer: Any, *, count: int, tokens: int, seed: int) -
     The text is cut into as many equal windows as it holds, beginning at an offset drawn with the seed, and the seed
     then draws among them: the first k windows of a larger `count` are the k windows of a smaller one.
 
-    Raises
-    ------
-    ConfigError
-        If the text does not hold that many windows.
+    Raises `ConfigError` if the text does not hold that many windows.
     """
     before = tuple(tokenizer("").input_ids)  # a beginning-of-text token, where the tokenizer adds one
     size = tokens - len(before)
@@ -113,10 +102,7 @@ def html_paragraphs(html: str) -> list[str]:
 def book_pages(folder: Path, start: str = "index.html") -> list[Path]:
     """Give the pages of a book in the order of reading, as its own ``<link rel="next">`` tell it, without `start`.
 
-    Raises
-    ------
-    ConfigError
-        If a page that is linked to is not there.
+    Raises `ConfigError` if a page that is linked to is not there.
     """
     pages: list[Path] = []
     seen = {start}

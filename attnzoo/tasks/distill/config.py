@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -108,11 +107,6 @@ class StageConfig(Section):
     temperature: PositiveFloat = 1.0
     hidden: NonNegativeFloat = 0.0
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of `attnzoo.repair`."""
-        return self.model_dump(exclude={"samples"})
-
 
 class ScratchConfig(Section):
     """The control: the same swapped network from random weights, trained on the classes of as many images.
@@ -123,10 +117,6 @@ class ScratchConfig(Section):
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     shares: tuple[Share, ...] | None = None
-
-    def has(self, layers: Layers) -> bool:
-        """Whether there is one for this choice of layers."""
-        return self.shares is None or layers.share in self.shares
 
 
 class RepairedMixer(AttentionConfig):
@@ -272,11 +262,6 @@ class DistillConfig(RunConfig):
     def chosen_by(self, attention: RepairedMixer) -> RepairedMixer:
         """The mixer whose sensitivity chooses the cheapest layers: its own, or of a control that of the first mixer."""
         return attention if attention.is_mixer else next(one for one in self.attentions if one.is_mixer)
-
-    @property
-    def trials(self) -> Path:
-        """Where trials keep how far they are."""
-        return self.folder / "trials"
 
 
 def _data(data: DataConfig, said: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ training images are the same model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,20 +25,19 @@ from attnzoo.tasks.distill.config import FeaturesConfig
 from attnzoo.tasks.distill.images import Images
 from attnzoo.tasks.distill.quality import Metric
 from attnzoo.tasks.distill.subject import Score
-from attnzoo.tasks.export import Precision
 
 TEMPERATURE = 0.07
 
 
-class Encoder:
+class Encoder(Images):
     """An image encoder of transformers'."""
 
     metric: Metric = "k-NN top-1"
 
     def __init__(self, config: FeaturesConfig, batch: int, device: str) -> None:
-        self.config, self.batch, self.device = config, batch, device
-        self.images = Images(config.data, config.augment, batch, device)
-        splits: Any = self.images.splits
+        super().__init__(config.data, config.augment, batch, device)
+        self.config = config
+        splits: Any = self.splits
         for key, wanted, source in (("bank", config.bank, splits.train), ("queries", config.queries, splits.test)):
             if wanted > len(source):
                 raise ConfigError(f"features.{key}: {wanted} images asked for, but there are {len(source)}")
@@ -69,17 +67,13 @@ class Encoder:
             raise ConfigError(f"features.pool: {name!r} has no class token, its tokens are all patches; say pool: mean")
         return model
 
-    def batches(self, first: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images ``(B, C, H, W)`` and their classes ``(B,)``."""
-        return self.images.batches(first, seed)
-
     def loss(self, mine: Any, theirs: Any) -> Tensor:
         """Squared error of the tokens' features relative to the original's."""
         return normalized_error(mine.last_hidden_state, theirs.last_hidden_state)
 
     def score(self, model: nn.Module, whole: bool = True) -> Score:
         """Share of the test images whose nearest neighbors are of their class, and the error of their features."""
-        splits: Any = self.images.splits
+        splits: Any = self.splits
         known, classes = self._features(model, splits.train, self.config.bank)
         asked, wanted = self._features(model, splits.test, self.config.queries)
         if not (known.isfinite().all() and asked.isfinite().all()):
@@ -91,20 +85,19 @@ class Encoder:
     @cached_property
     def _originals(self) -> Tensor:
         """The teacher's features of the test images."""
-        test: Any = self.images.splits.test
+        test: Any = self.splits.test
         return self._features(self.teacher(), test, self.config.queries)[0]
 
     def _features(self, model: nn.Module, source: Source, count: int) -> tuple[Tensor, Tensor]:
         """Features ``(count, C)`` of images drawn at random, the same each time, and their classes ``(count,)``."""
-        data = self.config.data
-        images = TestImages(source, transforms(data, self.config.augment)[1], data.shape)
+        images = TestImages(source, transforms(self.data, self.augment)[1], self.data.shape)
         drawn: Any = np.random.default_rng(0).permutation(len(source))[:count].tolist()
         features, classes = [], []
         unreadable = Unreadable(source, count)
         training = model.training
         model.eval()
         with torch.inference_mode():
-            for x, y, index in DataLoader(images, batch_size=self.batch, sampler=drawn, num_workers=data.workers):
+            for x, y, index in DataLoader(images, batch_size=self.batch, sampler=drawn, num_workers=self.data.workers):
                 unreadable.note(index[y == NO_CLASS].tolist())
                 tokens = model(x.to(self.device)).last_hidden_state  # (B, N, C)
                 features.append((tokens[:, 0] if self.config.pool == "class" else tokens.mean(1)).float().cpu())
@@ -113,22 +106,11 @@ class Encoder:
         read = (targets := torch.cat(classes)) != NO_CLASS
         return torch.cat(features)[read], targets[read]
 
-    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
-        """Nothing: classifiers alone are exported."""
-        return {}
-
 
 def neighbors(known: Tensor, classes: Tensor, asked: Tensor, count: int) -> Tensor:
     """Give the class ``(Q,)`` for which the `count` nearest of the known features vote.
 
-    Parameters
-    ----------
-    known, asked
-        Features ``(M, C)`` and ``(Q, C)``.
-    classes
-        Of the known ones, ``(M,)``.
-    count
-        Number of neighbors that vote.
+    `known` and `asked` are features ``(M, C)`` and ``(Q, C)``, `classes` ``(M,)`` those of the known ones.
     """
     cosines = nn.functional.normalize(asked, dim=-1) @ nn.functional.normalize(known, dim=-1).T  # (Q, M)
     nearest = cosines.topk(count)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnzoo.errors import ConfigError
+from attnzoo.repairing.kept import modes_kept
 from attnzoo.repairing.options import Loss
 from attnzoo.tasks.decode.lm import load_model, load_tokenizer, nll, retrieve
 from attnzoo.tasks.decode.needles import Sample, make_samples
@@ -19,7 +19,6 @@ from attnzoo.tasks.decode.text import load_text
 from attnzoo.tasks.distill.config import LanguageConfig
 from attnzoo.tasks.distill.quality import Metric
 from attnzoo.tasks.distill.subject import Score
-from attnzoo.tasks.export import Precision
 
 
 class Language:
@@ -65,24 +64,10 @@ class Language:
 
         If `whole`, also the share of the numbers hidden in prompts that the model says when it is asked.
         """
-        with _evaluated(model):
+        with modes_kept(model):
+            model.eval()
             losses = [nll(model, window).nll for window in self.windows]
             prompts = self.prompts if whole else []
             hits = [hit for prompt in prompts for hit in retrieve(model, self.tokenizer, prompt).hits]
         mean = math.fsum(map(math.fsum, losses)) / sum(map(len, losses))
         return Score(mean, sum(hits) / len(hits) if hits else None)
-
-    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
-        """Nothing: language models are not exported."""
-        return {}
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -10,7 +10,6 @@ from torch import nn
 from attnzoo.repairing.options import Loss
 from attnzoo.tasks.distill.config import DistillConfig
 from attnzoo.tasks.distill.quality import Metric
-from attnzoo.tasks.export import Precision
 
 
 class Score(NamedTuple):
@@ -38,9 +37,6 @@ class Subject(Protocol):
 
     def score(self, model: nn.Module, whole: bool = True) -> Score:
         """Test it; not `whole` leaves out what takes long besides the score itself."""
-
-    def quantized(self, model: nn.Module, precisions: Sequence[Precision], threads: int) -> dict[str, float]:
-        """Test it in each precision."""
 
 
 def subject_of(config: DistillConfig) -> Subject:

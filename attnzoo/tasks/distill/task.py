@@ -18,10 +18,11 @@ from attnzoo.errors import AttnZooError, ConfigError
 from attnzoo.extras import require
 from attnzoo.processes import refuse_launcher
 from attnzoo.tasks.classify.config import slug
+from attnzoo.tasks.distill.classifier import Classifier
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, RepairedMixer
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
 from attnzoo.tasks.distill.subject import subject_of
-from attnzoo.tasks.distill.trial import SENSITIVITY, from_scratch, repaired
+from attnzoo.tasks.distill.trial import SENSITIVITY, TRIALS, from_scratch, repaired
 
 
 class DistillRecord(Record):
@@ -75,10 +76,11 @@ def plan(config: DistillConfig) -> list[Cell]:
             # these decide which layers are cheap
             network += [attention.init, config.stages_of(attention)[0].lr] if by_cost else []
             control = attention.scratch and attention.is_mixer and network not in known
-            if config.scratch is None or not config.scratch.has(layers) or not control:
+            scratch = config.scratch
+            if scratch is None or not control or (scratch.shares is not None and layers.share not in scratch.shares):
                 continue
             known.append(network)
-            about["scratch"] = config.scratch.model_dump(mode="json", exclude={"shares"})
+            about["scratch"] = scratch.model_dump(mode="json", exclude={"shares"})
             row, asks = {**row, "label": f"{label} {SCRATCH}"}, {**asks, "scratch": True}
             cells.append(Cell(**row, depends_on={**how, **repair, **about}, asks=asks, stage=SCRATCH))
     return cells
@@ -113,8 +115,8 @@ def check(config: DistillConfig) -> None:
 
 def prepare(config: DistillConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """With ``fresh=true`` layers are chosen and trials begun anew."""
-    for begun in (config.trials, config.folder / SENSITIVITY) if config.fresh else ():
-        shutil.rmtree(begun, ignore_errors=True)
+    for begun in (TRIALS, SENSITIVITY) if config.fresh else ():
+        shutil.rmtree(config.folder / begun, ignore_errors=True)
     return {}
 
 
@@ -125,7 +127,10 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         say("score")
         teacher = subject.teacher()
         points = (Point(stage="teacher", samples=0, seconds=0.0, **subject.score(teacher)._asdict()),)
-        quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
+        quantized: dict[str, float] = {}
+        if config.precisions:
+            assert isinstance(subject, Classifier)  # the config has precisions of nothing else
+            quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
         trial = Trial(seed=0, points=points, quantized=quantized)
         quality = RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")
         return Result(status="ok", quality=quality)
@@ -134,7 +139,7 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
     how = digest({key: value for key, value in cell.depends_on.items() if key not in ("seeds", "precisions")})
     trials = []
     for seed in config.seeds_of(attention):
-        folder = config.trials / f"{slug(cell.label)}-seed{seed}-{how}"
+        folder = config.folder / TRIALS / f"{slug(cell.label)}-seed{seed}-{how}"
         run = from_scratch if cell.asks["scratch"] else repaired
         trials.append(run(config, subject, attention, layers, seed, folder, partial(_say, say, seed)))
     control = cell.asks["scratch"] or not attention.is_mixer

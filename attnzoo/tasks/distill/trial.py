@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +31,28 @@ from attnzoo.tasks.distill.quality import Point, Trial
 from attnzoo.tasks.distill.subject import Subject
 
 START = "at the start"
-STATE, MODEL, SENSITIVITY = "state.pt", "model", "sensitivity"
+TRIALS, STATE, MODEL, SENSITIVITY = "trials", "state.pt", "model", "sensitivity"
 OTHER_ORDER = 7919  # of the training data, for the batch that errors are measured on
 HELD_OUT = 2  # batches that layers are compared on
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The layers that are swapped, and how many samples it took to choose them."""
-
-    paths: tuple[str, ...]
-    samples: int = 0
-
-
 def choose_layers(
     config: DistillConfig, subject: Subject, attention: RepairedMixer, layers: Layers, seed: int
-) -> Choice:
-    """Choose layers by the config's share and order."""
+) -> tuple[tuple[str, ...], int]:
+    """Choose layers by the config's share and order; gives their paths, and how many samples the choice took."""
     model = subject.teacher()
     paths = [layer.path for layer in attnzoo.swap_report(model).layers]
     count = max(1, round(layers.share * len(paths)))
     if count == len(paths) or layers.order == "first":
-        return Choice(tuple(paths[:count]))
+        return tuple(paths[:count]), 0
     if layers.order == "last":
-        return Choice(tuple(paths[-count:]))
+        return tuple(paths[-count:]), 0
     if layers.order == "random":
         order, samples = random.Random(seed).sample(paths, len(paths)), 0
     else:
         order, samples = _cheapest_first(config, subject, model, config.chosen_by(attention), seed)
-    return Choice(tuple(path for path in paths if path in order[:count]), samples)
+    return tuple(path for path in paths if path in order[:count]), samples
 
 
 def _cheapest_first(
@@ -112,31 +103,16 @@ class Progress:
         self.model: dict[str, Any] | None = None
         self.fit: dict[str, Any] | None = None
         if (folder / STATE).is_file():
-            self._read(torch.load(folder / STATE, weights_only=True, map_location="cpu"))
-
-    def _read(self, state: dict[str, Any]) -> None:
-        self.points = [Point(**point) for point in state["points"]]
-        self.errors, self.layers = list(state["errors"]), tuple(state["layers"])
-        self.stage, self.chosen_by = state["stage"], state["chosen_by"]
-        self.model, self.fit, self.quantized = state["model"], state["fit"], state["quantized"]
-
-    def choose(self, choice: Choice) -> None:
-        """Take note of the layers."""
-        self.layers, self.chosen_by = choice.paths, choice.samples
+            state = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+            points = [Point(**point) for point in state["points"]]
+            vars(self).update(state, layers=tuple(state["layers"]), points=points)
 
     def save(self, model: nn.Module, fit: dict[str, Any] | None) -> None:
         """Write all that is needed to resume."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "points": [point.model_dump() for point in self.points],
-            "errors": self.errors,
-            "layers": list(self.layers),
-            "stage": self.stage,
-            "chosen_by": self.chosen_by,
-            "model": model.state_dict(),
-            "fit": fit,
-            "quantized": self.quantized,
-        }
+        names = ("errors", "layers", "stage", "chosen_by", "quantized")
+        state: dict[str, Any] = {name: getattr(self, name) for name in names}
+        state |= {"points": [point.model_dump() for point in self.points], "model": model.state_dict(), "fit": fit}
         with files.atomic(self.folder / STATE) as part:
             torch.save(state, part)
 
@@ -159,16 +135,15 @@ def repaired(
     progress = Progress(folder, seed)
     if not progress.layers:
         say("choosing layers")
-        progress.choose(choose_layers(config, subject, attention, layers, seed))
+        progress.layers, progress.chosen_by = choose_layers(config, subject, attention, layers, seed)
     model = subject.teacher()
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.swap)
     if not _mixer_layers(model):  # a control, which has nothing to repair
         progress.points = [_start(subject, model)]
         return progress.trial
-    teacher_values(
-        model, _mixer_layers(model), keep=True
-    )  # the trained weights, before a stage that was done is loaded
+    # the trained weights, before a stage that was done is loaded
+    teacher_values(model, _mixer_layers(model), keep=True)
     looked_at, _ = next(subject.batches(0, seed + OTHER_ORDER))
     if progress.model is not None:
         model.load_state_dict(progress.model)
@@ -185,6 +160,7 @@ def repaired(
         say("save the model")
         attnzoo.save(model, folder / MODEL)
     if seed == config.seeds_of(attention)[0] and progress.quantized.keys() != set(config.precisions):
+        assert isinstance(subject, Classifier)  # the config has precisions of nothing else
         say("quantize")
         progress.quantized = subject.quantized(model, config.precisions, config.threads or 1)
         progress.save(model, None)
@@ -202,7 +178,7 @@ def _stage(
 ) -> None:
     stage, name = stages[at], f"stage {at + 1}: {stages[at].objective}"
     steps = stage.samples // config.batch
-    about: dict[str, Any] = {"seed": progress.seed, "autocast": autocast_of(config), **stage.options}
+    about = stage.model_dump(exclude={"samples"}) | {"seed": progress.seed, "autocast": autocast_of(config)}
     about |= {"loss": subject.loss} if stage.objective == "model" else {}
     fit = Repair(model, RepairOptions(steps=steps, **about))
     if not fit.parameters:  # nothing to fit in a mixer without weights
@@ -237,11 +213,6 @@ def _mixer_layers(model: nn.Module) -> dict[str, MixerLayer]:
     return {path: module for path, module in model.named_modules() if isinstance(module, MixerLayer)}
 
 
-def _mixer_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    for layer in _mixer_layers(model).values():
-        yield from layer.mixer.parameters()
-
-
 def _mean_error(model: nn.Module, held: Any) -> float:
     errors = Repair(model, RepairOptions(steps=1)).errors(held)
     return errors["loss"]
@@ -255,12 +226,13 @@ def from_scratch(
     assert how is not None
     assert isinstance(subject, Classifier)  # the config has no such row of anything else
     if not progress.layers:
-        progress.choose(choose_layers(config, subject, attention, layers, seed))
+        progress.layers, progress.chosen_by = choose_layers(config, subject, attention, layers, seed)
     model = subject.fresh(seed)
     torch.manual_seed(seed)
     attnzoo.replace_attention(model, attention.name, where=list(progress.layers), **attention.options)
     stages = config.stages_of(attention)
-    fitted = [s for s in stages if s.train == "all" or any(True for _ in _mixer_parameters(model))]
+    weights = any(list(layer.mixer.parameters()) for layer in _mixer_layers(model).values())
+    fitted = [stage for stage in stages if stage.train == "all" or weights]
     steps = progress.chosen_by // config.batch + sum(stage.samples // config.batch for stage in fitted)
     optimizer, schedule = _optimizer(model, how, steps)
     step, seconds = 0, 0.0

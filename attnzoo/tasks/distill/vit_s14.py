@@ -23,12 +23,8 @@ def convert(folder: Path, target: Path) -> None:
 
     ONNX keeps the weights of linear layers transposed and without their names, which come from the nodes that use them.
 
-    Raises
-    ------
-    MissingExtraError
-        If transformers, onnx or safetensors is not installed.
-    AssetError
-        If there is not exactly one ONNX file, or it holds another model.
+    Raises `MissingExtraError` without transformers, onnx or safetensors; `AssetError` if there is not exactly one ONNX
+    file, or it holds another model.
     """
     require("transformers", "safetensors", extra="llm")
     require("onnx", extra="dev")

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,10 +21,10 @@ from attnzoo.repairing.repair import Repair
 from attnzoo.tasks.classify.model import build
 from attnzoo.tasks.decode import lm
 from attnzoo.tasks.distill import language
+from attnzoo.tasks.distill.classifier import BATCH, CALIBRATION_IMAGES, Classifier, Exported
 from attnzoo.tasks.distill.config import SCRATCH, DistillConfig, Layers, VisionConfig
 from attnzoo.tasks.distill.quality import Point, RepairedQuality, Trial
-from attnzoo.tasks.distill.quantized import BATCH, CALIBRATION_IMAGES, Exported, quantized_scores
-from attnzoo.tasks.distill.subject import subject_of
+from attnzoo.tasks.distill.subject import Score, subject_of
 from attnzoo.tasks.distill.trial import STATE, choose_layers
 from tests.repairing.models import CAUSAL
 from tests.tasks.classify.conftest import write_images
@@ -313,9 +314,10 @@ def test_int8_gives_nearly_the_same_logits():
 
     def keep(exported):
         found.append(exported(images[:5]))
-        return 0.0
+        return Score(0.0)
 
-    quantized_scores(model, images, ["float32", "int8"], 1, keep)
+    subject = SimpleNamespace(as_tested=lambda count: images[:count], score=keep, device="cpu")
+    Classifier.quantized(subject, model, ["float32", "int8"], 1)
     with torch.no_grad():
         wanted = model(images[:5])
     torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-5)

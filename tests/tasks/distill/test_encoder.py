@@ -77,7 +77,7 @@ def test_features_are_those_of_the_model(config):
     checked = DistillConfig.check(config)
     subject = subject_of(checked)
     model = subject.teacher()
-    splits, features, classes = subject.images.splits, {}, {}
+    splits, features, classes = subject.splits, {}, {}
     for split, source, count in (("bank", splits.train, 48), ("queries", splits.test, 30)):
         found, known = [], []
         for index in np.random.default_rng(0).permutation(len(source))[:count]:

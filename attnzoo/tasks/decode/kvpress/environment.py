@@ -16,14 +16,8 @@ LAST_WORDS = 2000
 def kvpress_python(given: str | None, make: bool = True) -> str:
     """Give the interpreter of an environment that holds kvpress in the right version, making one where none is given.
 
-    With ``make=False`` none is made yet.
-
-    Raises
-    ------
-    ConfigError
-        If the one given holds no kvpress, or another version.
-    AssetError
-        If one cannot be made.
+    With ``make=False`` none is made yet. Raises `ConfigError` if the one given holds no kvpress, or another version;
+    `AssetError` if one cannot be made.
     """
     home = assets.cache_folder() / "kvpress"
     folder = home / KVPRESS
