@@ -17,14 +17,10 @@ T = TypeVar("T")
 
 
 def from_main(value: T) -> T:
-    """What the main process gives, in all processes of Accelerate."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    if PartialState().num_processes == 1:
-        return value
+    """What the main process gives, in all processes; they wait for it."""
     shared = [value]
-    broadcast_object_list(shared)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(shared)
     return shared[0]
 
 

@@ -15,8 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from attnzoo import processes
-from attnzoo.command import check_rows, output_console, run_script
+from attnzoo.command import run_script
 from attnzoo.errors import ConfigError
 
 
@@ -36,11 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(inputs: Sequence[str], launcher: str, command: str) -> int:
     """Test all runs, measure what they cost, report, and give the exit status."""
     from attnzoo import tasks
-    from attnzoo.bench.publish import publish
-    from attnzoo.bench.record import RECORDS_FILE
-    from attnzoo.bench.run import run
-    from attnzoo.tasks.detect.run import fit_to_machine, is_main
-    from attnzoo.tasks.detect.task import assist
+    from attnzoo.tasks.detect.run import fit_to_machine
+    from attnzoo.tasks.script import measure
 
     first = next((one for one in inputs if "=" not in one), None)
     if first is None:
@@ -53,13 +49,7 @@ def evaluate(inputs: Sequence[str], launcher: str, command: str) -> int:
     config.check_folder()
     for detector in config.detectors:
         fit_to_machine(detector, launcher)
-    if not is_main():
-        assist(config)
-        return 0
-    records = run(task, config, command)
-    processes.leave()
-    publish(task, records, config.folder / RECORDS_FILE, output_console())
-    return check_rows(records)
+    return measure(task, config, command, None)
 
 
 if __name__ == "__main__":

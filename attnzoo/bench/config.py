@@ -8,8 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -346,12 +345,15 @@ def _section_at(location: Iterable[str | int], model: type[BaseModel]) -> type[B
             continue
         if not (isinstance(here, type) and issubclass(here, BaseModel)) or part not in here.model_fields:
             return None
-        here = _section_in(here.model_fields[part].annotation)
+        here = next((section for section, _ in sections_in(here.model_fields[part].annotation)), None)
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
-def _section_in(annotation: Any) -> Any:
-    """Find the section class inside ``X | None`` or ``tuple[X, ...]``."""
-    if get_origin(annotation) in (tuple, list, Union, UnionType, Annotated):
-        return next((found for argument in get_args(annotation) if (found := _section_in(argument))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+def sections_in(annotation: Any, suffix: str = "") -> list[tuple[type[BaseModel], str]]:
+    """The sections inside an annotation, such as ``X | None``, with what their paths have after the key."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [(annotation, suffix)]
+    if get_origin(annotation) is Annotated:
+        return sections_in(get_args(annotation)[0], suffix)
+    listed = ".N" if get_origin(annotation) in (tuple, list) else suffix
+    return list(dict.fromkeys(found for one in get_args(annotation) for found in sections_in(one, listed)))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,19 +35,14 @@ def noted(model: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]
     """Note, of every call of `model` inside the block, its output and those of the modules at the paths `layers`."""
     found: dict[str, Tensor] = {}
 
-    def noter(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[name] = _tensor(output)
-
-        return note
+    def note(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        found[name] = _tensor(output)
 
     modules = {path: model.get_submodule(path) for path in layers} | {OUTPUT: model}
-    handles = [module.register_forward_hook(noter(name)) for name, module in modules.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(partial(note, name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compare(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], name: str, tolerance: float) -> Gate:
@@ -55,25 +51,28 @@ def compare(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], name: str, 
     A tensor passes where its largest error is at most `tolerance` times the oracle's largest magnitude. An oracle that
     is zero everywhere proves nothing and does not pass.
     """
-    worst: Gate | None = None
-    worst_part = -1.0
+    found: list[tuple[float, Gate]] = []
     for at, expected in oracle.items():
-        error, scale = _error(got[at], expected)
-        part = error / scale if scale > 0 and math.isfinite(error) and math.isfinite(scale) else math.inf
-        if worst is None or part > worst_part:
-            worst_part = part
-            worst = Gate(
-                oracle=name,
-                passed=part <= tolerance,
-                max_abs_error=error if math.isfinite(error) else None,
-                scale=scale if math.isfinite(scale) else None,
-                tolerance=tolerance,
-                at=at,
-                detail=_detail(error, scale),
-            )
-    if worst is None:
+        if got[at].shape != expected.shape:
+            raise ValueError(f"shapes differ: {tuple(got[at].shape)} and {tuple(expected.shape)}")
+        error = (got[at].double() - expected.double()).abs().max().item()
+        scale = expected.double().abs().max().item()
+        finite = math.isfinite(error) and math.isfinite(scale)
+        part = error / scale if finite and scale > 0 else math.inf
+        detail = "" if finite and scale > 0 else "the oracle is zero everywhere, which proves nothing"
+        gate = Gate(
+            oracle=name,
+            passed=part <= tolerance,
+            max_abs_error=error if math.isfinite(error) else None,
+            scale=scale if math.isfinite(scale) else None,
+            tolerance=tolerance,
+            at=at,
+            detail=detail if finite else "not finite",
+        )
+        found.append((part, gate))
+    if not found:
         raise ValueError("nothing to compare")
-    return worst
+    return max(found, key=lambda one: one[0])[1]
 
 
 def mixer_gate(mixers: Mapping[str, nn.Module], dim: int, prefix: int, like: Tensor, seed: int) -> Gate:
@@ -122,18 +121,3 @@ def _tensor(output: Any) -> Tensor:
     if first is None:
         raise TypeError(f"expected a tensor of floating point, got {type(output).__name__}")
     return first
-
-
-def _error(got: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Largest error and largest magnitude of the oracle; NaN anywhere counts as infinite."""
-    if got.shape != expected.shape:
-        raise ValueError(f"shapes differ: {tuple(got.shape)} and {tuple(expected.shape)}")
-    error = (got.double() - expected.double()).abs().max().item()
-    scale = expected.double().abs().max().item()
-    return (math.inf if math.isnan(error) else error), (math.inf if math.isnan(scale) else scale)
-
-
-def _detail(error: float, scale: float) -> str:
-    if not math.isfinite(error) or not math.isfinite(scale):
-        return "not finite"
-    return "" if scale > 0 else "the oracle is zero everywhere, which proves nothing"

@@ -9,7 +9,7 @@ from typing import Any
 
 from attnzoo.bench import words
 from attnzoo.bench.publish import page_beside
-from attnzoo.bench.record import Phase, Quality, Quantiles, Record
+from attnzoo.bench.record import Envelope, Phase, Quality, Quantiles, Record
 from attnzoo.bench.summary import Group, summarize
 from attnzoo.tables import Verdict
 from attnzoo.units import megabytes
@@ -149,7 +149,7 @@ def _of_quality(row: Record, task: str, dense: Quality | None) -> Highlight:
     metric = row.workload or ("" if found is None else found.METRIC.removesuffix(" %"))
     note = (row.quality_note if found is None else found.note).removeprefix(_model(row)).strip()
     about = ": ".join(filter(None, (metric, note)))
-    return _of(row, task, about, figures, None, getattr(found, "tokens", 0))
+    return highlight(row, task, about, figures, phase=None, tokens=row.tokens or getattr(found, "tokens", 0))
 
 
 def _of_cost(row: Record, task: str, group: Group) -> Highlight:
@@ -165,31 +165,20 @@ def _of_cost(row: Record, task: str, group: Group) -> Highlight:
         }
     about = ["" if row.shapes is None else f"batch {row.shapes.batch}", row.dtype]
     told = ", ".join([group.title, *(word for word in about if word and word not in group.workload.split(", "))])
-    return _of(row, task, told, figures, row.phase, 0)
+    return highlight(row, task, told, figures)
 
 
-def _of(
-    row: Record, task: str, workload: str, figures: Mapping[Measure, Figure | None], phase: Phase | None, tokens: int
+def highlight(
+    row: Envelope, task: str, workload: str, figures: Mapping[Measure, Figure | None], **other: Any
 ) -> Highlight:
-    assert row.attention is not None
-    return Highlight(
-        task=task,
-        method=row.attention,
-        label=row.label,
-        host=_model(row),
-        workload=workload,
-        machine=words.machine(row.environment),
-        options=row.options,
-        utc=row.utc,
-        tokens=row.tokens or tokens,
-        phase=phase,
-        typical=row.scope == "model",
-        status=row.status,
-        message=row.message,
-        figures={measure: figure for measure, figure in figures.items() if figure is not None},
-    )
+    """Give the highlight of a record; `other` fields take the place of what it says itself."""
+    said: dict[str, Any] = {name: getattr(row, name) for name in ("label", "utc", "status", "message")}
+    said |= {"method": row.attention, "host": _model(row), "machine": words.machine(row.environment)}
+    said |= {"options": row.options, "tokens": row.tokens, "phase": row.phase, "typical": row.scope == "model"}
+    measured = {measure: figure for measure, figure in figures.items() if figure is not None}
+    return Highlight(task=task, workload=workload, figures=measured, **{**said, **other})
 
 
-def _model(row: Record) -> str:
+def _model(row: Envelope) -> str:
     """The host without its library."""
     return row.host.partition(":")[2] or row.host

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from attnzoo.bench.config import sections_in
 from attnzoo.tables import Column, Table
 
 HEAD = (Column("key", code=True), Column("takes", left=True), Column("default", left=True))
@@ -23,9 +24,10 @@ def reference(model: type[BaseModel]) -> str:
     parts = []
     for path, section in _sections(model):
         place = path.removesuffix(".")
-        words = f"As `{first[section]}`." if section in first else _words(section)
+        told = f"As `{first[section]}`." if section in first else " ".join((inspect.getdoc(section) or "").split())
         first.setdefault(section, place)
-        parts.append("\n\n".join([*([f"### {place}"] if place else []), words, _table(section, path)]))
+        rows = [(f"{path}{name}", _takes(field), _default(field)) for name, field in section.model_fields.items()]
+        parts += [*([f"### {place}"] if place else []), told, Table(HEAD, rows).markdown()]
     return "\n\n".join(parts)
 
 
@@ -33,31 +35,9 @@ def _sections(model: type[BaseModel], path: str = "") -> list[tuple[str, type[Ba
     """The config and all sections below it, by their dotted paths; ``.N`` stands for an index into a list."""
     found = [(path, model)]
     for name, field in model.model_fields.items():
-        for below, suffix in _models(field.annotation):
+        for below, suffix in sections_in(field.annotation):
             found += _sections(below, f"{path}{name}{suffix}.")
     return found
-
-
-def _models(annotation: Any, suffix: str = "") -> list[tuple[type[BaseModel], str]]:
-    """The sections inside an annotation, with what their paths have after the key."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [(annotation, suffix)]
-    if get_origin(annotation) is Annotated:
-        return _models(get_args(annotation)[0], suffix)
-    listed = ".N" if get_origin(annotation) in (tuple, list) else suffix
-    return list(dict.fromkeys(found for one in get_args(annotation) for found in _models(one, listed)))
-
-
-def _words(model: type[BaseModel]) -> str:
-    """What a section's own docstring says, as one paragraph."""
-    return " ".join((inspect.getdoc(model) or "").split())
-
-
-def _table(model: type[BaseModel], path: str) -> str:
-    table = Table(HEAD)
-    for name, field in model.model_fields.items():
-        table.add(f"{path}{name}", _takes(field), _default(field))
-    return table.markdown()
 
 
 def _takes(field: FieldInfo) -> str:

@@ -21,34 +21,19 @@ if TYPE_CHECKING:
 
 
 class Cell(Row):
-    """One piece of work: an attention's cost at one workload, or its quality.
+    """One piece of work, an attention's cost at one workload or its quality; it gives a record per phase.
 
-    Attributes
-    ----------
-    phases
-        A cell gives a record per phase.
-    depends_on
-        All that its figures depend on, as plain data: a record of an earlier run is kept where this is the same.
-    asks
-        What the task's own `measure` wants to know besides, as plain data.
-    stage
-        What the progress bar calls work of this kind; stages come one after another.
-    timeout
-        Seconds after which it is ended; only of an isolated cell.
-    threads
-        Of PyTorch; None leaves its own choice.
-    workers
-        How many cells of its stage may run at a time.
-    isolated
-        Whether it runs in a process of its own.
-    needs_baseline
-        Whether it means nothing unless the quality of its part's dense baseline, that without a `workload`, could be
-        measured. It is not measured where an earlier stage has shown that it could not.
-    renewed
-        Whether a record of an earlier run that depends on something else is measured again, rather than refused: of
-        what was trained again, say.
-    weight
-        A guess at the time it takes, in arbitrary units, for the time left.
+    Its figures depend on `depends_on`, plain data, and on nothing else: a record of an earlier run is kept where this
+    is the same. Where it differs the run is refused, or if the cell is to be `renewed` (of what was trained again, say)
+    measured again. `asks` is what the task's own `measure` wants to know besides, as plain data.
+
+    Stages come one after another; `stage` is what the progress bar calls work of this kind, of which `workers` cells
+    may run at a time. An `isolated` cell runs in a process of its own and is ended after `timeout` seconds. `threads`
+    are PyTorch's; None leaves its own choice. `weight` is a guess at the time it takes, in arbitrary units, for the
+    time left.
+
+    A cell that `needs_baseline` means nothing unless the quality of its part's dense baseline, that without a
+    `workload`, could be measured; it is not measured where an earlier stage has shown that it could not.
     """
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = ("forward",)
@@ -105,52 +90,25 @@ class Result(Outcome):
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task: its `name`, as `attnzoo.tasks` and configs call it, and `ref`, where it is, as ``module:NAME``.
 
-    Attributes
-    ----------
-    name
-        As `attnzoo.tasks` and configs call it.
-    ref
-        Where it is, as ``module:NAME``, for the processes that do its work.
-    config
-        The class of its configs.
-    plan
-        Gives a config's cells in the order of measurement. A part's dense baseline comes first.
-    measure
-        Does a cell, given the config, the cell, what `prepare` gave and a function to say how far it is.
-    prepare
-        Given the config and the cells to do, gives plain data that all of them share; before any work.
-    assist
-        Does the part of a process that a launcher started beside the main one, and gives True; gives False in the main
-        process, whose `measure` shares its work with the others. It is asked before anything else.
-    check
-        Finds what the schema cannot; raises `ConfigError`.
-    record
-        The class of its records.
-    preload
-        Gives the modules that its processes need, to be imported once for all.
-    expected
-        Gives part and label of the rows that the config expects to be unsupported.
-    columns
-        Gives the table of cost in place of the engine's own, for a task whose `record` has another cost.
-    how_to_read
-        What the columns of that table mean.
-    verdict
-        Gives what that table shows, in a sentence.
-    plots
-        Gives captions and pictures (SVG) to be shown after the engine's own.
-    sections
-        Gives further parts of the page.
-    attached
-        Gives those that come out of files beside the records, given the records and their folder.
-    pairs
-        Gives a table of rows set against each other, given the records and, as plain data, the config that says which.
-    highlights
-        Gives what the results page shows, in place of the engine's own, for a task whose `record` has another cost or
-        whose rows stand in several columns.
-    others
-        What its records hold that is no method's, in words.
+    Before any work `config` is the class of its configs, and `check` finds what the schema cannot and raises
+    `ConfigError`. `plan` gives a config's cells in the order of measurement, a part's dense baseline first; `prepare`,
+    given the config and the cells to do, plain data that all of them share; `preload` the modules that its processes
+    need, to be imported once for all; `expected` part and label of the rows that the config expects to be unsupported.
+
+    `measure` does a cell, given the config, the cell, what `prepare` gave and a function to say how far it is. `assist`
+    does the part of a process that a launcher started beside the main one, and gives True; in the main process, whose
+    `measure` shares its work with the others, it gives False. It is asked before anything else.
+
+    `record` is the class of its records, `columns` the table of cost of a task whose records have another cost than the
+    engine's, `how_to_read` what its columns mean, and `verdict` what it shows, in a sentence. On the page, `plots` are
+    captions and pictures (SVG) after the engine's own, `sections` further parts, `attached` those that come out of
+    files beside the records, given their folder, and `pairs` a table of rows set against each other, given the records
+    and, as plain data, the config that says which.
+
+    `highlights` are what the results page shows of such a task, or of one whose rows stand in several columns; `others`
+    what its records hold that is no method's, in words.
     """
 
     name: str

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from attnzoo.bench import gate as gates
 from attnzoo.bench.attentions import AttentionConfig, attention_problems, refuse_expect, refuse_vision_keys, row_of
 from attnzoo.bench.config import RunConfig, refuse_twins
-from attnzoo.bench.highlights import SPEED, Highlight, speed
+from attnzoo.bench.highlights import SPEED, Highlight, highlight, speed
 from attnzoo.bench.measure import interleave, quantiles, wall_clock
 from attnzoo.bench.record import Count, Entry, Envelope, NonNegative, Quantiles, Share
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
-from attnzoo.bench.words import machine, milliseconds, times
+from attnzoo.bench.words import milliseconds, times
 from attnzoo.checks import not_square
 from attnzoo.errors import ConfigError
 from attnzoo.extras import require
@@ -206,21 +207,14 @@ def quantize(path: Path, target: Path, images: Sequence[Tensor], per_channel: bo
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left: Iterator[Tensor] = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self.left, None)
-            return None if image is None else {name: image.numpy()}
-
     prepared = target.with_suffix(".prepared.onnx")
     quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
     name = Session(prepared, 1).name
+    inputs = iter([{name: image.numpy()} for image in images])
     quantization.quantize_static(
         str(prepared),
         str(target),
-        Reader(),
+        SimpleNamespace(get_next=lambda: next(inputs, None)),  # what a CalibrationDataReader is asked
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=per_channel,
         activation_type=quantization.QuantType.QInt8,
@@ -280,26 +274,12 @@ HOW_TO_READ = (
 
 def highlights(records: Sequence[ExportRecord]) -> list[Highlight]:
     """What the results page shows: speed-ups in ONNX Runtime."""
-    return [
-        Highlight(
-            task="export",
-            method=record.attention,
-            label=record.label,
-            host=record.host,
-            workload=f"ONNX Runtime, {record.dtype}",
-            machine=machine(record.environment),
-            options=dict(record.options),
-            utc=record.utc,
-            tokens=record.tokens,
-            phase=record.phase,
-            typical=record.dtype == "int8",
-            status=record.status,
-            message=record.message,
-            figures={} if record.cost is None else {SPEED: speed(record.cost.speedup)},
-        )
-        for record in records
-        if record.attention
-    ]
+    found = []
+    for record in (record for record in records if record.attention):
+        figures = {} if record.cost is None else {SPEED: speed(record.cost.speedup)}
+        other = {"host": record.host, "typical": record.dtype == "int8"}
+        found.append(highlight(record, "export", f"ONNX Runtime, {record.dtype}", figures, **other))
+    return found
 
 
 TASK = Task(

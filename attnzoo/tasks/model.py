@@ -173,15 +173,15 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
     with torch.inference_mode():
         say("gate")
         gate, baseline_gate = _gates(candidate, dense, layers, spec, config.seed)
-        traced, traced_dense = trace(candidate), trace(dense)
-        result = Result(status="ok", gate=gate, baseline_gate=baseline_gate, backends=traced.backends)
+        traces = trace(candidate), trace(dense)
+        result = Result(status="ok", gate=gate, baseline_gate=baseline_gate, backends=traces[0].backends)
         if refused := result.refused:
             return refused
         say("memory")
-        peak, peak_dense = peak_memory([candidate, dense], device)
+        peaks = peak_memory([candidate, dense], device)
         keep_buffers()
         say("time")
-        how: dict[str, Any] = {"warmup": cost.warmup, "repeats": cost.repeats, "min_seconds": cost.min_seconds}
+        how = cost.model_dump(include={"warmup", "repeats", "min_seconds"})
         times = interleave(candidate, dense, clock_for(device), **how)
         modules = [dense.model.get_submodule(path) for path in layers]
         share = share_of(device, modules, dense, cost.repeats)
@@ -189,15 +189,8 @@ def measure(config: ModelConfig, cell: Cell, given: Mapping[str, Any], say: OnPr
             with without_fast_path():
                 share = share_of(device, modules, dense, cost.repeats)
     batch = next((len(x) for x in dense.inputs if x.dim()), 1)
-    measured = cost_of(
-        (candidate.model, dense.model),
-        layers,
-        times,
-        batch,
-        (traced, traced_dense),
-        (peak, peak_dense),
-        attention_share=share or None,
-    )
+    models = candidate.model, dense.model
+    measured = cost_of(models, layers, times, batch, traces, peaks, attention_share=share or None)
     return Result(**{**dict(result), "costs": {"forward": measured}})
 
 

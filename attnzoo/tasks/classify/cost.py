@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,36 +53,23 @@ def measure_cost(work: Workload, say: OnProgress) -> Result:
         result = result.model_copy(update={"gate": gate, "baseline_gate": baseline_gate})
         if failed := result.refused:
             return failed
-    timed, timed_dense = _timed(cost, candidate, path, x), _timed(cost, dense, path, x)
+    models, traces = (candidate, dense), (traced, traced_dense)
+    calls = [_timed(cost, model, path, x) for model in models]
     with torch.inference_mode(not cost.gradient):
         if cost.of == "layer" or cost.gradient:
-            traced, traced_dense = trace(timed), trace(timed_dense)
+            traces = trace(calls[0]), trace(calls[1])
         say("memory")
-        peak, peak_dense = peak_memory([timed, timed_dense], device)
+        peaks = peak_memory(calls, device)
         (keep_all_buffers if cost.keep_freed_memory else keep_buffers)()
         say("time")
-        times = interleave(
-            timed,
-            timed_dense,
-            clock_for(device),
-            warmup=cost.warmup,
-            repeats=cost.repeats,
-            min_seconds=cost.min_seconds,
-        )
+        how = cost.model_dump(include={"warmup", "repeats", "min_seconds"})
+        times = interleave(calls[0], calls[1], clock_for(device), **how)
         share = None
         if cost.of == "model" and not cost.gradient:
             attention = [dense.get_submodule(path) for path in layers]
-            share = share_of(device, attention, timed_dense, cost.repeats)
-    found = cost_of(
-        (candidate, dense),
-        layers,
-        times,
-        len(x),
-        (traced, traced_dense),
-        (peak, peak_dense),
-        freed_memory_kept=cost.keep_freed_memory,
-        attention_share=share,
-    )
+            share = share_of(device, attention, calls[1], cost.repeats)
+    about: dict[str, Any] = {"freed_memory_kept": cost.keep_freed_memory, "attention_share": share}
+    found = cost_of(models, layers, times, len(x), traces, peaks, **about)
     return Result(**{**dict(result), "costs": {"training" if cost.gradient else "forward": found}})
 
 

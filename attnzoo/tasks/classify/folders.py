@@ -45,22 +45,14 @@ class LeftOut:
 class ImageFolder:
     """A split's images, class by class.
 
-    Every folder in `folder` is a class, and every image at any depth below that is of the class. Links are followed,
-    but not to what is read anyway. Hidden files and folders are left out, such as ``.ipynb_checkpoints``, and so are
-    files in the split's own folder and files that are not images; `left_out` counts them.
+    Every folder in `folder` is a class, numbered by `class_map` or sorted as timm does (without regard to case,
+    ``img2`` before ``img10``), and every image at any depth below that is of the class. Links are followed, but not to
+    what is read anyway. Hidden files and folders are left out, such as ``.ipynb_checkpoints``, and so are
+    files in the split's own folder and files that are not images: whose ending is none of `suffixes`, by default those
+    of all formats that PIL decodes. `left_out` counts them.
 
     Raises `ConfigError` if the folder cannot be read, a class has no image, links of two classes lead to one folder, or
     `class_map` is no numbering from 0 on.
-
-    Parameters
-    ----------
-    folder, mode
-        The split, and ``"L"`` or ``"RGB"``; see `attnzoo.pixels.to_mode`.
-    class_map
-        Numbers of classes by name; by default they are sorted as timm does, without regard to case, ``img2`` before
-        ``img10``.
-    suffixes
-        Read files with these endings alone; by default every format that PIL decodes.
     """
 
     def __init__(

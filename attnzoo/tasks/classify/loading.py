@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -172,37 +173,22 @@ class StreamImages(IterableDataset[tuple[Tensor, int, int, str]]):
             yield augmented(*last, place, why)
 
 
-class Epoch:
-    """The draws of an epoch: as many as there are images; with `repeats`, fewer images that many times each."""
-
-    def __init__(self, images: int, epoch: int, seed: int, repeats: int = 1) -> None:
-        self.epoch, self.repeats = epoch, repeats
-        self.shuffled = np.random.default_rng(seed_of(seed, ORDER, epoch)).permutation(images)
-
-    def draws(self, places: range) -> list[Draw]:
-        """Those at some places in the epoch's order."""
-        return [Draw(self.epoch, int(self.shuffled[at // self.repeats]), at % self.repeats) for at in places]
-
-
+@dataclass(eq=False)
 class Batches(Sampler[list[Draw]]):
     """Each step's draws for one process, from step `first` to the end of training, across epochs.
 
-    Every process takes every `world`-th draw of a batch, so that a batch is the same whatever the number of processes.
+    An epoch draws as often as there are images; with `repeats`, fewer images that many times each. Every process takes
+    every `world`-th draw of a batch, so that a batch is the same whatever the number of processes.
     """
 
-    def __init__(
-        self,
-        images: int,
-        batch: int,
-        epochs: int,
-        seed: int,
-        repeats: int = 1,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.images, self.batch, self.epochs, self.seed, self.repeats = images, batch, epochs, seed, repeats
-        self.first, self.rank, self.world = first, rank, world
+    images: int
+    batch: int
+    epochs: int
+    seed: int
+    repeats: int = 1
+    first: int = 0
+    rank: int = 0
+    world: int = 1
 
     @property
     def steps(self) -> int:
@@ -214,9 +200,10 @@ class Batches(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for epoch in range(self.first // self.steps, self.epochs):
-            order = Epoch(self.images, epoch, self.seed, self.repeats)
+            order = np.random.default_rng(seed_of(self.seed, ORDER, epoch)).permutation(self.images)
             for step in range(max(0, self.first - epoch * self.steps), self.steps):
-                yield order.draws(range(step * self.batch + self.rank, (step + 1) * self.batch, self.world))
+                places = range(step * self.batch + self.rank, (step + 1) * self.batch, self.world)
+                yield [Draw(epoch, int(order[at // self.repeats]), at % self.repeats) for at in places]
 
 
 def share_of(

@@ -210,22 +210,14 @@ class Training:
         if not self.splits.streamed:
             images = TrainImages(train, self.train_transform, self.run.seed)
             repeats = 1 if self.config.augment is None else self.config.augment.repeats
-            sampler = Batches(
-                self.splits.train_images,
-                self.config.recipe.batch,
-                self.config.recipe.epochs,
-                self.run.seed,
-                repeats,
-                self.progress.step,
-                rank,
-                world,
-            )
+            recipe, count, seed = self.config.recipe, self.splits.train_images, self.run.seed
+            sampler = Batches(count, recipe.batch, recipe.epochs, seed, repeats, self.progress.step, rank, world)
             yield from DataLoader(images, batch_sampler=sampler, **options)
             return
         stream = StreamImages(train, self.train_transform, self.run.seed, rank, world)
-        train.set_loader_cfg(num_workers=data.workers)
+        train.dataset.set_loader_cfg(num_workers=data.workers)
         for epoch in range(self.progress.step // self.steps, self.config.recipe.epochs):
-            train.set_epoch(epoch)
+            train.dataset.set_epoch(epoch)
             stream.epoch = epoch
             skip = self.progress.step % self.steps
             if not skip:

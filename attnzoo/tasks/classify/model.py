@@ -61,14 +61,10 @@ def load_trained(folder: str | Path, averaged: bool = False) -> nn.Module:
     Class names and what an image goes through are where each library has them: in timm's ``pretrained_cfg``, which
     ``timm.data.resolve_model_data_config`` reads, and in transformers' ``config.id2label``.
 
-    Raises `TrainingError` if one of the files is missing, or they do not fit together.
+    `folder` is a run's ``final`` folder, or one of its checkpoints: it holds ``model.json`` and ``model.safetensors``.
+    With `averaged` the weights are those averaged over the steps, of a ``final`` folder whose recipe had `ema_decay`.
 
-    Parameters
-    ----------
-    folder
-        A run's ``final`` folder, or one of its checkpoints: it holds ``model.json`` and ``model.safetensors``.
-    averaged
-        Take the weights averaged over the steps, of a ``final`` folder whose recipe had `ema_decay`.
+    Raises `TrainingError` if one of the files is missing, or they do not fit together.
     """
     require("safetensors", extra="train")
     from safetensors.torch import load_file

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from attnzoo.models import tensors
 
 
 def first_layer(model: nn.Module, forward: Callable[[], object]) -> str:
@@ -16,27 +20,21 @@ def first_layer(model: nn.Module, forward: Callable[[], object]) -> str:
     """
     found: list[str] = []
 
-    def look(path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if found or _finite(output):
-                return
-            what = "made values that are not finite"
-            broken = [name for name, p in module.named_parameters(recurse=False) if not _finite(p)]
-            if broken:
-                what = f"has parameters that are not finite ({', '.join(broken)})"
-            elif not _finite(inputs):
-                what = "was given values that are not finite"
-            found.append(f"{path or 'the model'} ({type(module).__name__}) {what}")
+    def look(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if found or _finite(output):
+            return
+        what = "made values that are not finite"
+        broken = [name for name, p in module.named_parameters(recurse=False) if not _finite(p)]
+        if broken:
+            what = f"has parameters that are not finite ({', '.join(broken)})"
+        elif not _finite(inputs):
+            what = "was given values that are not finite"
+        found.append(f"{path or 'the model'} ({type(module).__name__}) {what}")
 
-        return hook
-
-    hooks = [module.register_forward_hook(look(path)) for path, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            hooks.enter_context(module.register_forward_hook(partial(look, path)))
+        forward()
     return found[0] if found else "no layer: every output is finite, so the loss itself is where it arose"
 
 
@@ -49,10 +47,4 @@ def gradients(model: nn.Module) -> str:
 
 
 def _finite(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, (tuple, list)):
-        return all(map(_finite, value))
-    if isinstance(value, dict):
-        return all(map(_finite, value.values()))
-    return True
+    return all(bool(x.isfinite().all()) for x in tensors(value) if x.is_floating_point())

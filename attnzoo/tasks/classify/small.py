@@ -39,16 +39,6 @@ class Images:
     test_y: Tensor
     classes: int
 
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return self.train_x.shape[1]
-
-    @property
-    def side(self) -> int:
-        """Height and width of an image, in pixels."""
-        return self.train_x.shape[-1]
-
 
 class Trained(NamedTuple):
     """Mean training loss of each epoch, and the seconds that training took."""
@@ -61,15 +51,10 @@ def load_images(dataset: str, folder: Path, *, train_images: int | None = None, 
     """Read a data set that `attnzoo.assets.get` gave: ``digits``, or ``fashion_mnist`` as its authors split it.
 
     `train_images` of its training images are kept, drawn with a fixed seed, all by default; `std` is the deviation of
-    their pixels. Raises `ConfigError` if there is no such data set, it has fewer training images, or `std` is not above
-    0.
+    their pixels. Raises `ConfigError` if the data set has fewer training images.
     """
-    if not 0 < std < math.inf:
-        raise ConfigError(f"std: the deviation of the pixels must be above 0 and finite, not {std}")
-    readers = {"digits": _read_digits, "fashion_mnist": _read_fashion_mnist}
-    if dataset not in readers:
-        raise ConfigError(f"there is no data set {dataset!r}; known: {', '.join(readers)}")
-    train_x, train_y, test_x, test_y = readers[dataset](folder)
+    read = {"digits": _read_digits, "fashion_mnist": _read_fashion_mnist}[dataset]
+    train_x, train_y, test_x, test_y = read(folder)
     if train_images is not None:
         if train_images > len(train_x):
             raise ConfigError(f"{dataset} has {len(train_x)} training images, fewer than the {train_images} asked for")
@@ -144,13 +129,14 @@ def measure_quality(
 ) -> Result:
     """Train once per seed with the attention `spec`, None being the model's own, and test on the held-out images."""
     images = load_images(quality.dataset, data, train_images=quality.train_images, std=quality.input_std)
-    host = quality.model.model_copy(update={"channels": images.channels, "classes": images.classes})
+    _, channels, side, _ = images.train_x.shape
+    host = quality.model.model_copy(update={"channels": channels, "classes": images.classes})
     recipe = quality.recipe
     trainings, counted = [], []
     for seed in quality.seeds:
 
         def build(more: Mapping[str, Any], seed: int = seed) -> nn.Module:
-            return build_host(host, images.side, seed, fused, more)
+            return build_host(host, side, seed, fused, more)
 
         def tell(epoch: int, loss: float, seed: int = seed) -> None:
             say(f"train seed {seed}: epoch {epoch}/{recipe.epochs}, loss {loss:.3f}")
@@ -172,7 +158,7 @@ def measure_quality(
                 parameters=count_parameters(model),
             )
         )
-    tokens = (images.side // host.patch_size) ** 2
+    tokens = (side // host.patch_size) ** 2
     seeds = f"{len(trainings)} seed{'s' if len(trainings) > 1 else ''}"
     note = (
         f"{host.name} ({listed(host.options)}) from scratch on {quality.dataset}, {tokens} tokens, {recipe.epochs} "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -28,29 +28,10 @@ MOST_LOOKED_AT = 10  # of them that may be unreadable where there are more image
 NO_CLASS = -1
 SPLIT_SEED, DIGITS_TEST_IMAGES = 0, 597
 ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for broken files
-# what timm calls an asset, and its splits
-ASSETS = {
-    "fashion_mnist": ("torch/fashion_mnist", "train", "validation"),
-    "cifar10": ("torch/cifar10", "train", "validation"),
-}
 
 
 Names = tuple[str, ...] | None  # of classes
 T = TypeVar("T")
-
-
-class Source(Protocol):
-    """Images by index."""
-
-    classes: tuple[str, ...] | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Give an image and its class."""
-
-    def name(self, index: int) -> str:
-        """What to call an image in a message."""
 
 
 @dataclass
@@ -173,10 +154,8 @@ def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[
     name, root = data.name, data.root
     if data.asset is not None:
         root = assets.get(data.asset, data.path)
-        name, train, test = ASSETS[data.asset]
-        split = train if training else test
-        if (root / "train").is_dir():  # an archive of folders, one per class
-            name, split = "", "train" if training else "test"
+        split = "train" if training else "validation"
+        name = "" if (root / "train").is_dir() else f"torch/{data.asset}"  # without a name: folders, one per class
     if name in FOLDERS and root is not None:
         if not root.is_dir():
             unpack = "; it is a file: unpack it" if root.exists() else ""
@@ -285,6 +264,10 @@ class Indexed:
         return to_mode(image, self.mode), _class_of(target)
 
 
+Source = ImageFolder | Indexed
+"""Images by index."""
+
+
 def _of_reader(reader: Any, mode: Mode) -> Indexed:
     """A Hugging Face data set, through a reader of timm's."""
     by_index = getattr(reader, "class_to_idx", None)
@@ -343,14 +326,6 @@ class Stream(IterableDataset[tuple[Image.Image | None, int, str]]):
                 yield None, NO_CLASS, str(error) or type(error).__name__
             else:
                 yield used
-
-    def set_epoch(self, epoch: int) -> None:
-        """As timm's streams have it: the epoch, by which they are shuffled."""
-        self.dataset.set_epoch(epoch)
-
-    def set_loader_cfg(self, num_workers: int) -> None:
-        """As timm's streams have it: how many processes will read."""
-        self.dataset.set_loader_cfg(num_workers=num_workers)
 
 
 def _subset(source: Source, chosen: np.ndarray, mode: Mode) -> Indexed:

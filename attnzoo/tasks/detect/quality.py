@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
-from attnzoo.bench.record import Count, Entry, Quality, Share
+from attnzoo.bench.record import Count, Entry, NonNegative, Quality, Share
 from attnzoo.bench.record import Record as Measured
 from attnzoo.bench.words import quality_kept
 
@@ -26,13 +27,28 @@ class Metric(Entry):
     ap_large: Share | None
 
 
+class Branch(Entry):
+    """An attention layer over all test images: root mean square of what it adds over that of the residual stream.
+
+    `kurtosis` is that of what it adds: 3 for a normal distribution, more where few values are much larger than most.
+    """
+
+    layer: str
+    ratio: NonNegative
+    kurtosis: NonNegative
+
+
 class Detecting(Metric):
-    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested."""
+    """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested.
+
+    `branches` are those of the encoder's attention layers, on the test images.
+    """
 
     seed: Count
     epochs: tuple[Count, ...] = ()
     epoch_ap: tuple[Share, ...] = ()
     epoch_ap50: tuple[Share, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
 
 class Detection(Quality, Metric):
@@ -71,6 +87,7 @@ class Detection(Quality, Metric):
     @property
     def details(self) -> dict[str, str]:
         """Columns of the table of quality."""
+        branches = [branch for one in self.trainings for branch in one.branches]
         parts = {"AP50 %": self.ap50, "AP75 %": self.ap75, "small %": self.ap_small, "medium %": self.ap_medium,
                  "large %": self.ap_large}  # fmt: skip
         return {
@@ -78,6 +95,8 @@ class Detection(Quality, Metric):
             "kept": quality_kept(self),
             **{name: "-" if value is None else f"{100 * value:.1f}" for name, value in parts.items()},
             "AP of each seed": ", ".join(f"{100 * one.ap:.1f}" for one in self.trainings),
+            "rms of attention over residual, by layer": _range([b.ratio for b in branches], 2),
+            "kurtosis": _range([b.kurtosis for b in branches], 0),
             "images": f"{self.images:,}",
             "boxes": f"{self.boxes:,}",
         }
@@ -88,6 +107,12 @@ class Detection(Quality, Metric):
         if self.points is None:
             return ""
         return f"Dense's AP is not above {CHANCE:.0%}, so it may have found nothing: differences in points, not ratios."
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    """``0.42 to 1.80``: the lowest and the highest."""
+    ends = [f"{end:,.{digits}f}" for end in (min(values), max(values))] if values else ["-"]
+    return " to ".join(dict.fromkeys(ends))
 
 
 class Record(Measured):

@@ -58,18 +58,6 @@ def is_main() -> bool:
     return bool(mmcv_ext.load("mmengine.dist").is_main_process())
 
 
-def is_shared() -> bool:
-    """Whether several processes work together."""
-    return bool(mmcv_ext.load("mmengine.dist").get_world_size() > 1)
-
-
-def told(message: Sequence[int] = ()) -> list[int]:
-    """Give in every process what the main one says; they wait for it."""
-    held = [list(message)]
-    mmcv_ext.load("mmengine.dist").broadcast_object_list(held)
-    return held[0]
-
-
 def train(config: Any) -> Path:
     """Train by mmengine's Runner, from the last checkpoint in the run's folder where there is one; give that folder.
 

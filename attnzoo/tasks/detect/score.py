@@ -15,7 +15,8 @@ import numpy as np
 
 from attnzoo.errors import ConfigError, DataError
 from attnzoo.tasks.detect import data
-from attnzoo.tasks.detect.quality import Metric
+from attnzoo.tasks.detect.branches import branches, summed
+from attnzoo.tasks.detect.quality import Branch, Metric
 from attnzoo.tasks.detect.run import last_checkpoint
 
 STATS = tuple(Metric.model_fields)
@@ -52,12 +53,16 @@ class Scores:
 
 
 class Answers(NamedTuple):
-    """COCO files of what is true and of what was predicted, the file of each image by its number, and the classes."""
+    """COCO files of what is true and of what was predicted, the file of each image by its number, and the classes.
+
+    `branches` are those of the encoder's attention on these images.
+    """
 
     true: Path
     predicted: Path
     files: Mapping[int, str]
     classes: Sequence[str]
+    branches: tuple[Branch, ...]
 
 
 def predict(config: Any, folder: Path) -> Answers:
@@ -80,12 +85,14 @@ def predict(config: Any, folder: Path) -> Answers:
     runner = Runner.from_cfg(config)
     images = runner.test_dataloader.dataset
     load(runner, checkpoint, images.metainfo["classes"])
-    runner.test()
+    with summed(getattr(runner.model, "module", runner.model)) as sums:  # several processes wrap it
+        runner.test()
     told = metric.get("ann_file")
     true = Path(told) if told else prefix.with_name(prefix.name + ".gt.json")
     infos = (images.get_data_info(place) for place in range(len(images)))
     files = {info["img_id"]: info["img_path"] for info in infos}
-    return Answers(true, prefix.with_name(prefix.name + ".bbox.json"), files, images.metainfo["classes"])
+    predicted = prefix.with_name(prefix.name + ".bbox.json")
+    return Answers(true, predicted, files, images.metainfo["classes"], branches(sums))
 
 
 def load(runner: Any, checkpoint: Path, classes: Sequence[str]) -> None:

@@ -19,9 +19,9 @@ from attnzoo import assets, processes
 from attnzoo.bench.config import RunConfig, parse_override
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import AttnZooError, ConfigError
-from attnzoo.tasks.detect import cost, data, page, run, score
+from attnzoo.tasks.detect import cost, data, mmcv_ext, page, run, score
 from attnzoo.tasks.detect.config import config_of, load_config, plain, seeds_of
-from attnzoo.tasks.detect.quality import Detecting, Detection, Metric, Record
+from attnzoo.tasks.detect.quality import Branch, Detecting, Detection, Metric, Record
 
 FOLDER = "eval"
 OWN = ("name", "imports", "output", "fresh")  # keys that are not mmengine's
@@ -191,19 +191,21 @@ def _tested(detector: Any) -> dict[str, Any]:
 
 def prepare(config: DetectConfig, cells: Sequence[Cell]) -> dict[str, Any]:
     """Tell the other processes what is to be tested, and give the first config's text to those that measure cost."""
-    tests = run.told([cell.asks["detector"] for cell in cells if cell.kind == "quality"])
+    tests = processes.from_main([cell.asks["detector"] for cell in cells if cell.kind == "quality"])
     if not tests:
         processes.leave()
     return {"tests": tests, "detector": config.detectors[0].pretty_text}
 
 
-def assist(config: DetectConfig) -> None:
-    """Test what the main process tests, of each batch another part, and leave it."""
+def assist(config: DetectConfig) -> bool:
+    """In a process that is not the main one, test what it tests, of each batch another part; False in the main one."""
+    if run.is_main():
+        return False
     check(config)
-    for place in run.told():
+    for place in processes.from_main(list[int]()):
         for one in seeds_of(config.detectors[place]):
             score.predict(one, Path(one.work_dir) / FOLDER)
-    processes.leave()
+    return True
 
 
 def measure(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: OnProgress) -> Result:
@@ -225,30 +227,34 @@ def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: On
         for one in seeds_of(config.detectors[place]):
             say(f"test {one.work_dir}")
             answers = score.predict(one, Path(one.work_dir) / FOLDER)
-            found.append((one, score.scores(*answers)))
+            found.append((one, answers.branches, score.scores(*answers[:4])))
     except Exception as error:
-        if run.is_shared():  # the others wait: whoever started them all ends them with this one
+        if (
+            mmcv_ext.load("mmengine.dist").get_world_size() > 1
+        ):  # the others wait: whoever started them all ends them with this one
             raise SystemExit(f"error: {error}") from error
         if isinstance(error, AttnZooError):
             return Result(status="failed", message=str(error))
         raise
     if place == given["tests"][-1]:
         processes.leave()
-    page.draw_boxes(config.folder, cell.label, found[0][1], answers.classes)
+    page.draw_boxes(config.folder, cell.label, found[0][-1], answers.classes)
     return Result(status="ok", quality=_detection(config.detectors[place], found))
 
 
-def _detection(detector: Any, found: Sequence[tuple[Any, score.Scores]]) -> Detection:
+def _detection(detector: Any, found: Sequence[tuple[Any, tuple[Branch, ...], score.Scores]]) -> Detection:
     """The mean of all seeds."""
     trainings = tuple(
-        Detecting.model_validate({**dict(s.metric), "seed": one.randomness.seed, **score.curve(Path(one.work_dir))})
-        for one, s in found
+        Detecting.model_validate(
+            {**dict(s.metric), "seed": one.randomness.seed, **score.curve(Path(one.work_dir)), "branches": branches}
+        )
+        for one, branches, s in found
     )
     means: dict[str, Any] = {}
     for name in Metric.model_fields:
         known = [value for one in trainings if (value := getattr(one, name)) is not None]
         means[name] = statistics.fmean(known) if known else None
-    first, seeds = found[0][1], ", ".join(str(one.seed) for one in trainings)
+    first, seeds = found[0][-1], ", ".join(str(one.seed) for one in trainings)
     note = (
         f"COCO's metric by pycocotools on {first.images} images of {detector.test_dataloader.dataset['ann_file']}, "
         f"{detector.train_cfg.get('max_epochs')} epochs, seeds {seeds}; no interval"
@@ -263,6 +269,7 @@ TASK = Task(
     plan=plan,
     measure=measure,
     prepare=prepare,
+    assist=assist,
     check=check,
     record=Record,
     preload=lambda config: cost.PRELOAD,

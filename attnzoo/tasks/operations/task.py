@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attnzoo.bench.highlights import SPEED, Highlight, speed
+from attnzoo.bench.highlights import SPEED, Highlight, highlight, speed
 from attnzoo.bench.task import Cell, Task
-from attnzoo.bench.words import machine
 from attnzoo.extras import require
 from attnzoo.tasks.operations.config import OperationsConfig
 from attnzoo.tasks.operations.record import Record
@@ -53,23 +52,13 @@ def highlights(records: Sequence[Record]) -> list[Highlight]:
     for record in (record for record in records if record.options["op"] in METHODS):
         asked, cost = record.options, record.cost
         beside = "" if cost is None or cost.fastest is None else f" beside {cost.fastest}"
-        one = Highlight(
-            task="operations",
-            method=METHODS[asked["op"]],
-            label=record.label,
-            host=record.host,
-            workload=f"{record.phase}{beside}, {record.dtype}",
-            machine=machine(record.environment),
-            options={"degree": asked["degree"]} if "degree" in asked else {},
-            utc=record.utc,
-            tokens=asked.get("tokens") or asked["keys"],
-            phase=record.phase,
-            typical=asked.get("beside", "fused") == "fused",
-            status=record.status,
-            message=record.message,
-            figures={} if cost is None or cost.speedup is None else {SPEED: speed(cost.speedup)},
-        )
-        found.append(one)
+        workload = f"{record.phase}{beside}, {record.dtype}"
+        figures = {} if cost is None or cost.speedup is None else {SPEED: speed(cost.speedup)}
+        other: dict[str, Any] = {"method": METHODS[asked["op"]], "host": record.host}
+        other |= {"options": {"degree": asked["degree"]} if "degree" in asked else {}}
+        other |= {"tokens": asked.get("tokens") or asked["keys"]}
+        other |= {"typical": asked.get("beside", "fused") == "fused"}
+        found.append(highlight(record, "operations", workload, figures, **other))
     return found
 
 

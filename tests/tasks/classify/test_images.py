@@ -18,7 +18,6 @@ from attnzoo.tasks.classify.config import DataConfig, validate_config
 from attnzoo.tasks.classify.loading import (
     Batches,
     Draw,
-    Epoch,
     StreamImages,
     TestImages,
     TestStream,
@@ -53,16 +52,14 @@ def test_a_batch_is_the_same_whatever_the_processes_and_the_first_step(images, b
     ]
     assert all(len(part) == batch // world for share in shares for part in share)
     assert len(whole) == images // batch * epochs
-    for epoch in range(epochs):
-        draws = Epoch(images, epoch, seed, repeats).draws(range(images))
+    for draws in Batches(images, images, epochs, seed, repeats):  # an epoch each
         assert len(draws) == len(set(draws)) == images
         assert len({draw.image for draw in draws}) == -(-images // repeats)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [
-        tuple(d.image for d in Epoch(50, epoch, seed).draws(range(50))) for epoch in range(3) for seed in range(3)
-    ]
+    orders = [tuple(d.image for d in draws) for seed in range(3) for draws in Batches(50, 50, 3, seed)]
+    assert len(orders) == 9
     assert len(set(orders)) == 9
 
 

@@ -458,7 +458,7 @@ def test_a_test_that_fails_is_a_row_and_ends_all_processes_where_there_are_sever
     (line,) = (tmp_path / "out/records.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["status"] == "failed"
     assert str(error) in capsys.readouterr().err
-    monkeypatch.setattr(run, "is_shared", lambda: True)
+    monkeypatch.setattr("mmengine.dist.get_world_size", lambda: 2)
     with pytest.raises(SystemExit, match=f"error: {error}"):
         evaluate(words)
 
