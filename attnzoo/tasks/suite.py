@@ -10,7 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from attnzoo import assets
 from attnzoo.bench.attentions import AttentionConfig, attention_problems
-from attnzoo.bench.config import RunConfig, drop_defaults, refuse_twins, renamed
+from attnzoo.bench.config import RunConfig, refuse_twins, renamed
 from attnzoo.bench.highlights import of_records
 from attnzoo.bench.task import Cell, OnProgress, Result, Task
 from attnzoo.errors import AssetError, ConfigError, MissingExtraError
@@ -82,24 +82,6 @@ class SuiteConfig(RunConfig):
             if attention.expect == "unsupported"
         }
 
-    def identity(self) -> dict[str, Any]:
-        """All that is measured; keys that came later are left out where they say what was so before."""
-        content = super().identity()
-        if self.language is None:
-            del content["language"]
-        later = {"of": "model", "gradient": False, "keep_freed_memory": False, "equal_parameters": False}
-        drop_defaults(content["cost"], {**later, "image_sizes": []})
-        drop_defaults(content, {"costs": []})
-        _as_before(content)
-        if content["quality"] is not None:
-            drop_defaults(content["quality"], {"equal_parameters": False})
-            _as_before(content["quality"])
-        for attention in [*content["attentions"], *((content.get("language") or {}).get("attentions", ()))]:
-            attention.pop("expect", None)  # it changes nothing that is measured
-        for attention in content["attentions"]:
-            drop_defaults(attention, {"fused": None, "tokens": None})
-        return content
-
     @classmethod
     def problems(cls, data: Mapping[str, Any]) -> list[str]:
         """What the registry says of the attentions."""
@@ -108,13 +90,6 @@ class SuiteConfig(RunConfig):
         if isinstance(language, Mapping):
             problems += language_problems(language, "language.")
         return problems
-
-
-def _as_before(content: dict[str, Any]) -> None:
-    """Give a model its name of before, and leave out what came later and says what was so then."""
-    model = content.pop("model")
-    drop_defaults(model, {"channels": 3, "classes": 1000})
-    content["host"] = renamed(model, name="model")
 
 
 def _with_sizes(cost: Any) -> Any:

@@ -229,9 +229,8 @@ def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: On
             answers = score.predict(one, Path(one.work_dir) / FOLDER)
             found.append((one, answers.branches, score.scores(*answers[:4])))
     except Exception as error:
-        if (
-            mmcv_ext.load("mmengine.dist").get_world_size() > 1
-        ):  # the others wait: whoever started them all ends them with this one
+        # the others wait: whoever started them all ends them with this one
+        if mmcv_ext.load("mmengine.dist").get_world_size() > 1:
             raise SystemExit(f"error: {error}") from error
         if isinstance(error, AttnZooError):
             return Result(status="failed", message=str(error))
