@@ -35,7 +35,8 @@ class HostOptions:
     prefix
         Number of tokens before the grid.
     positions
-        Whether a mixer gets tokens with their position added; of detectors, which add it to queries and keys alone.
+        Whether a mixer gets tokens with their position added; of detectors, and of other callers of torch's attention
+        that add it to queries and keys alone.
     """
 
     grid: tuple[int, int] | None = None

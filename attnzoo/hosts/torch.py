@@ -78,7 +78,7 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], op
     elif layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
         site.no_mixer = "cross-attention (keys or values of another width), and a mixer has one input"
     site.encoder = next((m for a in ancestors(path) if isinstance(m := layers[a], nn.TransformerEncoder)), None)
-    site.grid, site.prefix = options.grid, options.prefix or 0
+    site.grid, site.prefix, site.positions = options.grid, options.prefix or 0, options.positions
     if options.grid is None:
         vit = next((m for a in ancestors(path) if _is_torchvision_vit(m := layers[a])), None)
         if vit is not None:
@@ -100,12 +100,13 @@ class TorchSite(Site):
     """An `nn.MultiheadAttention`."""
 
     grid: tuple[int, int] | None = None
+    positions: bool | None = None
     encoder: nn.TransformerEncoder | None = None
 
     @property
     def accepted_options(self) -> frozenset[str]:
         """A user tells what torch does not know."""
-        return frozenset({"grid", "prefix"})
+        return frozenset({"grid", "prefix", "positions"})
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
@@ -121,7 +122,7 @@ class TorchSite(Site):
 
     def put_mixer(self, mixer: nn.Module) -> nn.Module:
         """Run `mixer` on the tokens."""
-        return TorchMixer(mixer, self.module, self.grid, self.prefix)
+        return TorchMixer(mixer, self.module, self.grid, self.prefix, self.positions)
 
     def call_alone(self, x: Tensor) -> Tensor:
         """Attend, with torch's arguments."""
@@ -214,15 +215,19 @@ class TorchCore(CoreLayer, nn.MultiheadAttention):
 class TorchMixer(MixerLayer):
     """A mixer where torch had self-attention.
 
-    The attributes that torch's encoder layers read off their attention are here too.
+    A caller that adds position to queries and keys, as blocks of point clouds do, gives three tensors. Whether they
+    are one sequence cannot be seen, so the user says it: `positions` True mixes the query, False the value. The
+    attributes that torch's encoder layers read off their attention are here too.
     """
 
     _qkv_same_embed_dim = False  # keeps torch's encoder layers off their fast path
     in_proj_weight = in_proj_bias = None
 
-    def __init__(self, mixer: nn.Module, original: Any, grid: tuple[int, int] | None, prefix: int) -> None:
+    def __init__(
+        self, mixer: nn.Module, original: Any, grid: tuple[int, int] | None, prefix: int, positions: bool | None
+    ) -> None:
         super().__init__(mixer)
-        self.grid, self.prefix = grid, prefix
+        self.grid, self.prefix, self.positions = grid, prefix, positions
         self.batch_first: bool = original.batch_first
         self.embed_dim: int = original.embed_dim
         self.num_heads: int = original.num_heads
@@ -243,17 +248,23 @@ class TorchMixer(MixerLayer):
         Raises
         ------
         UnsupportedError
-            If query, key and value are not one tensor, or the caller asks for an attention mask or for causality.
+            If query, key and value are not one tensor and `positions` is None, or differ in shape; or if the caller
+            asks for an attention mask or for causality.
         """
-        if not (query is key and key is value):
+        if self.positions is None and not (query is key and key is value):
             raise UnsupportedError(
-                "cross-attention: a mixer has one input, but query, key and value are not one tensor"
+                "cross-attention: a mixer has one input, but query, key and value are not one tensor. Where they are "
+                "one sequence, with position added to query and key, swap with positions=True to mix the query or "
+                "positions=False to mix the value"
             )
+        if not query.shape == key.shape == value.shape:
+            raise UnsupportedError("cross-attention: a mixer has one input, but query, key and value differ in shape")
         if attn_mask is not None or is_causal:
             raise UnsupportedError("a mixer does not support attn_mask or is_causal, only key_padding_mask")
         batched = query.dim() == 3
         check_masks(self.num_heads, sizes(self, query, key), None, key_padding_mask, batched)
-        x = query if batched else query.unsqueeze(0 if self.batch_first else 1)
+        x = value if self.positions is False else query
+        x = x if batched else x.unsqueeze(0 if self.batch_first else 1)
         x = x if self.batch_first else x.transpose(0, 1)
         mask = seen_keys(key_padding_mask if batched or key_padding_mask is None else key_padding_mask.unsqueeze(0))
         refuse_unable(self, mask=mask is not None)
