@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def from_main(value: T) -> T:
-    """What the main process gives, in all processes; they wait for it."""
+    """What the main process gives, in all processes; they wait for it. To be called once the processes have met."""
     shared = [value]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(shared)

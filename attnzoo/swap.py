@@ -211,7 +211,8 @@ def replace_attention(
         Options of the method. For mixers in models that do not know their grid (torch's encoders), also
         ``grid=(h, w)`` and ``prefix=0``, the number of tokens before the grid. For mixers in a detector's encoder, or
         where `nn.MultiheadAttention` is called with three tensors of one sequence, also ``positions=True``: whether the
-        mixer gets tokens with position embeddings added, as queries and keys do, or without, as values do.
+        mixer gets tokens with position embeddings added, as queries and keys do, or without, as values do. Select the
+        self-attention with `where` if such a model has cross-attention too.
 
     Raises
     ------
@@ -409,7 +410,9 @@ def _check_host_options(host_options: HostOptions, sites: list[Site]) -> None:
     if useless & {"grid", "prefix"}:
         raise OptionError("grid and prefix are not options here: this host knows its own grid")
     if useless:
-        raise OptionError("positions is not an option here: detectors and torch's own attention alone take it")
+        raise OptionError(
+            "positions is not an option here: this attention is called with one tensor, and adds no position"
+        )
 
 
 def _choose(model: nn.Module, sites: list[Site], where: str | Sequence[str] | None) -> list[Site]:

@@ -86,6 +86,11 @@ def test_three_tensors_are_one_sequence_where_the_user_says_so():
         attnzoo.replace_attention(model, "padre", positions=1, **CONV1D)
 
 
+def test_callers_that_give_one_tensor_need_no_positions():
+    with pytest.raises(OptionError, match="positions is not an option here"):
+        attnzoo.replace_attention(nn.TransformerEncoderLayer(16, 2), "sima", positions=False)
+
+
 def test_gradients_reach_features_and_position():
     model, x, places = blocks()
     attnzoo.replace_attention(model, "padre", positions=True, **CONV1D)

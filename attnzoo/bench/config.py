@@ -268,7 +268,7 @@ def renamed(data: Any, **names: str) -> Any:
 
 
 def drop_defaults(content: dict[str, Any], later: Mapping[str, Any]) -> None:
-    """Take keys that came later out where they say what was so before, so that older benchmarks keep their identity."""
+    """Take keys out where they say what holds without them."""
     for key, value in later.items():
         if content[key] == value:
             del content[key]

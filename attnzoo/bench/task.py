@@ -92,8 +92,8 @@ class Result(Outcome):
 class Task:
     """A task: its `name`, as `attnzoo.tasks` and configs call it, and `ref`, where it is, as ``module:NAME``.
 
-    Before any work `config` is the class of its configs, and `check` finds what the schema cannot and raises
-    `ConfigError`. `plan` gives a config's cells in the order of measurement, a part's dense baseline first; `prepare`,
+    `config` is the class of its configs. Before any work `check` finds what the schema cannot and raises `ConfigError`.
+    `plan` gives a config's cells in the order of measurement, a part's dense baseline first; `prepare`,
     given the config and the cells to do, plain data that all of them share; `preload` the modules that its processes
     need, to be imported once for all; `expected` part and label of the rows that the config expects to be unsupported.
 
@@ -104,11 +104,11 @@ class Task:
     `record` is the class of its records, `columns` the table of cost of a task whose records have another cost than the
     engine's, `how_to_read` what its columns mean, and `verdict` what it shows, in a sentence. On the page, `plots` are
     captions and pictures (SVG) after the engine's own, `sections` further parts, `attached` those that come out of
-    files beside the records, given their folder, and `pairs` a table of rows set against each other, given the records
-    and, as plain data, the config that says which.
+    files beside the records, given the records and their folder, and `pairs` a table of rows set against each other,
+    given the records and, as plain data, the config that says which.
 
-    `highlights` are what the results page shows of such a task, or of one whose rows stand in several columns; `others`
-    what its records hold that is no method's, in words.
+    On the results page `highlights` stand in place of the engine's own, for a task whose `record` has another cost or
+    whose rows stand in several columns; `others` says in words what its records hold that is no method's.
     """
 
     name: str

@@ -78,10 +78,12 @@ def _site(path: str, layer: nn.MultiheadAttention, layers: Mapping[str, Any], op
     elif layer.kdim != layer.embed_dim or layer.vdim != layer.embed_dim:
         site.no_mixer = "cross-attention (keys or values of another width), and a mixer has one input"
     site.encoder = next((m for a in ancestors(path) if isinstance(m := layers[a], nn.TransformerEncoder)), None)
+    site.one_tensor = isinstance(parent, nn.TransformerEncoderLayer)
     site.grid, site.prefix, site.positions = options.grid, options.prefix or 0, options.positions
     if options.grid is None:
         vit = next((m for a in ancestors(path) if _is_torchvision_vit(m := layers[a])), None)
         if vit is not None:
+            site.one_tensor = True
             side = vit.image_size // vit.patch_size
             site.grid, site.prefix = (side, side), 1
     if site.grid is not None:
@@ -101,12 +103,13 @@ class TorchSite(Site):
 
     grid: tuple[int, int] | None = None
     positions: bool | None = None
+    one_tensor: bool = False  # whether its caller is known to give it one tensor three times
     encoder: nn.TransformerEncoder | None = None
 
     @property
     def accepted_options(self) -> frozenset[str]:
         """A user tells what torch does not know."""
-        return frozenset({"grid", "prefix", "positions"})
+        return frozenset({"grid", "prefix"} if self.one_tensor else {"grid", "prefix", "positions"})
 
     def mixer_problem(self, info: AttentionInfo) -> str | None:
         """Mixers over a grid need to be told it."""
@@ -222,12 +225,15 @@ class TorchMixer(MixerLayer):
 
     _qkv_same_embed_dim = False  # keeps torch's encoder layers off their fast path
     in_proj_weight = in_proj_bias = None
+    positions: bool | None = None
 
     def __init__(
         self, mixer: nn.Module, original: Any, grid: tuple[int, int] | None, prefix: int, positions: bool | None
     ) -> None:
         super().__init__(mixer)
-        self.grid, self.prefix, self.positions = grid, prefix, positions
+        self.grid, self.prefix = grid, prefix
+        if positions is not None:
+            self.positions = positions
         self.batch_first: bool = original.batch_first
         self.embed_dim: int = original.embed_dim
         self.num_heads: int = original.num_heads

@@ -4,8 +4,8 @@ Source: DSVT, https://arxiv.org/abs/2301.06051, sections 3.1 and 3.2. Voxels of 
 and those of a window into sets of equal size, along x in one layer and along y in the next. Attention is within a set,
 its position added to queries and keys alone.
 
-Differs from the source: windows are not shifted between blocks, and positions are coordinates within the window, mapped
-by one MLP for all layers.
+Differs from the source: windows are not shifted between blocks, nothing is added and normalized round a block, and
+positions are coordinates within the window, mapped by one MLP for all layers.
 """
 
 from __future__ import annotations

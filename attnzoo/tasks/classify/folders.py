@@ -43,7 +43,7 @@ class LeftOut:
 
 
 class ImageFolder:
-    """A split's images, class by class.
+    """A split's images, class by class, in a `mode` of `attnzoo.pixels.to_mode`.
 
     Every folder in `folder` is a class, numbered by `class_map` or sorted as timm does (without regard to case,
     ``img2`` before ``img10``), and every image at any depth below that is of the class. Links are followed, but not to

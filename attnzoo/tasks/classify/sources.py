@@ -154,8 +154,9 @@ def open_split(data: DataConfig, *, training: bool) -> Source | IterableDataset[
     name, root = data.name, data.root
     if data.asset is not None:
         root = assets.get(data.asset, data.path)
-        split = "train" if training else "validation"
-        name = "" if (root / "train").is_dir() else f"torch/{data.asset}"  # without a name: folders, one per class
+        folders = (root / "train").is_dir()  # an archive of folders, one per class
+        name, split = "" if folders else f"torch/{data.asset}", "test" if folders else "validation"
+        split = "train" if training else split
     if name in FOLDERS and root is not None:
         if not root.is_dir():
             unpack = "; it is a file: unpack it" if root.exists() else ""

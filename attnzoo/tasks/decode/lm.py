@@ -45,7 +45,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt, a line for each question; and of each answer asked for, whether it is there.
+    """What the model said to a prompt: its `text`, a line for each question, and `hits`, which answers are in it.
 
     `cache` is the largest of all steps, `held` the share of the needles' tokens whose entries the cache held when the
     prompt had been read, the mean over layers and key/value heads; None where nothing is ever evicted, or the prompt

@@ -169,7 +169,7 @@ def _instruction(draw: random.Random, numbers: Numbers) -> Story:
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """A kind of prompts: what tables call it, a sentence on what it `measures`, and what makes the story of a prompt.
+    """A kind of prompts: its `title` in tables, what it `measures`, in a sentence, and who is to `write` its stories.
 
     Needles are hidden between the depths `place` of the haystack; the question stands before the text, in its
     ``middle``, or at its end.

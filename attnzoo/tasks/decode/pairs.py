@@ -14,9 +14,9 @@ MOST_COLUMNS = 6  # of differences; more would not fit a page, and come one belo
 
 
 def pairs_table(records: Sequence[Any], config: Mapping[str, Any]) -> Table | None:
-    """Give a row for each of the `pairs` of a config, as plain data: the first row's figures minus the second's.
+    """Give a row for each of a config's `pairs`: the first row's figures minus the second's, window by window.
 
-    All figures come from the records of the run alone, window by window.
+    `config` is plain data; all figures come from the records of the run alone.
     """
     quality: dict[tuple[str, str], Any] = {
         (record.label, record.workload): record.quality

@@ -31,11 +31,12 @@ class Branch(Entry):
     """An attention layer over all test images: root mean square of what it adds over that of the residual stream.
 
     `kurtosis` is that of what it adds: 3 for a normal distribution, more where few values are much larger than most.
+    Null where a figure is not finite. Images that several processes test twice, to have equal shares, count twice.
     """
 
     layer: str
-    ratio: NonNegative
-    kurtosis: NonNegative
+    ratio: NonNegative | None
+    kurtosis: NonNegative | None
 
 
 class Detecting(Metric):
@@ -75,6 +76,13 @@ class Detection(Quality, Metric):
         return self.model_copy(update={"ratio": 1.0 if self.ap > CHANCE else None})
 
     @property
+    def brief(self) -> Self:
+        """The same without the branches of each training."""
+        return self.model_copy(
+            update={"trainings": tuple(one.model_copy(update={"branches": ()}) for one in self.trainings)}
+        )
+
+    @property
     def points(self) -> float | None:
         """AP less dense's in percent, where dense is no better than chance."""
         return None if self.ratio is not None or self.difference is None else 100 * self.difference
@@ -95,8 +103,8 @@ class Detection(Quality, Metric):
             "kept": quality_kept(self),
             **{name: "-" if value is None else f"{100 * value:.1f}" for name, value in parts.items()},
             "AP of each seed": ", ".join(f"{100 * one.ap:.1f}" for one in self.trainings),
-            "rms of attention over residual, by layer": _range([b.ratio for b in branches], 2),
-            "kurtosis": _range([b.kurtosis for b in branches], 0),
+            "rms of attention over residual, lowest to highest": _range([b.ratio for b in branches], 2),
+            "its kurtosis": _range([b.kurtosis for b in branches], 0),
             "images": f"{self.images:,}",
             "boxes": f"{self.boxes:,}",
         }
@@ -109,10 +117,10 @@ class Detection(Quality, Metric):
         return f"Dense's AP is not above {CHANCE:.0%}, so it may have found nothing: differences in points, not ratios."
 
 
-def _range(values: Sequence[float], digits: int) -> str:
-    """``0.42 to 1.80``: the lowest and the highest."""
-    ends = [f"{end:,.{digits}f}" for end in (min(values), max(values))] if values else ["-"]
-    return " to ".join(dict.fromkeys(ends))
+def _range(values: Sequence[float | None], digits: int) -> str:
+    """``0.42 to 1.80``: the lowest and the highest that are known."""
+    known = [value for value in values if value is not None]
+    return " to ".join(dict.fromkeys(f"{end:,.{digits}f}" for end in (min(known), max(known)))) if known else "-"
 
 
 class Record(Measured):

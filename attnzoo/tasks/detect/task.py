@@ -227,7 +227,9 @@ def _quality(config: DetectConfig, cell: Cell, given: Mapping[str, Any], say: On
         for one in seeds_of(config.detectors[place]):
             say(f"test {one.work_dir}")
             answers = score.predict(one, Path(one.work_dir) / FOLDER)
-            found.append((one, answers.branches, score.scores(*answers[:4])))
+            found.append(
+                (one, answers.branches, score.scores(answers.true, answers.predicted, answers.files, answers.classes))
+            )
     except Exception as error:
         # the others wait: whoever started them all ends them with this one
         if mmcv_ext.load("mmengine.dist").get_world_size() > 1:

@@ -73,6 +73,8 @@ class Classifier(Images):
 
         The model is left in evaluation mode.
         """
+        if not precisions:
+            return {}
         images = self.as_tested(CALIBRATION_IMAGES)  # (B, C, H, W)
         found: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:

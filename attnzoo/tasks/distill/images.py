@@ -17,7 +17,7 @@ from attnzoo.tasks.classify.sources import open_splits
 
 
 class Images:
-    """Both splits of a config's data.
+    """Both splits of a config's data; the subjects that are trained on images build on it.
 
     Raises `ConfigError` if they cannot be read by index, or are too few for a batch.
     """

@@ -127,9 +127,8 @@ def measure(config: DistillConfig, cell: Cell, given: Mapping[str, Any], say: On
         say("score")
         teacher = subject.teacher()
         points = (Point(stage="teacher", samples=0, seconds=0.0, **subject.score(teacher)._asdict()),)
-        quantized: dict[str, float] = {}
-        if config.precisions:
-            assert isinstance(subject, Classifier)  # the config has precisions of nothing else
+        quantized = {}
+        if isinstance(subject, Classifier):  # the config has precisions of nothing else
             quantized = subject.quantized(teacher, config.precisions, config.threads or 1)
         trial = Trial(seed=0, points=points, quantized=quantized)
         quality = RepairedQuality(metric=subject.metric, trials=(trial,), note="as it was trained")

@@ -160,7 +160,7 @@ def repaired(
         say("save the model")
         attnzoo.save(model, folder / MODEL)
     if seed == config.seeds_of(attention)[0] and progress.quantized.keys() != set(config.precisions):
-        assert isinstance(subject, Classifier)  # the config has precisions of nothing else
+        assert isinstance(subject, Classifier)  # nothing else has precisions
         say("quantize")
         progress.quantized = subject.quantized(model, config.precisions, config.threads or 1)
         progress.save(model, None)

@@ -80,7 +80,7 @@ def test_mean_and_std_are_of_pixels_from_0_to_1(images, changes, said):
         validate_config(tiny(images, "unused", **changes))
 
 
-@pytest.mark.parametrize("std", ["0.0", "-1.0", ".nan"])
+@pytest.mark.parametrize("std", ["0.0", "-1.0", ".nan", ".inf"])
 def test_the_quickstarts_images_need_a_deviation_too(std):
     with pytest.raises(ConfigError, match=r"quality\.input_std"):
         tasks.load(ROOT / "configs/bench/quickstart.yaml", [f"quality.input_std={std}"])

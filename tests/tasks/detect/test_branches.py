@@ -6,6 +6,7 @@ from scipy.stats import kurtosis
 from torch import nn
 
 import attnzoo
+from attnzoo.tasks.detect import mmcv_ext
 from attnzoo.tasks.detect.branches import branches, summed
 from attnzoo.tasks.detect.cost import encoder_paths
 from tests.tasks.detect.models import mmdet_detector
@@ -33,7 +34,8 @@ def test_figures_are_those_of_all_real_tokens(attention):
             real = torch.ones(2, 6, dtype=torch.bool) if mask is None else ~mask
             added.append(out[real])
             stream.append(x[real])
-    (found,) = branches(sums)
+    found, other = branches(sums)
+    assert (other.ratio, other.kurtosis) == (None, None), "it was not called"
     out, x = torch.cat(added).double(), torch.cat(stream).double()
     assert found.layer == path
     assert found.ratio == pytest.approx((out.square().mean() / x.square().mean()).sqrt().item(), abs=1e-3)
@@ -41,12 +43,49 @@ def test_figures_are_those_of_all_real_tokens(attention):
     assert not layer._forward_hooks
 
 
-def test_nothing_but_attention_is_looked_at():
-    class Encoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.Linear(2, 2)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_layers_first_or_images_first(batch_first):
+    torch.manual_seed(0)
+    detector = Detector(nn.MultiheadAttention(8, 2, batch_first=batch_first))
+    x = torch.randn(2, 5, 8)
+    hidden = torch.tensor([[False] * 5, [False, True, False, True, True]])
+    with summed(detector) as sums, torch.no_grad():
+        out = detector(x if batch_first else x.transpose(0, 1), hidden)
+    out = out if batch_first else out.transpose(0, 1)
+    (found,) = branches(sums)
+    ratio = (out[~hidden].square().mean() / x[~hidden].square().mean()).sqrt().item()
+    assert found.ratio == pytest.approx(ratio, abs=1e-3)
 
-    with summed(Encoder()) as sums:
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_what_has_no_figure_is_null(value):
+    """As of an encoder that diverged: the detector is scored all the same."""
+    detector = Detector(nn.MultiheadAttention(8, 2, batch_first=True))
+    with summed(detector) as sums, torch.no_grad():
+        detector(torch.full((1, 4, 8), value))
+    (found,) = branches(sums)
+    assert (found.ratio, found.kurtosis) == (None, None)
+    with summed(detector) as sums:
         pass
-    assert branches(sums) == ()
+    assert branches(sums)[0].ratio is None, "no image was seen"
+
+
+def test_layers_that_add_the_stream_themselves_are_left_out():
+    """What mmcv's deformable attention gives is the sum of both."""
+    mmcv_ext.ensure()
+    from mmcv.ops import MultiScaleDeformableAttention
+
+    detector = Detector(MultiScaleDeformableAttention(embed_dims=16, num_heads=2, num_levels=1, num_points=2))
+    assert encoder_paths(detector) == ["encoder.0"]
+    with summed(detector) as sums:
+        assert not any(module._forward_hooks for module in detector.modules())
+    assert sums == {}
+
+
+class Detector(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.encoder = nn.Sequential(attention)
+
+    def forward(self, x, hidden=None):
+        return self.encoder[0](x + 1, x + 1, x, key_padding_mask=hidden)[0]

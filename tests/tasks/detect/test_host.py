@@ -160,7 +160,7 @@ def test_eviction_and_useless_options_are_refused():
         attnzoo.replace_attention(detector, "padre", where=ENCODER, grid=(3, 4))
     with pytest.raises(OptionError, match="True or False"):
         attnzoo.replace_attention(detector, "padre", where=ENCODER, positions=1)
-    with pytest.raises(OptionError, match="only detectors"):
+    with pytest.raises(OptionError, match="positions is not an option here"):
         attnzoo.replace_attention(torch.nn.TransformerEncoderLayer(16, 2), "sima", positions=False)
 
 

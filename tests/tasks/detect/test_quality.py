@@ -13,7 +13,7 @@ from attnzoo.bench.page import page_of
 from attnzoo.bench.words import quality_kept
 from attnzoo.tasks import find
 from attnzoo.tasks.detect import score
-from attnzoo.tasks.detect.quality import CHANCE, Detecting, Detection, Record
+from attnzoo.tasks.detect.quality import CHANCE, Branch, Detecting, Detection, Record
 from tests.bench.data import record_data
 from tests.tasks.detect.runs import make_data
 
@@ -21,6 +21,17 @@ from tests.tasks.detect.runs import make_data
 def detection(ap):
     metric = {"ap": ap, "ap50": ap, "ap75": ap, "ap_small": None, "ap_medium": None, "ap_large": None}
     return Detection(**metric, images=20, boxes=60, trainings=(Detecting(seed=0, **metric),), note="on tiles")
+
+
+def test_branches_are_told_from_the_lowest_to_the_highest():
+    assert detection(0.5).details["its kurtosis"] == "-", "records of before have none"
+    figures = [(0.423, 3.1), (27.6, 154.2), (None, None)]
+    branches = tuple(Branch(layer="encoder.0", ratio=ratio, kurtosis=kurtosis) for ratio, kurtosis in figures)
+    found = detection(0.5)
+    found = found.model_copy(update={"trainings": (found.trainings[0].model_copy(update={"branches": branches}),)})
+    assert found.details["rms of attention over residual, lowest to highest"] == "0.42 to 27.60"
+    assert found.details["its kurtosis"] == "3 to 154"
+    assert not found.brief.trainings[0].branches
 
 
 def record(label, quality, kind):

@@ -135,6 +135,11 @@ def test_two_processes_train_and_test_as_one(tmp_path, forked):
         line = (tmp_path / folder / "records.jsonl").read_text(encoding="utf-8").splitlines()[0]
         qualities.append(json.loads(line)["quality"])
     assert qualities[0] == qualities[1]
+    (training,) = qualities[0]["trainings"]
+    assert [branch["layer"] for branch in training["branches"]] == [
+        f"encoder.layers.{n}.self_attn.attn" for n in (0, 1)
+    ]
+    assert all(branch["ratio"] > 0 and branch["kurtosis"] >= 1 for branch in training["branches"])
 
 
 @pytest.mark.parametrize("task", ["train", "eval"])
