@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from attnzoo import imports
 from attnzoo.assets import model_folder, sha256_of
@@ -32,8 +32,9 @@ class Call:
     named: dict[str, Any]
 
     def __call__(self) -> Any:
-        """Call the model."""
-        return self.model(*self.args, **self.named)
+        """Call the model with lists and mappings of its own, for it may write into them."""
+        args, named = tree_map(lambda x: x, (self.args, self.named))
+        return self.model(*args, **named)
 
     @property
     def inputs(self) -> list[Tensor]:

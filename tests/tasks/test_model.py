@@ -51,6 +51,23 @@ def pair():
     return Pair(), (torch.randint(9, (2, 5)), torch.randn(2, 7, 32))
 
 
+class Writes(nn.Module):
+    """A list of inputs, into which it writes, as RT-DETR's encoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, maps):
+        x = maps[0]
+        maps[0] = x + self.attention(x, x, x, need_weights=False)[0]
+        return maps[0]
+
+
+def writes():
+    return Writes(), {"maps": [torch.randn(2, 7, 32)]}
+
+
 def alone():
     return vit()[0]
 
@@ -111,6 +128,7 @@ def results_of(config):
         ("encoder", ["softmax", "hyena"], ENCODED),
         ("encoder", ["softmax", {"name": "padre", "options": {"degree": 1, "grid": [3, 4], "prefix": 3}}], ENCODED),
         ("pair", ["softmax"], "input 2 x 5, 2 x 7 x 32"),
+        ("writes", ["softmax"], "input 2 x 7 x 32"),
     ],
 )
 def test_what_a_function_returns_is_measured(model, attentions, shape):
