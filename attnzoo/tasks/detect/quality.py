@@ -42,13 +42,15 @@ class Branch(Entry):
 class Detecting(Metric):
     """One detector's training: seed, COCO's metric on the test images, and AP and AP50 at the epochs it was tested.
 
-    `branches` are those of the encoder's attention layers, on the test images.
+    `loss` is the mean training loss in the last tenth of the epochs; `branches` are those of the encoder's attention
+    layers, on the test images.
     """
 
     seed: Count
     epochs: tuple[Count, ...] = ()
     epoch_ap: tuple[Share, ...] = ()
     epoch_ap50: tuple[Share, ...] = ()
+    loss: float | None = None
     branches: tuple[Branch, ...] = ()
 
 
@@ -96,6 +98,7 @@ class Detection(Quality, Metric):
     def details(self) -> dict[str, str]:
         """Columns of the table of quality."""
         branches = [branch for one in self.trainings for branch in one.branches]
+        losses = [one.loss for one in self.trainings if one.loss is not None]
         parts = {"AP50 %": self.ap50, "AP75 %": self.ap75, "small %": self.ap_small, "medium %": self.ap_medium,
                  "large %": self.ap_large}  # fmt: skip
         return {
@@ -103,6 +106,7 @@ class Detection(Quality, Metric):
             "kept": quality_kept(self),
             **{name: "-" if value is None else f"{100 * value:.1f}" for name, value in parts.items()},
             "AP of each seed": ", ".join(f"{100 * one.ap:.1f}" for one in self.trainings),
+            "training loss of each": ", ".join(f"{loss:.2f}" for loss in losses) or "-",
             "rms of attention over residual, lowest to highest": _range([b.ratio for b in branches], 2),
             "its kurtosis": _range([b.kurtosis for b in branches], 0),
             "images": f"{self.images:,}",

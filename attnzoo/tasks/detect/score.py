@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,15 +199,24 @@ def _best_threshold(images: Sequence[_Image]) -> float:
     return float(best[1])
 
 
-def curve(folder: Path) -> dict[str, list[Any]]:
-    """Epochs, AP and AP50 that mmengine's validation logged in a run's folder, over however many starts it took."""
+def curve(folder: Path) -> dict[str, Any]:
+    """Epochs, AP and AP50 that mmengine's validation logged in a run's folder, over however many starts it took.
+
+    And the mean of the training losses that it logged in the last tenth of the epochs.
+    """
     found: dict[int, tuple[float, float]] = {}
+    losses: dict[int, tuple[int, float]] = {}
     for log in sorted(folder.glob("*/vis_data/scalars.json")):
         for line in log.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a killed run may leave half a line
                 told = json.loads(line)
+                if "loss" in told and "epoch" in told:
+                    losses[int(told["step"])] = int(told["epoch"]), float(told["loss"])
                 if "coco/bbox_mAP" in told:
                     ap, ap50 = told["coco/bbox_mAP"], told["coco/bbox_mAP_50"]
                     found[int(told["step"])] = (max(0.0, ap), max(0.0, ap50))  # -1 where there is nothing to find
     each = [found[epoch] for epoch in sorted(found)]
-    return {"epochs": sorted(found), "epoch_ap": [ap for ap, _ in each], "epoch_ap50": [ap50 for _, ap50 in each]}
+    end = max((epoch for epoch, _ in losses.values()), default=0)
+    last = [loss for epoch, loss in losses.values() if epoch > 0.9 * end]
+    curves = {"epoch_ap": [ap for ap, _ in each], "epoch_ap50": [ap50 for _, ap50 in each]}
+    return {"epochs": sorted(found), **curves, "loss": statistics.fmean(last) if last else None}

@@ -85,11 +85,14 @@ def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
         log = tmp_path / start / "vis_data" / "scalars.json"
         log.parent.mkdir(parents=True)
         rows = [{"coco/bbox_mAP": e / 10, "coco/bbox_mAP_50": e / 5 + len(epochs), "step": e} for e in epochs]
-        rows.insert(1, {"loss": 3.0, "step": 4})
+        rows[1:1] = [{"loss": float(epoch), "step": 10 * epoch, "epoch": epoch} for epoch in range(1, 20)]
+        rows.insert(1, {"loss": 99.0, "step": 190, "epoch": 19})  # as a run that was broken off had it before
         log.write_text("\n".join(map(json.dumps, rows)) + '\n{"coco/bbox_m', encoding="utf-8")
     found = score.curve(tmp_path)
     assert found["epochs"] == [1, 2, 3]
     assert found["epoch_ap"] == pytest.approx([0.1, 0.2, 0.3])
+    assert found["loss"] == 18.5, "of epochs 18 and 19"
+    assert score.curve(tmp_path / "none") == {"epochs": [], "epoch_ap": [], "epoch_ap50": [], "loss": None}
 
 
 def test_where_there_is_nothing_to_find_there_is_no_ap(truth, tmp_path):
