@@ -1,5 +1,5 @@
 # Blood cells as in bccd_softmax.py at half the resolution, 320 x 240 pixels, with ResNet-18 of half its width and fewer
-# epochs, for two CPU cores.
+# epochs, for two CPU cores. A training takes about 17 minutes of one core (AMD EPYC).
 _base_ = "bccd_softmax.py"
 
 epochs = 48
