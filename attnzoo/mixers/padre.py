@@ -89,6 +89,9 @@ class Padre(nn.Module):
         the same size that starts in the same range and is linear in its input. With degree 1 it changes nothing.
     out_proj
         Map the channels of the output once more.
+    out_norm
+        Normalize each token's output by its root mean square over the channels, before `gain`. It is then no polynomial,
+        and cannot outgrow the residual stream: for hosts that normalize after the sum, such as DETR's encoder.
     gain
         A learned factor per channel on the output, which begins at this value; None for none.
     tokens
@@ -118,6 +121,7 @@ class Padre(nn.Module):
         z_mixing: str = "full",
         products: bool = True,
         out_proj: bool = False,
+        out_norm: bool = False,
         gain: float | None = None,
         tokens: int | None = None,
         mix_prefix: bool = True,
@@ -133,6 +137,7 @@ class Padre(nn.Module):
             raise OptionError("start='identity' begins with factors near 1, which change nothing only in a product")
         between = degree - 1 if check_choice("z_mixing", z_mixing, Z_MIXINGS) == "full" else 0
         check_bool("out_proj", out_proj)
+        self.out_norm = check_bool("out_norm", out_norm)
         if gain is not None:
             check_number("gain", gain, minimum=0)
         kind = TOKEN_MIXINGS[check_choice("token_mixing", token_mixing, tuple(TOKEN_MIXINGS))]
@@ -181,6 +186,7 @@ class Padre(nn.Module):
         channel_mixing: str = "dense",
         output: str = "last",
         products: bool = True,
+        out_norm: bool = False,
         **options: object,
     ) -> dict[str, bool]:
         """Say which capabilities depend on the options."""
@@ -191,7 +197,7 @@ class Padre(nn.Module):
             "grid": kind.needs_grid,
             "any_order": kind.any_order and alike,
             "decode": kind.causal and alike,
-            "inherit": channel_mixing == "dense" and products,
+            "inherit": channel_mixing == "dense" and products and not out_norm,
         }
 
     def forward(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
@@ -225,8 +231,10 @@ class Padre(nn.Module):
         Raises
         ------
         OptionError
-            Unless ``channel_mixing="dense"``, and with ``products=False``.
+            Unless ``channel_mixing="dense"``, and with ``products=False`` or ``out_norm=True``.
         """
+        if self.out_norm:
+            raise OptionError("init='inherit' begins as a linear map, which out_norm=True is not")
         if not self.products:
             raise OptionError("init='inherit' begins with factors of 1, which change nothing only in a product")
         if not isinstance(self.y_channels, nn.Linear):
@@ -353,8 +361,9 @@ class Padre(nn.Module):
         return hide(out, real.unsqueeze(-1)) if biased and real is not None else out
 
     def _after(self, out: Tensor) -> Tensor:
-        """The output map and the gain."""
+        """The output map, the norm and the gain."""
         out = out if self.out_proj is None else self.out_proj(out)
+        out = F.rms_norm(out, (self.dim,)) if self.out_norm else out
         return out if self.gain is None else out * self.gain
 
     def reference(self, x: Tensor, grid: Grid | None = None, prefix: int = 0, mask: Tensor | None = None) -> Tensor:
@@ -424,6 +433,7 @@ class Padre(nn.Module):
             f"dim={self.dim}, degree={self.degree}, kernel_size={self._mixing.kernel_size}, "
             f"mixing=({type(self._mixing).__name__}, {type(self.y_channels).__name__}), output={self.output!r}"
             + ("" if self.products else ", products=False")
+            + (", out_norm=True" if self.out_norm else "")
         )
 
 

@@ -214,6 +214,44 @@ def test_a_gain_is_a_factor_per_channel():
         assert not mixer(x, grid=(4, 5))[..., 3].any()
 
 
+@pytest.mark.parametrize("output", ["last", "sum"])
+def test_a_normalized_output_cannot_grow(output):
+    torch.manual_seed(0)
+    about = {"degree": 2, "kernel_size": 3, "out_norm": True, "output": output}
+    mixer, x = Padre(8, gain=0.5, **about), torch.randn(2, 21, 8)
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[1, 13:] = False
+    place = {"grid": (4, 5), "prefix": 1}
+    out = mixer(x, **place)
+    half = torch.full((2, 21), 0.5)
+    torch.testing.assert_close(out.square().mean(-1).sqrt(), half, atol=1e-3, rtol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x, **place), out, msg="in one call")
+        mixer.y_channels.weight.mul_(30)
+    torch.testing.assert_close(
+        mixer(x, **place).square().mean(-1).sqrt(), torch.full((2, 21), 0.5), atol=1e-3, rtol=1e-3
+    )
+    torch.testing.assert_close(mixer(x, **place), mixer.reference(x, **place), atol=1e-4, rtol=1e-4)
+    padded = mixer(x, **place, mask=mask)
+    torch.testing.assert_close(padded, mixer.reference(x, **place, mask=mask), atol=1e-4, rtol=1e-4)
+    assert not padded[~mask].any()
+    assert "out_norm=True" in repr(mixer)
+    with pytest.raises(OptionError, match="out_norm=True is not"):
+        mixer.inherit(torch.eye(8), torch.zeros(8))
+    assert not Padre.abilities(out_norm=True)["inherit"]
+
+
+def test_a_normalized_output_decodes_as_the_full_forward():
+    torch.manual_seed(0)
+    mixer = Padre(8, degree=2, kernel_size=3, token_mixing="causal_conv1d", out_norm=True, gain=0.02)
+    x = torch.randn(2, 9, 8)
+    whole, state, parts = mixer(x), None, []
+    for token in x.split(1, dim=1):
+        out, state = mixer.extend(token, state)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
 def test_half_precision_holds_many_tokens_with_an_offset():
     """A sum over 12,544 tokens that have something in common is beyond float16: the mean must not be."""
     torch.manual_seed(0)
