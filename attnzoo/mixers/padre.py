@@ -90,8 +90,8 @@ class Padre(nn.Module):
     out_proj
         Map the channels of the output once more.
     out_norm
-        Normalize each token's output by its root mean square over the channels, before `gain`. It is no polynomial then,
-        and cannot outgrow the residual stream: for hosts that normalize after the sum, such as DETR's encoder.
+        Normalize each token's output by its root mean square over the channels, before `gain`. It is no polynomial
+        then, and cannot outgrow the residual stream: for hosts that normalize after the sum, such as DETR's encoder.
     gain
         A learned factor per channel on the output, which begins at this value; None for none.
     tokens
