@@ -194,7 +194,7 @@ def test_the_report_has_quality_cost_stages_curves_and_boxes(tmp_path, capsys):
     own, padre = by_label["dense"].quality, by_label["padre degree=2 kernel_size=3"].quality
     assert [one.seed for one in padre.trainings] == [0, 1]
     assert own.trainings[0].epochs == (2,)
-    assert next(r for r in records if r.kind == "cost" and r.attention).quality == padre
+    assert next(r for r in records if r.kind == "cost" and r.attention).quality == padre.brief
     assert (padre.ratio, padre.difference) == (None, padre.ap - own.ap), "after two epochs dense finds nothing"
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "at most" in page
