@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def _best_threshold(images: Sequence[_Image]) -> float:
 def curve(folder: Path) -> dict[str, Any]:
     """Epochs, AP and AP50 that mmengine's validation logged in a run's folder, over however many starts it took.
 
-    And the mean of the training losses that it logged in the last tenth of the epochs.
+    And the mean of the training losses that it logged in the last tenth of the epochs; None if that is not finite.
     """
     found: dict[int, tuple[float, float]] = {}
     losses: dict[int, tuple[int, float]] = {}
@@ -219,4 +220,5 @@ def curve(folder: Path) -> dict[str, Any]:
     end = max((epoch for epoch, _ in losses.values()), default=0)
     last = [loss for epoch, loss in losses.values() if epoch > 0.9 * end]
     curves = {"epoch_ap": [ap for ap, _ in each], "epoch_ap50": [ap50 for _, ap50 in each]}
-    return {"epochs": sorted(found), **curves, "loss": statistics.fmean(last) if last else None}
+    loss = statistics.fmean(last) if last else math.nan
+    return {"epochs": sorted(found), **curves, "loss": loss if math.isfinite(loss) else None}

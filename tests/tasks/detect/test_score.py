@@ -92,6 +92,9 @@ def test_curves_come_from_all_starts_of_a_run_and_survive_a_torn_line(tmp_path):
     assert found["epochs"] == [1, 2, 3]
     assert found["epoch_ap"] == pytest.approx([0.1, 0.2, 0.3])
     assert found["loss"] == 18.5, "of epochs 18 and 19"
+    with log.open("a", encoding="utf-8") as lines:
+        lines.write('\n{"loss": NaN, "step": 191, "epoch": 19}\n')
+    assert score.curve(tmp_path)["loss"] is None, "of a training that diverged"
     assert score.curve(tmp_path / "none") == {"epochs": [], "epoch_ap": [], "epoch_ap50": [], "loss": None}
 
 
