@@ -306,17 +306,15 @@ def test_what_failed_is_not_called_not_measured(tmp_path, status):
 def test_every_policy_stands_beside_the_others_at_its_budget(page, sources, lines):
     table = read_csv(results.policies_table(sources, RECORDS).csv())
     assert {line["method"] for line in lines if line["budget"]} == set(list_attentions("eviction"))
-    groups = {}
+    groups, at = {}, {}
+    for line in lines:
+        budget = words.budget(yaml.safe_load(line["budget"] or "0"))
+        at.setdefault((line["record"], line["setting"], budget), []).append(line)
     for row in table:
         assert f"budget {row['budget']}" in row["section"]
         assert row["section"].endswith("entries per head") == row["budget"].replace(",", "").isdigit()
         groups.setdefault((row["section"], row["record"]), []).append(row)
-        own = [
-            line
-            for line in lines
-            if (line["record"], line["setting"], words.budget(yaml.safe_load(line["budget"] or "0")))
-            == (f"{row['record']}.jsonl", row["policy"], row["budget"])
-        ]
+        own = at.get((f"{row['record']}.jsonl", row["policy"], row["budget"]), [])
         for head, which, starts in (
             ("perplexity kept", "quality", "perplexity"),
             ("pass key kept", "quality", "pass key"),
