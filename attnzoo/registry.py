@@ -186,10 +186,15 @@ class AttentionInfo:
     def __str__(self) -> str:
         can = [f.name for f in fields(Capabilities) if getattr(self.capabilities, f.name)]
         options = _listed(self.options)
-        lines = [f"{self.name} ({self.kind}): {self.summary}", f"  options: {options}", f"  can: {', '.join(can)}"]
+        head = f"{self.name} ({self.kind})" + (f": {self.summary}" if self.summary else "")
+        lines = [head, f"  options: {options}"]
+        if self.options and self.kind in PAGES and str(self.target).startswith("attnzoo."):
+            lines.append(f"  explained in: {PAGES[self.kind]}")
+        lines.append(f"  can: {', '.join(can)}")
         return "\n".join([*lines, f"  source: {self.paper}"] if self.paper else lines)
 
 
+PAGES = {"mixer": "docs/padre.md", "eviction": "docs/eviction.md#policies"}  # where the options are explained
 _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
 
 
@@ -573,6 +578,7 @@ def cores_with(capabilities: Iterable[str]) -> list[str]:
 
 def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Make the core that `info` names; it is called ``core(q, k, v, ...)``."""
+    _check_class(info)
     info.check_options(options)
     core = info.load()(**options)
     if isinstance(core, nn.Module) and next(itertools.chain(core.parameters(), core.buffers()), None) is not None:
@@ -631,33 +637,46 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
         return SelfAttention(dim, num_heads, build_core(info, options))
     raise UnsupportedError(
         f"{name!r} is an eviction policy: it bounds the cache of a language model and cannot stand alone; "
-        f"use attnzoo.replace_attention(model, {name!r})"
+        f"use attnzoo.replace_attention(model, {name!r}, budget=...)"
     )
 
 
 def _check_class(info: AttentionInfo) -> None:
-    """Raise `AttnZooError` unless the class of a mixer or of a policy can be built and called as its kind is."""
+    """Raise `AttnZooError` unless the class of a method can be built as its kind is, and a mixer's called so."""
     target = info.load()
-    said = f"{info.name!r} is registered as {'a mixer' if info.kind == 'mixer' else 'an eviction policy'} but"
-    if not isinstance(target, type) or info.kind == "core":
-        return  # a core is looked at when it is built, for whether it has weights
-    if info.kind == "eviction":
-        from attnzoo.eviction.policy import Policy
-
-        if not issubclass(target, Policy):
-            raise AttnZooError(
-                f"{said} is not an attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it"
-            )
-        if inspect.isabstract(target):
-            missing = ", ".join(sorted(target.__abstractmethods__))
-            raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
-        undeclared = _not_fields(target)
-        if undeclared:
-            raise AttnZooError(
-                f"{said} {', '.join(undeclared)} of {target.__name__} is no option: put @dataclass(frozen=True, "
-                "kw_only=True) above the class"
-            )
+    kind = {"mixer": "a mixer", "eviction": "an eviction policy", "core": "a core"}[info.kind]
+    said = f"{info.name!r} is registered as {kind} but"
+    if not isinstance(target, type):
         return
+    if info.kind == "mixer":
+        _check_mixer(info, target, said)
+    elif info.kind == "eviction":
+        _check_policy(target, said)
+    if by_position := _by_position(target, 2 if info.kind == "mixer" else 0):
+        raise AttnZooError(
+            f"{said} {', '.join(by_position)} of {target.__name__} can be given by position, and options are "
+            "keyword-only: put * before them"
+        )
+
+
+def _check_policy(target: type, said: str) -> None:
+    """Raise `AttnZooError` unless a class is a policy that can be made."""
+    from attnzoo.eviction.policy import Policy
+
+    if not issubclass(target, Policy):
+        raise AttnZooError(f"{said} is not an attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it")
+    if inspect.isabstract(target):
+        missing = ", ".join(sorted(target.__abstractmethods__))
+        raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
+    if undeclared := _not_fields(target):
+        raise AttnZooError(
+            f"{said} {', '.join(undeclared)} of {target.__name__} is no option: put @dataclass(frozen=True, "
+            "kw_only=True) above the class"
+        )
+
+
+def _check_mixer(info: AttentionInfo, target: type, said: str) -> None:
+    """Raise `AttnZooError` unless a mixer can be built and called as mixers are."""
     if not issubclass(target, nn.Module):
         raise AttnZooError(f"{said} {target.__name__} is not a torch.nn.Module")
     if target.__init__ is nn.Module.__init__ or not _takes(target, 2, info.options):
@@ -671,6 +690,15 @@ def _check_class(info: AttentionInfo) -> None:
         raise AttnZooError(f"{said} {target.__name__}.extend cannot be called as mixer.extend(x, state, mask)")
     if info.capabilities.inherit and not _takes(getattr(target, "inherit", None), 3, ()):
         raise AttnZooError(f"{said} {target.__name__}.inherit cannot be called as mixer.inherit(weight, bias)")
+
+
+def _by_position(target: type, count: int) -> list[str]:
+    """Arguments of a class's constructor, but for the first `count`, that need not be given by name."""
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[count:]
+    except ValueError:  # it tells no signature
+        return []
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _not_fields(policy: type) -> list[str]:

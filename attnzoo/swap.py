@@ -108,6 +108,11 @@ class SwapReport:
         """Number of new parameters."""
         return sum(layer.added for layer in self.swapped)
 
+    @property
+    def removed(self) -> int:
+        """Number of the original parameters that the swapped layers do not use."""
+        return sum(layer.parameters_before - layer.reused for layer in self.swapped)
+
     def __str__(self) -> str:
         bounded = [layer for layer in self.swapped if layer.budget is not None]
         heads = ("layer", "was", "is", "parameters", "reused", "added", *(("budget", "cache") if bounded else ()))
@@ -128,7 +133,7 @@ class SwapReport:
                 *lines,
                 f"{len(self.layers)} attention layers found, {len(self.swapped)} swapped; "
                 f"parameters of the model {self.parameters_before:,} -> {self.parameters_after:,} "
-                f"(reused {self.reused:,}, added {self.added:,})",
+                f"(reused {self.reused:,}, removed {self.removed:,}, added {self.added:,})",
                 *([_held(bounded)] if bounded else []),
                 *(["left alone: " + _told(self.standing)] if self.standing else []),
             ]

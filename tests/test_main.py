@@ -41,7 +41,8 @@ def test_layers_of_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "in 2 of 2 layers, 0 new parameters" in said
     assert "model.layers.0.self_attn" in said
-    assert said.count("no:") == 3, "a row of padre, of all other mixers, of the policy that needs a file"
+    assert said.count("no:") == 4, "a row of padre, of power, of all other mixers, of the policy that needs a file"
+    assert "makes 'power' causal)" in " ".join(said.replace("│", " ").split())
     assert "needs tokens=" not in said, "that a mixer sees later tokens comes first"
     assert "needs filters=" in said
     for name, words in (("number", "gave int"), ("broken", "ZeroDivisionError"), ("nothing", "no attribute 'nothing'")):

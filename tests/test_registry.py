@@ -180,6 +180,26 @@ class NoDataclass(Policy):
         return view.positions % self.stride
 
 
+class LoosePolicy(Policy):
+    """Its constructor takes its options by position."""
+
+    def __init__(self, budget, power=1.0):
+        super().__init__(budget=budget)
+
+    def score(self, view):
+        return view.positions
+
+
+class LooseMixer(Mean):
+    def __init__(self, dim, num_heads, gain=1.0):
+        super().__init__(dim, num_heads)
+
+
+class LooseCore:
+    def __init__(self, bias=-5.0):
+        pass
+
+
 class NoModule:
     def __init__(self, dim, num_heads):
         pass
@@ -193,6 +213,14 @@ UNFIT = {
     "NoModule": ("mixer", NoModule, {}, r"NoModule is not a torch\.nn\.Module"),
     "Mean": ("eviction", Mean, {}, r"Mean must inherit from it"),
     "NoScore": ("eviction", NoScore, {}, r"NoScore does not define score"),
+    "LoosePolicy": (
+        "eviction",
+        LoosePolicy,
+        {},
+        r"budget, power of LoosePolicy can be given by position.*put \* before",
+    ),
+    "LooseMixer": ("mixer", LooseMixer, {}, r"gain of LooseMixer can be given by position"),
+    "LooseCore": ("core", LooseCore, {}, r"bias of LooseCore can be given by position"),
     "NoDataclass": ("eviction", NoDataclass, {}, r"stride of NoDataclass is no option: put @dataclass\(frozen=True"),
 }
 
@@ -205,7 +233,8 @@ def test_a_class_that_is_not_what_its_kind_asks_for_is_refused(name):
         attnzoo.register_attention("unfit", kind, cls, capabilities=capabilities)
     assert "unfit" not in attnzoo.list_attentions()
     attnzoo.register_attention("unfit", kind, f"{__name__}:{name}", capabilities=capabilities)
-    build = registry.build_policy if kind == "eviction" else partial(registry.build_mixer, dim=8, num_heads=2)
+    builds = {"core": registry.build_core, "eviction": registry.build_policy}
+    build = builds.get(kind) or partial(registry.build_mixer, dim=8, num_heads=2)
     try:
         with pytest.raises(attnzoo.AttnZooError, match=f"'unfit' is registered as .* but .*{says}"):
             build(attnzoo.describe("unfit"), options={})

@@ -62,6 +62,8 @@ def test_a_mixer_comes_and_goes(host: Host, options: dict):
     assert report.parameters_before == n
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
     assert report.added == sum(p.numel() for k, p in model.named_parameters() if ".mixer." in k)
+    assert report.parameters_before - report.removed + report.added == report.parameters_after
+    assert f"(reused 0, removed {report.removed:,}, added {report.added:,})" in str(report)
     assert not any("qkv" in k or "in_proj" in k for k in model.state_dict() if "pool" not in k)
     mixed = host.call(model, host.inputs())
     assert (mixed - out).abs().max() > 1e-3 * out.abs().max()

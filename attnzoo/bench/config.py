@@ -23,6 +23,9 @@ Seed = Annotated[int, Field(ge=0)]
 M = TypeVar("M", bound=BaseModel)
 # YAML 1.1 takes a number with an exponent for text unless it has both a point and a sign
 EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
+DEVICES = r"^(cpu|cuda(:\d+)?)$"
+PATTERNS = {DEVICES: "must be cpu, cuda, or cuda:N"}
+BRANCH = re.compile(r"constrained-\w+|(dict|list|tuple|function-\w+)\[.*\]")  # which type of several pydantic tried
 PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
 
 
@@ -50,7 +53,7 @@ class RunConfig(Section):
     task: str
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    device: Annotated[str, Field(pattern=DEVICES)] = "cpu"
     threads: PositiveInt | None = None
     seed: Seed = 0
     imports: Annotated[
@@ -178,7 +181,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
     try:
         config = model.model_validate(data)
     except ValidationError as error:
-        problems += [_explain(detail, model) for detail in error.errors()]
+        problems += [_explain(detail, model) for detail in _deepest(error)]
     problems += more
     if problems or config is None:
         count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
@@ -299,10 +302,15 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, list):
-            if not key.isdigit() or int(key) >= len(here):
+            if not key.isdigit() or int(key) > len(here):
                 path = ".".join(keys[:depth])
-                raise ConfigError(f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index")
+                raise ConfigError(
+                    f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index: "
+                    f"{len(here)} adds to its end"
+                )
             slot: Any = int(key)
+            if slot == len(here):
+                here.append(None if last else {})
         elif isinstance(here, dict):
             slot = next((known for known in here if str(known) == key), key)
         else:
@@ -316,9 +324,26 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> No
         here = here[slot]
 
 
+def _location(detail: Any) -> list[str | int]:
+    """Where in the config an error is, without the marks that pydantic puts in between."""
+    return [
+        part for part in detail["loc"] if part != "[key]" and not (isinstance(part, str) and BRANCH.fullmatch(part))
+    ]
+
+
+def _deepest(error: ValidationError) -> list[Any]:
+    """Details of an error, without those of a section or list inside which there is one: that is what is wrong."""
+    located = [(_location(detail), detail) for detail in error.errors()]
+    return [
+        detail
+        for here, detail in located
+        if not any(len(other) > len(here) and other[: len(here)] == here for other, _ in located)
+    ]
+
+
 def _explain(detail: Any, model: type[BaseModel]) -> str:
     """One line for one of pydantic's error details."""
-    location = [part for part in detail["loc"] if part != "[key]"]
+    location = _location(detail)
     where = ".".join(map(str, location)) or "config"
     kind = detail["type"]
     if kind == "extra_forbidden":
@@ -331,7 +356,7 @@ def _explain(detail: Any, model: type[BaseModel]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{where}: {message}"
-    message = PLAIN.get(kind, message)
+    message = PATTERNS.get(detail.get("ctx", {}).get("pattern"), PLAIN.get(kind, message))
     shown = repr(detail["input"])
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return f"{where}: {shown} is not allowed; {message[:1].lower()}{message[1:]}"

@@ -22,6 +22,7 @@ from attnzoo.bench.summary import (
     keeps_freed_memory,
     machine,
     summarize,
+    unsteady,
     verdict,
     versions,
 )
@@ -74,7 +75,7 @@ def page_of(task: Task, records: Iterable[Any], config: str | None = None, folde
     summary = summarize(records)
     several = "These records were made by more than one version of the code or its libraries."
     mixed = any(len(each) > 1 for each in versions(summary).values())
-    warnings = [several if mixed else "", drifted(summary)]
+    warnings = [several if mixed else "", drifted(summary), unsteady(summary)]
     if task.columns is None:
         table, how_to_read, found = cost_table(summary), HOW_TO_READ, verdict(summary)
         drawn, parts = _plots(summary), [_workloads(summary), _stages(summary)]

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from attnzoo.bench import words
 from attnzoo.bench.record import Cost, Quality, Record
-from attnzoo.bench.summary import Group, Summary, dates, drifted, machine, summarize
+from attnzoo.bench.summary import Group, Summary, dates, drifted, machine, summarize, unsteady
 from attnzoo.tables import Cell, Column, Table
 from attnzoo.units import megabytes
 
@@ -60,8 +60,8 @@ def print_report(
             console.print(quality_table(summary, part).rich())  # or the table of cost has it
     if pairs is not None:
         console.print(pairs.rich())
-    if drift := drifted(summary):
-        console.print(f"[yellow]warning: {escape(drift)}[/yellow]", highlight=False, soft_wrap=True)
+    for warning in filter(None, (drifted(summary), unsteady(summary))):
+        console.print(f"[yellow]warning: {escape(warning)}[/yellow]", highlight=False, soft_wrap=True)
     if summary.groups and table is None:
         console.print(f"[dim]{IN_BRACKETS}[/dim]", highlight=False)
     console.print(f"[dim]{escape(machine(summary))}; {escape(dates(summary))}[/dim]", highlight=False)

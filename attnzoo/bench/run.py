@@ -51,7 +51,7 @@ def run(task: Task, config: RunConfig, command: str, console: Console | None = N
     cells = planned(task, config)
     measured = _measured(task, cells)
     renewed = {key for cell in cells if cell.renewed for key in cell.keys}
-    changed = partial(_changed, config)
+    changed = partial(difference, config)
     with RecordStore(
         config.folder, task.record, config.hash, measured, fresh=config.fresh, changed=changed, renewed=renewed
     ) as store:
@@ -108,7 +108,7 @@ def _measured(task: Task, cells: Sequence[Cell]) -> dict[Key, str]:
     return found
 
 
-def _changed(config: RunConfig) -> str:
+def difference(config: RunConfig) -> str:
     """Name the keys in which a config differs from the one whose records are in its folder."""
     path = config.folder / CONFIG_FILE
     try:

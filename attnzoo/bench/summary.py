@@ -147,6 +147,23 @@ def drifted(summary: Summary) -> str:
     )
 
 
+def unsteady(summary: Summary) -> str:
+    """Warn where dense is not as fast as a second copy of itself; empty where it is."""
+    found = [
+        (f"{group.host}, {group.title}", row.cost.ratios.speedup)
+        for group in summary.groups
+        for row in group.rows
+        if row.is_baseline and isinstance(row.cost, Cost)
+    ]
+    told = [f"{place} ({times(one)})" for place, one in found if not 1 / words.DRIFT <= one.p50 <= words.DRIFT]
+    if not told:
+        return ""
+    return (
+        f"Dense is not as fast as a second copy of itself, by more than {words.DRIFT:g}x: {'; '.join(told)}. No ratio "
+        "there can be relied on: measure again on a free machine, or with more repeats."
+    )
+
+
 def keeps_freed_memory(summary: Summary) -> bool:
     """Whether the processes kept what was freed while they were timed."""
     return any(isinstance(row.cost, Cost) and row.cost.freed_memory_kept for row in summary.records)
@@ -275,7 +292,9 @@ def _bound(group: Group) -> str:
     share = next((row.cost.attention_share for row in group.rows if row.is_baseline and row.cost is not None), None)
     if share is None or share >= 1:
         return ""
+    most = max(speedup.p50 for _, speedup in _speedups(group))
+    noise = " More than that was measured: one of the two is noise." if most > 1 / (1 - share) else ""
     return (
         f" The attention layers, projections included, take {share:.0%} of dense's time, so no swap can gain more than "
-        f"{1 / (1 - share):.2f}x, and a core, which leaves the projections, gains less."
+        f"{1 / (1 - share):.2f}x, and a core, which leaves the projections, gains less.{noise}"
     )

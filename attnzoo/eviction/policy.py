@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_choice, check_int
-from attnzoo.errors import OptionError, ShapeError, short
+from attnzoo.errors import AttnZooError, OptionError, ShapeError, short
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.layer_profile import Profile
 from attnzoo.eviction.weights import attention_weights, score_dtype
@@ -331,11 +331,26 @@ class Policy(ABC):
 
     def guarded_score(self, view: CacheView) -> Tensor:
         """Give `score`, ``(B, Hkv, S)``, with infinity for the protected entries and for no others."""
-        scores = _checked(self, "score", self.score(view), view.positions.shape)
+        scores = _checked(self, "score", self._scored(view), view.positions.shape)
         scores = scores if scores.is_floating_point() else scores.double()
         most = torch.finfo(scores.dtype).max
         scores = scores.nan_to_num(nan=float("-inf"), posinf=most, neginf=float("-inf"))
         return scores.masked_fill(self.protects(view), float("inf"))
+
+    def _scored(self, view: CacheView) -> Tensor:
+        """Give `score`, or say which parts of the view the policy would have to ask for."""
+        asked = {"sums (accumulates)": self.accumulates, "queries (queries_kept)": self.queries_kept}
+        missing = ", ".join(name for name, one in asked.items() if not one)
+        why = f"{type(self).__name__} does not ask for these parts of the view, by the property in brackets: {missing}"
+        try:
+            scores = self.score(view)
+        except (AttributeError, TypeError) as error:
+            if not missing:
+                raise
+            raise AttnZooError(f"{type(self).__name__}.score: {type(error).__name__}: {error}; {why}") from error
+        if scores is None and missing:
+            raise AttnZooError(f"{type(self).__name__}.score gave None; {why}")
+        return scores
 
     def protects(self, view: CacheView) -> Tensor:
         """Which entries are never evicted, ``(B, Hkv, S)``."""

@@ -56,6 +56,8 @@ class Power(nn.Module):
         For a value that an option cannot take.
     """
 
+    causal_form = "bidirectional=False"  # what messages tell where a causal mixer is needed
+
     def __init__(
         self, dim: int, num_heads: int = 1, *, power: int = 2, bidirectional: bool = True, gate: bool = False
     ) -> None:

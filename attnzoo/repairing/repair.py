@@ -292,7 +292,7 @@ class Repair:
         """Call the model with a batch; raises `OptionError` where it does not take the first one."""
         try:
             return (self.options.forward or call)(self.model, batch)
-        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+        except (TypeError, AttributeError, RuntimeError, ValueError, IndexError) as error:
             if self._first is not None or isinstance(error, (AttnZooError, torch.OutOfMemoryError)):
                 raise
             several = isinstance(batch, (tuple, list, Mapping)) and self.options.forward is None
@@ -301,7 +301,8 @@ class Repair:
                 "forward=lambda model, batch: model(batch[0])"
             )
             raise OptionError(
-                f"the model cannot be called with the first batch, {_said(batch)}: {type(error).__name__}: {error}"
+                f"the model cannot be called with the first batch, {_said(batch)}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}"
                 f"{hint if several else ''}"
             ) from error
 

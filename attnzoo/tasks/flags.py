@@ -14,6 +14,7 @@ from attnzoo.errors import ConfigError
 from attnzoo.imports import source_of
 
 VISION, LANGUAGE = ["padre", "sdpa"], ["sdpa", "keydiff:budget=256"]  # by default
+SIZES = ("tokens", "batch", "patch_size", "min_seconds", "new_tokens")  # flags that not every model has
 
 
 def config_of(flags: argparse.Namespace) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
     Raises `ConfigError` if a flag has no meaning for the model.
     """
     library, name = models.split(flags.model)
-    given = {key for key in ("tokens", "batch", "patch_size", "min_seconds", "new_tokens") if getattr(flags, key)}
+    given = {key for key in SIZES if getattr(flags, key) is not None}
     if library == "timm":
         what = _timm(flags, name, given)
     elif library == "transformers" and models.is_causal_lm(name):
@@ -31,10 +32,12 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
         what = _model(flags, library, given)
     if given:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
-        raise ConfigError(
-            f"{names}: no meaning for {flags.model}. A function's example input says how large it is, a language model "
-            "is timed by --repeats alone"
-        )
+        instead = ""
+        if library not in ("timm", "transformers"):
+            instead = ": the example input that it returns says how large it is"
+        elif "min_seconds" in given:
+            instead = ": a language model is timed by --repeats alone"
+        raise ConfigError(f"{names}: no meaning for {flags.model}{instead}")
     what["cost"] |= {"repeats": flags.repeats, "timeout_seconds": flags.timeout}
     named = flags.attention or (LANGUAGE if what["task"] == "decode" else VISION)
     what["attentions"] = [attention(text) for text in named if text != "dense"]
@@ -50,33 +53,33 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
 
 def _timm(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
     given -= {"tokens", "batch", "patch_size", "min_seconds"}
-    model = {"library": "timm", "name": name, "patch_size": flags.patch_size or 16}
-    cost = {"tokens": flags.tokens or [196, 784], "batch": flags.batch or 1, "dtype": flags.dtype}
-    return {"task": "suite", "model": model, "cost": {**cost, "min_seconds": _seconds(flags)}}
+    model = {"library": "timm", "name": name, "patch_size": _or(flags.patch_size, 16)}
+    cost = {"tokens": _or(flags.tokens, [196, 784]), "batch": _or(flags.batch, 1), "dtype": flags.dtype}
+    return {"task": "suite", "model": model, "cost": {**cost, "min_seconds": _or(flags.min_seconds, 1.0)}}
 
 
 def _decoder(flags: argparse.Namespace, name: str, given: set[str]) -> dict[str, Any]:
     """Prefill and decoding of random tokens; nothing is scored."""
     given -= {"tokens", "batch", "new_tokens"}
     cost = {
-        "prompt_tokens": flags.tokens or [1024],
-        "new_tokens": flags.new_tokens or 128,
-        "batches": [flags.batch or 1],
+        "prompt_tokens": _or(flags.tokens, [1024]),
+        "new_tokens": _or(flags.new_tokens, 128),
+        "batches": [_or(flags.batch, 1)],
     }
     return {"task": "decode", "model": name, "dtype": flags.dtype, "text": None, "nll": None, "cost": cost}
 
 
 def _model(flags: argparse.Namespace, library: str, given: set[str]) -> dict[str, Any]:
     given -= {"min_seconds"}
-    cost = {"dtype": flags.dtype, "min_seconds": _seconds(flags)}
+    cost = {"dtype": flags.dtype, "min_seconds": _or(flags.min_seconds, 1.0)}
     if library == "transformers":
         given -= {"tokens", "batch"}
-        cost |= {"tokens": flags.tokens or [196], "batch": flags.batch or 1}
+        cost |= {"tokens": _or(flags.tokens, [196]), "batch": _or(flags.batch, 1)}
     return {"task": "model", "model": flags.model, "cost": cost}
 
 
-def _seconds(flags: argparse.Namespace) -> float:
-    return 1.0 if flags.min_seconds is None else float(flags.min_seconds)
+def _or(given: Any, default: Any) -> Any:
+    return default if given is None else given
 
 
 def attention(text: str) -> str | dict[str, Any]:

@@ -80,7 +80,7 @@ def so_far(task: Task, config: Any) -> None:
     """Show what a run of a config has done."""
     from attnzoo.bench.publish import publish
     from attnzoo.bench.record import RECORDS_FILE
-    from attnzoo.bench.run import asked
+    from attnzoo.bench.run import asked, difference
     from attnzoo.bench.store import read_records
 
     path = config.folder / RECORDS_FILE
@@ -91,7 +91,10 @@ def so_far(task: Task, config: Any) -> None:
     if len(own) < len(records):
         print(f"{len(records) - len(own)} rows of the folder are left out: this config does not ask for them")
     if not own:
-        raise ConfigError(f"--so-far: no row in {config.folder} is one that this config asks for")
+        raise ConfigError(
+            f"--so-far: no row in {config.folder} is one that this config asks for{difference(config)}; give the "
+            "key=value of the run, too"
+        )
     publish(task, own, path, output_console())
     whole = sum(len(cell.keys) for cell in task.plan(config))
     print(f"{len(own)} of {whole} rows so far")

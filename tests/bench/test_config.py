@@ -146,6 +146,13 @@ def test_overrides_reach_into_sections_lists_and_null():
     assert config.quality.recipe.epochs == 9
 
 
+def test_an_override_of_the_place_after_a_list_adds_to_it():
+    before = load_config(QUICKSTART).attentions
+    config = load_config(QUICKSTART, [f"attentions.{len(before)}=hyena", f"attentions.{len(before) + 1}.name=sima"])
+    assert config.attentions[:-2] == before
+    assert [one.name for one in config.attentions[-2:]] == ["hyena", "sima"]
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -154,7 +161,7 @@ def test_overrides_reach_into_sections_lists_and_null():
         ("cost..tokens=3", "key=value"),
         ("seed=[1", "not valid YAML"),
         ("name.x=1", "has no keys inside"),
-        ("attentions.17.name=sdpa", "not an index"),
+        ("attentions.17.name=sdpa", "'17' is not an index: 6 adds to its end"),
         ("attentions.first.name=sdpa", "not an index"),
         ("cost.tokns=[16]", "did you mean 'tokens'"),
     ],

@@ -12,7 +12,7 @@ from attnzoo.bench.colors import DENSE, METHODS, look
 from attnzoo.bench.highlights import of_records
 from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import BEGIN, END, markdown_section, markdown_table, rewrite_readme
-from attnzoo.bench.record import Interval, Quantiles
+from attnzoo.bench.record import Cost, Interval, Quantiles
 from attnzoo.bench.report import print_report
 from attnzoo.bench.stats import wilson_interval
 from attnzoo.bench.summary import summarize, verdict
@@ -458,6 +458,31 @@ def test_fewer_than_five_pairs_have_no_spread_anywhere(run_records, n, shown):
         assert bool(SPREAD.search(text)) is shown, text
     spots = [record.cost.ratios.speedup.bounds for record in records if record.cost]
     assert all((bounds is not None) is shown for bounds in spots)
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(1.2, False), (1.3, True), (0.85, False), (0.75, True)])
+def test_dense_that_is_not_as_fast_as_its_copy_is_told(run_records, ratio, warned):
+    """On the page and in the terminal: no ratio of that run can be relied on."""
+    at = next(i for i, record in enumerate(run_records) if record.is_baseline and record.cost and record.tokens == 64)
+    run_records[at] = run_records[at].model_copy(update={"cost": Cost.model_validate(cost(ratio))})
+    console = Console(record=True, width=300)
+    print_report(run_records, console)
+    for text in (page_of(TASK, run_records), console.export_text()):
+        assert ("Dense is not as fast as a second copy of itself" in text) is warned
+        assert (f"vit, forward, 64 tokens ({ratio:.2f}x" in text) is warned
+        assert "16 tokens (1.00x" not in text
+
+
+@pytest.mark.parametrize(("share", "noise"), [(0.4, True), (0.6, False)])
+def test_a_gain_above_amdahls_bound_is_called_noise(run_records, share, noise):
+    """`fast` is twice as fast; were attention two fifths of the time, at most 1.67x would be possible."""
+    for i, record in enumerate(run_records):
+        if record.is_baseline and record.cost:
+            told = record.cost.model_copy(update={"attention_share": share})
+            run_records[i] = record.model_copy(update={"cost": told})
+    said = verdict(summarize(run_records))
+    assert f"no swap can gain more than {1 / (1 - share):.2f}x" in said
+    assert ("More than that was measured: one of the two is noise" in said) is noise
 
 
 def bits(nats):

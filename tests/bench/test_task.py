@@ -91,6 +91,12 @@ def test_so_far_shows_no_row_of_another_config(tmp_path, capsys):
     assert "2 rows of the folder are left out" in told
     assert "forward, 16 tokens" not in told
     assert page.read_bytes() != before
+    records = tmp_path / "out" / "records.jsonl"
+    records.write_text("".join(line for line in records.open() if '"cost"' in line.split('"label"')[0]))
+    assert bench.main([path, "wrong=true", "--so-far"]) == 2
+    assert "this config asks for (the last config there and this one differ in wrong); give the key=value of" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_row_that_failed_does_not_keep_a_mended_config_out(tmp_path, capsys):

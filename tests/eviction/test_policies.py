@@ -422,7 +422,7 @@ def test_a_policy_of_ones_own():
 
 
 @pytest.mark.parametrize(
-    "scores", [lambda view: view.counts.double(), lambda view: view.positions[:, :1].double(), lambda view: None]
+    "scores", [lambda view: view.counts.double(), lambda view: view.positions[:, :1].double(), lambda view: "none"]
 )
 def test_scores_of_another_shape_are_refused(scores):
     class Wrong(Policy):
@@ -437,6 +437,31 @@ def test_scores_of_another_shape_are_refused(scores):
     for cls, method in ((Wrong, "score"), (WrongAttention, "attention_scores")):
         with pytest.raises(ShapeError, match=rf"{cls.__name__}\.{method} gave .* a tensor of shape \(1, 2, 8\)"):
             cls(budget=4).keep(view)
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (lambda view: view.queries.sum(-1), "AttributeError: .*'sum'; "),
+        (lambda view: view.positions * view.sums, "TypeError: .*; "),
+        (lambda view: view.sums, "gave None; "),
+    ],
+)
+def test_a_policy_that_reads_what_it_does_not_ask_for_is_told_so(score, said):
+    class Silent(Policy):
+        def score(self, view):
+            return score(view)
+
+    class Asking(Silent):
+        accumulates, queries_kept = True, 4
+
+    view = CacheView(*torch.randn(2, 1, 2, 8, 4), torch.arange(8).expand(1, 2, 8), torch.tensor([8]))
+    asks = r"by the property in brackets: sums \(accumulates\), queries \(queries_kept\)"
+    with pytest.raises(attnzoo.AttnZooError, match=rf"Silent\.score.*{said}Silent does not ask for .*{asks}"):
+        Silent(budget=4).keep(view)
+    with pytest.raises((AttributeError, TypeError, ShapeError)) as told:
+        Asking(budget=4).keep(view)
+    assert "does not ask" not in str(told.value)
 
 
 @pytest.mark.parametrize("name", ["vatp", "caote", "criticalkv"])

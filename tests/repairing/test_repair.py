@@ -215,6 +215,7 @@ def test_a_batch_that_the_model_does_not_take_is_told_with_what_to_give():
     labels = torch.zeros(4, dtype=torch.long)
     for batch, said in (
         ((images, labels), r"2 values: a tensor \(4, 3, 64, 64\), a tensor \(4,\)"),
+        ((images, torch.zeros(4)), r"2 values: .*: IndexError: [^.]*\. A batch holds"),
         ({"pixels": images}, "a mapping of pixels"),
     ):
         with pytest.raises(OptionError, match=rf"cannot be called with the first batch, {said}.*model\(batch\[0\]\)"):

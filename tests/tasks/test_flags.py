@@ -98,10 +98,46 @@ def test_commas_in_brackets_and_quotes_do_not_separate_attentions():
     assert named == ["padre:grid=(8,8)", "sdpa", "caote:base_options={a: 1, b: [2, 3]}:base='a,b'", "h2o"]
 
 
-@pytest.mark.parametrize("words", [("--patch-size", 4), ("--min-seconds", 2)])
-def test_a_flag_without_a_meaning_is_refused(folder, words):
-    with pytest.raises(ConfigError, match=f"{words[0]}: no meaning for transformers"):
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [(("--patch-size", 4), "$"), (("--min-seconds", 0), ": a language model is timed by --repeats alone$")],
+)
+def test_a_flag_without_a_meaning_is_refused(folder, words, instead):
+    with pytest.raises(ConfigError, match=f"{words[0]}: no meaning for transformers:{folder}{instead}"):
         flags(f"transformers:{folder}", *words)
+    with pytest.raises(ConfigError, match=r"--tokens: no meaning for .*: the example input that it returns says how"):
+        flags("tests.tasks.test_model:vit", "--tokens", 16)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "said"),
+    [
+        ("timm:vit_tiny_patch16_224", ("--batch", 0), ["cost.batch.196: 0 is not allowed"]),
+        ("timm:vit_tiny_patch16_224", ("--patch-size", 0), ["model.patch_size: 0 is not allowed"]),
+        ("transformers", ("--tokens", 0), ["cost.prompt_tokens.0: 0 is not allowed"]),
+        ("transformers", ("--batch", -1), ["cost.batches.0: -1 is not allowed"]),
+        ("transformers", ("--new-tokens", 0), ["cost.new_tokens: 0 is not allowed"]),
+        (
+            "timm:vit_tiny_patch16_224",
+            ("--device", "gpu"),
+            ["device: 'gpu' is not allowed; must be cpu, cuda, or cuda:N"],
+        ),
+        ("tests.tasks.test_model:vit", ("--attention", "keydiff:budget=8"), ["attentions.0.name: 'keydiff' evicts"]),
+    ],
+)
+def test_a_value_out_of_range_is_refused_once_and_by_its_name(folder, capsys, model, words, said):
+    name = f"transformers:{folder}" if model == "transformers" else model
+    tokens = ["--tokens", "196"] if words[0] == "--batch" and model.startswith("timm") else []
+    attention = [] if words[0] == "--attention" else ["--attention", "sdpa"]
+    assert main(["measure", name, *tokens, *attention, *map(str, words)]) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert [line[: len(start) + 2] for line, start in zip(lines, said, strict=True)] == [f"  {start}" for start in said]
+
+
+def test_numbers_that_are_none_are_refused_in_words(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["measure", "timm:x", "--tokens", "abc"])
+    assert "argument --tokens: 'abc' must be whole numbers with commas between them" in capsys.readouterr().err
 
 
 def test_a_language_model_is_measured_by_its_config_alone(folder, tmp_path, monkeypatch, capsys):

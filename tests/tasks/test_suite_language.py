@@ -187,7 +187,7 @@ def test_the_gate_gives_a_small_budget_room_for_its_prompt(folder):
 
 def test_the_config_is_checked_before_anything_runs(folder):
     for attention, says in (
-        ("padre", "is a mixer, which a trained language model does not support"),
+        ("padre", "is a mixer; a language model is measured with cores and policies only"),
         ("keydif", "did you mean 'keydiff'"),
         ({"name": "keydiff"}, "needs budget="),
         ({"name": "keydiff", "options": {"budget": 0}}, "language.attentions.0.options: "),

@@ -193,8 +193,9 @@ def vision_problems(info: Any, options: Mapping[str, Any], where: str) -> list[s
     """A policy; unknown options, all of them; or, where all are known, the first value that the method refuses."""
     if info.kind == "eviction":
         return [
-            f"{where}.name: {info.name!r} evicts a language model's cache, and this model has none; give it a language "
-            "model: attnzoo measure transformers:NAME, or language.attentions of a benchmark"
+            f"{where}.name: {info.name!r} evicts a language model's cache, and here models are called once, without "
+            "one: attnzoo measure transformers:NAME, or a folder of save_pretrained, of a model or of its config "
+            "alone; or language.attentions of a benchmark"
         ]
     unknown: list[str] = []
     for option in options:

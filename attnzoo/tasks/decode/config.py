@@ -232,7 +232,7 @@ def _option_problems(info: Any, options: Mapping[str, Any], where: str) -> list[
     from attnzoo.registry import build_core, build_policy
 
     if info.kind == "mixer":
-        return [f"{where}.name: {info.name!r} is a mixer, which a trained language model does not support"]
+        return [f"{where}.name: {info.name!r} is a mixer; a language model is measured with cores and policies only"]
     try:
         (build_policy if info.kind == "eviction" else build_core)(info, dict(options))
     except AttnZooError as error:
