@@ -417,7 +417,7 @@ BUILT_IN: tuple[AttentionInfo, ...] = (
     _policy(
         "auto",
         "Auto",
-        "The policy that lost least in the comparison of this project: CAOTE over H2O.",
+        "CAOTE over H2O: lost least with uniform budgets of up to 25% of the text in this project's comparison.",
         "CAOTE, https://arxiv.org/abs/2504.14051",
     ),
     _policy(
