@@ -463,7 +463,7 @@ def test_the_table_of_what_policies_cost_has_all_of_them_and_h2o_is_as_fast_as_k
     assert step["keydiff"] / min(step["h2o"], step["auto"]) <= 1.03
     read = {r.attention: r.cost.ratios.speedup.p50 for r in records if r.phase == "prefill" and r.attention}
     assert all(1.055 <= read[name] < 1.155 for name in ("keydiff", "knorm", "qfilters", "streaming"))
-    assert all(0.98 <= read[name] <= 1.04 for name in ("h2o", "tova", "vatp", "snapkv"))
+    assert all(0.98 <= read[name] < 1.045 for name in ("h2o", "tova", "vatp", "snapkv"))
     assert all(1 < 1 / read[name] < 1.17 for name in ("lsh", "lagkv", "auto", "caote"))
     asks = ("expected_attention", "defensive", "zipcache", "scissorhands", "criticalkv")
     assert all(1.2 < 1 / read[name] < 1.6 for name in asks)
