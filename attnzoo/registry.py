@@ -194,6 +194,7 @@ class AttentionInfo:
         return "\n".join([*lines, f"  source: {self.paper}"] if self.paper else lines)
 
 
+KW_ONLY = "put @dataclass(frozen=True, kw_only=True) above the class"
 PAGES = {"mixer": "docs/padre.md", "eviction": "docs/eviction.md#policies"}  # where the options are explained
 _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
 
@@ -653,9 +654,11 @@ def _check_class(info: AttentionInfo) -> None:
     elif info.kind == "eviction":
         _check_policy(target, said)
     if by_position := _by_position(target, 2 if info.kind == "mixer" else 0):
+        made = next(base for base in target.__mro__ if "__init__" in vars(base))
+        remedy = KW_ONLY if "__dataclass_params__" in vars(made) else "put * before them"
         raise AttnZooError(
             f"{said} {', '.join(by_position)} of {target.__name__} can be given by position, and options are "
-            "keyword-only: put * before them"
+            f"keyword-only: {remedy}"
         )
 
 
@@ -669,10 +672,7 @@ def _check_policy(target: type, said: str) -> None:
         missing = ", ".join(sorted(target.__abstractmethods__))
         raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
     if undeclared := _not_fields(target):
-        raise AttnZooError(
-            f"{said} {', '.join(undeclared)} of {target.__name__} is no option: put @dataclass(frozen=True, "
-            "kw_only=True) above the class"
-        )
+        raise AttnZooError(f"{said} {', '.join(undeclared)} of {target.__name__} is no option: {KW_ONLY}")
 
 
 def _check_mixer(info: AttentionInfo, target: type, said: str) -> None:

@@ -190,6 +190,14 @@ class LoosePolicy(Policy):
         return view.positions
 
 
+@dataclasses.dataclass(frozen=True)
+class LooseDataclass(Policy):
+    stride: int = 4
+
+    def score(self, view):
+        return view.positions % self.stride
+
+
 class LooseMixer(Mean):
     def __init__(self, dim, num_heads, gain=1.0):
         super().__init__(dim, num_heads)
@@ -218,6 +226,12 @@ UNFIT = {
         LoosePolicy,
         {},
         r"budget, power of LoosePolicy can be given by position.*put \* before",
+    ),
+    "LooseDataclass": (
+        "eviction",
+        LooseDataclass,
+        {},
+        r"stride of .* by position.*put @dataclass\(frozen=True, kw_only",
     ),
     "LooseMixer": ("mixer", LooseMixer, {}, r"gain of LooseMixer can be given by position"),
     "LooseCore": ("core", LooseCore, {}, r"bias of LooseCore can be given by position"),

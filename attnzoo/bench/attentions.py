@@ -39,9 +39,8 @@ class AttentionConfig(Section):
             options = data.get("options") or {}
             listed = [f"{key}={value}" for key, value in options.items()] if isinstance(options, Mapping) else []
             where = data.get("where") or ()
-            listed += (
-                [f"in {where}"] if isinstance(where, str) else [f"in {', '.join(map(str, where))}"] if where else []
-            )
+            where = [where] if isinstance(where, str) else where
+            listed += [f"in {', '.join(map(str, where))}"] if where and isinstance(where, (list, tuple)) else []
             data = {**data, "label": " ".join([data["name"], *listed])}
         return data
 

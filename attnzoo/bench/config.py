@@ -24,9 +24,14 @@ M = TypeVar("M", bound=BaseModel)
 # YAML 1.1 takes a number with an exponent for text unless it has both a point and a sign
 EXPONENT = re.compile(r"^[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)[eE][-+]?[0-9]+$")
 DEVICES = r"^(cpu|cuda(:\d+)?)$"
-PATTERNS = {DEVICES: "must be cpu, cuda, or cuda:N"}
+NAMES = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+PATTERNS = {
+    DEVICES: "must be cpu, cuda, or cuda:N",
+    NAMES: "must begin with a letter or digit and go on with these and . _ -",
+}
 BRANCH = re.compile(r"constrained-\w+|(dict|list|tuple|function-\w+)\[.*\]")  # which type of several pydantic tried
-PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping"}
+PLAIN = {"tuple_type": "must be a list", "list_type": "must be a list", "dict_type": "must be a mapping",
+         "model_type": "must be a mapping"}  # fmt: skip
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -52,7 +57,7 @@ class RunConfig(Section):
 
     task: str
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=NAMES)]
     device: Annotated[str, Field(pattern=DEVICES)] = "cpu"
     threads: PositiveInt | None = None
     seed: Seed = 0
@@ -181,7 +186,7 @@ def validated(model: type[M], data: Mapping[str, Any], more: Iterable[str], sour
     try:
         config = model.model_validate(data)
     except ValidationError as error:
-        problems += [_explain(detail, model) for detail in _deepest(error)]
+        problems += _explained(error, model)
     problems += more
     if problems or config is None:
         count = f"{len(problems)} error{'s' if len(problems) > 1 else ''}"
@@ -302,7 +307,7 @@ def _set(data: dict[str, Any], keys: list[str], value: Any, override: str) -> No
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, list):
-            if not key.isdigit() or int(key) > len(here):
+            if not key.isdecimal() or int(key) > len(here):
                 path = ".".join(keys[:depth])
                 raise ConfigError(
                     f"override {override!r}: {path} is a list of {len(here)}; {key!r} is not an index: "
@@ -331,14 +336,24 @@ def _location(detail: Any) -> list[str | int]:
     ]
 
 
-def _deepest(error: ValidationError) -> list[Any]:
-    """Details of an error, without those of a section or list inside which there is one: that is what is wrong."""
-    located = [(_location(detail), detail) for detail in error.errors()]
-    return [
-        detail
-        for here, detail in located
-        if not any(len(other) > len(here) and other[: len(here)] == here for other, _ in located)
+def _explained(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A line for each place where something is wrong, not for a section or list inside which that is.
+
+    Where a value may be of several types, there is a reason for each of them: a line has them all.
+    """
+    found: dict[tuple[str | int, ...], list[str]] = {}
+    for detail in error.errors():
+        found.setdefault(tuple(_location(detail)), []).append(_explain(detail, model))
+    deepest = [
+        here for here in found if not any(len(other) > len(here) and other[: len(here)] == here for other in found)
     ]
+    return [_joined(found[here]) for here in deepest]
+
+
+def _joined(lines: Sequence[str]) -> str:
+    """``a: -1 is not allowed; must be above 0, or must be a mapping``."""
+    first, *others = dict.fromkeys(lines)
+    return ", or ".join([first, *(line.partition("is not allowed; ")[2] or line for line in others)])
 
 
 def _explain(detail: Any, model: type[BaseModel]) -> str:

@@ -292,8 +292,10 @@ def _bound(group: Group) -> str:
     share = next((row.cost.attention_share for row in group.rows if row.is_baseline and row.cost is not None), None)
     if share is None or share >= 1:
         return ""
-    most = max(speedup.p50 for _, speedup in _speedups(group))
-    noise = " More than that was measured: one of the two is noise." if most > 1 / (1 - share) else ""
+    above = [
+        row.label for row, speedup in _speedups(group) if speedup.bounds is not None and speedup.p20 > 1 / (1 - share)
+    ]
+    noise = f" That of {' and '.join(above)} is above this: one of the two is noise." if above else ""
     return (
         f" The attention layers, projections included, take {share:.0%} of dense's time, so no swap can gain more than "
         f"{1 / (1 - share):.2f}x, and a core, which leaves the projections, gains less.{noise}"

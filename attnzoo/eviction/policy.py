@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnzoo.checks import check_choice, check_int
-from attnzoo.errors import AttnZooError, OptionError, ShapeError, short
+from attnzoo.errors import OptionError, ShapeError, UnsupportedError, short
 from attnzoo.eviction.layer_data import LayerData, OutputProjection
 from attnzoo.eviction.layer_profile import Profile
 from attnzoo.eviction.weights import attention_weights, score_dtype
@@ -95,11 +95,10 @@ class CacheView:
 
     def visible(self) -> Tensor:
         """Whether a query sees an entry, one up to its own position: boolean, ``(B, H, w, S)``."""
-        assert self.queries is not None
-        assert self.query_positions is not None
-        seen = self.positions[:, :, None, :] <= self.query_positions[:, None, :, None]
+        queries, query_positions = self._window()
+        seen = self.positions[:, :, None, :] <= query_positions[:, None, :, None]
         held = self.positions[:, :, None, :] >= 0  # which all are at an eviction
-        return (seen & held).repeat_interleave(self.queries.shape[1] // self.kv_heads, 1)
+        return (seen & held).repeat_interleave(queries.shape[1] // self.kv_heads, 1)
 
     def before(self, window: int) -> Tensor:
         """Whether an entry is older than the last `window` tokens: boolean, ``(B, Hkv, S)``."""
@@ -107,12 +106,20 @@ class CacheView:
 
     def window_attention(self) -> Tensor:
         """Attention of the last `w` queries over the entries, ``(B, H, w, S)``; zeros where there was no query yet."""
-        assert self.queries is not None
-        return attention_weights(self.queries, self.keys, self.scale, self.softcap, self.visible())
+        queries, _ = self._window()
+        return attention_weights(queries, self.keys, self.scale, self.softcap, self.visible())
 
     def attention_of_window(self) -> Tensor:
         """Attention that each entry got from the last `w` queries together, ``(B, H, S)``."""
         return self.window_attention().sum(2) if self.window_sums is None else self.window_sums
+
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """The queries and their positions."""
+        if self.queries is None or self.query_positions is None:
+            raise UnsupportedError(
+                "the last queries are not kept: the policy's property queries_kept must say how many"
+            )
+        return self.queries, self.query_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,19 +345,13 @@ class Policy(ABC):
         return scores.masked_fill(self.protects(view), float("inf"))
 
     def _scored(self, view: CacheView) -> Tensor:
-        """Give `score`, or say which parts of the view the policy would have to ask for."""
-        asked = {"sums (accumulates)": self.accumulates, "queries (queries_kept)": self.queries_kept}
-        missing = ", ".join(name for name, one in asked.items() if not one)
-        why = f"{type(self).__name__} does not ask for these parts of the view, by the property in brackets: {missing}"
+        """Give `score`; a note on an error about None says which parts of the view the policy would have to ask for."""
         try:
-            scores = self.score(view)
+            return self.score(view)
         except (AttributeError, TypeError) as error:
-            if not missing:
-                raise
-            raise AttnZooError(f"{type(self).__name__}.score: {type(error).__name__}: {error}; {why}") from error
-        if scores is None and missing:
-            raise AttnZooError(f"{type(self).__name__}.score gave None; {why}")
-        return scores
+            if "None" in str(error) and (why := _not_asked(self)):
+                error.add_note(why)
+            raise
 
     def protects(self, view: CacheView) -> Tensor:
         """Which entries are never evicted, ``(B, Hkv, S)``."""
@@ -408,13 +409,26 @@ class AttentionPolicy(Policy):
         return _checked(self, "attention_scores", scores, (batch, heads, entries))
 
 
+def _not_asked(policy: Policy) -> str:
+    """Name the parts of a view that are None since the policy does not ask for them; empty where there is none."""
+    asked = {
+        "sums (accumulates)": policy.accumulates,
+        "queries (queries_kept)": policy.queries_kept,
+        "data.rotary (uses_rotary)": policy.uses_rotary,
+    }
+    missing = ", ".join(name for name, one in asked.items() if not one)
+    said = f"{type(policy).__name__} does not ask for these parts of the view, by the property in brackets: {missing}"
+    return said if missing else ""
+
+
 def _checked(policy: Policy, method: str, scores: Any, shape: Sequence[int]) -> Tensor:
     """Give `scores`, which `method` of a policy gave, back if they are of `shape`, else raise `ShapeError`."""
     if not isinstance(scores, Tensor) or tuple(scores.shape) != tuple(shape):
         given = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else short(scores)
+        why = _not_asked(policy) if scores is None else ""
         raise ShapeError(
             f"{type(policy).__name__}.{method} gave {given}, and there must be a score for each entry of each head: a "
-            f"tensor of shape {tuple(shape)}"
+            f"tensor of shape {tuple(shape)}{f'. {why}' if why else ''}"
         )
     return scores
 

@@ -34,7 +34,8 @@ def config_of(flags: argparse.Namespace) -> dict[str, Any]:
         names = ", ".join(f"--{key.replace('_', '-')}" for key in sorted(given))
         instead = ""
         if library not in ("timm", "transformers"):
-            instead = ": the example input that it returns says how large it is"
+            sizes = ": the example input that it returns says how large it is"
+            instead = sizes if given != {"new_tokens"} else ": it is called once, without a cache; give a folder"
         elif "min_seconds" in given:
             instead = ": a language model is timed by --repeats alone"
         raise ConfigError(f"{names}: no meaning for {flags.model}{instead}")

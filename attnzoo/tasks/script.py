@@ -91,10 +91,13 @@ def so_far(task: Task, config: Any) -> None:
     if len(own) < len(records):
         print(f"{len(records) - len(own)} rows of the folder are left out: this config does not ask for them")
     if not own:
-        raise ConfigError(
-            f"--so-far: no row in {config.folder} is one that this config asks for{difference(config)}; give the "
-            "key=value of the run, too"
+        differs = difference(config)
+        why = (
+            f"{differs}; give the key=value of the run, too"
+            if differs
+            else ": a file or method that it names has changed"
         )
+        raise ConfigError(f"--so-far: no row in {config.folder} is one that this config asks for{why}")
     publish(task, own, path, output_console())
     whole = sum(len(cell.keys) for cell in task.plan(config))
     print(f"{len(own)} of {whole} rows so far")

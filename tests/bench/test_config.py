@@ -163,6 +163,7 @@ def test_an_override_of_the_place_after_a_list_adds_to_it():
         ("name.x=1", "has no keys inside"),
         ("attentions.17.name=sdpa", "'17' is not an index: 6 adds to its end"),
         ("attentions.first.name=sdpa", "not an index"),
+        ("attentions.\u00b2.name=sdpa", "not an index"),
         ("cost.tokns=[16]", "did you mean 'tokens'"),
     ],
 )
@@ -306,6 +307,19 @@ def test_one_wrong_key_is_one_error():
     said = problems_of({**SMALL, "cost": {"tokens": 196}})
     assert "1 error" in said
     assert "cost.tokens: 196 is not allowed; must be a list" in said
+
+
+def test_what_no_type_of_several_fits_is_one_line_with_all_reasons():
+    said = problems_of({**SMALL, "cost": {"image_sizes": [64], "batch": -1}})
+    assert "1 error" in said
+    assert "cost.batch: -1 is not allowed; input should be greater than 0, or must be a mapping" in said
+
+
+def test_values_of_a_wrong_kind_are_told_in_words():
+    said = problems_of({**SMALL, "name": "a b", "attentions": [3, {"name": "sdpa", "where": 3}]})
+    assert "name: 'a b' is not allowed; must begin with a letter or digit and go on with these and . _ -" in said
+    assert "attentions.0: 3 is not allowed; must be a mapping" in said
+    assert "attentions.1.where: 3 is not allowed" in said
 
 
 def test_keys_of_images_are_refused_for_language():

@@ -105,14 +105,19 @@ def test_commas_in_brackets_and_quotes_do_not_separate_attentions():
 def test_a_flag_without_a_meaning_is_refused(folder, words, instead):
     with pytest.raises(ConfigError, match=f"{words[0]}: no meaning for transformers:{folder}{instead}"):
         flags(f"transformers:{folder}", *words)
-    with pytest.raises(ConfigError, match=r"--tokens: no meaning for .*: the example input that it returns says how"):
-        flags("tests.tasks.test_model:vit", "--tokens", 16)
+    for flag, why in (
+        ("--tokens", "the example input that it returns says how"),
+        ("--new-tokens", "it is called once"),
+    ):
+        with pytest.raises(ConfigError, match=rf"{flag}: no meaning for .*: {why}"):
+            flags("tests.tasks.test_model:vit", flag, 16)
 
 
 @pytest.mark.parametrize(
     ("model", "words", "said"),
     [
         ("timm:vit_tiny_patch16_224", ("--batch", 0), ["cost.batch.196: 0 is not allowed"]),
+        ("timm:vit_tiny_patch16_224", ("--tokens", "0,196"), ["cost.tokens.0: 0 is not allowed"]),
         ("timm:vit_tiny_patch16_224", ("--patch-size", 0), ["model.patch_size: 0 is not allowed"]),
         ("transformers", ("--tokens", 0), ["cost.prompt_tokens.0: 0 is not allowed"]),
         ("transformers", ("--batch", -1), ["cost.batches.0: -1 is not allowed"]),

@@ -107,15 +107,19 @@ def _check_counts(config: Any) -> None:
 
 def _check_known(config: Any, keys: Sequence[str], override: str) -> None:
     at: Any = config.to_dict()
+    new = False
     for depth, key in enumerate(keys):
-        if ".".join(keys[: depth + 1]) in MAY_BE_NEW:
-            return
-        if isinstance(at, (list, tuple)) and key.isdigit() and int(key) < len(at):
+        new = new or ".".join(keys[: depth + 1]) in MAY_BE_NEW
+        where = ".".join(keys[:depth]) or "the config"
+        if isinstance(at, (list, tuple)):
+            if not key.isdecimal() or int(key) >= len(at):
+                raise ConfigError(f"{override}: {where} is a list of {len(at)}, without a {key!r}; give the whole list")
             at = at[int(key)]
         elif isinstance(at, Mapping) and key in at:
             at = at[key]
+        elif new:
+            return
         else:
-            where = ".".join(keys[:depth]) or "the config"
             held = ", ".join(map(str, at)) if isinstance(at, Mapping) else repr(at)
             raise ConfigError(f"{override}: {where} has no {key!r}; it has {held}")
 
