@@ -13,6 +13,7 @@ import attnzoo
 from attnzoo import tasks
 from attnzoo.bench.page import page_of
 from attnzoo.bench.readme import markdown_table
+from attnzoo.errors import ConfigError
 from attnzoo.tasks import read_records
 from attnzoo.tasks.detect import config as configs
 from attnzoo.tasks.detect import cost, mmcv_ext, page
@@ -79,6 +80,14 @@ def test_the_first_commands_run(tmp_path, forked):
             assert done.returncode == 0, done.stderr[-2000:]
     page = re.search(r"`(runs/detect/\S+report\.html)`", PAGE.read_text(encoding="utf-8"))[1]
     assert "Drawn boxes" in (tmp_path / page).read_text(encoding="utf-8")
+
+
+def test_a_list_of_mmengines_is_given_whole():
+    cost = ROOT / "configs/detect/detr_r50_cost.py"
+    for override in ("cost.attentions.4.name=sima", "cost.attentions.x=sima", "test_dataloader.dataset.pipeline.9=x"):
+        with pytest.raises(ConfigError, match=r"is a list of .*; give the whole list"):
+            configs.load_config(cost, [override])
+    assert configs.load_config(cost, ["cost.attentions.0.name=sima"]).cost.attentions[0].name == "sima"
 
 
 def test_the_config_of_the_page_builds(tmp_path):
