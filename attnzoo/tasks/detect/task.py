@@ -86,9 +86,10 @@ class DetectConfig(RunConfig):
 
     @property
     def variants(self) -> list[cost.Variant]:
-        """Attentions of which the cost is measured."""
+        """Attentions of which the cost is measured: not those of configs that say ``cost = None``."""
         asked = cost.read(self.detectors[0])
-        return [] if asked is None else cost.variants(asked, [cost.variant_of(one) for one in self.detectors])
+        timed = [one for one in self.detectors if one.get("cost", asked) is not None]
+        return [] if asked is None else cost.variants(asked, [cost.variant_of(one) for one in timed])
 
     def identity(self) -> dict[str, Any]:
         """What mmengine's configs say, too."""

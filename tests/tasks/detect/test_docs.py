@@ -90,6 +90,12 @@ def test_a_list_of_mmengines_is_given_whole():
     assert configs.load_config(cost, ["cost.attentions.0.name=sima"]).cost.attentions[0].name == "sima"
 
 
+def test_a_config_that_asks_for_no_cost_is_not_timed():
+    names = ("softmax", "none", "conv")
+    config = tasks.load(ROOT / "configs/detect/bccd_cpu_softmax.py", [f"configs/detect/bccd_cpu_{n}.py" for n in names])
+    assert [variant.label for variant in config.variants] == ["dense", "conv"]
+
+
 def test_the_config_of_the_page_builds(tmp_path):
     text = next(block for block in blocks("text") if "_base_" in block)
     (tmp_path / "one.py").write_text(text, encoding="utf-8")
