@@ -417,6 +417,13 @@ def test_what_the_page_on_training_says_of_its_tables_is_in_the_records():
 def test_the_readmes_table_is_that_of_the_committed_record():
     records = read_records(ROOT / "docs/records/quickstart.jsonl")
     assert between(ROOT / "README.md", "bench") == markdown_section(records).strip()
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    speed = {r.label: r.cost.ratios.speedup for r in records if r.kind == "cost" and r.tokens == 196}
+    two, three = (speed[f"padre degree={degree}"] for degree in (2, 3))
+    assert f"At 196 tokens degree 2 is {two.p50:.2f} times as fast as dense attention and degree 3 slower" in text
+    assert three.p80 < 1
+    kept = {r.label: r.quality for r in records if r.kind == "quality" and r.quality.ratio_low is not None}
+    assert min(kept[name].ratio_low for name in ("h2o", "caote")) >= kept["keydiff"].ratio_high - 1e-3, "keep more"
 
 
 def test_the_figures_at_8000_tokens_are_those_of_the_committed_record():
