@@ -215,6 +215,9 @@ def test_what_the_page_says_of_blood_cells_is_in_the_records():
     said += ["finds {}, {} and {}%, no less than with softmax".format(*aps(none))]
     assert statistics.fmean(one.ap for one in none) > statistics.fmean(one.ap for one in softmax)
     assert min(one.loss for one in every) == min(one.loss for one in none)
+    assert max(one.ap for one in sums) < statistics.fmean(one.ap for one in softmax)
+    small = half_way(gain)
+    said += [f"begins at 0.02 one has {small[2]:.1f}%, the others {small[0]:.1f} and {small[1]:.1f}%"]
     tried = [one for label in multiplied if label != "padre degree=2" for one in trained[label]]
     said += [f"have {100 * min(one.ap for one in tried):.1f} to {100 * max(one.ap for one in tried):.1f}% in the end"]
     added = {label: [b.ratio for one in each for b in one.branches] for label, each in trained.items()}
