@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import nn
 
 from attnzoo.errors import AttnZooError, OptionError, UnknownNameError, UnsupportedError, short
+from attnzoo.method_class import check_class
 
 if TYPE_CHECKING:
     from attnzoo.eviction.policy import Policy
@@ -194,7 +195,6 @@ class AttentionInfo:
         return "\n".join([*lines, f"  source: {self.paper}"] if self.paper else lines)
 
 
-KW_ONLY = "put @dataclass(frozen=True, kw_only=True) above the class"
 PAGES = {"mixer": "docs/padre.md", "eviction": "docs/eviction.md#policies"}  # where the options are explained
 _EVERYTHING = {"causal": True, "mask": True, "cross": True, "gqa": True}
 
@@ -557,7 +557,7 @@ def register_attention(
         capabilities = replace(OF_POLICIES if kind == "eviction" else UNSAID, **(capabilities or {}))
     info = AttentionInfo(name, kind, target, summary, paper, capabilities)
     if isinstance(target, type):
-        _check_class(info)
+        check_class(info)
     _table[name] = info
     return info
 
@@ -579,7 +579,7 @@ def cores_with(capabilities: Iterable[str]) -> list[str]:
 
 def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[..., Any]:
     """Make the core that `info` names; it is called ``core(q, k, v, ...)``."""
-    _check_class(info)
+    check_class(info)
     info.check_options(options)
     core = info.load()(**options)
     if isinstance(core, nn.Module) and next(itertools.chain(core.parameters(), core.buffers()), None) is not None:
@@ -589,7 +589,7 @@ def build_core(info: AttentionInfo, options: Mapping[str, Any]) -> Callable[...,
 
 def build_mixer(info: AttentionInfo, dim: int, num_heads: int, options: Mapping[str, Any]) -> nn.Module:
     """Make the mixer that `info` names for tokens of width `dim`."""
-    _check_class(info)
+    check_class(info)
     info.check_options(options)
     info.require_options(options)
     return info.load()(dim, num_heads, **options)
@@ -599,7 +599,7 @@ def build_policy(info: AttentionInfo, options: Mapping[str, Any]) -> Policy:
     """Make the eviction policy that `info` names."""
     from attnzoo.eviction.policy import Policy
 
-    _check_class(info)
+    check_class(info)
     info.check_options(options)
     info.require_options(options)
     policy = info.load()(**options)
@@ -640,85 +640,6 @@ def create_attention(name: str, dim: int, num_heads: int, **options: Any) -> nn.
         f"{name!r} is an eviction policy: it bounds the cache of a language model and cannot stand alone; "
         f"use attnzoo.replace_attention(model, {name!r}, budget=...)"
     )
-
-
-def _check_class(info: AttentionInfo) -> None:
-    """Raise `AttnZooError` unless the class of a method can be built as its kind is, and a mixer's called so."""
-    target = info.load()
-    kind = {"mixer": "a mixer", "eviction": "an eviction policy", "core": "a core"}[info.kind]
-    said = f"{info.name!r} is registered as {kind} but"
-    if not isinstance(target, type):
-        return
-    if info.kind == "mixer":
-        _check_mixer(info, target, said)
-    elif info.kind == "eviction":
-        _check_policy(target, said)
-    if by_position := _by_position(target, 2 if info.kind == "mixer" else 0):
-        made = next(base for base in target.__mro__ if "__init__" in vars(base))
-        remedy = KW_ONLY if "__dataclass_params__" in vars(made) else "put * before them"
-        raise AttnZooError(
-            f"{said} {', '.join(by_position)} of {target.__name__} can be given by position, and options are "
-            f"keyword-only: {remedy}"
-        )
-
-
-def _check_policy(target: type, said: str) -> None:
-    """Raise `AttnZooError` unless a class is a policy that can be made."""
-    from attnzoo.eviction.policy import Policy
-
-    if not issubclass(target, Policy):
-        raise AttnZooError(f"{said} is not an attnzoo.eviction.policy.Policy: {target.__name__} must inherit from it")
-    if inspect.isabstract(target):
-        missing = ", ".join(sorted(target.__abstractmethods__))
-        raise AttnZooError(f"{said} {target.__name__} does not define {missing}")
-    if undeclared := _not_fields(target):
-        raise AttnZooError(f"{said} {', '.join(undeclared)} of {target.__name__} is no option: {KW_ONLY}")
-
-
-def _check_mixer(info: AttentionInfo, target: type, said: str) -> None:
-    """Raise `AttnZooError` unless a mixer can be built and called as mixers are."""
-    if not issubclass(target, nn.Module):
-        raise AttnZooError(f"{said} {target.__name__} is not a torch.nn.Module")
-    if target.__init__ is nn.Module.__init__ or not _takes(target, 2, info.options):
-        raise AttnZooError(f"{said} {target.__name__} cannot be built as {target.__name__}(dim, num_heads, **options)")
-    if not _takes(target.forward, 2, ("grid", "prefix", "mask")):
-        raise AttnZooError(
-            f"{said} {target.__name__}.forward cannot be called as mixer(x, grid=, prefix=, mask=); arguments that it "
-            "has no use for may stay unread"
-        )
-    if info.capabilities.decode and not _takes(getattr(target, "extend", None), 4, ()):
-        raise AttnZooError(f"{said} {target.__name__}.extend cannot be called as mixer.extend(x, state, mask)")
-    if info.capabilities.inherit and not _takes(getattr(target, "inherit", None), 3, ()):
-        raise AttnZooError(f"{said} {target.__name__}.inherit cannot be called as mixer.inherit(weight, bias)")
-
-
-def _by_position(target: type, count: int) -> list[str]:
-    """Arguments of a class's constructor, but for the first `count`, that need not be given by name."""
-    try:
-        parameters = list(inspect.signature(target).parameters.values())[count:]
-    except ValueError:  # it tells no signature
-        return []
-    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _not_fields(policy: type) -> list[str]:
-    """Names that a policy's class annotates as options, but which are no fields of it as a dataclass."""
-    known = {one.name for one in fields(policy)}
-    own = {name: said for name, said in vars(policy).get("__annotations__", {}).items() if name not in known}
-    return [name for name, said in own.items() if "ClassVar" not in str(said) and not name.startswith("_")]
-
-
-def _takes(function: Any, count: int, named: Iterable[str]) -> bool:
-    """Whether `function` can be called with `count` arguments by position and with those `named`."""
-    if not callable(function):
-        return False
-    try:
-        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(named))
-    except TypeError:
-        return False
-    except ValueError:  # it tells no signature
-        return True
-    return True
 
 
 def _constructors(target: Callable[..., Any]) -> list[list[inspect.Parameter]]:
